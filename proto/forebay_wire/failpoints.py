@@ -1,0 +1,80 @@
+"""Named places where a test may kill the process that passes them.
+
+``FOREBAY_FAILPOINTS=name`` kills at the first passing of *name*, ``name:3`` at the third, several
+are separated by commas. Without the variable a passing costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Final
+
+VARIABLE: Final = "FOREBAY_FAILPOINTS"
+
+DATASET_COMMIT: Final = (
+    "upload.before_publish",
+    "upload.after_publish",
+    "upload.after_row",
+    "dataset.before_commit",
+    "dataset.inside_commit",
+    "dataset.after_commit",
+)
+"""Failpoints of a dataset commit, in the order in which it passes them."""
+
+GENERATION_COMMIT: Final = (
+    "pack.before_seal",
+    "pack.after_seal",
+    "upload.before_publish",
+    "upload.after_publish",
+    "generation.before_commit",
+    "generation.inside_commit",
+    "generation.after_commit",
+)
+"""Failpoints of a generation commit, in the order in which it passes them."""
+
+REMOTE_FLUSH: Final = (
+    "flush.before_blob",
+    "flush.after_blob",
+    "flush.after_extents",
+    "flush.before_manifest",
+    "flush.after_manifest",
+)
+"""Failpoints of publishing a version or generation into the object tier."""
+
+CLIENT_SAVE: Final = (
+    "client.save.after_begin",
+    "client.save.after_copy",
+    "client.save.after_seal",
+    "client.write.after_shard",
+    "client.write.before_commit",
+)
+"""Failpoints of the writing client."""
+
+ALL: Final = frozenset(DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + CLIENT_SAVE)
+
+_lock = threading.Lock()
+
+
+def _parse(text: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, count = part.partition(":")
+        if name not in ALL:
+            raise ValueError(f"{VARIABLE} names {name!r}, which is no failpoint")
+        counts[name] = int(count or 1)
+    return counts
+
+
+_armed: dict[str, int] = _parse(os.environ.get(VARIABLE, ""))
+
+
+def failpoint(name: str) -> None:
+    """Kill this process with SIGKILL here if the environment asked for it."""
+    if name not in _armed:
+        return
+    with _lock:
+        _armed[name] -= 1
+        if _armed[name] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,220 @@
+"""Manifests: the list of blobs that makes one version of something, and its canonical bytes.
+
+A manifest is a frame (magic, version, kind, length, digest) around canonical JSON, so that it can
+be read with any tool and checked with one digest. Its id is that digest: BLAKE3 under a domain key.
+Byte table: ``docs/formats/manifest.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from blake3 import blake3
+
+from forebay_wire.errors import IntegrityError, InvalidRequest
+from forebay_wire.limits import (
+    MAX_MANIFEST_BYTES,
+    MAX_RANKS,
+    MAX_SHARDS_PER_VERSION,
+    check_limit,
+)
+from forebay_wire.segments import MANIFEST_KEY
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+MAGIC: Final = b"FBMANIF1"
+FRAME: Final = struct.Struct("<8sIIQ32s")
+"""magic, version u32, kind u32, payload length u64, BLAKE3 of kind and payload (32 bytes)."""
+
+VERSION: Final = 1
+KIND_DATASET: Final = 1
+KIND_SELECTION: Final = 2
+KIND_GENERATION: Final = 3
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys, no white space and no NaN: equal values, equal bytes."""
+    try:
+        text = json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"a manifest cannot hold this value: {error}") from error
+    return text.encode()
+
+
+def _digest(kind: int, payload: bytes) -> bytes:
+    return blake3(struct.pack("<I", kind) + payload, key=MANIFEST_KEY).digest()
+
+
+def encode(kind: int, payload: Mapping[str, Any]) -> tuple[str, bytes]:
+    """``(manifest id in hex, the manifest's bytes)`` of a JSON-able *payload*."""
+    body = canonical_json(payload)
+    check_limit("manifest bytes", len(body), MAX_MANIFEST_BYTES, "use fewer shards or tensors")
+    digest = _digest(kind, body)
+    return digest.hex(), FRAME.pack(MAGIC, VERSION, kind, len(body), digest) + body
+
+
+def decode(data: Buffer, where: str, manifest_id: str | None = None) -> tuple[int, dict[str, Any]]:
+    """``(kind, payload)`` of a manifest's bytes; with *manifest_id*, proven to be that manifest.
+
+    Raises :class:`IntegrityError` for anything that is not exactly what was written.
+    """
+    raw = bytes(data)
+    if len(raw) < FRAME.size:
+        raise IntegrityError(f"manifest is cut short ({where})")
+    magic, version, kind, length, digest = FRAME.unpack_from(raw)
+    body = raw[FRAME.size :]
+    if magic != MAGIC or version != VERSION:
+        raise IntegrityError(f"no manifest of version {VERSION} ({where})")
+    if len(body) != length or _digest(kind, body) != digest:
+        raise IntegrityError(f"manifest does not match its digest ({where}); it is damaged")
+    if manifest_id is not None and digest.hex() != manifest_id:
+        raise IntegrityError(f"this is manifest {digest.hex()}, not {manifest_id} ({where})")
+    payload = json.loads(body)
+    if not isinstance(payload, dict):
+        raise IntegrityError(f"manifest holds no object ({where})")
+    return kind, payload
+
+
+@dataclass(frozen=True)
+class ShardRef:
+    """One shard of a dataset version: an Arrow IPC file that is one blob."""
+
+    blob: str
+    num_bytes: int
+    num_rows: int
+    batch_rows: tuple[int, ...]
+    """Rows of each record batch, in order; they add up to ``num_rows``."""
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """An immutable version of a dataset. Row r of the version is row r - start of its shard."""
+
+    dataset: str
+    version: int
+    parent: str | None
+    """Manifest id of the version it was appended to."""
+    schema: str
+    """The Arrow schema, serialised (IPC) and base64-encoded, with the sample schema as metadata."""
+    shards: tuple[ShardRef, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard.num_rows for shard in self.shards)
+
+    def blobs(self) -> list[str]:
+        return [shard.blob for shard in self.shards]
+
+    def encode(self) -> tuple[str, bytes]:
+        check_limit(
+            "shards of a version", len(self.shards), MAX_SHARDS_PER_VERSION, "write larger shards"
+        )
+        return encode(KIND_DATASET, asdict(self))
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> DatasetManifest:
+        shards = tuple(
+            ShardRef(s["blob"], s["num_bytes"], s["num_rows"], tuple(s["batch_rows"]))
+            for s in payload["shards"]
+        )
+        return cls(
+            payload["dataset"],
+            payload["version"],
+            payload["parent"],
+            payload["schema"],
+            shards,
+            payload["metadata"],
+        )
+
+
+@dataclass(frozen=True)
+class SelectionManifest:
+    """A named, immutable choice of rows of one version (here: a split).
+
+    ``rule`` says how the rows follow from the version, so that the manifest stays small:
+    ``{"kind": "split", "seed": int, "start": int, "stop": int}`` names the rows
+    ``permute(start), ..., permute(stop - 1)`` of the keyed permutation of all rows of the version
+    under *seed* (``forebay_wire.order``), in that order: no list of rows is stored or built.
+    """
+
+    dataset: str
+    version: int
+    dataset_manifest: str
+    name: str
+    num_rows: int
+    rule: dict[str, Any]
+
+    def encode(self) -> tuple[str, bytes]:
+        return encode(KIND_SELECTION, asdict(self))
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> SelectionManifest:
+        return cls(**payload)
+
+
+@dataclass(frozen=True)
+class PackRef:
+    """The blob of all the bytes that one rank contributes to a generation."""
+
+    rank: int
+    blob: str
+    num_bytes: int
+    description: dict[str, Any]
+    """What the rank wrote where; see ``docs/formats/generation.md``."""
+
+
+@dataclass(frozen=True)
+class GenerationManifest:
+    """One saved state of a run."""
+
+    run: str
+    attempt: int
+    step: int
+    parent: tuple[int, int] | None
+    """(attempt, step) of the generation that the attempt restored."""
+    num_ranks: int
+    metrics: dict[str, float]
+    dataset: dict[str, Any] | None
+    """The dataset version that the loader stood on, with its position."""
+    packs: tuple[PackRef, ...]
+    created_unix: float
+
+    def blobs(self) -> list[str]:
+        return [pack.blob for pack in self.packs]
+
+    def encode(self) -> tuple[str, bytes]:
+        check_limit("ranks of a generation", self.num_ranks, MAX_RANKS, "use fewer ranks")
+        return encode(KIND_GENERATION, asdict(self))
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> GenerationManifest:
+        packs = tuple(PackRef(**pack) for pack in payload["packs"])
+        parent = payload["parent"]
+        return cls(**{**payload, "packs": packs, "parent": tuple(parent) if parent else None})
+
+
+AnyManifest = DatasetManifest | SelectionManifest | GenerationManifest
+
+
+def parse(data: Buffer, where: str, manifest_id: str | None = None) -> AnyManifest:
+    """The manifest in *data* as the class of its kind, verified as :func:`decode` does."""
+    kind, payload = decode(data, where, manifest_id)
+    classes: dict[int, type[DatasetManifest | SelectionManifest | GenerationManifest]] = {
+        KIND_DATASET: DatasetManifest,
+        KIND_SELECTION: SelectionManifest,
+        KIND_GENERATION: GenerationManifest,
+    }
+    if kind not in classes:
+        raise IntegrityError(f"manifest of unknown kind {kind} ({where}); upgrade Forebay")
+    try:
+        return classes[kind].from_payload(payload)
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"manifest lacks or adds a field: {error} ({where})") from error

@@ -1,0 +1,227 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class BeginAttemptRequest(_message.Message):
+    __slots__ = ("run", "has_parent", "parent_attempt", "parent_step", "num_ranks", "request")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    HAS_PARENT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_STEP_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    has_parent: bool
+    parent_attempt: int
+    parent_step: int
+    num_ranks: int
+    request: str
+    def __init__(self, run: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., num_ranks: _Optional[int] = ..., request: _Optional[str] = ...) -> None: ...
+
+class Attempt(_message.Message):
+    __slots__ = ("run", "attempt", "has_parent", "parent_attempt", "parent_step", "created_unix")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    HAS_PARENT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_STEP_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    has_parent: bool
+    parent_attempt: int
+    parent_step: int
+    created_unix: float
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., created_unix: _Optional[float] = ...) -> None: ...
+
+class BeginPackRequest(_message.Message):
+    __slots__ = ("run", "attempt", "step", "rank", "num_ranks", "total_bytes", "slot_bytes")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    step: int
+    rank: int
+    num_ranks: int
+    total_bytes: int
+    slot_bytes: int
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+
+class PackSession(_message.Message):
+    __slots__ = ("session", "slot_bytes", "lease_seconds", "put_ticket")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PUT_TICKET_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    slot_bytes: int
+    lease_seconds: float
+    put_ticket: str
+    def __init__(self, session: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., put_ticket: _Optional[str] = ...) -> None: ...
+
+class SealPackRequest(_message.Message):
+    __slots__ = ("session", "sequence", "num_bytes", "cuts", "description_bytes", "metrics_json", "dataset_json")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
+    DATASET_JSON_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    sequence: int
+    num_bytes: int
+    cuts: _containers.RepeatedScalarFieldContainer[int]
+    description_bytes: int
+    metrics_json: str
+    dataset_json: str
+    def __init__(self, session: _Optional[str] = ..., sequence: _Optional[int] = ..., num_bytes: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., description_bytes: _Optional[int] = ..., metrics_json: _Optional[str] = ..., dataset_json: _Optional[str] = ...) -> None: ...
+
+class SealPackResponse(_message.Message):
+    __slots__ = ("all_sealed",)
+    ALL_SEALED_FIELD_NUMBER: _ClassVar[int]
+    all_sealed: bool
+    def __init__(self, all_sealed: _Optional[bool] = ...) -> None: ...
+
+class WaitGenerationRequest(_message.Message):
+    __slots__ = ("run", "attempt", "step", "durability", "timeout_seconds")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    step: int
+    durability: str
+    timeout_seconds: float
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., durability: _Optional[str] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("run", "attempt", "step", "state", "durability", "manifest", "num_ranks", "num_bytes", "created_unix", "metrics_json", "has_parent", "parent_attempt", "parent_step", "error")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_FIELD_NUMBER: _ClassVar[int]
+    METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
+    HAS_PARENT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_STEP_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    step: int
+    state: str
+    durability: str
+    manifest: str
+    num_ranks: int
+    num_bytes: int
+    created_unix: float
+    metrics_json: str
+    has_parent: bool
+    parent_attempt: int
+    parent_step: int
+    error: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[str] = ..., durability: _Optional[str] = ..., manifest: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., metrics_json: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class ResolveGenerationRequest(_message.Message):
+    __slots__ = ("run", "selector", "durability", "skip", "timeout_seconds")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    SELECTOR_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    selector: str
+    durability: str
+    skip: _containers.RepeatedScalarFieldContainer[str]
+    timeout_seconds: float
+    def __init__(self, run: _Optional[str] = ..., selector: _Optional[str] = ..., durability: _Optional[str] = ..., skip: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+
+class ListRunsRequest(_message.Message):
+    __slots__ = ("after", "limit")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    after: str
+    limit: int
+    def __init__(self, after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class RunSummary(_message.Message):
+    __slots__ = ("run", "num_attempts", "num_generations", "num_bytes", "has_latest", "latest_attempt", "latest_step", "latest_durability")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HAS_LATEST_FIELD_NUMBER: _ClassVar[int]
+    LATEST_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    LATEST_STEP_FIELD_NUMBER: _ClassVar[int]
+    LATEST_DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    num_attempts: int
+    num_generations: int
+    num_bytes: int
+    has_latest: bool
+    latest_attempt: int
+    latest_step: int
+    latest_durability: str
+    def __init__(self, run: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_generations: _Optional[int] = ..., num_bytes: _Optional[int] = ..., has_latest: _Optional[bool] = ..., latest_attempt: _Optional[int] = ..., latest_step: _Optional[int] = ..., latest_durability: _Optional[str] = ...) -> None: ...
+
+class ListRunsResponse(_message.Message):
+    __slots__ = ("runs", "next")
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    runs: _containers.RepeatedCompositeFieldContainer[RunSummary]
+    next: str
+    def __init__(self, runs: _Optional[_Iterable[_Union[RunSummary, _Mapping]]] = ..., next: _Optional[str] = ...) -> None: ...
+
+class ListGenerationsRequest(_message.Message):
+    __slots__ = ("run", "limit", "after")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    limit: int
+    after: str
+    def __init__(self, run: _Optional[str] = ..., limit: _Optional[int] = ..., after: _Optional[str] = ...) -> None: ...
+
+class ListGenerationsResponse(_message.Message):
+    __slots__ = ("attempts", "generations", "next")
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    attempts: _containers.RepeatedCompositeFieldContainer[Attempt]
+    generations: _containers.RepeatedCompositeFieldContainer[Generation]
+    next: str
+    def __init__(self, attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ..., next: _Optional[str] = ...) -> None: ...
+
+class DeleteGenerationRequest(_message.Message):
+    __slots__ = ("run", "attempt", "step", "all")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    step: int
+    all: bool
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., all: _Optional[bool] = ...) -> None: ...
+
+class DeleteGenerationResponse(_message.Message):
+    __slots__ = ("num_deleted",)
+    NUM_DELETED_FIELD_NUMBER: _ClassVar[int]
+    num_deleted: int
+    def __init__(self, num_deleted: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,159 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ListDatasetsRequest(_message.Message):
+    __slots__ = ("after", "limit")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    after: str
+    limit: int
+    def __init__(self, after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListDatasetsResponse(_message.Message):
+    __slots__ = ("datasets", "next")
+    DATASETS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    datasets: _containers.RepeatedCompositeFieldContainer[DatasetSummary]
+    next: str
+    def __init__(self, datasets: _Optional[_Iterable[_Union[DatasetSummary, _Mapping]]] = ..., next: _Optional[str] = ...) -> None: ...
+
+class DatasetSummary(_message.Message):
+    __slots__ = ("name", "num_versions", "num_rows", "num_bytes", "durability")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_versions: int
+    num_rows: int
+    num_bytes: int
+    durability: str
+    def __init__(self, name: _Optional[str] = ..., num_versions: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_bytes: _Optional[int] = ..., durability: _Optional[str] = ...) -> None: ...
+
+class GetDatasetRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class Dataset(_message.Message):
+    __slots__ = ("name", "versions", "selections")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    SELECTIONS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    versions: _containers.RepeatedCompositeFieldContainer[DatasetVersion]
+    selections: _containers.RepeatedCompositeFieldContainer[Selection]
+    def __init__(self, name: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[DatasetVersion, _Mapping]]] = ..., selections: _Optional[_Iterable[_Union[Selection, _Mapping]]] = ...) -> None: ...
+
+class DatasetVersion(_message.Message):
+    __slots__ = ("dataset", "version", "manifest", "num_rows", "num_bytes", "num_shards", "created_unix", "durability")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    version: int
+    manifest: str
+    num_rows: int
+    num_bytes: int
+    num_shards: int
+    created_unix: float
+    durability: str
+    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., manifest: _Optional[str] = ..., num_rows: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_shards: _Optional[int] = ..., created_unix: _Optional[float] = ..., durability: _Optional[str] = ...) -> None: ...
+
+class Selection(_message.Message):
+    __slots__ = ("name", "version", "manifest", "num_rows")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    manifest: str
+    num_rows: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., manifest: _Optional[str] = ..., num_rows: _Optional[int] = ...) -> None: ...
+
+class ShardCommit(_message.Message):
+    __slots__ = ("session", "blob", "num_bytes", "num_rows", "batch_rows")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    blob: str
+    num_bytes: int
+    num_rows: int
+    batch_rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session: _Optional[str] = ..., blob: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_rows: _Optional[int] = ..., batch_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CommitVersionRequest(_message.Message):
+    __slots__ = ("dataset", "base_version", "schema", "shards", "request", "metadata_json")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    base_version: int
+    schema: bytes
+    shards: _containers.RepeatedCompositeFieldContainer[ShardCommit]
+    request: str
+    metadata_json: str
+    def __init__(self, dataset: _Optional[str] = ..., base_version: _Optional[int] = ..., schema: _Optional[bytes] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ..., request: _Optional[str] = ..., metadata_json: _Optional[str] = ...) -> None: ...
+
+class SplitShare(_message.Message):
+    __slots__ = ("name", "fraction")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    fraction: float
+    def __init__(self, name: _Optional[str] = ..., fraction: _Optional[float] = ...) -> None: ...
+
+class DefineSplitsRequest(_message.Message):
+    __slots__ = ("dataset", "version", "shares", "seed")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    version: int
+    shares: _containers.RepeatedCompositeFieldContainer[SplitShare]
+    seed: int
+    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[SplitShare, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class DeleteDatasetRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DeleteDatasetResponse(_message.Message):
+    __slots__ = ("existed",)
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    existed: bool
+    def __init__(self, existed: _Optional[bool] = ...) -> None: ...
+
+class WaitVersionRequest(_message.Message):
+    __slots__ = ("dataset", "version", "durability", "timeout_seconds")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    version: int
+    durability: str
+    timeout_seconds: float
+    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., durability: _Optional[str] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
