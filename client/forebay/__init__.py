@@ -1,0 +1,1 @@
+"""What trainers import: datasets, loaders and checkpoints, kept by a Forebay daemon."""

@@ -1,0 +1,1 @@
+"""The daemon: tiers, catalog and the edges that clients talk to."""

@@ -1,0 +1,1 @@
+"""The bundled distributed trainer, run under torchrun."""
