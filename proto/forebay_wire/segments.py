@@ -51,7 +51,7 @@ def file_bytes_for(data_bytes: int, num_segments: int) -> int:
 
 def xxh3(data: Buffer) -> int:
     """XXH3-64 of *data*, the check on hot reads. Releases the GIL above 100 KB."""
-    return xxhash.xxh3_64_intdigest(data)  # type: ignore[arg-type]
+    return xxhash.xxh3_64_intdigest(data)
 
 
 @dataclass(frozen=True)
