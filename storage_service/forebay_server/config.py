@@ -1,0 +1,445 @@
+"""Every setting of the daemon, declared once; flags, file, environment and docs derive from it.
+
+Order: argument > environment > file > default. In the environment a setting is called
+``FOREBAY_SERVER_<NAME>`` (and the data folder also ``FOREBAY_DATA``, as clients call it); in the
+file it has the name of its flag. A key that is none of these is an error with a suggestion.
+"""
+
+# ruff: noqa: RUF009 - _option returns a dataclass field
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from forebay_wire.errors import InvalidRequest
+
+ENVIRONMENT_PREFIX: Final = "FOREBAY_SERVER_"
+DATA_VARIABLE: Final = "FOREBAY_DATA"
+CONFIG_FILE_NAME: Final = "forebay.toml"
+NONE: Final = "none"
+"""Turns off a tier that a path or URL setting would name."""
+
+_SIZE: Final = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*$", re.IGNORECASE)
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+_FALSE: Final = frozenset({"0", "false", "no", "off"})
+
+
+def parse_size(value: object) -> int:
+    """Bytes of ``512MiB``, ``10GB`` (decimal), ``1048576`` or an integer."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.match(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("not a size: write bytes or a unit, as in 512MiB, 10GB, 1048576")
+    number, unit, binary = match.groups()
+    power = " kmgtp".index(unit.lower() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _parse_seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("not a number of seconds")
+    seconds = float(value)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError("not a number of seconds, 0 or more")
+    return seconds
+
+
+def _parse_bool(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text not in _TRUE | _FALSE:
+        raise ValueError("neither true nor false")
+    return text in _TRUE
+
+
+def _parse_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("not a text")
+    return value.strip()
+
+
+def _parse_path(value: object) -> Path:
+    text = str(value) if isinstance(value, Path) else _parse_text(value)
+    if not text:
+        raise ValueError("an empty path")
+    return Path(text).expanduser()
+
+
+def _parse_texts(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if not isinstance(value, Sequence):
+        raise ValueError("not a list of texts")
+    return tuple(_parse_text(part) for part in value)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting as a user meets it."""
+
+    name: str
+    """With hyphens: the flag without its dashes, and the key in the file."""
+    unit: str
+    default: Any
+    meaning: str
+    parse: Callable[[object], Any]
+    choices: tuple[str, ...] = ()
+
+    @property
+    def field(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The environment variables that set it; the first one present wins."""
+        own = ENVIRONMENT_PREFIX + self.field.upper()
+        return (own, DATA_VARIABLE) if self.name == "data" else (own,)
+
+    @property
+    def repeatable(self) -> bool:
+        return self.parse is _parse_texts
+
+    @property
+    def is_flag(self) -> bool:
+        return self.parse is _parse_bool
+
+    def read(self, value: object, origin: str) -> Any:
+        """The value of what a user wrote in *origin*; :class:`InvalidRequest` names both."""
+        try:
+            parsed = self.parse(value)
+        except ValueError as error:
+            raise InvalidRequest(f"{self.name} = {value!r} from {origin}: {error}") from error
+        if self.choices and parsed not in self.choices:
+            raise InvalidRequest(
+                f"{self.name} = {value!r} from {origin}: choose one of {', '.join(self.choices)}"
+            )
+        return parsed
+
+
+def _option(
+    default: Any,
+    parse: Callable[[object], Any],
+    unit: str,
+    meaning: str,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    metadata = {"parse": parse, "unit": unit, "meaning": meaning, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one daemon; each field is one option of the table :data:`OPTIONS`."""
+
+    data: Path = _option(
+        Path("data"), _parse_path, "folder", "Holds the catalog, the lock and the default tiers."
+    )
+    listen: tuple[str, ...] = _option(
+        (),
+        _parse_texts,
+        "grpc://HOST:PORT",
+        "Also take control calls on this TCP address (may be repeated; grpcs:// for TLS). "
+        "Beyond loopback it needs tls-cert and tls-key, or insecure.",
+    )
+    http_listen: str = _option(
+        "127.0.0.1:0",
+        _parse_text,
+        "HOST:PORT",
+        "Where byte ranges and /metrics are served; port 0 takes a free one.",
+    )
+    advertise_host: str = _option(
+        "",
+        _parse_text,
+        "host name",
+        "The name under which others reach this machine where an address is a wildcard like "
+        "0.0.0.0; empty: its host name.",
+    )
+    tls_cert: Path | None = _option(
+        None, _parse_path, "PEM file", "Certificate chain of the TCP addresses beyond loopback."
+    )
+    tls_key: Path | None = _option(None, _parse_path, "PEM file", "Private key of tls-cert.")
+    insecure: bool = _option(
+        False, _parse_bool, "", "Allow addresses beyond loopback without TLS: tokens travel bare."
+    )
+    ram_bytes: int = _option(
+        0,
+        parse_size,
+        "bytes",
+        "Shared memory for upload slots and decoded windows; 0: a quarter of the memory that "
+        "this process may use.",
+    )
+    ssd_path: str = _option(
+        "", _parse_text, "folder", 'Folder of the ssd tier; empty: DATA/ssd; "none": no ssd tier.'
+    )
+    ssd_bytes: int = _option(
+        0, parse_size, "bytes", "Most bytes in the ssd tier; 0: only the file system limits it."
+    )
+    hdd_path: str = _option(
+        "", _parse_text, "folder", 'Folder of the hdd tier; empty: DATA/hdd; "none": no hdd tier.'
+    )
+    hdd_bytes: int = _option(
+        0, parse_size, "bytes", "Most bytes in the hdd tier; 0: only the file system limits it."
+    )
+    object_url: str = _option(
+        "",
+        _parse_text,
+        "fsspec URL",
+        'Where the object tier lies; empty: file://DATA/object; "none": no object tier, and '
+        "nothing ever becomes remote.",
+    )
+    reserve_bytes: int = _option(
+        256 << 20,
+        parse_size,
+        "bytes",
+        "Bytes that the daemon leaves free on every file system it writes to.",
+    )
+    lease_seconds: float = _option(
+        60.0,
+        _parse_seconds,
+        "seconds",
+        "An upload whose client neither writes nor renews for this long ends and is reclaimed.",
+    )
+    drain_seconds: float = _option(
+        30.0,
+        _parse_seconds,
+        "seconds",
+        "How long a stopping daemon finishes sealed packs and running work before it ends.",
+    )
+    idle_exit: float = _option(
+        0.0,
+        _parse_seconds,
+        "seconds",
+        "End after this long without a client, once nothing is below local; 0: never.",
+    )
+    log_level: str = _option(
+        "info",
+        _parse_text,
+        "",
+        "The least important log lines that are written.",
+        ("debug", "info", "warning", "error"),
+    )
+    log_format: str = _option(
+        "text", _parse_text, "", "Log lines for people or for machines.", ("text", "json")
+    )
+    reflection: bool = _option(
+        False, _parse_bool, "", "Serve gRPC reflection (grpcurl and friends; it needs a token)."
+    )
+
+    @property
+    def ssd_folder(self) -> Path | None:
+        return self._tier_folder(self.ssd_path, "ssd")
+
+    @property
+    def hdd_folder(self) -> Path | None:
+        return self._tier_folder(self.hdd_path, "hdd")
+
+    @property
+    def object_location(self) -> str | None:
+        """URL of the object tier, None without one."""
+        if self.object_url == NONE:
+            return None
+        return self.object_url or f"file://{self.data.resolve() / 'object'}"
+
+    @property
+    def rpc_addresses(self) -> tuple[Address, ...]:
+        return tuple(self._address(text, "listen", "grpc", "grpcs") for text in self.listen)
+
+    @property
+    def http_address(self) -> Address:
+        return self._address(self.http_listen, "http-listen", "http", "https")
+
+    def _tier_folder(self, path: str, default: str) -> Path | None:
+        if path == NONE:
+            return None
+        return Path(path).expanduser() if path else self.data / default
+
+    def _address(self, text: str, option: str, plain: str, secure: str) -> Address:
+        address = parse_address(text, option, plain, secure)
+        if address.tls and self.tls_cert is None:
+            raise InvalidRequest(f"{option} = {text!r}: TLS needs tls-cert and tls-key")
+        if address.is_loopback or address.tls:
+            return address
+        if self.tls_cert is not None:
+            return Address(secure, address.host, address.port, tls=True)
+        if self.insecure:
+            return address
+        raise InvalidRequest(
+            f"{option} = {text!r} can be reached from other machines: give tls-cert and tls-key, "
+            "or insecure if the network is trusted"
+        )
+
+    def check(self) -> Config:
+        """This configuration if its parts fit together; else :class:`InvalidRequest`."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise InvalidRequest("tls-cert and tls-key belong together: give both or neither")
+        for option, path in (("tls-cert", self.tls_cert), ("tls-key", self.tls_key)):
+            if path is not None and not path.is_file():
+                raise InvalidRequest(f"{option} = {str(path)!r}: no such file")
+        if self.ssd_folder is None and self.hdd_folder is None:
+            raise InvalidRequest(
+                "ssd-path and hdd-path are both none: new bytes have nowhere to land"
+            )
+        if self.lease_seconds < 1:
+            raise InvalidRequest("lease-seconds: at least 1, clients renew within a third of it")
+        _ = (self.rpc_addresses, self.http_address)
+        return self
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen on TCP."""
+
+    scheme: str
+    host: str
+    port: int
+    """0: any free one."""
+    tls: bool
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host == "localhost" or _is_address(self.host, "is_loopback")
+
+    @property
+    def is_wildcard(self) -> bool:
+        return _is_address(self.host, "is_unspecified")
+
+    @property
+    def target(self) -> str:
+        """``host:port``, with brackets around an IPv6 address."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def url(self, port: int, host: str = "") -> str:
+        """The URL of the port that was bound, with *host* in the place of a wildcard."""
+        bound = Address(self.scheme, host if self.is_wildcard else self.host, port, self.tls)
+        return f"{self.scheme}://{bound.target}"
+
+
+def _is_address(host: str, attribute: str) -> bool:
+    try:
+        return bool(getattr(ipaddress.ip_address(host), attribute))
+    except ValueError:
+        return False
+
+
+def parse_address(text: str, option: str, plain: str, secure: str) -> Address:
+    """The address of ``HOST:PORT``, ``[V6]:PORT`` or either after ``plain://`` or ``secure://``."""
+    match = re.fullmatch(r"(?:([a-z]+)://)?(?:\[([0-9a-fA-F:.]+)\]|([^:/\[\]]+)):(\d+)/?", text)
+    scheme = (match[1] or plain) if match else ""
+    if match is None or scheme not in (plain, secure) or int(match[4]) > 65535:
+        raise InvalidRequest(
+            f"{option} = {text!r} is no address: write {plain}://HOST:PORT, as in "
+            f"{plain}://127.0.0.1:7070 or {plain}://[::1]:7070"
+        )
+    return Address(scheme, match[2] or match[3], int(match[4]), tls=scheme == secure)
+
+
+OPTIONS: Final[dict[str, Option]] = {
+    option.name: option
+    for option in (
+        Option(
+            name=part.name.replace("_", "-"),
+            unit=part.metadata["unit"],
+            default=part.default,
+            meaning=part.metadata["meaning"],
+            parse=part.metadata["parse"],
+            choices=part.metadata["choices"],
+        )
+        for part in fields(Config)
+    )
+}
+"""Flag name to option, in the order of the docs."""
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A checked configuration that remembers where each value is from."""
+
+    config: Config
+    origins: dict[str, str]
+    """Option name to ``argument``, the variable's name, the file's path, or ``default``."""
+
+
+def load_config(
+    arguments: Mapping[str, object],
+    environment: Mapping[str, str],
+    file: Path | None = None,
+) -> Configured:
+    """Put a configuration together: argument > environment > file > default.
+
+    *arguments* holds what was given, by option name. Without *file*, ``forebay.toml`` in the data
+    folder is read if it exists. Raises :class:`InvalidRequest` for a key or value that is wrong.
+    """
+    values, origins = _given(arguments, environment)
+    if file is not None:
+        _add_file(values, origins, file, file_names_data=True)
+    else:
+        folder = values.get("data", OPTIONS["data"].default)
+        beside = folder / CONFIG_FILE_NAME
+        if beside.is_file():
+            _add_file(values, origins, beside, file_names_data=False)
+    for name, option in OPTIONS.items():
+        origins.setdefault(name, "default")
+        values.setdefault(name, option.default)
+    by_field = {OPTIONS[name].field: value for name, value in values.items()}
+    return Configured(Config(**by_field).check(), {name: origins[name] for name in OPTIONS})
+
+
+def _given(
+    arguments: Mapping[str, object], environment: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and origins of what arguments and environment say."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for key, value in arguments.items():
+        option = _find(key, "the arguments")
+        values[option.name], origins[option.name] = option.read(value, "argument"), "argument"
+    known = {variable for option in OPTIONS.values() for variable in option.variables}
+    for variable in environment:
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in known:
+            raise _unknown(variable, known, "the environment")
+    for option in OPTIONS.values():
+        for variable in option.variables:
+            if variable in environment and option.name not in values:
+                values[option.name] = option.read(environment[variable], variable)
+                origins[option.name] = variable
+    return values, origins
+
+
+def _add_file(
+    values: dict[str, Any], origins: dict[str, str], file: Path, *, file_names_data: bool
+) -> None:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"cannot read the configuration {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the configuration {file} is not TOML: {error}") from error
+    for key, value in content.items():
+        option = _find(key, str(file))
+        if option.name == "data" and not file_names_data:
+            raise InvalidRequest(f"{file} lies in a data folder and cannot name another: drop data")
+        parsed = option.read(value, str(file))
+        if option.name not in values:
+            values[option.name], origins[option.name] = parsed, str(file)
+
+
+def _find(key: str, where: str) -> Option:
+    option = OPTIONS.get(key.replace("_", "-"))
+    if option is None:
+        raise _unknown(key, OPTIONS, where)
+    return option
+
+
+def _unknown(key: str, known: Mapping[str, Any] | set[str], where: str) -> InvalidRequest:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    advice = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+    return InvalidRequest(f"unknown setting {key!r} in {where}: {advice}")

@@ -1,0 +1,119 @@
+"""The daemon's Prometheus metrics: every name in one table, every label of bounded cardinality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One metric as the docs name it."""
+
+    name: str
+    kind: Literal["counter", "histogram", "gauge"]
+    labels: tuple[str, ...]
+    meaning: str
+
+
+METRICS: Final[dict[str, MetricSpec]] = {
+    spec.name: spec
+    for spec in (
+        MetricSpec(
+            "forebay_rpc_calls_total",
+            "counter",
+            ("method", "status"),
+            "Finished gRPC calls by method and status code name.",
+        ),
+        MetricSpec(
+            "forebay_rpc_seconds",
+            "histogram",
+            ("method",),
+            "Seconds that a unary gRPC call took in the daemon.",
+        ),
+        MetricSpec(
+            "forebay_rpc_internal_errors_total",
+            "counter",
+            ("method",),
+            "Calls that ended with an error nobody expected; each has a log line with its id.",
+        ),
+        MetricSpec(
+            "forebay_tier_bytes",
+            "gauge",
+            ("tier", "kind"),
+            "Bytes of a tier: limit, used, free, dirty, open or reserved.",
+        ),
+        MetricSpec("forebay_tier_files", "gauge", ("tier",), "Files of a tier."),
+        MetricSpec(
+            "forebay_tier_healthy", "gauge", ("tier",), "1 while the tier answers, 0 if it fails."
+        ),
+        MetricSpec("forebay_datasets", "gauge", (), "Datasets in the catalog."),
+        MetricSpec("forebay_runs", "gauge", (), "Training runs in the catalog."),
+        MetricSpec("forebay_clients", "gauge", (), "Clients attached or on the descriptor socket."),
+        MetricSpec("forebay_uploads", "gauge", (), "Upload sessions that have not ended."),
+        MetricSpec(
+            "forebay_jobs", "gauge", ("kind", "state"), "Background jobs by kind and state."
+        ),
+        MetricSpec("forebay_start_unix_seconds", "gauge", (), "When this daemon started."),
+    )
+}
+"""Name to metric; ``docs/operate/metrics.md`` is tested against it."""
+
+SECONDS_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One value of a gauge."""
+
+    name: str
+    labels: tuple[str, ...]
+    value: float
+
+
+class _Gauges:
+    """Collects the gauges from one snapshot of the daemon's state."""
+
+    def __init__(self) -> None:
+        self.samples: tuple[Sample, ...] = ()
+
+    def collect(self) -> Iterator[Metric]:
+        families = {
+            spec.name: GaugeMetricFamily(spec.name, spec.meaning, labels=spec.labels)
+            for spec in METRICS.values()
+            if spec.kind == "gauge"
+        }
+        for sample in self.samples:
+            families[sample.name].add_metric(sample.labels, sample.value)
+        yield from families.values()
+
+
+class Metrics:
+    """The metrics of one daemon; thread-safe, as prometheus_client is."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._gauges = _Gauges()
+        self._registry.register(self._gauges)
+        self.rpc_calls = self._counter("forebay_rpc_calls_total")
+        self.rpc_internal_errors = self._counter("forebay_rpc_internal_errors_total")
+        spec = METRICS["forebay_rpc_seconds"]
+        self.rpc_seconds = Histogram(
+            spec.name, spec.meaning, spec.labels, registry=self._registry, buckets=SECONDS_BUCKETS
+        )
+
+    def _counter(self, name: str) -> Counter:
+        spec = METRICS[name]
+        return Counter(name, spec.meaning, spec.labels, registry=self._registry)
+
+    def render(self, samples: Iterable[Sample]) -> bytes:
+        """The exposition text, with *samples* as the gauges' values."""
+        self._gauges.samples = tuple(samples)
+        return generate_latest(self._registry)

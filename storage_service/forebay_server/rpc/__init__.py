@@ -1,0 +1,1 @@
+"""The gRPC edge: converts messages, asks use cases, and decides nothing."""

@@ -1,0 +1,1 @@
+"""Helpers for the tests of Forebay, shipped so that other packages' tests can use them."""
