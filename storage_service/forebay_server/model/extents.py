@@ -1,0 +1,104 @@
+"""What lies under a blob's id in the object tier: its extents, with its segment table.
+
+A small object of its own, so that a blob can be found, checked and read without the catalog.
+Byte table: ``docs/formats/blob-extents.md``.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from blake3 import blake3
+
+from forebay_wire.errors import IntegrityError
+from forebay_wire.segments import SegmentTable
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+MAGIC: Final = b"FBEXTENT"
+VERSION: Final = 1
+ENCODING_RAW: Final = 0
+"""The bytes lie as they are."""
+
+HEADER: Final = struct.Struct("<8sIIIIQ32s")
+"""magic, version u32, encoding u32, num_extents u32, reserved u32 (0), table_length u64,
+BLAKE3 of everything behind the header (32 bytes)."""
+
+EXTENT: Final = struct.Struct("<QQQQ16s")
+"""blob_offset u64, file_offset u64, num_bytes u64, file_bytes u64, file (16 bytes)."""
+
+
+@dataclass(frozen=True)
+class ObjectExtent:
+    """A consecutive piece of a blob in one object."""
+
+    blob_offset: int
+    file_offset: int
+    num_bytes: int
+    file_bytes: int
+    """Size in bytes of the whole object, for a check that needs no reading."""
+    file: str
+    """The object's random name (32 hex digits)."""
+
+
+@dataclass(frozen=True)
+class ObjectBlob:
+    """Where the object tier keeps one blob."""
+
+    table: SegmentTable
+    extents: tuple[ObjectExtent, ...]
+
+    def encode(self) -> bytes:
+        """The bytes that lie under the blob's id."""
+        body = b"".join(
+            EXTENT.pack(
+                one.blob_offset, one.file_offset, one.num_bytes, one.file_bytes,
+                bytes.fromhex(one.file),
+            )
+            for one in self.extents
+        )  # fmt: skip
+        table = self.table.encoded
+        body += table
+        head = HEADER.pack(
+            MAGIC, VERSION, ENCODING_RAW, len(self.extents), 0, len(table), blake3(body).digest()
+        )
+        return head + body
+
+    @classmethod
+    def decode(cls, data: Buffer, where: str, blob: str) -> ObjectBlob:
+        """What *data* says about *blob*; :class:`IntegrityError` unless it is exactly that."""
+        view = memoryview(data).cast("B")
+        if len(view) < HEADER.size:
+            raise IntegrityError(f"extent list of blob {blob} is cut short ({where})")
+        magic, version, encoding, count, reserved, table_length, digest = HEADER.unpack_from(view)
+        if magic != MAGIC or version != VERSION or encoding != ENCODING_RAW or reserved:
+            raise IntegrityError(f"no extent list of version {VERSION} for blob {blob} ({where})")
+        body = view[HEADER.size :]
+        if len(body) != count * EXTENT.size + table_length or blake3(body).digest() != digest:
+            raise IntegrityError(
+                f"extent list of blob {blob} does not match its digest ({where}); it is damaged"
+            )
+        table = SegmentTable.decode(body[count * EXTENT.size :], where, blob)
+        extents = tuple(
+            ObjectExtent(start, offset, length, size, name.hex())
+            for start, offset, length, size, name in EXTENT.iter_unpack(body[: count * EXTENT.size])
+        )
+        _check_cover(extents, table.total_bytes, blob, where)
+        return cls(table, extents)
+
+
+def _check_cover(
+    extents: tuple[ObjectExtent, ...], total_bytes: int, blob: str, where: str
+) -> None:
+    position = 0
+    for one in extents:
+        if one.blob_offset != position or one.file_offset + one.num_bytes > one.file_bytes:
+            raise IntegrityError(f"extents of blob {blob} leave a gap or reach too far ({where})")
+        position += one.num_bytes
+    if not extents or position != total_bytes:
+        raise IntegrityError(
+            f"extents of blob {blob} do not cover its {total_bytes} bytes ({where})"
+        )

@@ -1,0 +1,1 @@
+"""Background work of the daemon, journaled in the catalog."""

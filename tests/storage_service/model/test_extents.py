@@ -1,0 +1,68 @@
+"""The extent list under a blob's id: round trip, and damage anywhere is noticed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay_server.model.extents import EXTENT, HEADER, ObjectBlob, ObjectExtent
+from forebay_wire.errors import IntegrityError
+from forebay_wire.segments import file_bytes_for, table_of
+
+NAME = "0123456789abcdef" * 2
+
+
+def one_extent(*pieces: bytes) -> ObjectBlob:
+    table = table_of(pieces)
+    size = file_bytes_for(table.total_bytes, table.num_segments)
+    return ObjectBlob(table, (ObjectExtent(0, 0, table.total_bytes, size, NAME),))
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=6))
+def test_what_is_encoded_is_decoded(pieces: list[bytes]) -> None:
+    blob = one_extent(*pieces)
+    data = blob.encode()
+    assert len(data) == HEADER.size + EXTENT.size + len(blob.table.encoded)
+    back = ObjectBlob.decode(data, "here", blob.table.blob_id)
+    assert back.extents == blob.extents
+    assert back.table.encoded == blob.table.encoded
+
+
+def test_every_flipped_bit_and_every_truncation_is_an_integrity_error() -> None:
+    blob = one_extent(b"one", b"two two")
+    data = blob.encode()
+    for position in range(len(data) * 8):
+        bad = bytearray(data)
+        bad[position // 8] ^= 1 << position % 8
+        with pytest.raises(IntegrityError, match="tier object"):
+            ObjectBlob.decode(bad, "tier object", blob.table.blob_id)
+    for length in range(len(data)):
+        with pytest.raises(IntegrityError, match="tier object"):
+            ObjectBlob.decode(data[:length], "tier object", blob.table.blob_id)
+
+
+def test_the_list_of_another_blob_is_refused() -> None:
+    with pytest.raises(IntegrityError, match="does not belong"):
+        ObjectBlob.decode(one_extent(b"a").encode(), "here", one_extent(b"b").table.blob_id)
+
+
+@pytest.mark.parametrize(
+    "extents",
+    [
+        (),
+        (ObjectExtent(0, 0, 9, 100, NAME),),
+        (ObjectExtent(1, 0, 9, 100, NAME),),
+        (ObjectExtent(0, 95, 10, 100, NAME),),
+        (ObjectExtent(0, 0, 4, 100, NAME), ObjectExtent(5, 0, 5, 100, NAME)),
+    ],
+)
+def test_extents_must_cover_the_blob(extents: tuple[ObjectExtent, ...]) -> None:
+    table = table_of([b"0123456789"])
+    with pytest.raises(IntegrityError, match="extents of blob"):
+        ObjectBlob.decode(ObjectBlob(table, extents).encode(), "here", table.blob_id)
+
+
+def test_several_extents_in_several_objects() -> None:
+    table = table_of([b"0123456789"])
+    extents = (ObjectExtent(0, 7, 4, 20, NAME), ObjectExtent(4, 0, 6, 20, NAME[::-1]))
+    back = ObjectBlob.decode(ObjectBlob(table, extents).encode(), "here", table.blob_id)
+    assert back.extents == extents
