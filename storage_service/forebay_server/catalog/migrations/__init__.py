@@ -1,0 +1,27 @@
+"""Numbered steps that bring an older catalog to the current schema.
+
+A step lies in a module of its own, ``vNNNN_what_it_does.py``, and is listed in :data:`MIGRATIONS`.
+It says what it does in plain SQL and never imports ``catalog.tables``: those move on, it does not.
+A new catalog is created from ``catalog.tables`` and needs no step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One step: ``apply`` brings a catalog of schema ``number - 1`` to schema ``number``."""
+
+    number: int
+    name: str
+    apply: Callable[[Connection], None]
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = ()
+"""In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""

@@ -1,0 +1,230 @@
+"""Background work as rows: queued once per target, run under a lease, repeated with back-off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, or_, select, update
+
+from forebay_server.catalog.clock import now
+from forebay_server.catalog.tables import jobs
+from forebay_wire.ids import new_random_name
+
+LIVE = ("queued", "running")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the job table."""
+
+    job: str
+    kind: str
+    target: str
+    state: str
+    tries: int
+    done_bytes: int
+    total_bytes: int
+    error: str
+
+
+def _job(row: Row[tuple[object, ...]]) -> Job:
+    return Job(
+        row.job,
+        row.kind,
+        row.target,
+        row.state,
+        row.tries,
+        row.done_bytes,
+        row.total_bytes,
+        row.error,
+    )
+
+
+def enqueue(connection: Connection, kind: str, target: str, *, total_bytes: int = 0) -> str:
+    """The live job of *kind* for *target*: the one that exists, or a new one."""
+    existing = connection.scalar(
+        select(jobs.c.job).where(
+            jobs.c.kind == kind, jobs.c.target == target, jobs.c.state.in_(LIVE)
+        )
+    )
+    if existing is not None:
+        return existing
+    job = new_random_name()
+    connection.execute(
+        insert(jobs).values(job=job, kind=kind, target=target, total_bytes=total_bytes)
+    )
+    return job
+
+
+def _may_start() -> ColumnElement[bool]:
+    """Queued and due, or running under a lease that ended."""
+    return or_(
+        and_(jobs.c.state == "queued", jobs.c.not_before <= now()),
+        and_(jobs.c.state == "running", jobs.c.expires < now()),
+    )
+
+
+def claim(
+    connection: Connection, owner: str, lease_seconds: float, kinds: Sequence[str]
+) -> Job | None:
+    """The next job of one of *kinds*, now leased to *owner*; None if none is due."""
+    chosen = connection.scalar(
+        select(jobs.c.job)
+        .where(_may_start(), jobs.c.kind.in_(kinds))
+        .order_by(jobs.c.not_before, jobs.c.created, jobs.c.job)
+        .limit(1)
+    )
+    if chosen is None:
+        return None
+    taken = connection.execute(
+        update(jobs)
+        .where(jobs.c.job == chosen, _may_start())
+        .values(state="running", owner=owner, expires=now() + lease_seconds, tries=jobs.c.tries + 1)
+    )
+    return get_job(connection, chosen) if taken.rowcount else None
+
+
+def _held(job: str, owner: str) -> ColumnElement[bool]:
+    """The guard of every change by a worker: it still owns the job and its lease is live."""
+    return and_(
+        jobs.c.job == job,
+        jobs.c.state == "running",
+        jobs.c.owner == owner,
+        jobs.c.expires >= now(),
+    )
+
+
+def is_held(connection: Connection, job: str, owner: str) -> bool:
+    """Whether *owner* still holds the job: asked inside a transaction that acts for it."""
+    return connection.scalar(select(jobs.c.job).where(_held(job, owner))) is not None
+
+
+def renew(
+    connection: Connection,
+    job: str,
+    owner: str,
+    lease_seconds: float,
+    done_bytes: int,
+    total_bytes: int,
+) -> bool:
+    """Extend the lease and record progress; False if *owner* no longer holds the job."""
+    changed = connection.execute(
+        update(jobs)
+        .where(_held(job, owner))
+        .values(expires=now() + lease_seconds, done_bytes=done_bytes, total_bytes=total_bytes)
+    )
+    return changed.rowcount > 0
+
+
+def finish(connection: Connection, job: str, owner: str) -> bool:
+    """Mark the job done; False if *owner* no longer holds it."""
+    changed = connection.execute(
+        update(jobs)
+        .where(_held(job, owner))
+        .values(state="done", owner=None, expires=None, error="", done_bytes=jobs.c.total_bytes)
+    )
+    return changed.rowcount > 0
+
+
+def retry_later(
+    connection: Connection, job: str, owner: str, error: str, delay_seconds: float
+) -> bool:
+    """Queue the job again, not before *delay_seconds* from now; False if not held."""
+    changed = connection.execute(
+        update(jobs)
+        .where(_held(job, owner))
+        .values(
+            state="queued",
+            owner=None,
+            expires=None,
+            error=error,
+            not_before=now() + delay_seconds,
+        )
+    )
+    return changed.rowcount > 0
+
+
+def fail(connection: Connection, job: str, owner: str, error: str) -> bool:
+    """Give the job up for good; False if not held."""
+    changed = connection.execute(
+        update(jobs)
+        .where(_held(job, owner))
+        .values(state="failed", owner=None, expires=None, error=error)
+    )
+    return changed.rowcount > 0
+
+
+def requeue_all(connection: Connection) -> int:
+    """At the daemon's start: what its previous incarnation was running is queued again."""
+    changed = connection.execute(
+        update(jobs)
+        .where(jobs.c.state == "running")
+        .values(state="queued", owner=None, expires=None, not_before=now())
+    )
+    return changed.rowcount
+
+
+def cancel_queued(connection: Connection, kind: str, target: str) -> None:
+    """Drop the job of *target* unless somebody runs it."""
+    connection.execute(
+        delete(jobs).where(jobs.c.kind == kind, jobs.c.target == target, jobs.c.state == "queued")
+    )
+
+
+def running(connection: Connection, kind: str, targets: Sequence[str]) -> list[Job]:
+    """The jobs of *targets* that somebody runs under a live lease."""
+    rows = connection.execute(
+        select(jobs).where(
+            jobs.c.kind == kind,
+            jobs.c.target.in_(targets),
+            jobs.c.state == "running",
+            jobs.c.expires >= now(),
+        )
+    )
+    return [_job(row) for row in rows]
+
+
+def get_job(connection: Connection, job: str) -> Job | None:
+    row = connection.execute(select(jobs).where(jobs.c.job == job)).one_or_none()
+    return None if row is None else _job(row)
+
+
+def job_of(connection: Connection, kind: str, target: str) -> Job | None:
+    """The newest job of *kind* for *target*, in whatever state."""
+    row = connection.execute(
+        select(jobs)
+        .where(jobs.c.kind == kind, jobs.c.target == target)
+        .order_by(jobs.c.created.desc(), jobs.c.job)
+        .limit(1)
+    ).one_or_none()
+    return None if row is None else _job(row)
+
+
+def list_jobs(connection: Connection, limit: int) -> list[Job]:
+    """Live and failed jobs, newest first."""
+    rows = connection.execute(
+        select(jobs)
+        .where(jobs.c.state != "done")
+        .order_by(jobs.c.created.desc(), jobs.c.job)
+        .limit(limit)
+    )
+    return [_job(row) for row in rows]
+
+
+def seconds_until_due(connection: Connection, kinds: Sequence[str]) -> float | None:
+    """How long until some job may start (0: now); None if no job is live."""
+    waiting = select(jobs.c.not_before - now()).where(
+        jobs.c.state == "queued", jobs.c.kind.in_(kinds)
+    )
+    leased = select(jobs.c.expires - now()).where(jobs.c.state == "running", jobs.c.kind.in_(kinds))
+    times = [*connection.scalars(waiting), *connection.scalars(leased)]
+    return max(0.0, min(times)) if times else None
+
+
+def drop_finished(connection: Connection, older_than_seconds: float) -> int:
+    """Forget done jobs created longer ago than this; how many."""
+    gone = connection.execute(
+        delete(jobs).where(jobs.c.state == "done", jobs.c.created < now() - older_than_seconds)
+    )
+    return gone.rowcount

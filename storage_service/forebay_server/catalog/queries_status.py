@@ -1,0 +1,123 @@
+"""What the status page and the metrics count in the catalog."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, case, exists, func, select
+
+from forebay_server.catalog.tables import (
+    datasets,
+    extents,
+    generations,
+    jobs,
+    packs,
+    replicas,
+    runs,
+    uploads,
+)
+
+MAX_JOBS: Final = 200
+"""Jobs listed on the status page, those that run first; the counts are of all."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of background work that has not ended well."""
+
+    job: str
+    kind: str
+    target: str
+    state: str
+    done_bytes: int
+    total_bytes: int
+    tries: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One snapshot of the catalog in numbers."""
+
+    num_datasets: int
+    num_runs: int
+    num_uploads: int
+    """Upload sessions that have not ended."""
+    num_below_local: int
+    """Sealed uploads and generations that have not landed: nothing may end the daemon lightly."""
+    dirty_bytes: dict[str, int]
+    """Tier to bytes of live replicas whose blob has none in the object tier; tier ``ram`` to
+    bytes of sealed packs that have not landed."""
+    num_jobs: dict[tuple[str, str], int]
+    """(kind, state) to number of jobs."""
+    jobs: tuple[Job, ...]
+
+
+def count_all(connection: Connection, object_tier: str) -> Counts:
+    """All numbers of the status page; *object_tier* is the name of the most durable tier."""
+    return Counts(
+        num_datasets=_count(connection, select(func.count()).where(datasets.c.state == "live")),
+        num_runs=_count(connection, select(func.count()).select_from(runs)),
+        num_uploads=_count(connection, select(func.count()).select_from(uploads)),
+        num_below_local=count_below_local(connection),
+        dirty_bytes=_dirty_bytes(connection, object_tier),
+        num_jobs=_count_jobs(connection),
+        jobs=_list_jobs(connection),
+    )
+
+
+def count_below_local(connection: Connection) -> int:
+    """Sealed uploads and generations that have not landed."""
+    sealed_uploads = select(func.count()).where(uploads.c.state == "sealed")
+    sealed_generations = select(func.count()).where(generations.c.state == "sealed")
+    return _count(connection, sealed_uploads) + _count(connection, sealed_generations)
+
+
+def _count(connection: Connection, statement: object) -> int:
+    return int(connection.scalar(statement) or 0)  # type: ignore[call-overload]
+
+
+def _dirty_bytes(connection: Connection, object_tier: str) -> dict[str, int]:
+    remote = replicas.alias("remote")
+    is_remote = exists().where(
+        remote.c.blob == replicas.c.blob,
+        remote.c.tier == object_tier,
+        remote.c.state == "live",
+    )
+    rows = connection.execute(
+        select(replicas.c.tier, func.sum(extents.c.num_bytes))
+        .select_from(replicas.join(extents))
+        .where(replicas.c.state == "live", replicas.c.tier != object_tier, ~is_remote)
+        .group_by(replicas.c.tier)
+    )
+    dirty = {str(tier): int(num_bytes) for tier, num_bytes in rows}
+    in_slots = select(func.sum(packs.c.num_bytes)).where(packs.c.state == "sealed")
+    return {**dirty, "ram": _count(connection, in_slots)}
+
+
+def _count_jobs(connection: Connection) -> dict[tuple[str, str], int]:
+    rows = connection.execute(
+        select(jobs.c.kind, jobs.c.state, func.count()).group_by(jobs.c.kind, jobs.c.state)
+    )
+    return {(kind, state): int(number) for kind, state, number in rows}
+
+
+def _list_jobs(connection: Connection) -> tuple[Job, ...]:
+    turn = case({"running": 0, "failed": 1}, value=jobs.c.state, else_=2)
+    rows = connection.execute(
+        select(
+            jobs.c.job,
+            jobs.c.kind,
+            jobs.c.target,
+            jobs.c.state,
+            jobs.c.done_bytes,
+            jobs.c.total_bytes,
+            jobs.c.tries,
+            jobs.c.error,
+        )
+        .where(jobs.c.state != "done")
+        .order_by(turn, jobs.c.not_before)
+        .limit(MAX_JOBS)
+    )
+    return tuple(Job(*row) for row in rows)

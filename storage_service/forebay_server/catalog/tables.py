@@ -1,0 +1,309 @@
+"""The tables of the catalog, with the rules that the database itself enforces.
+
+Times are Unix seconds by the database's clock, sizes are bytes, ids are lower-case hex, JSON is
+canonical text. The schema's number is :data:`SCHEMA_VERSION`; older ones are brought here by
+``catalog/migrations``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    text,
+)
+
+from forebay_server.catalog.clock import now
+
+SCHEMA_VERSION: Final = 1
+
+metadata: Final = MetaData()
+
+
+def _created() -> Column[Any]:
+    return Column("created", Double, nullable=False, default=now())
+
+
+def _one_of(column: str, *values: str) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({listed})", name=f"{column}_is_known")
+
+
+settings = Table(
+    "settings",
+    metadata,
+    Column("key", String(128), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("node", String(32), primary_key=True),
+    _created(),
+)
+
+# ------------------------------------------------------------------------------------ the bytes
+
+files = Table(
+    "files",
+    metadata,
+    Column("file", String(32), primary_key=True),
+    Column("tier", String(128), nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    # 'missing': the row's file was not there at a start; its replicas are quarantined.
+    Column("state", String(16), nullable=False, default="live"),
+    _created(),
+    _one_of("state", "live", "missing"),
+    Index("files_by_tier", "tier"),
+)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("blob", String(64), primary_key=True),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("num_segments", BigInteger, nullable=False),
+    _created(),
+)
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("replica", String(32), primary_key=True),
+    Column("blob", ForeignKey("blobs.blob"), nullable=False),
+    Column("tier", String(128), nullable=False),
+    # '' where the catalog serves one node, and for tiers that all nodes share.
+    Column("node", String(32), nullable=False, default=""),
+    Column("encoding", String(16), nullable=False, default="raw"),
+    Column("state", String(16), nullable=False, default="live"),
+    # Why it was quarantined.
+    Column("reason", Text, nullable=False, default=""),
+    _created(),
+    _one_of("state", "live", "quarantined"),
+    Index("replicas_by_blob", "blob"),
+)
+
+Index(
+    "one_live_replica",
+    replicas.c.blob,
+    replicas.c.tier,
+    replicas.c.node,
+    unique=True,
+    sqlite_where=text("state = 'live'"),
+    postgresql_where=text("state = 'live'"),
+)
+
+extents = Table(
+    "extents",
+    metadata,
+    Column("replica", ForeignKey("replicas.replica", ondelete="CASCADE"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("blob_offset", BigInteger, nullable=False),
+    Column("file", ForeignKey("files.file"), nullable=False),
+    Column("file_offset", BigInteger, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Index("extents_by_file", "file"),
+)
+
+# ------------------------------------------------------------------------------ what it adds up to
+
+manifests = Table(
+    "manifests",
+    metadata,
+    Column("manifest", String(64), primary_key=True),
+    Column("kind", Integer, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    _created(),
+)
+
+manifest_blobs = Table(
+    "manifest_blobs",
+    metadata,
+    Column("manifest", ForeignKey("manifests.manifest", ondelete="CASCADE"), primary_key=True),
+    # No ON DELETE: a blob that a manifest names cannot be deleted.
+    Column("blob", ForeignKey("blobs.blob"), primary_key=True),
+    Index("manifest_blobs_by_blob", "blob"),
+)
+
+manifest_remote = Table(
+    "manifest_remote",
+    metadata,
+    Column("manifest", ForeignKey("manifests.manifest", ondelete="CASCADE"), primary_key=True),
+    Column("at", Double, nullable=False, default=now()),
+)
+
+datasets = Table(
+    "datasets",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    # 'deleting': invisible, its object manifests are being removed.
+    Column("state", String(16), nullable=False, default="live"),
+    _created(),
+    _one_of("state", "live", "deleting"),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("dataset", ForeignKey("datasets.name"), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("manifest", ForeignKey("manifests.manifest"), nullable=False),
+    Column("num_rows", BigInteger, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("num_shards", Integer, nullable=False),
+    # The commit's random name: the same request is applied once.
+    Column("request", String(64), nullable=False, unique=True),
+    _created(),
+)
+
+selections = Table(
+    "selections",
+    metadata,
+    Column("dataset", String(128), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("name", String(128), primary_key=True),
+    Column("manifest", ForeignKey("manifests.manifest"), nullable=False),
+    Column("num_rows", BigInteger, nullable=False),
+    _created(),
+    ForeignKeyConstraint(["dataset", "version"], ["versions.dataset", "versions.version"]),
+)
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run", String(128), primary_key=True),
+    _created(),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("run", ForeignKey("runs.run"), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("parent_attempt", Integer),
+    Column("parent_step", BigInteger),
+    Column("num_ranks", Integer, nullable=False),
+    # The opening call's random name: the same request opens one attempt.
+    Column("request", String(64), nullable=False, unique=True),
+    _created(),
+)
+
+generations = Table(
+    "generations",
+    metadata,
+    Column("run", String(128), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False, default="open"),
+    Column("num_ranks", Integer, nullable=False),
+    Column("manifest", ForeignKey("manifests.manifest")),
+    # JSON of rank 0: {"name": number}; dataset, version, selection and position.
+    Column("metrics", Text, nullable=False, default=""),
+    Column("dataset", Text, nullable=False, default=""),
+    # Why it was aborted or failed.
+    Column("error", Text, nullable=False, default=""),
+    _created(),
+    _one_of("state", "open", "sealed", "committed", "aborted", "failed"),
+    CheckConstraint(
+        "(state = 'committed') = (manifest IS NOT NULL)", name="committed_is_a_manifest"
+    ),
+    ForeignKeyConstraint(["run", "attempt"], ["attempts.run", "attempts.attempt"]),
+)
+
+packs = Table(
+    "packs",
+    metadata,
+    Column("run", String(128), primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("step", BigInteger, primary_key=True, autoincrement=False),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False, default="open"),
+    # No foreign key: the upload session ends when the pack has landed.
+    Column("session", String(32), nullable=False, unique=True),
+    Column("blob", ForeignKey("blobs.blob")),
+    Column("num_bytes", BigInteger, nullable=False),
+    # Canonical JSON, UTF-8: what the rank wrote where; known from the seal on.
+    Column("description", LargeBinary),
+    _created(),
+    _one_of("state", "open", "sealed", "landed"),
+    CheckConstraint("state <> 'landed' OR blob IS NOT NULL", name="landed_is_a_blob"),
+    ForeignKeyConstraint(
+        ["run", "attempt", "step"],
+        ["generations.run", "generations.attempt", "generations.step"],
+        ondelete="CASCADE",
+    ),
+    Index("packs_by_blob", "blob"),
+)
+
+# ----------------------------------------------------------------------------------------- leases
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("session", String(32), primary_key=True),
+    Column("owner", String(512), nullable=False),
+    Column("uid", BigInteger, nullable=False),
+    Column("tier", String(128), nullable=False),
+    # The file that it will become; not in `files` before it landed.
+    Column("file", String(32), nullable=False, unique=True),
+    Column("state", String(16), nullable=False, default="open"),
+    # What landed: no ON DELETE, so a live session keeps its blob.
+    Column("blob", ForeignKey("blobs.blob")),
+    Column("expires", Double, nullable=False),
+    _created(),
+    _one_of("state", "open", "sealed", "landed"),
+    CheckConstraint("state <> 'landed' OR blob IS NOT NULL", name="landed_is_a_blob"),
+    Index("uploads_by_owner", "uid", "owner"),
+    Index("uploads_by_expiry", "expires"),
+    Index("uploads_by_blob", "blob"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job", String(32), primary_key=True),
+    Column("kind", String(32), nullable=False),
+    Column("target", String(512), nullable=False),
+    Column("state", String(16), nullable=False, default="queued"),
+    # Who runs it, and until when unless renewed; both empty while queued.
+    Column("owner", String(64)),
+    Column("expires", Double),
+    Column("tries", Integer, nullable=False, default=0),
+    Column("done_bytes", BigInteger, nullable=False, default=0),
+    Column("total_bytes", BigInteger, nullable=False, default=0),
+    Column("error", Text, nullable=False, default=""),
+    # Not taken before: back-off after a failed try.
+    Column("not_before", Double, nullable=False, default=now()),
+    _created(),
+    _one_of("state", "queued", "running", "done", "failed"),
+    CheckConstraint(
+        "(state = 'running') = (owner IS NOT NULL AND expires IS NOT NULL)",
+        name="running_is_leased",
+    ),
+    Index("jobs_by_turn", "state", "not_before"),
+)
+
+Index(
+    "one_live_job",
+    jobs.c.kind,
+    jobs.c.target,
+    unique=True,
+    sqlite_where=text("state IN ('queued', 'running')"),
+    postgresql_where=text("state IN ('queued', 'running')"),
+)
