@@ -1,0 +1,143 @@
+"""The Admin service: the handshake, the status page, and who is attached."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import grpc.aio
+
+from forebay_server.rpc.interceptors import current_caller
+from forebay_server.serve.status import Status
+from forebay_wire.errors import DaemonUnavailable
+from forebay_wire.protocol import agree, protocol_range
+from forebay_wire.v1 import admin_pb2, admin_pb2_grpc
+
+ATTACH_INTERVAL_SECONDS: Final = 60.0
+MAX_ATTACHED: Final = 4096
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the handshake tells a caller with a token."""
+
+    version: str
+    node: str
+    incarnation: str
+    data_folder: str
+    descriptor_socket: str
+    http_url: str
+
+
+class TokenGiver(Protocol):
+    """What the handshake needs of :class:`forebay_server.bulk.tickets.Auth`."""
+
+    def token(self, uid: int) -> str:
+        """The token bound to *uid*."""
+        ...
+
+
+class Attached:
+    """Counts the clients that hold an Attach stream; used from the loop only."""
+
+    def __init__(self) -> None:
+        self.num_clients = 0
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        """End all streams: the daemon stops."""
+        self._ended.set()
+
+    async def wait_end(self, timeout_seconds: float) -> bool:
+        """Whether the daemon ends, asked for at most *timeout_seconds*."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                return await self._ended.wait()
+        except TimeoutError:
+            return False
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """Converts between messages and the daemon's state."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        tokens: TokenGiver,
+        attached: Attached,
+        read_status: Callable[[], Any],
+        read_state: Callable[[], str],
+    ) -> None:
+        self._identity = identity
+        self._tokens = tokens
+        self._attached = attached
+        self._read_status = read_status
+        self._read_state = read_state
+
+    async def Handshake(
+        self,
+        request: admin_pb2.HandshakeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> admin_pb2.HandshakeResponse:
+        protocol = agree(request.protocols, protocol_range(), caller="client", here="daemon")
+        ours = self._identity
+        caller = current_caller()
+        if caller.uid is None:
+            return admin_pb2.HandshakeResponse(protocol=protocol, server_version=ours.version)
+        is_local = caller.peer.startswith("unix:")
+        return admin_pb2.HandshakeResponse(
+            protocol=protocol,
+            server_version=ours.version,
+            node=ours.node,
+            incarnation=ours.incarnation,
+            data_folder=ours.data_folder,
+            descriptor_socket=ours.descriptor_socket if is_local else "",
+            http_url=ours.http_url,
+            token=self._tokens.token(caller.uid),
+        )
+
+    async def Status(
+        self,
+        request: admin_pb2.StatusRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> admin_pb2.StatusResponse:
+        return convert_status(await self._read_status(), self._identity)
+
+    async def Attach(
+        self,
+        request: admin_pb2.AttachRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[admin_pb2.AttachEvent]:
+        if self._attached.num_clients >= MAX_ATTACHED:
+            raise DaemonUnavailable(
+                f"{MAX_ATTACHED} clients are attached already: close some, one a process is enough"
+            )
+        self._attached.num_clients += 1
+        try:
+            yield admin_pb2.AttachEvent(state=self._read_state())
+            while not await self._attached.wait_end(ATTACH_INTERVAL_SECONDS):
+                yield admin_pb2.AttachEvent(state=self._read_state())
+            yield admin_pb2.AttachEvent(state=self._read_state())
+        finally:
+            self._attached.num_clients -= 1
+
+
+def convert_status(status: Status, identity: Identity) -> admin_pb2.StatusResponse:
+    """The message of a status page."""
+    return admin_pb2.StatusResponse(
+        server_version=identity.version,
+        node=identity.node,
+        incarnation=identity.incarnation,
+        data_folder=identity.data_folder,
+        started_unix=status.started_unix,
+        tiers=[admin_pb2.TierStatus(**vars(tier)) for tier in status.tiers],
+        num_datasets=status.counts.num_datasets,
+        num_runs=status.counts.num_runs,
+        num_clients=status.num_clients,
+        num_uploads=status.counts.num_uploads,
+        jobs=[admin_pb2.JobStatus(**vars(job)) for job in status.counts.jobs],
+        state=status.state,
+        addresses=status.addresses,
+    )
