@@ -1,0 +1,1 @@
+"""The bytes' edge: descriptors over a Unix socket, ranges over HTTP."""

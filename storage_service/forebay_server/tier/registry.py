@@ -1,0 +1,80 @@
+"""The tiers of this node, each with its own threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, ParamSpec, TypeVar
+
+from forebay_server.tier.memory import SlotPool
+from forebay_server.tier.store import Tier, TierKind
+from forebay_wire.errors import InvalidRequest
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREADS: Final[dict[TierKind, int]] = {"ram": 2, "ssd": 4, "hdd": 2, "object": 8}
+"""Calls at a time: an SSD likes a queue, a disk head does not, an object store has latency."""
+
+_LANDING_ORDER: Final[dict[TierKind, int]] = {"ssd": 0, "hdd": 1}
+
+
+class Tiers:
+    """All tiers of a daemon. Belongs to the event loop, except where a method says otherwise.
+
+    ``start`` opens them all; ``close`` waits for running calls.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], slots: SlotPool) -> None:
+        """At most one of *tiers* is of kind ``object``; names are unique."""
+        self.all = tuple(tiers)
+        self.slots = slots
+        self.landing = tuple(
+            sorted(
+                (tier for tier in tiers if tier.kind in _LANDING_ORDER),
+                key=lambda tier: _LANDING_ORDER[tier.kind],
+            )
+        )
+        """The tiers that take new bytes, best first."""
+        self.object = next((tier for tier in tiers if tier.kind == "object"), None)
+        self._by_name = {tier.name: tier for tier in tiers}
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+
+    async def start(self) -> None:
+        """Open all tiers, in parallel. The first error ends the others' use too."""
+        for tier in self.all:
+            self._threads[tier.name] = ThreadPoolExecutor(THREADS[tier.kind], f"tier-{tier.name}")
+        self._threads[self.slots.name] = ThreadPoolExecutor(THREADS["ram"], "tier-ram")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for tier in self.all:
+                    group.create_task(self.run(tier, tier.open))
+        except BaseExceptionGroup as errors:
+            await self.close()
+            raise errors.exceptions[0] from None
+
+    async def close(self) -> None:
+        """Wait for running calls, then let go of everything. Idempotent."""
+        for threads in self._threads.values():
+            await asyncio.to_thread(threads.shutdown)
+        self._threads.clear()
+        for tier in self.all:
+            tier.close()
+        self.slots.close()
+
+    def get(self, name: str) -> Tier:
+        """The tier called *name*. Callable from any thread."""
+        tier = self._by_name.get(name)
+        if tier is None:
+            raise InvalidRequest(
+                f"there is no tier {name!r} on this node; it has {', '.join(self._by_name)}"
+            )
+        return tier
+
+    async def run(
+        self, tier: Tier | SlotPool, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """*call* on a thread of *tier*. A cancelled caller does not stop a call that runs."""
+        threads = self._threads[tier.name]
+        return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))

@@ -1,0 +1,224 @@
+"""What every tier can do, and what it promises.
+
+The docstrings of :class:`Tier`, :class:`TierWriter` and :class:`TierReader` are the contract; the
+tests of ``forebay_server.testing.tier_contract`` hold every tier to it.
+"""
+
+from __future__ import annotations
+
+import errno
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Literal, Self
+
+from forebay_wire.errors import ForebayError, NotFound, ResourceExhausted, StorageError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+TierKind = Literal["ram", "ssd", "hdd", "object"]
+
+NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What the kernel answers when there is no room (EFBIG: RLIMIT_FSIZE or the file system's)."""
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One published file of a tier."""
+
+    name: str
+    size_bytes: int
+    modified_unix: float
+    """Seconds since 1970 by the tier's own clock."""
+
+
+@dataclass(frozen=True)
+class TierSpace:
+    """Room of a tier, in allocated bytes."""
+
+    limit_bytes: int
+    """What the configuration allows; 0: no limit of its own."""
+    used_bytes: int
+    """Held by published files (or granted slots)."""
+    reserved_bytes: int
+    """Promised to writers that have not published yet."""
+    free_bytes: int
+    """What a new reservation may have: the smaller of limit and device, minus all promises."""
+    num_files: int
+
+
+class Tier(ABC):
+    """A place that keeps immutable files under names that are never reused.
+
+    Thread-safe. Every method blocks: call them through ``Tiers.run``. Errors are those of
+    ``forebay_wire.errors``; none leaves a published file half-written, changed or half-deleted.
+    """
+
+    name: str
+    """The tier's name in the catalog, in messages and in the configuration."""
+    kind: TierKind
+    location: str
+    """Folder or URL, for people."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Make or check the volume, sweep what dead writers left, count what is there.
+
+        :class:`InvalidRequest` if the place cannot serve as this tier, :class:`StorageError` if it
+        cannot be reached or written. Idempotent.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the place. Readers and writers end first. Idempotent."""
+
+    @abstractmethod
+    def create(self, name: str, expected_bytes: int) -> TierWriter:
+        """A writer of the new file *name*, with room for *expected_bytes* reserved.
+
+        *expected_bytes* counts the whole file; a writer may end up with fewer bytes, or with more
+        as long as there is room. Nothing is visible before :meth:`TierWriter.publish`.
+        :class:`ResourceExhausted` (bytes needed, bytes free, what holds the space) leaves nothing;
+        :class:`AlreadyExists` may come here or only from ``publish``.
+        """
+
+    @abstractmethod
+    def read(self, name: str) -> TierReader:
+        """A reader of the published file *name*. :class:`NotFound` if there is none.
+
+        It stays usable when the file is deleted afterwards, where the tier has descriptors.
+        """
+
+    @abstractmethod
+    def head(self, name: str) -> int | None:
+        """Size in bytes of the published file *name*, None if there is none."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove *name* and give its room back. Idempotent: no error if there is no such file.
+
+        Not durable on return: after a power loss the file may be there again, as garbage.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[FileInfo]:
+        """The published files whose names start with *prefix*, in no order.
+
+        Files that come or go meanwhile may or may not be listed; all others are, once.
+        """
+
+    @abstractmethod
+    def space(self) -> TierSpace:
+        """Room now. Cheap: counts are kept in memory."""
+
+    def put(self, name: str, data: ReadableBuffer) -> None:
+        """Publish the whole file *name*, create-only and durable on return.
+
+        :class:`AlreadyExists` if the name is taken: what is there stays as it is.
+        """
+        with self.create(name, memoryview(data).nbytes) as writer:
+            writer.write(data)
+            writer.publish()
+
+    def get(self, name: str) -> bytes:
+        """The whole file *name*, for small files. :class:`NotFound` if there is none."""
+        with self.read(name) as reader:
+            data = bytearray(reader.size_bytes)
+            reader.read_into(0, data)
+            return bytes(data)
+
+
+class TierWriter(ABC):
+    """Writes one new file in order. One thread at a time. Leaving its context aborts it, unless
+    it was published."""
+
+    num_bytes: int
+    """Bytes written so far."""
+
+    @abstractmethod
+    def write(self, buffer: ReadableBuffer) -> None:
+        """Append all of *buffer*; on return it may be reused. Nothing is durable yet.
+
+        Fastest for pieces that start on a page and are multiples of 4 KiB. After
+        :class:`ResourceExhausted` or :class:`StorageError` only :meth:`abort` is of use.
+        """
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the file visible under its name: whole, and durable on return.
+
+        :class:`AlreadyExists` if the name is taken. On any error nothing becomes visible, with one
+        exception: when only the last step (making the *name* durable) fails, the name may stay;
+        it is never given out, so it is garbage.
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop what was written and the reservation. Idempotent; nothing after ``publish``."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+
+class TierReader(ABC):
+    """Reads one published file. Thread-safe, except for :meth:`close`."""
+
+    size_bytes: int
+    where: str
+    """``tier NAME, file NAME``: for messages."""
+
+    @abstractmethod
+    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
+        """Fill all of *buffer* from *offset*.
+
+        :class:`IntegrityError` "cut short" if the file ends before that.
+        """
+
+    @abstractmethod
+    def fileno(self) -> int | None:
+        """A read-only descriptor that this reader owns, None where the tier has none."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the descriptor back. Idempotent."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def from_os_error(error: OSError, doing: str, where: str) -> ForebayError:
+    """Our error for *error*, which came while *doing* something (``writing file X``) *where*."""
+    if error.errno in NO_SPACE:
+        return ResourceExhausted(
+            f"{where} is full while {doing} ({error.strerror}): delete datasets or generations, "
+            "or give it more room"
+        )
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"{where} failed {doing}: there is no such file")
+    return StorageError(f"{where} failed {doing}: {error.strerror or error}; {_advice(error)}")
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "check owner and permissions of the folder, and that it is mounted writable"
+    return "check the device and the kernel's log"
