@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -68,6 +69,8 @@ class PublicationFolder:
             self._unfinished.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
             fsync_folder(self.root.parent)
             fsync_folder(self._unfinished.parent)
+            if not os.access(self._unfinished, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "the folder is not writable")
             self._sweep()
             self._direct = direct_writes_work(self._unfinished / new_random_name())
         except OSError as error:

@@ -74,6 +74,10 @@ class Tier(ABC):
     def close(self) -> None:
         """Let go of the place. Readers and writers end first. Idempotent."""
 
+    def blob_name(self, file: str) -> str:
+        """Where the blob file lies that the catalog calls *file*: the name for all other calls."""
+        return file
+
     @abstractmethod
     def create(self, name: str, expected_bytes: int) -> TierWriter:
         """A writer of the new file *name*, with room for *expected_bytes* reserved.
