@@ -7,6 +7,7 @@ from typing import Final
 
 from sqlalchemy import Connection, case, exists, func, select
 
+from forebay_server.catalog.queries_jobs import Job
 from forebay_server.catalog.tables import (
     datasets,
     extents,
@@ -20,20 +21,6 @@ from forebay_server.catalog.tables import (
 
 MAX_JOBS: Final = 200
 """Jobs listed on the status page, those that run first; the counts are of all."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One piece of background work that has not ended well."""
-
-    job: str
-    kind: str
-    target: str
-    state: str
-    done_bytes: int
-    total_bytes: int
-    tries: int
-    error: str
 
 
 @dataclass(frozen=True)
@@ -120,4 +107,4 @@ def _list_jobs(connection: Connection) -> tuple[Job, ...]:
         .order_by(turn, jobs.c.not_before)
         .limit(MAX_JOBS)
     )
-    return tuple(Job(*row) for row in rows)
+    return tuple(Job(**row._mapping) for row in rows)
