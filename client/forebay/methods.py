@@ -1,0 +1,132 @@
+"""The daemon's control calls as values, so that callers need no gRPC to name one.
+
+``channel.call(Datasets.GetDataset, GetDatasetRequest(name="mnist"))`` is typed: the answer is that
+method's response. Names are those of the ``.proto`` files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from forebay_wire.v1 import admin_pb2 as admin
+from forebay_wire.v1 import blobs_pb2 as blobs
+from forebay_wire.v1 import checkpoints_pb2 as checkpoints
+from forebay_wire.v1 import datasets_pb2 as datasets
+
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
+
+
+@dataclass(frozen=True)
+class Method(Generic[Request, Response]):
+    """One call of one service."""
+
+    path: str
+    """``/package.Service/Method``, as gRPC sends it."""
+    request: type[Request]
+    response: type[Response]
+
+    @property
+    def name(self) -> str:
+        """``Service.Method``, for messages."""
+        return self.path.removeprefix("/forebay.v1.").replace("/", ".")
+
+
+class Datasets:
+    """Unary calls of ``forebay.v1.Datasets``."""
+
+    ListDatasets: Final = Method(
+        "/forebay.v1.Datasets/ListDatasets",
+        datasets.ListDatasetsRequest,
+        datasets.ListDatasetsResponse,
+    )
+    GetDataset: Final = Method(
+        "/forebay.v1.Datasets/GetDataset", datasets.GetDatasetRequest, datasets.Dataset
+    )
+    CommitVersion: Final = Method(
+        "/forebay.v1.Datasets/CommitVersion",
+        datasets.CommitVersionRequest,
+        datasets.DatasetVersion,
+    )
+    DefineSplits: Final = Method(
+        "/forebay.v1.Datasets/DefineSplits", datasets.DefineSplitsRequest, datasets.Dataset
+    )
+    DeleteDataset: Final = Method(
+        "/forebay.v1.Datasets/DeleteDataset",
+        datasets.DeleteDatasetRequest,
+        datasets.DeleteDatasetResponse,
+    )
+    WaitVersion: Final = Method(
+        "/forebay.v1.Datasets/WaitVersion", datasets.WaitVersionRequest, datasets.DatasetVersion
+    )
+
+
+class Checkpoints:
+    """Unary calls of ``forebay.v1.Checkpoints``."""
+
+    BeginAttempt: Final = Method(
+        "/forebay.v1.Checkpoints/BeginAttempt",
+        checkpoints.BeginAttemptRequest,
+        checkpoints.Attempt,
+    )
+    BeginPack: Final = Method(
+        "/forebay.v1.Checkpoints/BeginPack", checkpoints.BeginPackRequest, checkpoints.PackSession
+    )
+    SealPack: Final = Method(
+        "/forebay.v1.Checkpoints/SealPack",
+        checkpoints.SealPackRequest,
+        checkpoints.SealPackResponse,
+    )
+    WaitGeneration: Final = Method(
+        "/forebay.v1.Checkpoints/WaitGeneration",
+        checkpoints.WaitGenerationRequest,
+        checkpoints.Generation,
+    )
+    ResolveGeneration: Final = Method(
+        "/forebay.v1.Checkpoints/ResolveGeneration",
+        checkpoints.ResolveGenerationRequest,
+        checkpoints.Generation,
+    )
+    ListRuns: Final = Method(
+        "/forebay.v1.Checkpoints/ListRuns",
+        checkpoints.ListRunsRequest,
+        checkpoints.ListRunsResponse,
+    )
+    ListGenerations: Final = Method(
+        "/forebay.v1.Checkpoints/ListGenerations",
+        checkpoints.ListGenerationsRequest,
+        checkpoints.ListGenerationsResponse,
+    )
+    DeleteGeneration: Final = Method(
+        "/forebay.v1.Checkpoints/DeleteGeneration",
+        checkpoints.DeleteGenerationRequest,
+        checkpoints.DeleteGenerationResponse,
+    )
+
+
+class Blobs:
+    """Calls of ``forebay.v1.Blobs``; ``ReadManifest`` streams its answer."""
+
+    BeginUpload: Final = Method(
+        "/forebay.v1.Blobs/BeginUpload", blobs.BeginUploadRequest, blobs.UploadSession
+    )
+    Append: Final = Method("/forebay.v1.Blobs/Append", blobs.AppendRequest, blobs.AppendResponse)
+    Seal: Final = Method("/forebay.v1.Blobs/Seal", blobs.SealRequest, blobs.SealedBlob)
+    Renew: Final = Method("/forebay.v1.Blobs/Renew", blobs.RenewRequest, blobs.UploadSession)
+    Abort: Final = Method("/forebay.v1.Blobs/Abort", blobs.AbortRequest, blobs.AbortResponse)
+    ReadManifest: Final = Method(
+        "/forebay.v1.Blobs/ReadManifest", blobs.ReadManifestRequest, blobs.ManifestChunk
+    )
+
+
+class Admin:
+    """Calls of ``forebay.v1.Admin``; ``Attach`` streams its answer."""
+
+    Handshake: Final = Method(
+        "/forebay.v1.Admin/Handshake", admin.HandshakeRequest, admin.HandshakeResponse
+    )
+    Status: Final = Method("/forebay.v1.Admin/Status", admin.StatusRequest, admin.StatusResponse)
+    Attach: Final = Method("/forebay.v1.Admin/Attach", admin.AttachRequest, admin.AttachEvent)

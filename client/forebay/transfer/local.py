@@ -1,0 +1,324 @@
+"""Bytes on the daemon's host: its files are handed over as descriptors and mapped or read here."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from forebay.transfer.blob import REOPENS, Blob, Checks, Damage, Piece, UploadSlot, copy
+from forebay.transfer.link import DescriptorLink, close_all
+from forebay.transfer.replica import Handover, Replica
+from forebay.transfer.window import POOL
+from forebay_wire.errors import IntegrityError, StorageError, rebuild
+from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE
+from forebay_wire.protocol import DataEndpoint
+
+MADV_POPULATE_READ: Final = 22
+MADV_POPULATE_WRITE: Final = 23
+"""Linux 5.14; the mmap module knows neither, and its madvise keeps the GIL."""
+
+NO_SEGMENT: Final = -1
+"""In a report: the file as a whole or its table is damaged."""
+
+MAX_KEPT_SLOTS: Final = 2
+"""Slots that stay mapped for the next upload: at most two of one client overlap."""
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _populate(memory: memoryview, advice: int) -> int:
+    """Fault in the pages that hold *memory*; 0 or the errno. Releases the GIL."""
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    start = address & -mmap.PAGESIZE
+    while _libc.madvise(start, address + len(memory) - start, advice):
+        failure = ctypes.get_errno()
+        if failure != errno.EINTR:
+            return failure
+    return 0
+
+
+class LocalTransfer:
+    """Bytes by descriptors and shared memory; see :class:`forebay.transfer.Transfer`."""
+
+    def __init__(self, endpoint: DataEndpoint) -> None:
+        assert endpoint.descriptor_socket, "no descriptor socket in the endpoint"
+        self.endpoint = endpoint
+        self._link = DescriptorLink(endpoint.descriptor_socket)
+        self._lock = threading.Lock()
+        self._slots: dict[tuple[int, int], mmap.mmap] = {}
+
+    def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:
+        opened: list[Blob] = []
+        try:
+            for start in range(0, len(blobs), MAX_DESCRIPTORS_PER_MESSAGE):
+                ids = blobs[start : start + MAX_DESCRIPTORS_PER_MESSAGE]
+                for serial, replica in open_replicas(self._link, ids, context):
+                    blob = blobs[len(opened)]
+                    opened.append(LocalBlob(self._link, serial, blob, replica, context))
+        except BaseException:
+            for blob_object in opened:
+                blob_object.close()
+            raise
+        return opened
+
+    def upload_slot(
+        self,
+        session: str,
+        slot_bytes: int,
+        put_ticket: str = "",
+        renew_ticket: Callable[[], str] | None = None,
+    ) -> UploadSlot:
+        _, answer, descriptors = self._link.request({"op": "slot", "session": session})
+        try:
+            capacity = int(answer["capacity"])
+            if capacity < slot_bytes or os.fstat(descriptors[0]).st_size < slot_bytes:
+                raise StorageError(
+                    f"the slot of upload session {session} has {capacity} bytes and not the "
+                    f"granted {slot_bytes}: begin the upload again"
+                )
+            memory = self._map_slot(descriptors[0], capacity)
+        finally:
+            close_all(descriptors)
+        return _LocalSlot(memory, slot_bytes)
+
+    def report(self, blob: str, tier: str, segment: int, message: str) -> bool:
+        return report(self._link, blob, tier, segment, message)
+
+    def close(self) -> None:
+        with self._lock:
+            self._slots.clear()
+        self._link.drop()
+
+    def _map_slot(self, descriptor: int, capacity: int) -> mmap.mmap:
+        """The slot, mapped; the daemon reuses slots, and so does this: mapping faults each page."""
+        found = os.fstat(descriptor)
+        key = (found.st_dev, found.st_ino)
+        with self._lock:
+            memory = self._slots.pop(key, None)
+            if memory is None:
+                memory = mmap.mmap(descriptor, capacity, flags=mmap.MAP_SHARED)
+                _populate(memoryview(memory), MADV_POPULATE_WRITE)
+            self._slots[key] = memory
+            while len(self._slots) > MAX_KEPT_SLOTS:
+                del self._slots[next(iter(self._slots))]
+        return memory
+
+
+class _LocalSlot(UploadSlot):
+    """The daemon's own shared memory: what is written there is there."""
+
+    def __init__(self, memory: mmap.mmap, slot_bytes: int) -> None:
+        self.buffer = memoryview(memory)[:slot_bytes]
+
+    def flush(self, num_bytes: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.buffer = memoryview(bytearray())
+
+
+class LocalBlob(Blob):
+    """A blob whose replica was handed over: mapped at the first map, or read straight from it."""
+
+    def __init__(
+        self, link: DescriptorLink, serial: int, blob: str, replica: Replica, context: str
+    ) -> None:
+        super().__init__(blob, replica.table, context)
+        self.tier = replica.tier
+        self._link = link
+        self._replica: Replica | None = replica
+        self._view: memoryview | None = None
+        self._checks = Checks(replica.table.num_segments)
+        self._lock = threading.RLock()
+        self._release = self._release_at_end(serial)
+        _blobs.add(self)
+
+    def close(self) -> None:
+        with self._lock:
+            self._let_go()
+        self._link.flush_releases()
+
+    def forget_lock(self) -> None:
+        """In a child of fork: another thread of the parent may have held it."""
+        self._lock = threading.RLock()
+
+    def _map(self, offset: int, length: int) -> memoryview:
+        with self._lock:
+            view, checks = self._open_view(), self._checks
+        for run in checks.missing_runs(self.table.covering(offset, length)):
+            self._check_mapped(view, run, checks)
+        if checks.complete:
+            with self._lock:
+                if view is self._view:
+                    self._whole = view
+        return view[offset : offset + length]
+
+    def _open_view(self) -> memoryview:
+        if self._view is None:
+            replica = self._opened()
+            view = replica.mapped()
+            if view is None:
+                window = POOL.lend(self.num_bytes)
+                self._read_checked(replica, 0, window, self._checks)
+                view = window.toreadonly()
+            self._view = view
+            # The mapping keeps the file; descriptors are scarce (soft limit often 1024).
+            self._replica = None
+        return self._view
+
+    def _check_mapped(self, view: memoryview, run: range, checks: Checks) -> None:
+        """Fault *run* in where a bad page is an error and not SIGBUS, then check it."""
+        offsets = self.table.offsets
+        if _populate(view[offsets[run.start] : offsets[run.stop]], MADV_POPULATE_READ) != 0:
+            for segment in run:
+                failure = _populate(
+                    view[offsets[segment] : offsets[segment + 1]], MADV_POPULATE_READ
+                )
+                # Kernels before 5.14: there a page that goes bad ends the process, as with any
+                # mapped file; the file's length was checked when it was opened.
+                if failure not in (0, errno.EINVAL):
+                    raise Damage(segment, f"cannot be read ({os.strerror(failure)})")
+        for segment in run:
+            self._check(segment, view[offsets[segment] : offsets[segment + 1]])
+            checks.mark(segment)
+
+    def _read_into(self, offset: int, target: memoryview) -> None:
+        with self._lock:
+            replica, checks = (None if self._view else self._opened()), self._checks
+        if replica is None:
+            copy(target, self._map(offset, len(target)))
+        elif checks.complete:
+            self._read_piece(replica, offset, Piece(target, None))
+        else:
+            self._read_checked(replica, offset, target, checks)
+
+    def _read_checked(
+        self, replica: Replica, offset: int, target: memoryview, checks: Checks
+    ) -> None:
+        position, pieces = self._pieces(offset, target, checks)
+        for piece in pieces:
+            self._read_piece(replica, position, piece)
+            position += len(piece.view)
+            if piece.segment is not None:
+                checks.mark(piece.segment)
+
+    def _read_piece(self, replica: Replica, offset: int, piece: Piece) -> None:
+        count = 0
+        try:
+            count = replica.read(offset, piece.view)
+        except OSError as error:
+            raise Damage(self._segment_at(offset), f"cannot be read ({error.strerror})") from error
+        if count < len(piece.view):
+            raise Damage(self._segment_at(offset + count), "is cut short")
+        self._arrived(piece)
+
+    def _segment_at(self, offset: int) -> int:
+        return self.table.covering(offset, 1).start
+
+    def _opened(self) -> Replica:
+        if self._replica is None:
+            raise self._closed()
+        return self._replica
+
+    def _reopen(self) -> None:
+        with self._lock:
+            self._let_go()
+            [(serial, replica)] = open_replicas(self._link, [self.id], self.context)
+            self._replica = replica
+            self.tier = replica.tier
+            self._checks = Checks(self.table.num_segments)
+            self._release = self._release_at_end(serial)
+
+    def _let_go(self) -> None:
+        self._release()
+        self._whole = self._view = self._replica = None
+
+    def _release_at_end(self, serial: int) -> Callable[[], object]:
+        release = weakref.finalize(self, self._link.release_later, serial, self.id)
+        release.atexit = False
+        return release
+
+    def _report(self, damage: Damage) -> None:
+        report(self._link, self.id, self.tier, damage.segment, damage.reason)
+
+
+_blobs: Final[weakref.WeakSet[LocalBlob]] = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    for blob in list(_blobs):
+        blob.forget_lock()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def report(link: DescriptorLink, blob: str, tier: str, segment: int, message: str) -> bool:
+    """Tell the daemon of damage; True if it finds that replica healthy."""
+    body = {"op": "report", "blob": blob, "tier": tier, "segment": segment, "message": message}
+    return bool(link.request(body)[1]["healthy"])
+
+
+def open_replicas(
+    link: DescriptorLink, blobs: Sequence[str], context: str
+) -> list[tuple[int, Replica]]:
+    """``(serial of the connection, replica)`` of each of up to 64 *blobs*; all or an exception.
+
+    A replica that is damaged already in length or table is reported and opened anew.
+    """
+    found: list[tuple[int, Replica] | None] = [None] * len(blobs)
+    problems: dict[int, tuple[str, IntegrityError]] = {}
+    wanted = list(range(len(blobs)))
+    for _ in range(REOPENS + 1):
+        serial, answer, descriptors = link.request(
+            {"op": "open", "blobs": [blobs[index] for index in wanted]}
+        )
+        problems = {}
+        handover = Handover(descriptors)
+        try:
+            for index, entry in zip(wanted, answer["blobs"], strict=True):
+                try:
+                    found[index] = serial, _take(handover, entry, context)
+                except IntegrityError as error:
+                    if "error" in entry:
+                        raise
+                    problems[index] = str(entry["tier"]), error
+        except BaseException:
+            _release(link, serial, answer["blobs"])
+            raise
+        finally:
+            handover.close()
+        for index, (tier, problem) in problems.items():
+            link.release_later(serial, blobs[index])
+            report(link, blobs[index], tier, NO_SEGMENT, problem.message)
+        wanted = list(problems)
+        if not wanted:
+            return [one for one in found if one is not None]
+    raise IntegrityError(
+        f"blob {blobs[wanted[0]]} cannot be opened: {problems[wanted[0]][1].message}; the daemon "
+        "has no undamaged replica: restore it from the object tier (forebay recover)"
+    )
+
+
+def _take(handover: Handover, entry: dict[str, Any], context: str) -> Replica:
+    """The replica of one *entry*, or the exception that it stands for."""
+    if "error" in entry:
+        note = f" ({context})" if context else ""
+        raise rebuild(str(entry["error"]), "UNKNOWN", f"{entry['message']}{note}")
+    where = f"{context}, tier {entry['tier']}" if context else f"tier {entry['tier']}"
+    return handover.replica(entry, where)
+
+
+def _release(link: DescriptorLink, serial: int, entries: Sequence[dict[str, Any]]) -> None:
+    for entry in entries:
+        if "error" not in entry:
+            link.release_later(serial, entry["blob"])

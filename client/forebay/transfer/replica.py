@@ -1,0 +1,140 @@
+"""What the daemon hands over for one blob: descriptors, where its bytes lie in them, its table."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forebay.transfer.link import close_all
+from forebay_wire.errors import IntegrityError
+from forebay_wire.segments import SegmentTable
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A stretch of a blob in one file."""
+
+    blob_offset: int
+    descriptor: int
+    file_offset: int
+    length: int
+
+
+class Replica:
+    """One replica of a blob, open for reading. Thread-safe.
+
+    Its descriptors are closed when nobody refers to it any more, so never under a reader's feet; a
+    mapping made before outlives them.
+    """
+
+    def __init__(
+        self, tier: str, table: SegmentTable, extents: tuple[Extent, ...], descriptors: list[int]
+    ) -> None:
+        self.tier = tier
+        self.table = table
+        self.extents = extents
+        weakref.finalize(self, close_all, descriptors).atexit = False
+
+    def read(self, offset: int, target: memoryview) -> int:
+        """Fill *target* from *offset* of the blob; fewer bytes only if the file ends there."""
+        done = 0
+        for extent in self.extents:
+            skip = offset + done - extent.blob_offset
+            if not 0 <= skip < extent.length:
+                continue
+            part = target[done : done + extent.length - skip]
+            count = read_fully(extent.descriptor, extent.file_offset + skip, part)
+            done += count
+            if count < len(part) or done == len(target):
+                break
+        return done
+
+    def mapped(self) -> memoryview | None:
+        """All bytes of the blob as they lie in the page cache; None if they lie in pieces."""
+        if len(self.extents) != 1:
+            return None
+        extent = self.extents[0]
+        skip = extent.file_offset % mmap.ALLOCATIONGRANULARITY
+        memory = mmap.mmap(
+            extent.descriptor,
+            skip + extent.length,
+            flags=mmap.MAP_SHARED,
+            prot=mmap.PROT_READ,
+            offset=extent.file_offset - skip,
+        )
+        return memoryview(memory)[skip:]
+
+
+class Handover:
+    """The descriptors of one answer, each taken by at most one replica; the rest are closed."""
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        self._descriptors = list(descriptors)
+        self._taken: set[int] = set()
+
+    def close(self) -> None:
+        """Close what no replica took."""
+        for index, descriptor in enumerate(self._descriptors):
+            if index not in self._taken:
+                os.close(descriptor)
+        self._descriptors = []
+
+    def replica(self, entry: dict[str, Any], where: str) -> Replica:
+        """The replica of an *entry* of the answer, its table proven to be the blob's.
+
+        Raises IntegrityError if a file is shorter than the entry says or the table is damaged.
+        """
+        table_index, table_offset, table_length = entry["table"]
+        stretches = [tuple(extent) for extent in entry["extents"]]
+        self._check_size(table_index, table_offset + table_length, where)
+        for _, index, file_offset, length in stretches:
+            self._check_size(index, file_offset + length, where)
+        table = self._read_table(entry, where)
+        taken: dict[int, int] = {}
+        for _, index, _, _ in stretches:
+            if index not in taken:
+                taken[index] = self._take(index)
+        extents = tuple(
+            Extent(blob_offset, taken[index], file_offset, length)
+            for blob_offset, index, file_offset, length in stretches
+        )
+        return Replica(str(entry["tier"]), table, extents, list(taken.values()))
+
+    def _check_size(self, index: int, needed: int, where: str) -> None:
+        found = os.fstat(self._descriptors[index]).st_size
+        if found < needed:
+            raise IntegrityError(f"a file of {found} bytes should have {needed} ({where})")
+
+    def _read_table(self, entry: dict[str, Any], where: str) -> SegmentTable:
+        index, offset, length = entry["table"]
+        data = bytearray(length)
+        try:
+            count = read_fully(self._descriptors[index], offset, memoryview(data))
+        except OSError as error:
+            raise IntegrityError(f"segment table cannot be read: {error} ({where})") from error
+        table = SegmentTable.decode(memoryview(data)[:count], where, entry["blob"])
+        stretches = sum(extent[3] for extent in entry["extents"])
+        if not table.total_bytes == entry["length"] == stretches:
+            raise IntegrityError(f"extents and segment table differ in length ({where})")
+        return table
+
+    def _take(self, index: int) -> int:
+        if index in self._taken:  # two replicas in one file
+            return os.dup(self._descriptors[index])
+        self._taken.add(index)
+        return self._descriptors[index]
+
+
+def read_fully(descriptor: int, offset: int, target: memoryview) -> int:
+    """Fill *target* from *offset* of a file; fewer bytes only if the file ends there."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
