@@ -152,7 +152,7 @@ class Part:
         return self.stop - self.start + self.num_padding
 
     def positions(self, num_samples: int) -> NDArray[np.int64]:
-        """All positions, padding included: it repeats what follows, from the start after the end."""
+        """All positions; padding repeats what follows, after the end from the start."""
         end = self.stop + self.num_padding
         return np.arange(self.start, end, dtype=np.int64) % max(num_samples, 1)
 

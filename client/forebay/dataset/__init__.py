@@ -1,0 +1,1 @@
+"""Datasets: written as shards, read as batches in an exact order."""

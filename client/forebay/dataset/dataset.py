@@ -1,0 +1,230 @@
+"""One version of a dataset, or a selection of it, to read from: map-style, small, picklable."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from forebay.dataset.cache import shard_cache
+from forebay.dataset.gather import Allocate, RowReader, numpy_array
+from forebay.dataset.schema import Column, Schema
+from forebay_wire.errors import IntegrityError, InvalidRequest
+from forebay_wire.manifest import DatasetManifest, SelectionManifest
+from forebay_wire.order import split_rows
+from forebay_wire.protocol import DataEndpoint
+
+SPLIT: Final = "split"
+"""The kind of rule that this build knows."""
+
+
+class Control(Protocol):
+    """What a dataset needs the client for: what changes or waits for the catalog."""
+
+    def define_splits(
+        self, name: str, version: int, shares: Mapping[str, float], seed: int
+    ) -> None: ...
+
+    def wait_version(self, name: str, version: int, durability: str, timeout: float) -> None: ...
+
+
+class Dataset:
+    """A version (or a split of it), immutable. Thread-safe, fork-safe, and picklable.
+
+    A pickle carries the manifests and the daemon's address for bytes, no connection; each process
+    opens its own. ``dataset[i]`` is a dict of numpy values, in the order of the selection.
+    """
+
+    def __init__(
+        self,
+        manifest: DatasetManifest,
+        manifest_id: str,
+        endpoint: DataEndpoint,
+        *,
+        selection: SelectionManifest | None = None,
+        selection_id: str = "",
+        control: Control | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.manifest_id = manifest_id
+        self.endpoint = endpoint
+        self.selection = selection
+        self.selection_id = selection_id
+        self._control = control
+        self._open: tuple[int, RowReader] | None = None
+        if selection is not None and selection.rule.get("kind") != SPLIT:
+            raise InvalidRequest(
+                f"split {selection.name!r} of dataset {manifest.dataset!r} follows a rule of kind "
+                f"{selection.rule.get('kind')!r} that this build does not know: upgrade Forebay"
+            )
+
+    # What it is.
+
+    @property
+    def name(self) -> str:
+        return self.manifest.dataset
+
+    @property
+    def version(self) -> int:
+        return self.manifest.version
+
+    @property
+    def split(self) -> str | None:
+        """Name of the selection; None for the whole version."""
+        return None if self.selection is None else self.selection.name
+
+    @property
+    def identity(self) -> str:
+        """Names exactly these samples in this order: manifest ids of version and selection."""
+        return f"{self.manifest_id}/{self.selection_id}"
+
+    @property
+    def num_rows(self) -> int:
+        """Samples, of the selection if there is one."""
+        return self._num_version_rows if self.selection is None else self.selection.num_rows
+
+    @cached_property
+    def _num_version_rows(self) -> int:
+        return self.manifest.num_rows
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all shards of the version."""
+        return sum(shard.num_bytes for shard in self.manifest.shards)
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The columns; ``schema.arrow`` is the Arrow schema."""
+        try:
+            data = base64.b64decode(self.manifest.schema, validate=True)
+            return Schema.from_arrow(pa.ipc.read_schema(pa.py_buffer(data)))
+        except (ValueError, OSError) as error:
+            raise IntegrityError(
+                f"the manifest of dataset {self.name!r} v{self.version} holds no Arrow schema "
+                f"({error}): write the version again"
+            ) from error
+
+    def columns(self, names: Sequence[str] | None = None) -> tuple[Column, ...]:
+        """The columns called *names*, or all."""
+        if names is None:
+            return self.schema.columns
+        return tuple(self.schema[name] for name in names)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __repr__(self) -> str:
+        split = "" if self.selection is None else f" split {self.selection.name}"
+        return f"<Dataset {self.name} v{self.version}{split}: {self.num_rows} rows, {self.schema}>"
+
+    # Reading.
+
+    def rows_at(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of the version (the ids of samples) that stand at *indices* of the selection."""
+        if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= self.num_rows):
+            raise IndexError(
+                f"rows {indices.min()} to {indices.max()} are outside dataset {self.name!r} of "
+                f"{self.num_rows} rows"
+            )
+        if self.selection is None:
+            return indices
+        rule = self.selection.rule
+        return split_rows(
+            self.manifest_id, self._num_version_rows, rule["seed"], indices + rule["start"]
+        )
+
+    def read(
+        self,
+        rows: NDArray[np.int64],
+        columns: Sequence[str] | None = None,
+        allocate: Allocate = numpy_array,
+    ) -> dict[str, Any]:
+        """Columns of *rows of the version* (see :meth:`rows_at`), in that order.
+
+        Numbers and arrays as one array ``(len(rows), *shape)``, others as lists; every byte is
+        verified before its first use. Raises IntegrityError, DaemonUnavailable.
+        """
+        return self._reader.read(rows, self.columns(columns), allocate)
+
+    def take(
+        self, indices: Sequence[int] | NDArray[np.int64], columns: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Samples at *indices* (of the selection) as one batch of numpy arrays and lists."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        return self.read(self.rows_at(np.where(wanted < 0, wanted + len(self), wanted)), columns)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Samples at *indices*: what torch's map-style fetcher calls for a whole batch."""
+        batch = self.take(indices)
+        return [
+            {name: values[position] for name, values in batch.items()}
+            for position in range(len(indices))
+        ]
+
+    def iter_batches(self) -> Iterator[pa.RecordBatch]:
+        """The version's record batches in order, over mapped memory; not for a split."""
+        if self.selection is not None:
+            raise InvalidRequest(
+                f"split {self.selection.name!r} is no sequence of record batches: use table()"
+            )
+        reader = self._reader
+        for number in range(reader.num_batches):
+            yield reader.record_batch(number)
+
+    def table(self) -> pa.Table:
+        """All rows as an Arrow table, in order; without a copy for a whole version."""
+        reader = self._reader
+        batches = [reader.record_batch(number) for number in range(reader.num_batches)]
+        table = pa.Table.from_batches(batches, schema=self.schema.arrow)
+        if self.selection is None:
+            return table
+        return table.take(pa.array(self.rows_at(np.arange(len(self), dtype=np.int64))))
+
+    # What needs the client.
+
+    def define_splits(self, shares: Mapping[str, float], seed: int = 0) -> None:
+        """Define splits of this version: name to fraction, disjoint, chosen at random by *seed*.
+
+        Repeating the call is a no-op; the same names with other shares raise AlreadyExists.
+        """
+        self._client().define_splits(self.name, self.version, shares, seed)
+
+    def wait(self, durability: str = "remote", timeout: float = 60.0) -> None:
+        """Wait until this version is *durability* ("local", "remote"), or DeadlineExceeded."""
+        self._client().wait_version(self.name, self.version, durability, timeout)
+
+    def _client(self) -> Control:
+        if self._control is None:
+            raise InvalidRequest(
+                f"this copy of dataset {self.name!r} came by pickle and has no connection: call it "
+                "in the process that called client.dataset()"
+            )
+        return self._control
+
+    # One reader a process.
+
+    @property
+    def _reader(self) -> RowReader:
+        pid = os.getpid()
+        if self._open is None or self._open[0] != pid:
+            reader = RowReader(self.manifest, self.schema, shard_cache(self.endpoint))
+            self._open = (pid, reader)
+            return reader
+        return self._open[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_control": None, "_open": None}
+        state.pop("schema", None)  # rebuilt from the manifest
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)

@@ -1,0 +1,164 @@
+"""Rows in any order, gathered from record batches into arrays: no Python loop over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay.dataset.cache import ShardCache, ShardPlace
+from forebay.dataset.schema import Column, Schema
+from forebay.dataset.shard import BatchColumns
+from forebay_wire.manifest import DatasetManifest
+
+Allocate = Callable[[tuple[int, ...], "np.dtype[Any]"], NDArray[Any]]
+"""Makes the uninitialised output array of a column: shape, dtype."""
+
+Indices = NDArray[np.int64] | slice
+
+
+def numpy_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The plain way to allocate an output array."""
+    return np.empty(shape, dtype)
+
+
+class BatchIndex:
+    """Which record batch of which shard holds a row of the version. Immutable."""
+
+    def __init__(self, manifest: DatasetManifest) -> None:
+        counts = [shard.batch_rows for shard in manifest.shards]
+        flat = np.array([rows for shard in counts for rows in shard], dtype=np.int64)
+        self.starts = np.zeros(len(flat) + 1, dtype=np.int64)
+        """First row of each record batch, and the number of rows last."""
+        np.cumsum(flat, out=self.starts[1:])
+        per_shard = np.array([len(shard) for shard in counts], dtype=np.int64)
+        self.shards = np.repeat(np.arange(len(counts)), per_shard)
+        """Shard of each record batch."""
+        self._first_of_shard = np.cumsum(per_shard) - per_shard
+
+    def place(self, batch: int) -> tuple[int, int]:
+        """(shard, record batch within it) of the version's record batch number *batch*."""
+        shard = int(self.shards[batch])
+        return shard, batch - int(self._first_of_shard[shard])
+
+
+@dataclass(frozen=True)
+class Group:
+    """The wanted rows that lie in one record batch."""
+
+    batch: int
+    source: Indices
+    """Rows within the record batch."""
+    target: Indices
+    """Where they go in the output."""
+
+
+def groups(starts: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[Group]:
+    """*rows* by record batch, in the order of the batches. Runs become slices (plain copies)."""
+    if len(rows) == 0:
+        return
+    batch_of = np.searchsorted(starts, rows, side="right") - 1
+    targets = np.argsort(batch_of, kind="stable")
+    batch_of = batch_of[targets]
+    borders = np.flatnonzero(batch_of[1:] != batch_of[:-1]) + 1
+    edges = [0, *borders.tolist(), len(rows)]
+    for first, last in pairwise(edges):
+        target = targets[first:last]
+        batch = int(batch_of[first])
+        yield Group(batch, as_run(rows[target] - starts[batch]), as_run(target))
+
+
+def as_run(indices: NDArray[np.int64]) -> Indices:
+    """*indices* as a slice if they are consecutive and ascending."""
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first == len(indices) - 1 and bool(np.all(indices[1:] - indices[:-1] == 1)):
+        return slice(first, last + 1)
+    return indices
+
+
+class RowReader:
+    """Reads rows of one version. Thread-safe."""
+
+    def __init__(self, manifest: DatasetManifest, schema: Schema, cache: ShardCache) -> None:
+        self._index = BatchIndex(manifest)
+        self._cache = cache
+        name = f"dataset {manifest.dataset} v{manifest.version}"
+        self._places = [
+            ShardPlace(ref, schema, f"{name}, shard {number}")
+            for number, ref in enumerate(manifest.shards)
+        ]
+
+    @property
+    def num_batches(self) -> int:
+        return len(self._index.shards)
+
+    def record_batch(self, number: int) -> Any:
+        """Record batch *number* of the version as a ``pyarrow.RecordBatch`` over mapped memory."""
+        shard, index = self._index.place(number)
+        return self._cache.open([self._places[shard]])[0].record_batch(index)
+
+    def read(
+        self,
+        rows: NDArray[np.int64],
+        columns: Sequence[Column],
+        allocate: Allocate = numpy_array,
+    ) -> dict[str, Any]:
+        """The *columns* of *rows*, in the order of *rows*.
+
+        Numbers and arrays come as one array ``(len(rows), *shape)`` from *allocate*, the others as
+        lists. Raises IntegrityError, NotFound, DaemonUnavailable.
+        """
+        wanted = list(groups(self._index.starts, rows))
+        batches = self._batches([group.batch for group in wanted])
+        return {
+            column.name: (
+                _gather_numbers(column, len(rows), wanted, batches, allocate)
+                if column.kind in ("scalar", "array")
+                else _gather_objects(column, len(rows), wanted, batches)
+            )
+            for column in columns
+        }
+
+    def _batches(self, numbers: Sequence[int]) -> list[BatchColumns]:
+        places = [self._index.place(number) for number in numbers]
+        shards = sorted({shard for shard, _ in places})
+        opened = dict(
+            zip(shards, self._cache.open([self._places[shard] for shard in shards]), strict=True)
+        )
+        return [
+            self._cache.batch(self._places[shard].ref.blob, opened[shard], index)
+            for shard, index in places
+        ]
+
+
+def _gather_numbers(
+    column: Column,
+    num_rows: int,
+    wanted: Sequence[Group],
+    batches: Sequence[BatchColumns],
+    allocate: Allocate,
+) -> NDArray[Any]:
+    assert column.dtype is not None
+    output = allocate((num_rows, *column.shape), column.dtype)
+    for group, batch in zip(wanted, batches, strict=True):
+        output[group.target] = batch.numbers(column)[group.source]
+    return output
+
+
+def _gather_objects(
+    column: Column, num_rows: int, wanted: Sequence[Group], batches: Sequence[BatchColumns]
+) -> list[Any]:
+    output = np.empty(num_rows, dtype=object)
+    for group, batch in zip(wanted, batches, strict=True):
+        source = group.source
+        if isinstance(source, slice):
+            source = np.arange(source.start, source.stop)
+        values = batch.objects(column, source)
+        # fromiter, because an assignment from a list would try to unpack lists of equal length.
+        output[group.target] = np.fromiter(values, dtype=object, count=len(values))
+    found: list[Any] = output.tolist()
+    return found

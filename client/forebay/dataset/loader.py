@@ -1,0 +1,281 @@
+"""The loader of a training loop: exact order, prefetched by threads, resumable at any batch."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+
+from forebay.dataset.batches import Batch, BatchSource, Transform
+from forebay.dataset.dataset import Dataset
+from forebay.dataset.report import LoaderReport, Meter
+from forebay_wire.errors import InvalidRequest
+from forebay_wire.limits import GIB
+from forebay_wire.order import Cut
+
+PREFETCH_BYTES: Final = 1 * GIB
+"""However many batches are asked for, about so many bytes are prefetched."""
+
+
+class DataLoader:
+    """Batches of a dataset in exact order, cut over the ranks.
+
+    Global batch k is the samples at the positions [k·B, (k+1)·B) of the epoch's order, whatever the
+    ranks, threads or interruptions. Batches are plain dicts: a tensor ``(rows, *shape)`` for each
+    column, a list for text, bytes and ragged columns. Not thread-safe; one epoch at a time. It
+    owns threads: ``close()`` ends them, and so does forgetting the loader.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        global_batch_size: int | None = None,
+        batch_size: int | None = None,
+        shuffle: str = "none",
+        seed: int = 0,
+        last_batch: str = "keep",
+        num_threads: int = 2,
+        prefetch_batches: int = 4,
+        transform: Transform | None = None,
+        device: torch.device | str | None = None,
+        columns: Sequence[str] | None = None,
+        include_ids: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        """Exactly one of *global_batch_size* (all ranks) and *batch_size* (each rank).
+
+        *shuffle* is "none" or "full" (a new permutation each epoch, by *seed*). *last_batch*:
+        "keep" (shorter; a rank may get an empty part), "pad" (all parts full, ``_mask`` is False
+        where rows repeat), "drop". *transform* turns a batch into a batch, in the
+        *num_threads* prefetch threads (0: in the caller's). *device* is where tensors are put.
+        *include_ids* adds ``_ids``: rows of the version. *rank* and *world_size* default to
+        torch.distributed's, then the environment's, at the first iteration.
+        """
+        self._source = BatchSource(
+            dataset,
+            global_batch_size=global_batch_size,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            last_batch=last_batch,
+            transform=transform,
+            columns=columns,
+            include_ids=include_ids,
+            rank=rank,
+            world_size=world_size,
+        )
+        if num_threads < 0 or prefetch_batches < 1:
+            raise InvalidRequest("num_threads is at least 0, prefetch_batches at least 1")
+        self.dataset = dataset
+        self._num_threads = num_threads
+        self._prefetch_batches = prefetch_batches
+        self._device = None if device is None else torch.device(device)
+        self._meter = Meter()
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None
+        self._epoch = 0
+        self._position = 0
+        self._turn = 0
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch, on every rank."""
+        return self._source.cut(0).num_steps
+
+    def epochs(self, num_epochs: int) -> Iterator[Epoch]:
+        """The epochs that are left of *num_epochs* in all, counted from epoch 0.
+
+        The first one goes on where the loader stands; one that is left early counts as done.
+        """
+        while self._epoch < num_epochs:
+            number = self._epoch
+            yield Epoch(self, number)
+            if self._epoch == number:
+                self._start_epoch(number + 1, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch; the next call gives the next epoch."""
+        return self._batches(self._epoch)
+
+    # Where it stands.
+
+    @property
+    def epoch(self) -> int:
+        """Number of the current epoch, from 0."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Stand at the start of *epoch*."""
+        if epoch < 0:
+            raise InvalidRequest(f"epoch {epoch}: epochs count from 0")
+        self._start_epoch(epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A few integers and names (JSON) that say: go on after the batch handed out last.
+
+        O(1), the same on all ranks; batches that were only prefetched do not count.
+        """
+        return self._source.state(self._epoch, self._position)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand where *state* was taken, on any number of ranks and with any batch size.
+
+        Raises InvalidRequest if it was taken on another dataset version, split, shuffle or seed.
+        """
+        self._start_epoch(*self._source.restored(state))
+
+    def _start_epoch(self, epoch: int, position: int) -> None:
+        self._turn += 1  # an iterator that still runs stops with an error instead of mixing epochs
+        self._epoch, self._position = epoch, position
+
+    def remaining_steps(self) -> int:
+        """Steps to the end of the current epoch."""
+        return self._source.cut(self._position).num_steps
+
+    # Reading.
+
+    def report(self) -> LoaderReport:
+        """Samples/s, the share of time spent waiting for data, and more; for this rank."""
+        return self._meter.report()
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        self._source.bind()
+        self._turn += 1
+        turn = self._turn
+        cut = self._source.cut(self._position)
+        batches = self._prefetched(epoch, cut)
+        try:
+            for step in range(cut.num_steps):
+                asked = time.perf_counter()
+                batch, samples, num_bytes = next(batches)
+                batch = self._on_device(batch)
+                handed_out = time.perf_counter()
+                self._meter.read(num_bytes)
+                self._meter.handed_out(samples, handed_out - asked)
+                self._position = cut.bounds(step)[1]
+                yield batch
+                self._meter.computed(time.perf_counter() - handed_out)
+                self._check_turn(turn)
+            self._start_epoch(epoch + 1, 0)
+        finally:
+            batches.close()
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise InvalidRequest(
+                "this iteration is over: another one was started, or a state was loaded; "
+                "iterate the loader anew"
+            )
+
+    def _prefetched(self, epoch: int, cut: Cut) -> Any:
+        """A generator of the steps of *cut*, read ahead in threads, in order."""
+        order = self._source.order(epoch)
+        if self._num_threads == 0:
+            for step in range(cut.num_steps):
+                yield self._source.read(order, cut, step)
+            return
+        size = max(1, self._source.average_batch_bytes)
+        ahead = max(1, min(self._prefetch_batches, PREFETCH_BYTES // size))
+        pool = self._pool()
+        pending: deque[Future[tuple[Batch, int, int]]] = deque()
+        read = _read_pinned if self._pins else _read
+        try:
+            for step in range(cut.num_steps):
+                for later in range(step + len(pending), min(step + ahead, cut.num_steps)):
+                    pending.append(pool.submit(read, self._source, order, cut, later))
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    @property
+    def _pins(self) -> bool:
+        return self._device is not None and self._device.type == "cuda"
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """The batch on the wanted device; from pinned memory the copy runs beside the caller."""
+        if self._device is None:
+            return batch
+        return {
+            name: value.to(self._device, non_blocking=True)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in batch.items()
+        }
+
+    # Threads.
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._closed:
+            raise InvalidRequest("this loader is closed: make a new one")
+        pid = os.getpid()
+        if self._threads is None or self._threads[0] != pid:  # threads do not survive a fork
+            pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="forebay-load")
+            weakref.finalize(self, _end_pool, pool, pid).atexit = False
+            self._threads = (pid, pool)
+        return self._threads[1]
+
+    def close(self) -> None:
+        """End the threads, and with them a running iteration. Idempotent."""
+        self._closed = True
+        self._turn += 1
+        if self._threads is not None and self._threads[0] == os.getpid():
+            self._threads[1].shutdown(wait=True, cancel_futures=True)
+        self._threads = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Epoch:
+    """One epoch of a loader, or what is left of it: iterate it once."""
+
+    def __init__(self, loader: DataLoader, number: int) -> None:
+        self._loader = loader
+        self.number = number
+        """Counted from 0."""
+
+    def __len__(self) -> int:
+        """Steps that are left, on every rank."""
+        return self._loader.remaining_steps() if self._loader.epoch == self.number else 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._loader.epoch != self.number:
+            raise InvalidRequest(
+                f"epoch {self.number} is over, the loader stands in epoch {self._loader.epoch}"
+            )
+        return iter(self._loader)
+
+
+def _read(source: BatchSource, *what: Any) -> tuple[Batch, int, int]:
+    return source.read(*what)
+
+
+def _read_pinned(source: BatchSource, *what: Any) -> tuple[Batch, int, int]:
+    batch, samples, num_bytes = source.read(*what)
+    pinned = {
+        name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+    return pinned, samples, num_bytes
+
+
+def _end_pool(pool: ThreadPoolExecutor, pid: int) -> None:
+    if os.getpid() == pid:
+        pool.shutdown(wait=False, cancel_futures=True)

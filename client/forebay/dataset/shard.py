@@ -1,0 +1,254 @@
+"""One shard as an Arrow IPC file: written into memory that is given, read batch by batch.
+
+Reading parses the footer itself (pyarrow's file reader touches, and hence would need verified, more
+than the record batch that is wanted). The layout is that of the Arrow columnar format, "IPC File
+Format": https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from forebay.dataset.schema import Column, Schema
+from forebay_wire.errors import IntegrityError, InvalidRequest
+from forebay_wire.limits import MAX_SEGMENT_BYTES
+
+ARROW_MAGIC: Final = b"ARROW1"
+FOOTER_END: Final = struct.Struct("<i6s")
+"""Length of the footer i32, magic."""
+
+BLOCK: Final = np.dtype(
+    {"names": ["offset", "head", "body"], "formats": ["<i8", "<i4", "<i8"], "offsets": [0, 8, 16]}
+)
+"""Where a record batch lies: offset i64, metadata length i32, 4 bytes padding, body length i64."""
+
+RECORD_BATCHES_FIELD: Final = 3
+"""Index of ``recordBatches`` in the footer's flatbuffer table."""
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """What a finished shard holds."""
+
+    num_bytes: int
+    num_rows: int
+    batch_rows: tuple[int, ...]
+    cuts: tuple[int, ...]
+    """Segment lengths in bytes: at record-batch borders, at most 4 MiB each."""
+
+
+class ShardBuilder:
+    """Writes one shard straight into *memory* (writable). Not thread-safe."""
+
+    def __init__(self, memory: memoryview, schema: pa.Schema) -> None:
+        if memory.readonly:
+            raise InvalidRequest("a shard needs writable memory")  # Arrow would abort the process
+        self._capacity = memory.nbytes
+        self._sink = pa.FixedSizeBufferWriter(pa.py_buffer(memory))
+        # One thread: a record batch is a memcpy, and pools of two cores only add switches.
+        self._writer = pa.ipc.new_file(
+            self._sink, schema, options=pa.ipc.IpcWriteOptions(use_threads=False)
+        )
+        self._schema_bytes = len(schema.serialize())
+        self._ends: list[int] = []
+        self._rows: list[int] = []
+
+    @property
+    def num_batches(self) -> int:
+        return len(self._rows)
+
+    def fits(self, batch: pa.RecordBatch) -> bool:
+        """Whether *batch* and everything that has to follow it fit."""
+        used = self._ends[-1] if self._ends else self._schema_bytes + 64
+        footer = shard_overhead(self._schema_bytes, len(self._ends) + 1)
+        return used + int(pa.ipc.get_record_batch_size(batch)) + footer <= self._capacity
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append *batch*, which :meth:`fits`."""
+        self._writer.write_batch(batch)
+        self._ends.append(int(self._sink.tell()))
+        self._rows.append(batch.num_rows)
+
+    def finish(self) -> ShardContent:
+        """Write the footer; the shard is the first ``num_bytes`` of the memory."""
+        self._writer.close()
+        num_bytes = int(self._sink.tell())
+        self.close()
+        return ShardContent(
+            num_bytes, sum(self._rows), tuple(self._rows), segment_cuts(self._ends, num_bytes)
+        )
+
+    def close(self) -> None:
+        """Let go of the memory. Idempotent."""
+        self._sink.close()
+
+
+def shard_overhead(schema_bytes: int, num_batches: int) -> int:
+    """An upper bound of the bytes of a footer with *num_batches* record batches."""
+    return 2 * schema_bytes + 64 * num_batches + 1024
+
+
+def largest_sample(shard_bytes: int, schema: pa.Schema) -> int:
+    """Bytes of values that surely fit a shard of *shard_bytes* as its only row."""
+    schema_bytes = len(schema.serialize())
+    head = 64 + schema_bytes + 1024 + 256 * len(schema)  # of the file and of the record batch
+    return max(0, shard_bytes - head - shard_overhead(schema_bytes, 1))
+
+
+def segment_cuts(batch_ends: list[int], num_bytes: int) -> tuple[int, ...]:
+    """Segment lengths for a file of *num_bytes* whose record batches end at *batch_ends*.
+
+    The header joins the first batch and the footer the last; what is longer than a segment may be
+    is cut evenly.
+    """
+    cuts: list[int] = []
+    start = 0
+    for end in [*batch_ends[:-1], num_bytes]:
+        pieces = -(-(end - start) // MAX_SEGMENT_BYTES)
+        size, larger = divmod(end - start, max(pieces, 1))
+        cuts += [size + 1] * larger + [size] * (pieces - larger)
+        start = end
+    return tuple(cuts)
+
+
+class Bytes(Protocol):
+    """What a shard is read from: an open blob (``forebay.transfer.Blob``)."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def map(self, offset: int = 0, length: int | None = None) -> memoryview: ...
+
+
+class ShardReader:
+    """Record batches of an open shard, parsed without a copy at their first use. Thread-safe.
+
+    Exactly the footer and the record batches that are used are mapped, and hence verified.
+    """
+
+    def __init__(
+        self, blob: Bytes, schema: Schema, batch_rows: tuple[int, ...], where: str
+    ) -> None:
+        self._blob = blob
+        self._schema = schema
+        self._batch_rows = batch_rows
+        self._where = where
+        self._blocks: NDArray[np.void] | None = None
+
+    def batch(self, index: int) -> BatchColumns:
+        """Record batch *index* of the shard. Raises IntegrityError if it is not what it must be."""
+        record_batch = self.record_batch(index)
+        return BatchColumns(record_batch, self._schema)
+
+    def record_batch(self, index: int) -> pa.RecordBatch:
+        """Record batch *index* as Arrow sees it, over the mapped memory."""
+        if self._blocks is None:
+            self._blocks = self._read_footer()
+        block = self._blocks[index]
+        offset, length = int(block["offset"]), int(block["head"]) + int(block["body"])
+        try:
+            view = self._blob.map(offset, length)
+            batch = pa.ipc.read_record_batch(pa.py_buffer(view), self._schema.arrow)
+        except (InvalidRequest, pa.ArrowException, OSError) as error:
+            raise self._damaged(f"record batch {index} cannot be read: {error}") from error
+        if batch.num_rows != self._batch_rows[index]:
+            raise self._damaged(
+                f"record batch {index} has {batch.num_rows} rows, not {self._batch_rows[index]}"
+            )
+        return batch
+
+    def _read_footer(self) -> NDArray[np.void]:
+        """Where the record batches lie."""
+        total = self._blob.num_bytes
+        try:
+            length, magic = FOOTER_END.unpack(
+                self._blob.map(total - FOOTER_END.size, FOOTER_END.size)
+            )
+            if magic != ARROW_MAGIC or not 0 < length < total - FOOTER_END.size:
+                raise self._damaged("it does not end like an Arrow IPC file")
+            footer = self._blob.map(total - FOOTER_END.size - length, length)
+            blocks = _record_batch_blocks(footer)
+        except (InvalidRequest, struct.error, ValueError) as error:
+            raise self._damaged(f"its footer cannot be read: {error}") from error
+        if len(blocks) != len(self._batch_rows):
+            raise self._damaged(f"it has {len(blocks)} batches, not {len(self._batch_rows)}")
+        return blocks
+
+    def _damaged(self, reason: str) -> IntegrityError:
+        return IntegrityError(
+            f"the shard is not what its manifest says ({self._where}): {reason}; "
+            "write the dataset version again"
+        )
+
+
+def _record_batch_blocks(footer: memoryview) -> NDArray[np.void]:
+    """The vector of blocks in a footer (a flatbuffer table, see the module's docstring)."""
+    (table,) = struct.unpack_from("<I", footer, 0)
+    (to_vtable,) = struct.unpack_from("<i", footer, table)
+    vtable = table - to_vtable
+    (vtable_bytes,) = struct.unpack_from("<H", footer, vtable)
+    slot = 4 + 2 * RECORD_BATCHES_FIELD
+    if slot >= vtable_bytes:
+        return np.empty(0, dtype=BLOCK)
+    (field,) = struct.unpack_from("<H", footer, vtable + slot)
+    if field == 0:
+        return np.empty(0, dtype=BLOCK)
+    (to_vector,) = struct.unpack_from("<I", footer, table + field)
+    vector = table + field + to_vector
+    (count,) = struct.unpack_from("<I", footer, vector)
+    return np.frombuffer(footer, dtype=BLOCK, count=count, offset=vector + 4).copy()
+
+
+class BatchColumns:
+    """The columns of one record batch, each turned into its readable form at first use."""
+
+    def __init__(self, batch: pa.RecordBatch, schema: Schema) -> None:
+        self._batch = batch
+        self._schema = schema
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self.num_rows: int = batch.num_rows
+        self.num_bytes: int = batch.nbytes
+
+    def numbers(self, column: Column) -> NDArray[Any]:
+        """A column of numbers or arrays: ``(rows, *shape)``, over the mapped memory.
+
+        Booleans lie in Arrow as bits: they are unpacked once.
+        """
+        found = self._arrays.get(column.name)
+        if found is None:
+            found = self._arrays[column.name] = _as_numbers(self._arrow(column), column)
+        return found
+
+    def objects(self, column: Column, rows: NDArray[np.int64]) -> list[Any]:
+        """The values of other columns in the given *rows*: str, bytes, arrays or Python objects."""
+        taken = self._arrow(column).take(pa.array(rows))
+        if column.kind == "list":
+            return _as_lists(taken, column)
+        values: list[Any] = taken.to_pylist()
+        return values
+
+    def _arrow(self, column: Column) -> pa.Array:
+        return self._batch.column(self._schema.names.index(column.name))
+
+
+def _as_numbers(values: pa.Array, column: Column) -> NDArray[Any]:
+    if column.kind == "array":
+        values = values.storage.values
+    flat: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, *column.shape)
+
+
+def _as_lists(values: pa.ListArray, column: Column) -> list[Any]:
+    flat = values.values.to_numpy(zero_copy_only=False).astype(column.dtype, copy=False)
+    offsets = values.offsets.to_numpy()
+    pieces: list[Any] = np.split(flat, offsets)[1:-1]
+    if values.null_count:
+        missing = values.is_null().to_numpy(zero_copy_only=False)
+        pieces = [None if gone else piece for piece, gone in zip(pieces, missing, strict=True)]
+    return pieces

@@ -1,0 +1,138 @@
+"""The same batches for torch's own DataLoader (and what wraps it): an iterable of whole batches.
+
+``torch.utils.data.DataLoader(StreamingDataset(...), batch_size=None, num_workers=N)``: worker w of
+W yields the rank's batches w, w + W, …, and torch asks its workers in turn, so the order comes out
+whole for any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils.data
+
+from forebay.dataset.batches import Batch, BatchSource, Transform
+from forebay.dataset.dataset import Dataset
+from forebay_wire.errors import InvalidRequest
+from forebay_wire.order import worker_steps
+
+# Slots of the memory that parent and workers share.
+_EPOCH, _POSITION, _WORKERS_READ = range(3)
+
+
+class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
+    """Whole batches of a dataset in exact order, cut over ranks and workers.
+
+    Give it to a loader with ``batch_size=None``. Workers (fork, forkserver, spawn) open their own
+    connection for bytes and use no gRPC. Each batch carries ``_position``, an int64 tensor
+    ``[epoch, samples consumed after it]``: so ``state_dict(after=batch)`` is right whatever the
+    workers read ahead. One iteration gives the rest of the current epoch; call
+    :meth:`set_epoch` before each further one.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        global_batch_size: int | None = None,
+        batch_size: int | None = None,
+        shuffle: str = "none",
+        seed: int = 0,
+        last_batch: str = "keep",
+        transform: Transform | None = None,
+        columns: Sequence[str] | None = None,
+        include_ids: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        """The arguments mean what they mean for ``forebay.DataLoader``."""
+        super().__init__()
+        self._source = BatchSource(
+            dataset,
+            global_batch_size=global_batch_size,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            last_batch=last_batch,
+            transform=transform,
+            columns=columns,
+            include_ids=include_ids,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.dataset = dataset
+        # Persistent workers read it at the start of each iteration, so that a new epoch or a
+        # restored position reaches them.
+        self._shared = torch.zeros(3, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch, on every rank."""
+        return self._source.cut(0).num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._source.bind()
+        epoch, position = int(self._shared[_EPOCH]), int(self._shared[_POSITION])
+        cut = self._source.cut(position)
+        order = self._source.order(epoch)
+        worker = torch.utils.data.get_worker_info()
+        steps = range(cut.num_steps)
+        if worker is not None:
+            self._shared[_WORKERS_READ] = 1
+            steps = worker_steps(cut.num_steps, worker.id, worker.num_workers)
+        for step in steps:
+            batch, _, _ = self._source.read(order, cut, step)
+            after = cut.bounds(step)[1]
+            batch["_position"] = torch.tensor([epoch, after])
+            if worker is None:
+                self._shared[_POSITION] = after
+            yield batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Stand at the start of *epoch*, in persistent workers too from their next iteration on."""
+        if epoch < 0:
+            raise InvalidRequest(f"epoch {epoch}: epochs count from 0")
+        self._stand_at(epoch, 0)
+
+    def state_dict(self, after: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """A few integers and names (JSON) that say: go on with the batch that follows *after*.
+
+        Without *after*, where this process's own iteration stands; that raises InvalidRequest once
+        workers read, because they run ahead of the training loop.
+        """
+        if after is not None:
+            return self._source.state(*_position_of(after))
+        if int(self._shared[_WORKERS_READ]):
+            raise InvalidRequest(
+                "workers read ahead of the training loop, so this process does not know what it "
+                "consumed: pass the last batch, state_dict(after=batch)"
+            )
+        return self._source.state(int(self._shared[_EPOCH]), int(self._shared[_POSITION]))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand where *state* was taken, on any ranks, workers and batch size.
+
+        Raises InvalidRequest if it was taken on another dataset version, split, shuffle or seed.
+        """
+        self._stand_at(*self._source.restored(state))
+
+    def _stand_at(self, epoch: int, position: int) -> None:
+        self._shared[_EPOCH] = epoch
+        self._shared[_POSITION] = position
+        self._shared[_WORKERS_READ] = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._source.bind()  # a spawned worker knows nothing of torch.distributed
+        return self.__dict__
+
+
+def _position_of(batch: Mapping[str, Any]) -> tuple[int, int]:
+    position = batch.get("_position")
+    if not isinstance(position, torch.Tensor) or position.shape != (2,):
+        raise InvalidRequest(
+            "the batch carries no _position: pass one as it came from this dataset, read by a "
+            "loader with batch_size=None"
+        )
+    epoch, after = position.tolist()
+    return epoch, after

@@ -1,0 +1,151 @@
+"""The upload sessions of one writer: begun, sealed, kept alive, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from forebay.methods import Blobs, Method, Request, Response
+from forebay.transfer import Transfer, UploadSlot
+from forebay_wire.errors import DaemonUnavailable, DeadlineExceeded, ForebayError, NotFound
+from forebay_wire.v1 import blobs_pb2
+
+SEAL_SECONDS: Final = 600.0
+"""A seal returns when the blob is fsynced: on a slow disk that takes a while."""
+
+RENEW_SECONDS: Final = 10.0
+
+
+class Channel(Protocol):
+    """The control connection, as far as writing needs it."""
+
+    def call(
+        self, method: Method[Request, Response], request: Request, *, timeout: float = ...
+    ) -> Response: ...
+
+
+@dataclass
+class Upload:
+    """One session with its slot."""
+
+    session: str
+    slot: UploadSlot
+    lease_seconds: float
+
+
+class Uploads:
+    """Sessions of one owner; a thread renews their leases while this object lives. Thread-safe."""
+
+    def __init__(self, channel: Channel, transfer: Transfer, owner: str) -> None:
+        self._channel = channel
+        self._transfer = transfer
+        self._owner = owner
+        self._lock = threading.Lock()
+        self._live: dict[str, Upload] = {}
+        self._lost: ForebayError | None = None
+        self._stop = threading.Event()
+        self._renewer: threading.Thread | None = None
+
+    def begin(self, num_bytes: int) -> Upload:
+        """Open a session for a blob of at most *num_bytes*, all of it in one slot."""
+        granted = self._channel.call(
+            Blobs.BeginUpload,
+            blobs_pb2.BeginUploadRequest(
+                total_bytes=num_bytes, slot_bytes=num_bytes, owner=self._owner
+            ),
+        )
+        slot = self._transfer.upload_slot(
+            granted.session,
+            granted.slot_bytes,
+            granted.put_ticket,
+            lambda: self._renew(granted.session).put_ticket,
+        )
+        upload = Upload(granted.session, slot, granted.lease_seconds)
+        with self._lock:
+            self._live[upload.session] = upload
+        self._start_renewing(granted.lease_seconds)
+        return upload
+
+    def seal(self, upload: Upload, num_bytes: int, cuts: Sequence[int]) -> blobs_pb2.SealedBlob:
+        """Publish the first *num_bytes* of the slot as the blob; durable on return.
+
+        The session lives on until the commit that names it. The slot is let go.
+        """
+        upload.slot.flush(num_bytes)
+        request = blobs_pb2.SealRequest(
+            session=upload.session, sequence=0, num_bytes=num_bytes, cuts=cuts
+        )
+        sealed = self._channel.call(Blobs.Seal, request, timeout=SEAL_SECONDS)
+        upload.slot.close()
+        return sealed
+
+    def check(self) -> None:
+        """Raise if a session was lost (its lease ended while this process could not renew it)."""
+        if self._lost is not None:
+            raise self._lost
+
+    def end(self, *, committed: bool) -> None:
+        """Stop renewing and let go of all slots; abort the sessions unless *committed*.
+
+        Idempotent. A daemon that cannot be reached ends the sessions by their leases.
+        """
+        self._stop.set()
+        if self._renewer is not None:
+            self._renewer.join()
+        with self._lock:
+            uploads = list(self._live.values())
+            self._live.clear()
+        for upload in uploads:
+            upload.slot.close()
+            if not committed:
+                with contextlib.suppress(ForebayError):
+                    self._channel.call(
+                        Blobs.Abort,
+                        blobs_pb2.AbortRequest(session=upload.session),
+                        timeout=RENEW_SECONDS,
+                    )
+
+    def _renew(self, session: str) -> blobs_pb2.UploadSession:
+        return self._channel.call(
+            Blobs.Renew, blobs_pb2.RenewRequest(session=session), timeout=RENEW_SECONDS
+        )
+
+    def renew_all(self) -> None:
+        """Renew every lease once."""
+        with self._lock:
+            sessions = list(self._live)
+        for session in sessions:
+            if self._stop.is_set():
+                return
+            try:
+                self._renew(session)
+            except (DaemonUnavailable, DeadlineExceeded):
+                return  # the next round tries again, and the seal or commit says what is wrong
+            except NotFound as error:
+                self._lost = error
+
+    def _start_renewing(self, lease_seconds: float) -> None:
+        if self._renewer is None:
+            self._renewer = threading.Thread(
+                target=_renew_in_turns,
+                args=(weakref.ref(self), self._stop, lease_seconds / 3),
+                name="forebay-lease",
+                daemon=True,
+            )
+            self._renewer.start()
+
+
+def _renew_in_turns(
+    uploads: weakref.ref[Uploads], stop: threading.Event, pause_seconds: float
+) -> None:
+    """Until *stop*, or until nobody holds the writer any more: then the leases end."""
+    while not stop.wait(pause_seconds):
+        alive = uploads()
+        if alive is None:
+            return
+        alive.renew_all()
+        del alive
