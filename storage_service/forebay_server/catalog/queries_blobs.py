@@ -214,6 +214,13 @@ def orphan_blobs(
     return found[:limit]
 
 
+def local_orphan_blobs(connection: Connection, tiers: Sequence[str], limit: int) -> list[str]:
+    """Orphans without a replica outside of *tiers*, at most *limit*."""
+    elsewhere = exists().where(replicas.c.blob == blobs.c.blob, replicas.c.tier.not_in(tiers))
+    statement = select(blobs.c.blob).where(_is_orphan(), ~elsewhere).order_by(blobs.c.blob)
+    return list(connection.scalars(statement.limit(limit)))
+
+
 def remove_orphan(connection: Connection, blob: str) -> list[FileRef]:
     """Forget *blob* if nothing names it; its files, for the caller to delete afterwards."""
     if not orphan_blobs(connection, 1, [blob]):
@@ -245,3 +252,8 @@ def mark_missing(connection: Connection, names: Sequence[str], reason: str) -> i
             .values(state="quarantined", reason=reason)
         ).rowcount
     return changed
+
+
+def is_known_file(connection: Connection, file: str) -> bool:
+    """Whether a row names *file*."""
+    return connection.scalar(select(files.c.file).where(files.c.file == file)) is not None

@@ -1,0 +1,185 @@
+"""Upload sessions: leases on what is being written and on what has landed uncommitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, and_, delete, insert, or_, select, update
+
+from forebay_server.catalog.clock import now
+from forebay_server.catalog.queries_blobs import (
+    FileRef,
+    batches,
+    insert_replica,
+    live_replica,
+    remove_orphan,
+)
+from forebay_server.catalog.tables import uploads
+from forebay_wire.errors import NotFound, PermissionDenied
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the end of a session leaves to do outside of the transaction."""
+
+    blob: str | None
+    """What it had landed."""
+    files: tuple[FileRef, ...]
+    """No row names them any more: the caller deletes them."""
+
+
+def insert_upload(
+    connection: Connection,
+    session: str,
+    *,
+    owner: str,
+    uid: int,
+    tier: str,
+    file: str,
+    lease_seconds: float,
+) -> None:
+    """Open a session that will publish *file* in *tier*."""
+    connection.execute(
+        insert(uploads).values(
+            session=session,
+            owner=owner,
+            uid=uid,
+            tier=tier,
+            file=file,
+            expires=now() + lease_seconds,
+        )
+    )
+
+
+def renew_uploads(
+    connection: Connection, session: str, *, owner: str, uid: int, lease_seconds: float
+) -> bool:
+    """Extend the lease of *session* and of all that its owner landed; False if it ended."""
+    siblings = and_(uploads.c.uid == uid, uploads.c.owner == owner, uploads.c.state == "landed")
+    connection.execute(
+        update(uploads)
+        .where(or_(uploads.c.session == session, siblings))
+        .values(expires=now() + lease_seconds)
+    )
+    known = select(uploads.c.session).where(uploads.c.session == session)
+    return connection.scalar(known) is not None
+
+
+def mark_sealed(connection: Connection, session: str) -> None:
+    """From here on the session lives until its blob has landed, whatever its caller does."""
+    changed = connection.execute(
+        update(uploads)
+        .where(uploads.c.session == session, uploads.c.state == "open")
+        .values(state="sealed")
+    )
+    if not changed.rowcount:
+        raise NotFound(f"upload session {session} has ended: write the bytes again")
+
+
+def record_landed(
+    connection: Connection,
+    session: str,
+    blob: str,
+    num_bytes: int,
+    num_segments: int,
+    file_bytes: int,
+    *,
+    local_tiers: Sequence[str],
+    node: str,
+) -> FileRef | None:
+    """Record the session's published file as a replica of *blob*, held by the session.
+
+    If one of *local_tiers* has a live replica already, that one serves and the new file is
+    returned: no row names it, the caller deletes it after the transaction. Raises
+    :class:`NotFound` if the session has ended.
+    """
+    row = connection.execute(
+        select(uploads.c.tier, uploads.c.file).where(uploads.c.session == session)
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"upload session {session} has ended: write the bytes again")
+    spare: FileRef | None = None
+    if live_replica(connection, blob, local_tiers, node=node) is not None:
+        spare = FileRef(row.tier, row.file)
+    else:
+        insert_replica(
+            connection, blob, num_bytes, num_segments, row.tier, row.file, file_bytes, node=node
+        )
+    connection.execute(
+        update(uploads).where(uploads.c.session == session).values(state="landed", blob=blob)
+    )
+    return spare
+
+
+def claim_landed(connection: Connection, session: str, uid: int, blob: str) -> None:
+    """End a session whose *blob* has just been named by a manifest in this transaction.
+
+    Raises :class:`NotFound` if the session is unknown, ended or holds another blob,
+    :class:`PermissionDenied` if it is another user's.
+    """
+    row = connection.execute(
+        select(uploads.c.uid, uploads.c.blob, uploads.c.state).where(
+            uploads.c.session == session, uploads.c.expires >= now()
+        )
+    ).one_or_none()
+    if row is None:
+        raise NotFound(
+            f"upload session {session} has ended (its lease ran out, or the daemon restarted): "
+            "its bytes are gone; write the shard again"
+        )
+    if row.uid != uid:
+        raise PermissionDenied(f"upload session {session} belongs to another user")
+    if row.state != "landed" or row.blob != blob:
+        raise NotFound(
+            f"upload session {session} has not sealed blob {blob}: seal it first, and commit the "
+            "id that the seal answered"
+        )
+    end_claimed(connection, session)
+
+
+def end_claimed(connection: Connection, session: str) -> None:
+    """End a session whose blob something else names by now."""
+    connection.execute(delete(uploads).where(uploads.c.session == session))
+
+
+def end_upload(connection: Connection, session: str) -> Ended:
+    """End a session and forget what it landed, unless something else names it."""
+    blob = connection.scalar(select(uploads.c.blob).where(uploads.c.session == session))
+    connection.execute(delete(uploads).where(uploads.c.session == session))
+    return Ended(blob, () if blob is None else tuple(remove_orphan(connection, blob)))
+
+
+def end_expired(connection: Connection, session: str) -> Ended | None:
+    """:func:`end_upload`, unless somebody renewed the session meanwhile (None)."""
+    expired = select(uploads.c.session).where(
+        uploads.c.session == session, uploads.c.expires < now(), uploads.c.state != "sealed"
+    )
+    return None if connection.scalar(expired) is None else end_upload(connection, session)
+
+
+def expired_uploads(connection: Connection, limit: int) -> list[str]:
+    """Sessions whose lease ran out; not those that are sealed and still landing."""
+    return list(
+        connection.scalars(
+            select(uploads.c.session)
+            .where(uploads.c.expires < now(), uploads.c.state != "sealed")
+            .order_by(uploads.c.expires)
+            .limit(limit)
+        )
+    )
+
+
+def end_all_uploads(connection: Connection) -> int:
+    """At the daemon's start: no session of an earlier incarnation lives. How many there were."""
+    return connection.execute(delete(uploads)).rowcount
+
+
+def live_sessions(connection: Connection, sessions: Sequence[str]) -> set[str]:
+    """Those of *sessions* that have not ended."""
+    found: set[str] = set()
+    for part in batches(sessions):
+        found.update(
+            connection.scalars(select(uploads.c.session).where(uploads.c.session.in_(part)))
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Landed pieces become one visible version, or nothing."""

@@ -1,0 +1,576 @@
+"""Upload sessions: what a client writes is its session's until it is committed, or it goes away.
+
+A session is a lease (a row with an expiry by the catalog's clock), a slot of shared memory and a
+file on its way into a landing tier. Renewals and every other call keep it alive; without them it
+ends, and slot, unfinished file, reservation and what it landed go with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+from forebay_server.catalog import queries_uploads as queries
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_blobs import FileRef, is_known_file
+from forebay_server.publish.landing import BlobLanding, PublishedBlob
+from forebay_server.publish.session import (
+    Grant,
+    LandedBlob,
+    Piece,
+    Session,
+    check_owner,
+    ended,
+    slot_owner,
+)
+from forebay_server.tier.memory import Slot
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier
+from forebay_wire.errors import Conflict, ForebayError, ResourceExhausted
+from forebay_wire.failpoints import failpoint
+from forebay_wire.ids import check_random_name, new_random_name
+from forebay_wire.limits import (
+    MAX_BLOB_BYTES,
+    MAX_SEGMENT_BYTES,
+    MAX_SHARDS_PER_VERSION,
+    MAX_UPLOAD_SLOT_BYTES,
+    check_limit,
+)
+
+__all__ = ["Grant", "LandedBlob", "Uploads"]
+
+logger = logging.getLogger(__name__)
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+DEFAULT_LEASE_SECONDS: Final = 60.0
+
+SLOT_IDLE_SECONDS: Final = 900.0
+"""How long an owner without sessions keeps its slots warm: more than most times between saves."""
+
+MAX_SESSIONS: Final = 2 * MAX_SHARDS_PER_VERSION
+"""Sessions in memory at a time; those that have landed hold no slot."""
+
+EXPIRY_BATCH: Final = 1000
+
+NUM_WRITING_THREADS: Final = 8
+"""Writes that overlap with digesting: one for each landing that runs at a time."""
+
+
+class Uploads:
+    """All upload sessions of this node. Belongs to the event loop; ``slot`` is thread-safe.
+
+    ``start`` begins to look for expired leases, ``close`` ends all sessions.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        tiers: Tiers,
+        *,
+        node: str = "",
+        lease_seconds: float = DEFAULT_LEASE_SECONDS,
+        forget: Callable[[str], object] = lambda blob: None,
+    ) -> None:
+        """*forget* is told the id of a blob whose local files are about to be deleted."""
+        self.lease_seconds = lease_seconds
+        self._catalog = catalog
+        self._tiers = tiers
+        self._node = node
+        self._forget = forget
+        self._sessions: dict[str, Session] = {}
+        self._last_used: dict[str, float] = {}
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._landings: set[asyncio.Task[Any]] = set()
+        self._expiry: asyncio.Task[None] | None = None
+        self._writing = ThreadPoolExecutor(NUM_WRITING_THREADS, thread_name_prefix="landing-write")
+
+    async def start(self) -> None:
+        """Begin to end sessions whose lease ran out."""
+        self._expiry = asyncio.create_task(self._expire_for_ever(), name="upload-expiry")
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Wait for what is sealed to land; whether all of it did."""
+        if not self._landings:
+            return True
+        _, left = await asyncio.wait(set(self._landings), timeout=timeout_seconds)
+        return not left
+
+    async def close(self) -> None:
+        """Cancel what still lands and end every session. Idempotent."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._expiry
+            self._expiry = None
+        for task in self._landings:
+            task.cancel()
+        while waiting := self._calls | self._landings:
+            await asyncio.wait(waiting)
+        for found in list(self._sessions.values()):
+            await self._drop_from_memory(found)
+        await asyncio.to_thread(self._writing.shutdown)
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def num_landing(self) -> int:
+        """Sealed blobs that still land in the background."""
+        return len(self._landings)
+
+    # --------------------------------------------------------------------- the client's calls
+
+    async def begin(
+        self,
+        uid: int,
+        owner: str,
+        total_bytes: int,
+        slot_bytes: int,
+        *,
+        bind: Callable[[Connection, str], object] | None = None,
+    ) -> Grant:
+        """Open a session with a slot of at most *slot_bytes* and room for *total_bytes* reserved.
+
+        *owner* says what it is for (``dataset NAME``); its slots are reused among its sessions.
+        *bind* is called with the new session's name in the transaction that records it; if it
+        raises, there is no session. :class:`ResourceExhausted` if no landing tier has room.
+        """
+        check_limit("bytes of the blob", total_bytes, MAX_BLOB_BYTES, "write several blobs")
+        check_limit("slot bytes", slot_bytes, MAX_UPLOAD_SLOT_BYTES, "append in pieces")
+        check_owner(owner)
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise ResourceExhausted(
+                f"{len(self._sessions)} upload sessions are open, the limit is {MAX_SESSIONS}: "
+                "commit or abort some"
+            )
+        return await self._finish(self._begin(uid, owner, total_bytes, slot_bytes, bind))
+
+    async def append(
+        self, session: str, uid: int, sequence: int, num_bytes: int, cuts: Sequence[int]
+    ) -> int:
+        """Take the first *num_bytes* of the slot as the blob's next bytes; the blob's bytes so far.
+
+        On return the slot may be overwritten. *sequence* counts from 0; a repeat of the last one
+        is answered and not applied. A failed write ends the session.
+        """
+        found = self._find(session, uid)
+        return await self._finish(self._append(found, Piece(sequence, num_bytes, tuple(cuts))))
+
+    async def seal(
+        self, session: str, uid: int, sequence: int, num_bytes: int, cuts: Sequence[int]
+    ) -> LandedBlob:
+        """Take the slot's first *num_bytes* as the last bytes and land the blob.
+
+        On return it is fsynced and held by the session: garbage, unless a manifest that names it is
+        committed before the lease ends. Idempotent.
+        """
+        found = self._find(session, uid)
+        return await self._finish(self._seal(found, Piece(sequence, num_bytes, tuple(cuts))))
+
+    async def seal_in_background(
+        self,
+        session: str,
+        uid: int,
+        sequence: int,
+        num_bytes: int,
+        cuts: Sequence[int],
+        *,
+        sealed: Callable[[Connection], S],
+        landed: Callable[[Connection, LandedBlob], T],
+    ) -> tuple[S, asyncio.Task[T]]:
+        """Like :meth:`seal`, without waiting for the landing: ``(what sealed() gave, landing)``.
+
+        *sealed* runs in the transaction that marks the session sealed; from then on nothing the
+        client does ends it. *landed* runs in the transaction that records the landed blob and ends
+        the session, so it has to name the blob (in a pack) or leave it to the collector. The task's
+        result is what *landed* returned; if landing or *landed* fails, the task raises and nothing
+        stays. Idempotent while it lands; afterwards the session is unknown.
+        """
+        found = self._find(session, uid)
+        piece = Piece(sequence, num_bytes, tuple(cuts))
+        return await self._finish(self._seal_behind(found, piece, sealed, landed))
+
+    async def renew(self, session: str, uid: int) -> Grant:
+        """Extend the lease of the session and of all that its owner has landed."""
+        found = self._find(session, uid)
+        if not await self._renew_row(found):
+            await self._finish(self._abort(found))
+            raise ended(session)
+        return Grant(session, found.slot.capacity_bytes, self.lease_seconds)
+
+    async def abort(self, session: str, uid: int) -> None:
+        """End the session and drop its bytes. Idempotent, also for unknown sessions.
+
+        :class:`Conflict` for one that is sealed and lands in the background.
+        """
+        check_random_name("session", session)
+        if session in self._sessions:
+            await self._finish(self._abort(self._find(session, uid)))
+
+    def slot(self, session: str, uid: int) -> Slot:
+        """The slot of an open session, to be handed over or written to. Thread-safe."""
+        found = self._find(session, uid)
+        found.open_landing()
+        return found.slot
+
+    # --------------------------------------------------------------------- the daemon's calls
+
+    async def end(self, sessions: Iterable[str]) -> None:
+        """End sessions from the daemon's side (a fenced attempt); sealed ones go on landing."""
+        for session in sessions:
+            found = self._sessions.get(session)
+            if found is not None:
+                with contextlib.suppress(Conflict):
+                    await self._finish(self._abort(found))
+
+    def committed(self, sessions: Iterable[str]) -> None:
+        """A transaction named the blobs of these sessions and ended their rows."""
+        owners = set()
+        for session in sessions:
+            found = self._sessions.pop(session, None)
+            if found is not None:
+                found.state = "ended"
+                owners.add(found.slot_owner)
+        busy = {found.slot_owner for found in self._sessions.values()}
+        for owner in owners - busy:
+            self._drop_slots(owner)
+
+    def drop_slots(self, uid: int, owner: str) -> None:
+        """Give the memory back that was kept warm for *owner*."""
+        self._drop_slots(slot_owner(uid, owner))
+
+    # -------------------------------------------------------------------------- begin, append
+
+    async def _begin(
+        self,
+        uid: int,
+        owner: str,
+        total_bytes: int,
+        slot_bytes: int,
+        bind: Callable[[Connection, str], object] | None,
+    ) -> Grant:
+        slots = self._tiers.slots
+        slot = await self._tiers.run(
+            slots, slots.acquire, slot_owner(uid, owner), slot_bytes, MAX_SEGMENT_BYTES
+        )
+        try:
+            file = new_random_name()
+            tier, landing = await self._reserve(file, total_bytes)
+        except BaseException:
+            slots.release(slot)
+            raise
+        found = Session(new_random_name(), uid, owner, slot, tier, file, landing)
+        try:
+            await self._catalog.write(lambda connection: self._insert(connection, found, bind))
+        except BaseException:
+            await self._drop_from_memory(found)
+            raise
+        found.renewed_at = asyncio.get_running_loop().time()
+        self._sessions[found.name] = found
+        return Grant(found.name, slot.capacity_bytes, self.lease_seconds)
+
+    def _insert(
+        self,
+        connection: Connection,
+        found: Session,
+        bind: Callable[[Connection, str], object] | None,
+    ) -> None:
+        queries.insert_upload(
+            connection,
+            found.name,
+            owner=found.owner,
+            uid=found.uid,
+            tier=found.tier.name,
+            file=found.file,
+            lease_seconds=self.lease_seconds,
+        )
+        if bind is not None:
+            bind(connection, found.name)
+
+    async def _reserve(self, file: str, total_bytes: int) -> tuple[Tier, BlobLanding]:
+        """A landing in the best tier that has room."""
+        refusals = []
+        for tier in self._tiers.landing:
+            try:
+                return tier, await self._tiers.run(
+                    tier, BlobLanding.begin, tier, file, total_bytes, self._writing
+                )
+            except ResourceExhausted as error:
+                refusals.append(error.message)
+        raise ResourceExhausted("; ".join(refusals))
+
+    async def _append(self, found: Session, piece: Piece) -> int:
+        async with found.lock:
+            landing = found.open_landing()
+            if piece != found.last_piece:
+                found.check_piece(piece)
+                await self._take(found, landing, piece)
+                await self._keep_alive(found)
+            return landing.num_bytes
+
+    async def _take(self, found: Session, landing: BlobLanding, piece: Piece) -> None:
+        try:
+            await self._run(found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts)
+        except BaseException:
+            await self._end(found)
+            raise
+        found.last_piece = piece
+
+    # ----------------------------------------------------------------------------- seal, land
+
+    async def _seal(self, found: Session, piece: Piece) -> LandedBlob:
+        async with found.lock:
+            if found.landed is not None:
+                return found.landed
+            landing = found.open_landing()
+            found.check_piece(piece)
+            await self._take(found, landing, piece)
+            found.landed, _ = await self._land(found, landing, lambda connection, blob: None)
+            found.state = "landed"
+            await self._keep_alive(found)
+            return found.landed
+
+    async def _seal_behind(
+        self,
+        found: Session,
+        piece: Piece,
+        sealed: Callable[[Connection], S],
+        landed: Callable[[Connection, LandedBlob], T],
+    ) -> tuple[S, asyncio.Task[T]]:
+        async with found.lock:
+            if found.background is not None:
+                return found.background
+            landing = found.open_landing()
+            found.check_piece(piece)
+
+            def seal(connection: Connection) -> S:
+                queries.mark_sealed(connection, found.name)
+                return sealed(connection)
+
+            answer = await self._catalog.write(seal)
+            found.state = "sealed"
+            task = asyncio.create_task(
+                self._land_behind(found, landing, piece, landed), name=f"land-{found.name}"
+            )
+            self._landings.add(task)
+            task.add_done_callback(self._landings.discard)
+            task.add_done_callback(_look_at)
+            found.background = (answer, task)
+            return found.background
+
+    async def _land_behind(
+        self,
+        found: Session,
+        landing: BlobLanding,
+        piece: Piece,
+        landed: Callable[[Connection, LandedBlob], T],
+    ) -> T:
+        def record_end(connection: Connection, blob: LandedBlob) -> T:
+            value = landed(connection, blob)
+            queries.end_claimed(connection, found.name)
+            return value
+
+        await self._take(found, landing, piece)
+        _, value = await self._land(found, landing, record_end)
+        self._sessions.pop(found.name, None)
+        found.state = "ended"
+        return value
+
+    async def _land(
+        self,
+        found: Session,
+        landing: BlobLanding,
+        landed: Callable[[Connection, LandedBlob], T],
+    ) -> tuple[LandedBlob, T]:
+        """Publish and record; on any error the session ends and nothing stays."""
+        try:
+            done = await self._run(found.tier, landing.publish)
+            blob = LandedBlob(found.name, done.blob, done.num_bytes, done.num_segments)
+            spare, value = await self._catalog.write(
+                lambda connection: (
+                    self._record(connection, blob, done),
+                    landed(connection, blob),
+                )
+            )
+        except BaseException:
+            await self._end(found)
+            raise
+        failpoint("upload.after_row")
+        found.landing = None
+        self._release_slot(found)
+        if spare is not None:
+            await self._delete_files([spare])
+        return blob, value
+
+    def _record(
+        self, connection: Connection, blob: LandedBlob, done: PublishedBlob
+    ) -> FileRef | None:
+        return queries.record_landed(
+            connection,
+            blob.session,
+            blob.blob,
+            blob.num_bytes,
+            blob.num_segments,
+            done.file_bytes,
+            local_tiers=[tier.name for tier in self._tiers.landing],
+            node=self._node,
+        )
+
+    # ----------------------------------------------------------------------------------- ends
+
+    async def _abort(self, found: Session) -> None:
+        async with found.lock:
+            if found.state == "sealed":
+                raise Conflict(
+                    f"upload session {found.name} is sealed and lands without its client"
+                )
+            if found.state != "ended":
+                await self._end(found)
+
+    async def _end(self, found: Session) -> None:
+        """End the session everywhere. What the catalog cannot do now, its expiry does later."""
+        has_landed = found.landed is not None
+        await self._drop_from_memory(found)
+        try:
+            ended_row = await self._catalog.write(
+                lambda connection: queries.end_upload(connection, found.name)
+            )
+            await self._delete_landed(ended_row)
+            if not has_landed and not await self._catalog.read(
+                lambda connection: is_known_file(connection, found.file)
+            ):
+                # It may have been published already, and its row refused.
+                await self._delete_files([FileRef(found.tier.name, found.file)])
+        except ForebayError as error:
+            logger.warning("upload session %s ends later: %s", found.name, error)
+
+    async def _drop_from_memory(self, found: Session) -> None:
+        self._sessions.pop(found.name, None)
+        found.state = "ended"
+        if found.landing is not None:
+            landing, found.landing = found.landing, None
+            await self._run(found.tier, landing.abort)
+            self._release_slot(found)
+
+    async def _delete_landed(self, row: queries.Ended) -> None:
+        if row.blob is not None and row.files:
+            self._forget(row.blob)
+        await self._delete_files(row.files)
+
+    async def _delete_files(self, files: Iterable[FileRef]) -> None:
+        """Delete files that no row names; one that stays is found by the next collection."""
+        for ref in files:
+            tier = self._tiers.get(ref.tier)
+            try:
+                await self._run(tier, tier.delete, ref.file)
+            except ForebayError as error:
+                logger.warning("file %s stays in tier %s: %s", ref.file, ref.tier, error)
+
+    def _release_slot(self, found: Session) -> None:
+        self._tiers.slots.release(found.slot)
+        self._last_used[found.slot_owner] = asyncio.get_running_loop().time()
+
+    def _drop_slots(self, owner: str) -> None:
+        self._last_used.pop(owner, None)
+        self._tiers.slots.drop_owner(owner)
+
+    # --------------------------------------------------------------------------------- leases
+
+    async def _keep_alive(self, found: Session) -> None:
+        """Renew, unless that was done within a third of the lease."""
+        now = asyncio.get_running_loop().time()
+        if now - found.renewed_at > self.lease_seconds / 3:
+            await self._renew_row(found)
+
+    async def _renew_row(self, found: Session) -> bool:
+        found.renewed_at = asyncio.get_running_loop().time()
+        return await self._catalog.write(
+            lambda connection: queries.renew_uploads(
+                connection,
+                found.name,
+                owner=found.owner,
+                uid=found.uid,
+                lease_seconds=self.lease_seconds,
+            )
+        )
+
+    async def _expire_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(min(5.0, self.lease_seconds / 4))
+            try:
+                await self._expire()
+            except ForebayError as error:
+                logger.warning("expired upload sessions stay for now: %s", error)
+
+    async def _expire(self) -> None:
+        """End the sessions whose lease ran out, and let idle owners' slots go."""
+        expired = await self._catalog.read(
+            lambda connection: queries.expired_uploads(connection, EXPIRY_BATCH)
+        )
+        for session in expired:
+            await self._finish(self._expire_one(session))
+        now = asyncio.get_running_loop().time()
+        busy = {found.slot_owner for found in self._sessions.values() if found.landing is not None}
+        for owner, used in list(self._last_used.items()):
+            if owner not in busy and now - used > SLOT_IDLE_SECONDS:
+                self._drop_slots(owner)
+
+    async def _expire_one(self, session: str) -> None:
+        found = self._sessions.get(session)
+        if found is not None and found.lock.locked():
+            await self._renew_row(found)  # a call works on it: that is a sign of life
+            return
+        async with found.lock if found is not None else contextlib.nullcontext():
+            row = await self._catalog.write(
+                lambda connection: queries.end_expired(connection, session)
+            )
+            if row is None:
+                return
+            if found is not None and found.state != "ended":
+                logger.info("upload session %s of %s expired", session, found.owner)
+                await self._drop_from_memory(found)
+        await self._delete_landed(row)
+
+    # -------------------------------------------------------------------------------- helpers
+
+    def _find(self, session: str, uid: int) -> Session:
+        check_random_name("session", session)
+        found = self._sessions.get(session)
+        if found is None:
+            raise ended(session)
+        found.check_user(uid)
+        return found
+
+    async def _run(self, tier: Tier, call: Callable[..., T], *args: Any) -> T:
+        """*call* on a thread of *tier*; if cancelled, once that thread is done: what comes next
+        may not touch the same file beside it."""
+        running = asyncio.ensure_future(self._tiers.run(tier, call, *args))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run *work* to its end even if the caller goes away: threads cannot be stopped midway."""
+        task = asyncio.create_task(work)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(_look_at)
+        return await asyncio.shield(task)
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Take notice of an error whose caller may be gone."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        if isinstance(error, ForebayError):
+            logger.debug("upload: %s", error)
+        else:
+            logger.error("an upload failed", exc_info=error)

@@ -1,0 +1,146 @@
+"""At the daemon's start: the catalog and the files of the landing tiers are brought together.
+
+A file that no row names goes; a row whose file is gone or cut short is taken out of service; what
+the sessions of earlier incarnations left goes. A file that a row names is never deleted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from forebay_server.catalog import queries_blobs as queries
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_settings import get_setting, put_setting
+from forebay_server.catalog.queries_uploads import end_all_uploads
+from forebay_server.tier.directory import VOLUME_FILE
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier
+from forebay_wire.errors import StorageError
+
+logger = logging.getLogger(__name__)
+
+ORPHAN_BATCH: Final = 500
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What a start found left over."""
+
+    num_sessions: int
+    """Upload sessions of earlier incarnations."""
+    num_orphans: int
+    """Blobs that nothing names."""
+    num_removed: int
+    """Files without a row."""
+    removed_bytes: int
+    num_missing: int
+    """Files that a row names and that are gone or cut short."""
+
+
+async def reconcile(catalog: Catalog, tiers: Tiers) -> Reconciled:
+    """Bring *catalog* and the landing tiers together; before anything else is served.
+
+    Raises :class:`StorageError` where a tier holds another volume than the catalog knows: deleting
+    or giving up anything there would be wrong.
+    """
+    for tier in tiers.landing:
+        await _check_volume(catalog, tiers, tier)
+    num_sessions = await catalog.write(end_all_uploads)
+    num_orphans = await _forget_orphans(catalog, [tier.name for tier in tiers.landing])
+    num_removed = removed_bytes = num_missing = 0
+    for tier in tiers.landing:
+        sizes = await tiers.run(tier, _sizes, tier)
+        known = await catalog.read(functools.partial(queries.known_files, tier=tier.name))
+        for name in sizes.keys() - known.keys():
+            await tiers.run(tier, tier.delete, name)
+            num_removed += 1
+            removed_bytes += sizes[name]
+        bad = sorted(name for name, num_bytes in known.items() if sizes.get(name) != num_bytes)
+        await _take_out_of_service(catalog, tier, bad)
+        num_missing += len(bad)
+    found = Reconciled(num_sessions, num_orphans, num_removed, removed_bytes, num_missing)
+    logger.info("left over from before: %s", found)
+    return found
+
+
+async def _check_volume(catalog: Catalog, tiers: Tiers, tier: Tier) -> None:
+    """Refuse a volume that is not the catalog's; remember that of a tier that is new to it."""
+    volume = await tiers.run(tier, _volume_of, tier)
+    sizes = await tiers.run(tier, _has_files, tier)
+    key = f"volume/{tier.name}"
+
+    def check(connection: Connection) -> None:
+        expected = get_setting(connection, key)
+        if expected == volume:
+            return
+        if expected is not None and queries.known_files(connection, tier.name):
+            raise StorageError(
+                f"tier {tier.name} at {tier.location} is volume {volume}, the catalog's files lie "
+                f"on volume {expected}: is a disk not mounted, or the folder of the tier wrong? "
+                "Nothing was changed"
+            )
+        if sizes:
+            raise StorageError(
+                f"tier {tier.name} at {tier.location} holds files that this catalog does not know "
+                f"(volume {volume}): give it the catalog that belongs to them, or, after `forebay "
+                "recover` or to give them up, an empty folder for the tier. Nothing was changed"
+            )
+        put_setting(connection, key, volume)
+
+    await catalog.write(check)
+
+
+async def _forget_orphans(catalog: Catalog, tiers: Sequence[str]) -> int:
+    """Forget the blobs that nothing names and that lie in *tiers* only; their files go as files
+    without a row."""
+    num_orphans = 0
+    while True:
+        found = await catalog.read(
+            lambda connection: queries.local_orphan_blobs(connection, tiers, ORPHAN_BATCH)
+        )
+        if not found:
+            return num_orphans
+
+        def forget(connection: Connection, blobs: Sequence[str] = found) -> None:
+            for blob in blobs:
+                queries.remove_orphan(connection, blob)
+
+        await catalog.write(forget)
+        num_orphans += len(found)
+
+
+async def _take_out_of_service(catalog: Catalog, tier: Tier, files: Sequence[str]) -> None:
+    if not files:
+        return
+    logger.error(
+        "tier %s at %s lacks %d files that the catalog names, or has them cut short (first: %s)",
+        tier.name,
+        tier.location,
+        len(files),
+        files[0],
+    )
+    reason = "the file was gone or cut short when the daemon started"
+    await catalog.write(lambda connection: queries.mark_missing(connection, files, reason))
+
+
+def _volume_of(tier: Tier) -> str:
+    try:
+        return str(json.loads((Path(tier.location) / VOLUME_FILE).read_text())["volume"])
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(
+            f"tier {tier.name} at {tier.location} has no readable {VOLUME_FILE} ({error})"
+        ) from error
+
+
+def _has_files(tier: Tier) -> bool:
+    return next(tier.list(), None) is not None
+
+
+def _sizes(tier: Tier) -> dict[str, int]:
+    return {info.name: info.size_bytes for info in tier.list()}
