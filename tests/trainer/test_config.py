@@ -1,0 +1,129 @@
+"""Recipes and arguments: what is taken, and how each mistake is named."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from forebay_trainer import config as configuration
+from forebay_trainer.train import TrainConfig
+from forebay_wire.errors import InvalidRequest, NotFound
+
+
+def load(*overrides, recipe="mnist_cnn"):
+    return configuration.load(TrainConfig, recipe, overrides)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "mine.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_every_bundled_recipe_is_valid():
+    recipes = sorted(configuration.RECIPES.glob("*.toml"))
+    assert recipes
+    for path in recipes:
+        configuration.load(TrainConfig, str(path))
+
+
+def test_a_bundled_recipe_is_found_by_name_and_by_the_path_that_the_readme_shows():
+    assert load() == load(recipe="recipes/mnist_cnn.toml") == load(recipe="mnist_cnn.toml")
+
+
+def test_a_file_wins_over_a_bundled_recipe_of_the_same_name(tmp_path, monkeypatch):
+    (tmp_path / "mnist_cnn.toml").write_text("num_epochs = 77\n")
+    monkeypatch.chdir(tmp_path)
+    assert load(recipe="mnist_cnn.toml").num_epochs == 77
+
+
+def test_arguments_win_over_the_recipe_and_the_recipe_over_defaults(recipe):
+    path = recipe("num_epochs = 3\nseed = 5\n[optimizer]\nlearning_rate = 0.5\n")
+    config = load("num_epochs=4", "model.channels=[8]", recipe=path)
+    assert (config.num_epochs, config.seed) == (4, 5)
+    assert config.optimizer.learning_rate == 0.5
+    assert config.model.channels == (8,)
+    assert config.data.global_batch_size == TrainConfig().data.global_batch_size
+
+
+def test_arguments_take_the_declared_type():
+    config = load(
+        "run=2026",
+        "optimizer.learning_rate=1",
+        "data.version=3",
+        "data.test_split=none",
+        "address=unix:/some/where/rpc.sock",
+        "optimizer.schedule=constant",
+        'data.dataset="quoted"',
+    )
+    assert config.run == "2026"
+    assert config.optimizer.learning_rate == 1.0
+    assert config.data.version == 3
+    assert config.data.test_split is None
+    assert config.address == "unix:/some/where/rpc.sock"
+    assert config.optimizer.schedule == "constant"
+    assert config.data.dataset == "quoted"
+
+
+def test_a_configuration_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        load().num_epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learing_rate=1", r"unknown key 'optimizer.learing_rate'.*learning_rate'\?"),
+        ("learning_rate=1", r"unknown key 'learning_rate'.*'optimizer.learning_rate'\?"),
+        ("zzz=1", r"unknown key 'zzz' \(argument\): --keys lists them all"),
+        ("optimizer=1", r"'optimizer' is a section; give one of its keys: optimizer.name"),
+        ("seed.value=1", r"'seed' is a value and has no keys"),
+        ("num_epochs", r"'num_epochs' is not key=value"),
+        ("=3", r"'=3' is not key=value"),
+        ("num_epochs=many", r"'num_epochs' \(argument\) must be int, not 'many' \(str\)"),
+        ("num_epochs=1.5", r"must be int, not 1.5 \(float\)"),
+        ("num_epochs=true", r"must be int, not True \(bool\)"),
+        ("data.shuffle=ful", r"'data.shuffle' .* must be one of 'none', 'full', not 'ful'"),
+        ("data.version=newest", r"must be int or one of 'latest', not 'newest'"),
+        ("model.channels=[1,'a']", r"'model.channels' .* must be a list of int"),
+        ("model.channels=3", r"must be a list of int, not 3"),
+        ("num_epochs=0", r"num_epochs must be at least 1, not 0"),
+        ("optimizer.learning_rate=0", r"optimizer.learning_rate must be above 0, not 0.0"),
+        ("data.global_batch_size=0", r"data.global_batch_size must be at least 1"),
+        ("model.channels=[1,1,1,1,1]", r"model.channels has 5 convolutions, too many"),
+        ("checkpoint.every_steps=-1", r"checkpoint.every_steps must be at least 0"),
+    ],
+)
+def test_a_wrong_argument_is_named(override, message):
+    with pytest.raises(InvalidRequest, match=message):
+        load(override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_epoch = 3\n", r"unknown key 'num_epoch' \(recipe .*mine.toml\).*'num_epochs'\?"),
+        ("[data]\nshufle = 'full'\n", r"unknown key 'data.shufle' .*'data.shuffle'\?"),
+        ("[dat]\nshuffle = 'full'\n", r"unknown key 'dat' .*mine.toml"),
+        ("data = 3\n", r"'data' \(recipe .*mine.toml\) is a section, not the value 3"),
+        ("num_epochs = '3'\n", r"'num_epochs' \(recipe .*\) must be int, not '3' \(str\)"),
+        ("num_epochs = \n", r"mine.toml is not valid TOML: .*line 1"),
+    ],
+)
+def test_a_wrong_recipe_is_named(recipe, text, message):
+    with pytest.raises(InvalidRequest, match=message):
+        load(recipe=recipe(text))
+
+
+def test_a_missing_recipe_names_the_bundled_ones():
+    with pytest.raises(NotFound, match=r"no recipe 'nope.toml'.*mnist_cnn"):
+        load(recipe="nope.toml")
+
+
+def test_every_key_has_a_meaning():
+    keys = list(configuration.keys(TrainConfig))
+    assert len({key.name for key in keys}) == len(keys) > 20
+    assert [key.name for key in keys if not key.meaning] == []

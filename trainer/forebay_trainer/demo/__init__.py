@@ -1,0 +1,1 @@
+"""The whole system on real data: import, train, kill, resume, prove. Run by ``make demo``."""

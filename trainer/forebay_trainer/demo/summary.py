@@ -1,0 +1,60 @@
+"""What a run's metrics add up to. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers over all attempts of a run."""
+
+    num_steps: int
+    """Optimizer steps, those that were rolled back included."""
+    test_accuracy: float | None
+    """After the last epoch, 0 to 1; None without validation."""
+    samples_per_second: float
+    """While stepping: starts and validation are not in it."""
+    data_wait_share: float
+    """Of the time of all steps, 0 to 1, spent waiting for batches."""
+    num_saves: int
+    stall_p50_seconds: float
+    stall_p99_seconds: float
+
+
+def summarise(events: Sequence[Event]) -> Summary:
+    steps = [event for event in events if event["event"] == "step"]
+    stalls = [event["stall_seconds"] for event in events if event["event"] == "save"]
+    accuracies = [event["test_accuracy"] for event in events if event["event"] == "epoch"]
+    seconds = sum(step["step_seconds"] for step in steps) or math.nan
+    return Summary(
+        num_steps=len(steps),
+        test_accuracy=accuracies[-1] if accuracies else None,
+        samples_per_second=sum(step["samples"] for step in steps) / seconds,
+        data_wait_share=sum(step["data_wait_seconds"] for step in steps) / seconds,
+        num_saves=len(stalls),
+        stall_p50_seconds=percentile(stalls, 50),
+        stall_p99_seconds=percentile(stalls, 99),
+    )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that at least ``percent`` of all values do not exceed; NaN of none."""
+    if not values:
+        return math.nan
+    rank = math.ceil(percent / 100 * len(values))
+    return sorted(values)[max(0, rank - 1)]
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes as people read it: 3.4 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
