@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from forebay_server.tier.buffers import populate
 from forebay_server.tier.space import Reservation, SpaceLedger, free_memory, in_blocks
 from forebay_server.tier.store import TierSpace
-from forebay_wire.errors import IntegrityError, InvalidRequest, ResourceExhausted
+from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound, ResourceExhausted
 from forebay_wire.ids import new_random_name
 from forebay_wire.limits import GIB, MAX_UPLOAD_SLOT_BYTES, check_limit
 
@@ -54,6 +54,7 @@ class Slot:
         self.view = memoryview(b"")
         self._map: mmap.mmap | None = None
         self._reservation = reservation
+        self._closing = threading.Lock()
 
     @classmethod
     def create(cls, owner: str, num_bytes: int, reservation: Reservation) -> Slot:
@@ -90,6 +91,14 @@ class Slot:
                 raise IntegrityError(f"slot {self.slot_id} ended before its {self.capacity_bytes}")
             view, offset = view[count:], offset + count
 
+    def duplicate(self) -> int:
+        """A writable descriptor to hand over, which the caller closes. Thread-safe: never one of
+        another file, even if the slot is closed meanwhile. :class:`NotFound` if it was."""
+        with self._closing:
+            if self.fd < 0:
+                raise NotFound(f"slot {self.slot_id} is closed: its upload session has ended")
+            return os.dup(self.fd)
+
     def close(self) -> None:
         """Unmap, and give memory and reservation back. Clients' mappings live on. Idempotent."""
         self.view.release()
@@ -97,9 +106,10 @@ class Slot:
             with contextlib.suppress(BufferError):  # somebody's view keeps it until it is dropped
                 self._map.close()
             self._map = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        with self._closing:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
         self._reservation.release()
 
 

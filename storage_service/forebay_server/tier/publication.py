@@ -321,6 +321,10 @@ class DescriptorReader(TierReader):
     def fileno(self) -> int:
         return self._descriptor
 
+    def detach(self) -> int:
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)

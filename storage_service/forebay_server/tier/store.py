@@ -192,6 +192,13 @@ class TierReader(ABC):
     def fileno(self) -> int | None:
         """A read-only descriptor that this reader owns, None where the tier has none."""
 
+    def detach(self) -> int:
+        """Give the descriptor to the caller, who closes it, and close this reader.
+
+        Only for tiers that have descriptors: landing tiers do.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no descriptor")
+
     @abstractmethod
     def close(self) -> None:
         """Give the descriptor back. Idempotent."""

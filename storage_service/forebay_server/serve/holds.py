@@ -1,0 +1,114 @@
+"""Who holds which blobs open: the counts behind the caps and behind a tier's open bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from forebay_wire.errors import LimitExceeded
+from forebay_wire.limits import MAX_OPEN_BLOBS_PER_CLIENT, MAX_OPEN_BYTES_PER_CLIENT
+
+
+@dataclass(frozen=True)
+class Hold:
+    """One open of one blob."""
+
+    blob: str
+    tier: str
+    num_bytes: int
+
+
+@dataclass
+class _Client:
+    holds: dict[str, list[Hold]] = field(default_factory=dict)
+    num_blobs: int = 0
+    num_bytes: int = 0
+
+
+class Holds:
+    """All blobs that clients hold open. Thread-safe."""
+
+    def __init__(
+        self,
+        max_blobs: int = MAX_OPEN_BLOBS_PER_CLIENT,
+        max_bytes: int = MAX_OPEN_BYTES_PER_CLIENT,
+    ) -> None:
+        """Caps for each client."""
+        self._max_blobs = max_blobs
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._clients: dict[str, _Client] = {}
+        self._open_bytes: Counter[str] = Counter()
+        self._open_blobs: Counter[str] = Counter()
+
+    def add(self, client: str, holds: Sequence[Hold]) -> None:
+        """Count *holds* (at least one) for *client*: all, or none and :class:`LimitExceeded`."""
+        more_bytes = sum(hold.num_bytes for hold in holds)
+        with self._lock:
+            held = self._clients.get(client) or _Client()
+            self._check(held, len(holds), more_bytes)
+            self._clients[client] = held
+            held.num_blobs += len(holds)
+            held.num_bytes += more_bytes
+            for hold in holds:
+                held.holds.setdefault(hold.blob, []).append(hold)
+                self._open_bytes[hold.tier] += hold.num_bytes
+                self._open_blobs[hold.blob] += 1
+
+    def remove(self, client: str, blobs: Sequence[str]) -> list[Hold]:
+        """One open less for each of *blobs*, and what those were; unknown ones are left out."""
+        with self._lock:
+            held = self._clients.get(client)
+            if held is None:
+                return []
+            removed = []
+            for blob in blobs:
+                opens = held.holds.get(blob)
+                if not opens:
+                    continue
+                removed.append(self._drop(held, opens.pop()))
+                if not opens:
+                    del held.holds[blob]
+            if not held.holds:
+                del self._clients[client]
+            return removed
+
+    def remove_client(self, client: str) -> list[Hold]:
+        """Everything that *client* holds. Idempotent."""
+        with self._lock:
+            held = self._clients.pop(client, None)
+            if held is None:
+                return []
+            return [self._drop(held, hold) for opens in held.holds.values() for hold in opens]
+
+    def is_open(self, blob: str) -> bool:
+        with self._lock:
+            return self._open_blobs[blob] > 0
+
+    def open_bytes(self) -> dict[str, int]:
+        """Tier to bytes of blobs that were handed over from it and not released yet."""
+        with self._lock:
+            return dict(+self._open_bytes)
+
+    def _drop(self, held: _Client, hold: Hold) -> Hold:
+        held.num_blobs -= 1
+        held.num_bytes -= hold.num_bytes
+        self._open_bytes[hold.tier] -= hold.num_bytes
+        self._open_blobs[hold.blob] -= 1
+        if not self._open_blobs[hold.blob]:
+            del self._open_blobs[hold.blob]
+        return hold
+
+    def _check(self, held: _Client, more_blobs: int, more_bytes: int) -> None:
+        if held.num_blobs + more_blobs > self._max_blobs:
+            raise LimitExceeded(
+                f"a client may hold {self._max_blobs} blobs open; this one has {held.num_blobs} "
+                f"and wants {more_blobs} more: close some first"
+            )
+        if held.num_bytes + more_bytes > self._max_bytes:
+            raise LimitExceeded(
+                f"a client may hold {self._max_bytes} bytes open; this one has {held.num_bytes} "
+                f"and wants {more_bytes} more: close some first"
+            )

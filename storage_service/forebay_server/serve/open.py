@@ -1,0 +1,446 @@
+"""Opening: which copy of a blob a client gets, and that it is a good one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.queries_blobs import BlobLocation, quarantine
+from forebay_server.model.landing import reading_order
+from forebay_server.serve.holds import Hold, Holds
+from forebay_server.serve.promote import Place, Promoter, places_of
+from forebay_server.tier.memory import Window
+from forebay_server.tier.publication import DescriptorReader
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.verify import read_table, verify_file
+from forebay_wire.errors import ForebayError, IntegrityError, NotFound, StorageError
+from forebay_wire.segments import table_bytes_for
+
+logger = logging.getLogger(__name__)
+
+MAX_CACHED_PLACES: Final = 1 << 16
+"""Blobs whose place is remembered: about 30 MB."""
+
+WINDOW_TIER: Final = "ram"
+
+
+@dataclass(frozen=True)
+class OpenedBlob:
+    """A blob that was opened for a client; whoever gets it closes ``fd``.
+
+    It counts as open until it is released, whatever becomes of the descriptor.
+    """
+
+    blob: str
+    length: int
+    """Bytes of data."""
+    tier: str
+    fd: int
+    """Read-only; data, then the segment table."""
+    table_offset: int
+    table_length: int
+
+    @property
+    def extents(self) -> tuple[tuple[int, int, int], ...]:
+        """``(blob offset, file offset, length)`` of each piece."""
+        return ((0, 0, self.length),) if self.length else ()
+
+
+@dataclass
+class _HeldWindow:
+    """A blob's bytes in memory, for as long as anybody has it open or waits for it."""
+
+    place: Place
+    window: Window
+    num_holders: int = 0
+
+
+@dataclass
+class _Fetch:
+    """One running fetch of a blob, however many wait for it."""
+
+    task: asyncio.Task[Place | _HeldWindow]
+    num_waiting: int = field(default=0)
+
+
+class Opener:
+    """Opens blobs for clients, from the best good copy.
+
+    ``open`` and ``report`` belong to the event loop; everything else may be called from any thread.
+    ``close`` ends running fetches.
+    """
+
+    def __init__(self, tiers: Tiers, catalog: Catalog, holds: Holds | None = None) -> None:
+        self._tiers = tiers
+        self._catalog = catalog
+        self._holds = holds or Holds()
+        self._promoter = Promoter(tiers, catalog)
+        self._lock = threading.Lock()
+        self._places: OrderedDict[str, Place] = OrderedDict()
+        self._windows: dict[str, _HeldWindow] = {}
+        self._fetches: dict[str, _Fetch] = {}
+        self._checks: dict[Place, asyncio.Task[bool]] = {}
+
+    async def close(self) -> None:
+        """Cancel running fetches and let windows go. Idempotent."""
+        tasks = [fetch.task for fetch in self._fetches.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *self._checks.values(), return_exceptions=True)
+        with self._lock:
+            windows, self._windows = list(self._windows.values()), {}
+        for held in windows:
+            held.window.close()
+
+    # ------------------------------------------------------------------------------------- open
+
+    def open_cached(self, client: str, blobs: Sequence[str]) -> list[OpenedBlob] | None:
+        """Open *blobs* if it is known where all of them lie; None: ask :meth:`open`.
+
+        No SQL, no reading: for a replica that was opened before, its size is checked. Raises
+        :class:`LimitExceeded` if *client* holds too much.
+        """
+        opened: list[OpenedBlob] = []
+        try:
+            with self._lock:
+                for blob in blobs:
+                    held = self._windows.get(blob)
+                    if held is not None:
+                        opened.append(self._open_window(held))
+                        continue
+                    place = self._places.get(blob)
+                    if place is None:
+                        return self._give_up(opened)
+                    self._places.move_to_end(blob)
+                    opened.append(self._open_place(place))
+                self._hold(client, opened)
+        except (IntegrityError, NotFound):
+            for blob in blobs[len(opened) : len(opened) + 1]:
+                self.forget(blob)
+            return self._give_up(opened)
+        except BaseException:
+            self._give_up(opened)
+            raise
+        return opened
+
+    async def open(self, client: str, blobs: Sequence[str]) -> list[OpenedBlob | ForebayError]:
+        """Open *blobs* for *client*: each one, or the reason why not.
+
+        The first open of a replica checks its segment table and size; one that is damaged is
+        quarantined and the next copy serves. A blob that only the object tier has is fetched once,
+        however many ask. :class:`NotFound`, :class:`IntegrityError`, :class:`ResourceExhausted`,
+        :class:`LimitExceeded`, :class:`StorageError`.
+        """
+        located = await self._locate_unknown(blobs)
+        tasks = [
+            asyncio.create_task(self._open_or_error(client, blob, located.get(blob)))
+            for blob in blobs
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, OpenedBlob):
+                    os.close(result.fd)
+                    self.release(client, [result.blob])
+            raise
+
+    def release(self, client: str, blobs: Sequence[str]) -> None:
+        """End one open of each of *blobs*; unknown ones are left out."""
+        self._let_go(self._holds.remove(client, blobs))
+
+    def close_client(self, client: str) -> None:
+        """End all opens of *client*. Idempotent."""
+        self._let_go(self._holds.remove_client(client))
+
+    def open_bytes(self) -> dict[str, int]:
+        """Tier to bytes of blobs that are open."""
+        return self._holds.open_bytes()
+
+    def is_open(self, blob: str) -> bool:
+        """Whether any client has *blob* open."""
+        return self._holds.is_open(blob)
+
+    def forget(self, blob: str) -> None:
+        """Ask the catalog again at the next open: a replica came, moved or goes."""
+        with self._lock:
+            self._places.pop(blob, None)
+
+    # ----------------------------------------------------------------------------------- damage
+
+    async def report(self, blob: str, tier: str, segment: int, message: str) -> bool:
+        """A client found damage in segment *segment*: read that replica again, all of it.
+
+        A bad one is quarantined. Returns whether the copy in *tier* is good now; False also if
+        there is none any more. Reports of one replica that come meanwhile share its check.
+        """
+        logger.warning(
+            "client reports damage: blob %s, tier %s, segment %d: %s", blob, tier, segment, message
+        )
+        if tier == WINDOW_TIER:
+            return await self._check_window(blob)
+        location = (await self._catalog.locate([blob])).get(blob)
+        places = places_of(location) if location is not None else []
+        healthy = [await self._check_once(place) for place in places if place.tier == tier]
+        return bool(healthy) and all(healthy)
+
+    async def _check_once(self, place: Place) -> bool:
+        task = self._checks.get(place)
+        if task is None:
+            task = asyncio.create_task(self._check(place), name=f"check-{place.blob}")
+            self._checks[place] = task
+            task.add_done_callback(lambda _: self._checks.pop(place, None))
+        return await asyncio.shield(task)
+
+    async def _check(self, place: Place) -> bool:
+        try:
+            await self._tiers.run(self._tiers.get(place.tier), self._verify, place)
+        except (IntegrityError, NotFound) as error:
+            await self._quarantine(place, error)
+            return False
+        return True
+
+    def _verify(self, place: Place) -> None:
+        tier = self._tiers.get(place.tier)
+        with tier.read(tier.blob_name(place.file)) as reader:
+            verify_file(reader, place.blob)
+
+    async def _check_window(self, blob: str) -> bool:
+        with self._lock:
+            held = self._windows.get(blob)
+            descriptor = os.dup(held.window.fd) if held is not None else -1
+        if held is None:
+            return False
+        try:
+            with DescriptorReader(descriptor, f"tier {WINDOW_TIER}") as reader:
+                await self._tiers.run(self._tiers.slots, verify_file, reader, blob)
+        except IntegrityError:
+            with self._lock:
+                if self._windows.get(blob) is held:
+                    del self._windows[blob]
+            held.window.close()
+            return False
+        return True
+
+    async def _quarantine(self, place: Place, error: ForebayError) -> None:
+        reason = error.message
+        changed = await self._catalog.write(
+            lambda connection: quarantine(connection, place.replica_id, reason)
+        )
+        self.forget(place.blob)
+        if changed:
+            logger.error(
+                "replica of blob %s in tier %s, file %s, is quarantined: %s",
+                place.blob,
+                place.tier,
+                place.file,
+                reason,
+            )
+
+    # ------------------------------------------------------------------------- one blob, slowly
+
+    async def _locate_unknown(self, blobs: Sequence[str]) -> dict[str, BlobLocation]:
+        """One look into the catalog for all of *blobs* whose place is not remembered."""
+        with self._lock:
+            unknown = [
+                blob for blob in blobs if blob not in self._places and blob not in self._windows
+            ]
+        return await self._catalog.locate(unknown) if unknown else {}
+
+    async def _open_or_error(
+        self, client: str, blob: str, located: BlobLocation | None
+    ) -> OpenedBlob | ForebayError:
+        try:
+            cached = self.open_cached(client, [blob])
+            if cached is not None:
+                return cached[0]
+            return await self._open_located(client, blob, located)
+        except ForebayError as error:
+            return error
+
+    async def _open_located(
+        self, client: str, blob: str, located: BlobLocation | None
+    ) -> OpenedBlob:
+        """Copies may move or go while we look: whatever failed is looked up once more."""
+        tried: set[str] = set()
+        problems: list[ForebayError] = []
+        for _ in range(2):
+            if located is None:
+                located = (await self._catalog.locate([blob])).get(blob)
+            if located is None:
+                raise NotFound(
+                    f"blob {blob} is not in the catalog: its version or generation was deleted, "
+                    "or never committed"
+                )
+            places = [place for place in places_of(located) if place.replica_id not in tried]
+            tried.update(place.replica_id for place in places)
+            kinds = [self._tiers.get(place.tier).kind for place in places]
+            for place in (places[index] for index in reading_order(kinds)):
+                try:
+                    return await self._open_copy(client, place)
+                except (IntegrityError, NotFound) as error:
+                    problems.append(error)
+                    await self._quarantine(place, error)
+                except StorageError as error:
+                    problems.append(error)
+            located = None
+        raise _no_copy(blob, problems)
+
+    async def _open_copy(self, client: str, place: Place) -> OpenedBlob:
+        tier = self._tiers.get(place.tier)
+        if tier.kind == "object":
+            return await self._open_fetched(client, place)
+        opened = await self._tiers.run(tier, self._open_checked, place)
+        return self._keep(client, place, opened)
+
+    async def _open_fetched(self, client: str, source: Place) -> OpenedBlob:
+        fetch = self._fetches.get(source.blob)
+        if fetch is None:
+            task = asyncio.create_task(self._fetch(source), name=f"fetch-{source.blob}")
+            fetch = self._fetches[source.blob] = _Fetch(task)
+            task.add_done_callback(lambda _: self._end_fetch(source.blob))
+        fetch.num_waiting += 1
+        try:
+            found = await asyncio.shield(fetch.task)
+            if isinstance(found, Place):
+                return await self._open_promoted(client, found)
+            with self._lock:
+                opened = self._open_window(found)
+                self._hold_or_close(client, opened)
+            return opened
+        finally:
+            fetch.num_waiting -= 1
+            self._end_fetch(source.blob)
+
+    async def _open_promoted(self, client: str, place: Place) -> OpenedBlob:
+        try:
+            opened = await self._tiers.run(self._tiers.get(place.tier), self._open_checked, place)
+        except (IntegrityError, NotFound) as error:
+            # The copy is bad, not what it was copied from.
+            await self._quarantine(place, error)
+            raise StorageError(f"a copy made just now does not read back: {error}") from error
+        return self._keep(client, place, opened)
+
+    def _end_fetch(self, blob: str) -> None:
+        """Forget a fetch that is done and that nobody waits for; its window goes if unused."""
+        fetch = self._fetches.get(blob)
+        if fetch is None or fetch.num_waiting or not fetch.task.done():
+            return
+        del self._fetches[blob]
+        if not fetch.task.cancelled() and (error := fetch.task.exception()) is not None:
+            logger.info("blob %s was not fetched: %s", blob, error)
+        self._drop_unused_window(blob)
+
+    async def _fetch(self, source: Place) -> Place | _HeldWindow:
+        found = await self._promoter.promote(source)
+        if isinstance(found, Place):
+            return found
+        held = _HeldWindow(source, found)
+        with self._lock:
+            self._windows[source.blob] = held
+        return held
+
+    # ------------------------------------------------------------------------------ descriptors
+
+    def _open_place(self, place: Place) -> OpenedBlob:
+        tier = self._tiers.get(place.tier)
+        reader = tier.read(tier.blob_name(place.file))
+        if reader.size_bytes != place.file_bytes:
+            reader.close()
+            raise IntegrityError(
+                f"blob {place.blob} has {reader.size_bytes} bytes instead of {place.file_bytes} "
+                f"({reader.where}); it is damaged"
+            )
+        return _opened(place, place.tier, reader.detach())
+
+    def _open_checked(self, place: Place) -> OpenedBlob:
+        """Open, and check the table before anybody maps it."""
+        opened = self._open_place(place)
+        try:
+            where = f"tier {place.tier}, file {place.file}"
+            with DescriptorReader(os.dup(opened.fd), where) as reader:
+                read_table(reader, place.blob)
+        except BaseException:
+            os.close(opened.fd)
+            raise
+        return opened
+
+    def _open_window(self, held: _HeldWindow) -> OpenedBlob:
+        return _opened(held.place, WINDOW_TIER, os.dup(held.window.fd))
+
+    def _keep(self, client: str, place: Place, opened: OpenedBlob) -> OpenedBlob:
+        """Remember where a good copy lies, and count it for *client*."""
+        with self._lock:
+            self._places[place.blob] = place
+            if len(self._places) > MAX_CACHED_PLACES:
+                self._places.popitem(last=False)
+            self._hold_or_close(client, opened)
+        return opened
+
+    def _hold_or_close(self, client: str, opened: OpenedBlob) -> None:
+        try:
+            self._hold(client, [opened])
+        except BaseException:
+            os.close(opened.fd)
+            raise
+
+    def _hold(self, client: str, opened: Sequence[OpenedBlob]) -> None:
+        """Count; the lock is held, so that no window goes between opening and counting."""
+        self._holds.add(client, [Hold(one.blob, one.tier, one.length) for one in opened])
+        for one in opened:
+            if one.tier == WINDOW_TIER and one.blob in self._windows:
+                self._windows[one.blob].num_holders += 1
+
+    def _let_go(self, holds: Sequence[Hold]) -> None:
+        for hold in holds:
+            if hold.tier != WINDOW_TIER:
+                continue
+            with self._lock:
+                if (held := self._windows.get(hold.blob)) is not None:
+                    held.num_holders -= 1
+            self._drop_unused_window(hold.blob)
+
+    def _drop_unused_window(self, blob: str) -> None:
+        with self._lock:
+            held = self._windows.get(blob)
+            if held is None or held.num_holders > 0 or blob in self._fetches:
+                return
+            del self._windows[blob]
+        held.window.close()
+
+    @staticmethod
+    def _give_up(opened: Sequence[OpenedBlob]) -> None:
+        for one in opened:
+            with contextlib.suppress(OSError):
+                os.close(one.fd)
+
+
+def _opened(place: Place, tier: str, descriptor: int) -> OpenedBlob:
+    return OpenedBlob(
+        blob=place.blob,
+        length=place.num_bytes,
+        tier=tier,
+        fd=descriptor,
+        table_offset=place.num_bytes,
+        table_length=table_bytes_for(place.num_segments),
+    )
+
+
+def _no_copy(blob: str, problems: Sequence[ForebayError]) -> ForebayError:
+    if problems and all(isinstance(problem, StorageError) for problem in problems):
+        return problems[0]
+    reasons = "; ".join(problem.message for problem in problems) or "all are quarantined"
+    return IntegrityError(
+        f"blob {blob} has no undamaged replica on this node ({reasons}): restore it from the "
+        "object tier (forebay recover), or use another version or generation"
+    )
