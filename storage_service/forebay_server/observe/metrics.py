@@ -64,7 +64,7 @@ METRICS: Final[dict[str, MetricSpec]] = {
         MetricSpec("forebay_start_unix_seconds", "gauge", (), "When this daemon started."),
     )
 }
-"""Name to metric; ``docs/operate/metrics.md`` is tested against it."""
+"""Name to metric; ``docs/operations.md`` is tested against it."""
 
 SECONDS_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 
