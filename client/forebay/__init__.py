@@ -1,1 +1,100 @@
 """What trainers import: datasets, loaders and checkpoints, kept by a Forebay daemon."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from forebay_wire.errors import (
+    AlreadyExists,
+    AlreadyRunning,
+    Conflict,
+    DaemonUnavailable,
+    DeadlineExceeded,
+    Fenced,
+    ForebayError,
+    IntegrityError,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    SampleTooLarge,
+    SchemaMismatch,
+    StorageError,
+    Unauthenticated,
+    UnsupportedObject,
+    VersionMismatch,
+)
+
+if TYPE_CHECKING:
+    from forebay.checkpoint import Checkpointer
+    from forebay.client import Client, connect
+    from forebay.dataset.dataset import Dataset
+    from forebay.dataset.loader import DataLoader
+    from forebay.dataset.schema import Array
+    from forebay.dataset.stream import StreamingDataset
+    from forebay.dataset.write import DatasetWriter
+
+__all__ = [
+    "AlreadyExists",
+    "AlreadyRunning",
+    "Array",
+    "Checkpointer",
+    "Client",
+    "Conflict",
+    "DaemonUnavailable",
+    "DataLoader",
+    "Dataset",
+    "DatasetWriter",
+    "DeadlineExceeded",
+    "Fenced",
+    "ForebayError",
+    "IntegrityError",
+    "InvalidRequest",
+    "LimitExceeded",
+    "NotFound",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "SampleTooLarge",
+    "SchemaMismatch",
+    "StorageError",
+    "StreamingDataset",
+    "Unauthenticated",
+    "UnsupportedObject",
+    "VersionMismatch",
+    "connect",
+]
+
+# Resolved at first use (PEP 562): importing forebay loads neither torch nor gRPC nor pyarrow.
+_LAZY = {
+    "Array": "forebay.dataset.schema",
+    "Checkpointer": "forebay.checkpoint",
+    "Client": "forebay.client",
+    "DataLoader": "forebay.dataset.loader",
+    "Dataset": "forebay.dataset.dataset",
+    "DatasetWriter": "forebay.dataset.write",
+    "StreamingDataset": "forebay.dataset.stream",
+    "connect": "forebay.client",
+}
+
+_NEEDS_TORCH = {"Checkpointer", "DataLoader", "StreamingDataset"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'forebay' has no attribute {name!r}")
+    try:
+        found = getattr(importlib.import_module(_LAZY[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name == "torch" and name in _NEEDS_TORCH:
+            raise ImportError(
+                f"forebay.{name} needs PyTorch: pip install 'forebay[torch]'"
+            ) from error
+        raise
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

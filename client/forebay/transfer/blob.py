@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 REOPENS: Final = 2
 """How often a damaged blob is opened anew, hoping for another replica, before giving up."""
 
+NO_SEGMENT: Final = -1
+"""In a report: the file as a whole or its table is damaged."""
+
 Result = TypeVar("Result")
 
 

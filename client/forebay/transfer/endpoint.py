@@ -7,6 +7,7 @@ import threading
 import weakref
 from typing import Final
 
+from forebay.forking import watch
 from forebay.transfer.blob import Transfer
 from forebay.transfer.local import LocalTransfer
 from forebay.transfer.remote import RemoteTransfer
@@ -39,13 +40,13 @@ class _Registry:
                 self._known[endpoint, is_local] = found
             return found
 
-    def forget_lock(self) -> None:
+    def forget_parent(self) -> None:
         """In a child of fork: another thread of the parent may have held it."""
         self._lock = threading.Lock()
 
 
 _registry: Final = _Registry()
-os.register_at_fork(after_in_child=_registry.forget_lock)
+watch(_registry)
 
 
 def make_transfer(endpoint: DataEndpoint) -> Transfer:

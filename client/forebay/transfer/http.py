@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
+from forebay.forking import watch
 from forebay_wire.errors import HTTP_STATUS, ForebayError, InvalidRequest, rebuild
 from forebay_wire.limits import MIB
 
@@ -61,7 +62,7 @@ class HttpPool:
         self._is_tls = parts.scheme == "https"
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
-        _pools.add(self)
+        watch(self)
         weakref.finalize(self, _close_all, self._idle).atexit = False
 
     def exchange(
@@ -92,7 +93,7 @@ class HttpPool:
         with self._lock:
             _close_all(self._idle)
 
-    def forget(self) -> None:
+    def forget_parent(self) -> None:
         """In a child of fork: the parent goes on using these sockets."""
         self._lock = threading.Lock()
         _close_all(self._idle)
@@ -158,14 +159,3 @@ def _refusal(response: http.client.HTTPResponse) -> ForebayError:
 def _close_all(connections: list[http.client.HTTPConnection]) -> None:
     while connections:
         connections.pop().close()
-
-
-_pools: Final[weakref.WeakSet[HttpPool]] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for pool in list(_pools):
-        pool.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
 
+from forebay.forking import watch
 from forebay.transfer.connection import HELLO_SECONDS, DescriptorConnection, Hello
 from forebay.waiting import RECONNECT_SECONDS, Backoff, Deadline
 from forebay_wire.errors import DaemonUnavailable, ForebayError
@@ -29,7 +30,7 @@ class DescriptorLink:
         self._hello: Hello | None = None
         self._serial = 0
         self._releases: deque[tuple[int, str]] = deque()
-        _links.add(self)
+        watch(self)
         weakref.finalize(self, _close, self.__dict__).atexit = False
 
     def request(
@@ -98,7 +99,7 @@ class DescriptorLink:
         with self._lock:
             self._drop_locked()
 
-    def forget(self) -> None:
+    def forget_parent(self) -> None:
         """In a child of fork: what was inherited belongs to the parent."""
         self._lock = threading.Lock()
         self._releases = deque()
@@ -159,14 +160,3 @@ def _close(state: dict[str, Any]) -> None:
     connection = state.get("_connection")
     if connection is not None:
         connection.close()
-
-
-_links: Final[weakref.WeakSet[DescriptorLink]] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for link in list(_links):
-        link.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)

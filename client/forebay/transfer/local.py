@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from forebay.transfer.blob import REOPENS, Blob, Checks, Damage, Piece, UploadSlot, copy
+from forebay.forking import watch
+from forebay.transfer.blob import NO_SEGMENT, REOPENS, Blob, Checks, Damage, Piece, UploadSlot, copy
 from forebay.transfer.link import DescriptorLink, close_all
 from forebay.transfer.replica import Handover, Replica
 from forebay.transfer.window import POOL
@@ -24,9 +25,6 @@ from forebay_wire.protocol import DataEndpoint
 MADV_POPULATE_READ: Final = 22
 MADV_POPULATE_WRITE: Final = 23
 """Linux 5.14; the mmap module knows neither, and its madvise keeps the GIL."""
-
-NO_SEGMENT: Final = -1
-"""In a report: the file as a whole or its table is damaged."""
 
 MAX_KEPT_SLOTS: Final = 2
 """Slots that stay mapped for the next upload: at most two of one client overlap."""
@@ -55,6 +53,7 @@ class LocalTransfer:
         self._link = DescriptorLink(endpoint.descriptor_socket)
         self._lock = threading.Lock()
         self._slots: dict[tuple[int, int], mmap.mmap] = {}
+        watch(self)
 
     def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:
         opened: list[Blob] = []
@@ -98,6 +97,11 @@ class LocalTransfer:
             self._slots.clear()
         self._link.drop()
 
+    def forget_parent(self) -> None:
+        """In a child of fork; the link forgets its connection by itself."""
+        self._lock = threading.Lock()
+        self._slots = {}
+
     def _map_slot(self, descriptor: int, capacity: int) -> mmap.mmap:
         """The slot, mapped; the daemon reuses slots, and so does this: mapping faults each page."""
         found = os.fstat(descriptor)
@@ -140,14 +144,14 @@ class LocalBlob(Blob):
         self._checks = Checks(replica.table.num_segments)
         self._lock = threading.RLock()
         self._release = self._release_at_end(serial)
-        _blobs.add(self)
+        watch(self)
 
     def close(self) -> None:
         with self._lock:
             self._let_go()
         self._link.flush_releases()
 
-    def forget_lock(self) -> None:
+    def forget_parent(self) -> None:
         """In a child of fork: another thread of the parent may have held it."""
         self._lock = threading.RLock()
 
@@ -249,17 +253,6 @@ class LocalBlob(Blob):
 
     def _report(self, damage: Damage) -> None:
         report(self._link, self.id, self.tier, damage.segment, damage.reason)
-
-
-_blobs: Final[weakref.WeakSet[LocalBlob]] = weakref.WeakSet()
-
-
-def _forget_locks() -> None:
-    for blob in list(_blobs):
-        blob.forget_lock()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
 
 
 def report(link: DescriptorLink, blob: str, tier: str, segment: int, message: str) -> bool:

@@ -11,7 +11,8 @@ from http import HTTPStatus
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
-from forebay.transfer.blob import REOPENS, Blob, Checks, Damage, Piece, UploadSlot
+from forebay.forking import watch
+from forebay.transfer.blob import NO_SEGMENT, REOPENS, Blob, Checks, Damage, Piece, UploadSlot
 from forebay.transfer.connection import DescriptorConnection
 from forebay.transfer.http import (
     HttpPool,
@@ -55,14 +56,15 @@ class RemoteTransfer:
         self._token = endpoint.token
         self._releases: deque[str] = deque()
         self._client = new_random_name()
+        watch(self)
 
     def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:
         opened: list[Blob] = []
         try:
             for start in range(0, len(blobs), MAX_DESCRIPTORS_PER_MESSAGE):
                 ids = blobs[start : start + MAX_DESCRIPTORS_PER_MESSAGE]
-                for entry in self.open_entries(ids, context):
-                    opened.append(self._blob(entry, context))
+                entries = self.open_entries(ids, context)
+                opened.extend(self._blob(entry, context) for entry in entries)
         except BaseException:
             for blob in opened:
                 blob.close()
@@ -85,6 +87,11 @@ class RemoteTransfer:
     def close(self) -> None:
         self._flush_releases(1)
         self._pool.close()
+
+    def forget_parent(self) -> None:
+        """In a child of fork: what the parent opened is the parent's to release."""
+        self._client = new_random_name()
+        self._releases = deque()
 
     # What blobs and slots call.
 
@@ -160,9 +167,19 @@ class RemoteTransfer:
         )
 
     def _blob(self, entry: dict[str, Any], context: str) -> RemoteBlob:
-        where = f"{context}, tier {entry['tier']}" if context else f"tier {entry['tier']}"
-        table = self._table(entry, where)
-        return RemoteBlob(self, table, entry, context)
+        """The blob of an entry; a table that arrives damaged is reported and asked for again."""
+        tries = 0
+        while True:
+            where = f"{context}, tier {entry['tier']}" if context else f"tier {entry['tier']}"
+            try:
+                return RemoteBlob(self, self._table(entry, where), entry, context)
+            except IntegrityError as error:
+                self.release_later(entry["blob"])
+                tries += 1
+                self.report(entry["blob"], str(entry["tier"]), NO_SEGMENT, error.message)
+                if tries > REOPENS:
+                    raise
+                [entry] = self.open_entries([entry["blob"]], context)
 
     def _table(self, entry: dict[str, Any], where: str) -> SegmentTable:
         blob, ticket, num_bytes = entry["blob"], entry["ticket"], int(entry["table_bytes"])

@@ -8,7 +8,6 @@ so nobody can read bytes that a later fetch has overwritten.
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 import weakref
 from typing import Final
@@ -16,6 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from forebay.forking import watch
 from forebay_wire.limits import KIB, MIB
 
 SMALLEST_BYTES: Final = 64 * KIB
@@ -65,7 +65,7 @@ class WindowPool:
         array: NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)
         lease = array.view(_Lease)
         weakref.finalize(lease, self._take_back, memory, size).atexit = False
-        return memoryview(lease)[:num_bytes]
+        return memoryview(lease)[:num_bytes]  # type: ignore[arg-type]  # arrays are buffers
 
     def _take_back(self, memory: mmap.mmap, size: int) -> None:
         with self._lock:
@@ -75,7 +75,7 @@ class WindowPool:
             self._idle.setdefault(size, []).append(memory)
             self._idle_bytes += size
 
-    def forget_lock(self) -> None:
+    def forget_parent(self) -> None:
         """In a forked child: another thread of the parent may have held the lock."""
         self._lock = threading.RLock()
 
@@ -83,4 +83,4 @@ class WindowPool:
 POOL: Final = WindowPool()
 """The pool of this process."""
 
-os.register_at_fork(after_in_child=POOL.forget_lock)
+watch(POOL)
