@@ -44,7 +44,9 @@ class Holds:
         self._open_blobs: Counter[str] = Counter()
 
     def add(self, client: str, holds: Sequence[Hold]) -> None:
-        """Count *holds* (at least one) for *client*: all, or none and :class:`LimitExceeded`."""
+        """Count *holds* for *client*: all, or none and :class:`LimitExceeded`."""
+        if not holds:
+            return
         more_bytes = sum(hold.num_bytes for hold in holds)
         with self._lock:
             held = self._clients.get(client) or _Client()
