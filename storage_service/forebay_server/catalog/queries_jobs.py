@@ -13,6 +13,14 @@ from forebay_wire.ids import new_random_name
 
 LIVE = ("queued", "running")
 
+FLUSH = "flush"
+"""Publish a manifest, the target, with its blobs into the object tier."""
+DELETE = "delete"
+"""Remove a manifest, the target, from the object tier and then from the catalog."""
+COLLECT = "collect"
+"""Reclaim what nothing names any more; its one target is :data:`GARBAGE`."""
+GARBAGE = "garbage"
+
 
 @dataclass(frozen=True)
 class Job:

@@ -41,9 +41,9 @@ class Lineage:
         parent without a generation (deleted since) is passed over; what is older is not.
         """
         steps: dict[int, list[int]] = defaultdict(list)
-        for attempt, step in self.states:
-            steps[attempt].append(step)
-        attempt = max(self.parents, default=None)
+        for number, step in self.states:
+            steps[number].append(step)
+        attempt: int | None = max(self.parents, default=None)
         upto: int | None = None
         while attempt is not None:
             for step in sorted(steps[attempt], reverse=True):

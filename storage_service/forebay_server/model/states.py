@@ -31,8 +31,6 @@ class GenerationState(StrEnum):
     """Given up before it was committed: a newer attempt or the daemon's end came first."""
     FAILED = "failed"
     """A pack could not be landed."""
-    DELETING = "deleting"
-    """Invisible already; its bytes are being removed."""
 
 
 class Event(StrEnum):
@@ -43,7 +41,6 @@ class Event(StrEnum):
     FENCED = "a newer attempt of the run began"
     DAEMON_ENDED = "the daemon ended"
     FAILED = "a pack could not be landed"
-    DELETED = "somebody deleted it"
 
 
 class Durability(StrEnum):
@@ -64,29 +61,21 @@ TRANSITIONS: Final[dict[tuple[GenerationState, Event], GenerationState]] = {
     (_G.OPEN, Event.FENCED): _G.ABORTED,
     (_G.OPEN, Event.DAEMON_ENDED): _G.ABORTED,
     (_G.OPEN, Event.FAILED): _G.FAILED,
-    (_G.OPEN, Event.DELETED): _G.DELETING,
     (_G.SEALED, Event.ALL_LANDED): _G.COMMITTED,
     (_G.SEALED, Event.FENCED): _G.SEALED,
     (_G.SEALED, Event.DAEMON_ENDED): _G.ABORTED,
     (_G.SEALED, Event.FAILED): _G.FAILED,
     (_G.COMMITTED, Event.FENCED): _G.COMMITTED,
     (_G.COMMITTED, Event.DAEMON_ENDED): _G.COMMITTED,
-    (_G.COMMITTED, Event.DELETED): _G.DELETING,
     (_G.ABORTED, Event.FENCED): _G.ABORTED,
     (_G.ABORTED, Event.DAEMON_ENDED): _G.ABORTED,
     (_G.ABORTED, Event.FAILED): _G.ABORTED,
-    (_G.ABORTED, Event.DELETED): _G.DELETING,
     (_G.FAILED, Event.FENCED): _G.FAILED,
     (_G.FAILED, Event.DAEMON_ENDED): _G.FAILED,
     (_G.FAILED, Event.FAILED): _G.FAILED,
-    (_G.FAILED, Event.DELETED): _G.DELETING,
-    (_G.DELETING, Event.FENCED): _G.DELETING,
-    (_G.DELETING, Event.DAEMON_ENDED): _G.DELETING,
-    (_G.DELETING, Event.FAILED): _G.DELETING,
-    (_G.DELETING, Event.DELETED): _G.DELETING,
 }
-"""Every pair that is missing here cannot happen; above all, nothing but SEALED is ever committed,
-and what is committed only ever leaves by being deleted."""
+"""Every pair that is missing here cannot happen: above all, only a sealed generation is ever
+committed, and a committed one stays so until it is deleted."""
 
 
 def advance(state: GenerationState, event: Event) -> GenerationState | None:

@@ -33,15 +33,12 @@ G = GenerationState
         (G.SEALED, Event.ALL_LANDED, G.COMMITTED),
         (G.SEALED, Event.FENCED, G.SEALED),
         (G.SEALED, Event.DAEMON_ENDED, G.ABORTED),
-        (G.SEALED, Event.DELETED, None),
         (G.COMMITTED, Event.FENCED, G.COMMITTED),
         (G.COMMITTED, Event.DAEMON_ENDED, G.COMMITTED),
         (G.COMMITTED, Event.FAILED, None),
-        (G.COMMITTED, Event.DELETED, G.DELETING),
         (G.ABORTED, Event.ALL_LANDED, None),
         (G.ABORTED, Event.ALL_SEALED, None),
         (G.FAILED, Event.ALL_LANDED, None),
-        (G.DELETING, Event.ALL_LANDED, None),
     ],
 )
 def test_an_event_leads_to(state: G, event: Event, expected: G | None) -> None:
@@ -57,7 +54,7 @@ def test_whatever_happens_only_a_sealed_generation_is_committed(events: list[Eve
         seen.append(state)
     if G.COMMITTED in seen:
         assert seen[seen.index(G.COMMITTED) - 1] is G.SEALED
-        assert set(seen[seen.index(G.COMMITTED) :]) <= {G.COMMITTED, G.DELETING}
+        assert set(seen[seen.index(G.COMMITTED) :]) == {G.COMMITTED}
 
 
 @given(st.sampled_from(G), st.lists(st.sampled_from(Event)))
@@ -95,7 +92,6 @@ O, S, L = PackState.OPEN, PackState.SEALED, PackState.LANDED  # noqa: E741
         (G.OPEN, 1, [L], G.COMMITTED),
         (G.ABORTED, 2, [L, L], G.ABORTED),
         (G.FAILED, 2, [L, L], G.FAILED),
-        (G.DELETING, 2, [L, L], G.DELETING),
         (G.COMMITTED, 2, [L, L], G.COMMITTED),
     ],
 )
@@ -114,7 +110,6 @@ def test_the_packs_make_the_state(
         (G.COMMITTED, True, Durability.REMOTE),
         (G.ABORTED, False, Durability.NONE),
         (G.FAILED, False, Durability.NONE),
-        (G.DELETING, True, Durability.NONE),
     ],
 )
 def test_durability_of_a_state(state: G, is_remote: bool, expected: Durability) -> None:

@@ -1,0 +1,437 @@
+"""Changing runs: attempts begin, packs are planned, sealed and landed, generations committed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Row,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
+from forebay_server.catalog.queries_manifests import insert_manifest
+from forebay_server.catalog.queries_runs import AttemptInfo, at, attempt_info, parent_of
+from forebay_server.catalog.tables import (
+    attempts,
+    generations,
+    packs,
+    runs,
+)
+from forebay_server.model.lineage import Point
+from forebay_server.model.states import (
+    Event,
+    GenerationState,
+    PackState,
+    advance,
+    after_packs,
+)
+from forebay_wire.errors import AlreadyExists, Conflict, Fenced, NotFound
+from forebay_wire.failpoints import failpoint
+from forebay_wire.ids import GenerationId
+from forebay_wire.manifest import KIND_GENERATION, GenerationManifest, PackRef
+
+DAEMON_ENDED = "the daemon ended before it was local: save the state again in a new attempt"
+
+
+@dataclass(frozen=True)
+class PackInfo:
+    """One rank's part of a generation."""
+
+    generation: GenerationId
+    rank: int
+    state: PackState
+    session: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Fencing:
+    """What a new attempt put an end to."""
+
+    attempt: AttemptInfo
+    is_new: bool
+    """False for a repeat of a request that was applied before."""
+    aborted: tuple[GenerationId, ...]
+    sessions: tuple[str, ...]
+    """Upload sessions of the aborted generations."""
+
+
+# ----------------------------------------------------------------------------------------- attempts
+
+
+def open_attempt(
+    connection: Connection, run: str, parent: Point | None, num_ranks: int, request: str
+) -> Fencing:
+    """Open the run's next attempt and abort what older ones have not sealed with all ranks.
+
+    A repeated *request* is answered with its attempt and changes nothing.
+    """
+    known = connection.execute(select(attempts).where(attempts.c.request == request)).one_or_none()
+    if known is not None:
+        if known.run != run:
+            raise Conflict(f"request {request} opened an attempt of run {known.run}, not of {run}")
+        return Fencing(attempt_info(known), False, (), ())
+    if parent is not None:
+        _check_parent(connection, run, parent)
+    if connection.scalar(select(runs.c.run).where(runs.c.run == run)) is None:
+        connection.execute(insert(runs).values(run=run))
+    number = (newest_attempt(connection, run) or 0) + 1
+    aborted, sessions = _abort(
+        connection,
+        Event.FENCED,
+        f"attempt {number} of the run began before all ranks had sealed it",
+        generations.c.run == run,
+    )
+    connection.execute(
+        insert(attempts).values(
+            run=run,
+            attempt=number,
+            parent_attempt=parent.attempt if parent else None,
+            parent_step=parent.step if parent else None,
+            num_ranks=num_ranks,
+            request=request,
+        )
+    )
+    row = connection.execute(select(attempts).where(attempts.c.request == request)).one()
+    return Fencing(attempt_info(row), True, aborted, sessions)
+
+
+def _check_parent(connection: Connection, run: str, parent: Point) -> None:
+    state = connection.scalar(select(generations.c.state).where(at(GenerationId(run, *parent))))
+    if state != GenerationState.COMMITTED:
+        raise NotFound(
+            f"run {run} has no committed generation {parent} that a new attempt could stand on: "
+            "restore 'latest' again and begin the attempt with what it names"
+        )
+
+
+def newest_attempt(connection: Connection, run: str) -> int | None:
+    """The number of the run's newest attempt, None without one."""
+    number: int | None = connection.scalar(
+        select(func.max(attempts.c.attempt)).where(attempts.c.run == run)
+    )
+    return number
+
+
+def _abort(
+    connection: Connection, event: Event, reason: str, *where: Any
+) -> tuple[tuple[GenerationId, ...], tuple[str, ...]]:
+    """Apply *event* to the unfinished generations; those that it ended, and their sessions."""
+    unfinished = generations.c.state.in_((GenerationState.OPEN, GenerationState.SEALED))
+    ended: list[GenerationId] = []
+    sessions: list[str] = []
+    for row in connection.execute(select(generations).where(unfinished, *where)).all():
+        state = GenerationState(row.state)
+        if advance(state, event) in (None, state):
+            continue
+        generation = GenerationId(row.run, row.attempt, row.step)
+        sessions.extend(end_generation(connection, generation, GenerationState.ABORTED, reason))
+        ended.append(generation)
+    return tuple(ended), tuple(sessions)
+
+
+def end_generation(
+    connection: Connection, generation: GenerationId, state: GenerationState, error: str
+) -> list[str]:
+    """Abort or fail an unfinished generation: its landed bytes become garbage; the sessions of
+    all its packs, which have to end."""
+    changed = connection.execute(
+        update(generations)
+        .where(
+            at(generation),
+            generations.c.state.in_((GenerationState.OPEN, GenerationState.SEALED)),
+        )
+        .values(state=state, error=error)
+    )
+    if not changed.rowcount:
+        return []
+    sessions = list(connection.scalars(select(packs.c.session).where(at(generation, packs))))
+    # Rows of packs that have not landed stay: a late seal finds out through them why it is refused.
+    connection.execute(
+        delete(packs).where(at(generation, packs), packs.c.state == PackState.LANDED)
+    )
+    return sessions
+
+
+def abort_unlanded(connection: Connection) -> tuple[tuple[GenerationId, ...], tuple[str, ...]]:
+    """At the daemon's start: give up what the previous incarnation had not committed."""
+    return _abort(connection, Event.DAEMON_ENDED, DAEMON_ENDED)
+
+
+# -------------------------------------------------------------------------------------------- packs
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """What one rank is going to contribute."""
+
+    generation: GenerationId
+    rank: int
+    num_ranks: int
+    num_bytes: int
+
+
+def check_plan(connection: Connection, plan: PackPlan) -> str | None:
+    """Raise unless the pack may be begun; the session of an unsealed earlier try of this rank."""
+    _check_newest(connection, plan.generation)
+    row = connection.execute(select(generations).where(at(plan.generation))).one_or_none()
+    if row is None:
+        return None
+    pack = _pack(connection, plan)
+    if (pack is not None and pack.state != PackState.OPEN) or row.state == "committed":
+        raise AlreadyExists(
+            f"step {plan.generation.step} was already saved in attempt {plan.generation.attempt} "
+            f"of run {plan.generation.run}: save each step once"
+        )
+    if row.state in (GenerationState.ABORTED, GenerationState.FAILED):
+        raise _ended(plan.generation, row)
+    if row.num_ranks != plan.num_ranks:
+        raise Conflict(
+            f"generation {plan.generation} was begun with {row.num_ranks} ranks, rank {plan.rank} "
+            f"says {plan.num_ranks}: all ranks must name the same number"
+        )
+    return pack.session if pack is not None else None
+
+
+def insert_pack(connection: Connection, plan: PackPlan, session: str) -> str | None:
+    """Record that *session* carries the planned pack; creates the generation if it is the first.
+
+    The session of an unsealed earlier try of this rank, which this one replaces.
+    """
+    replaced = check_plan(connection, plan)
+    generation = plan.generation
+    known = select(generations.c.state).where(at(generation))
+    if connection.scalar(known) is None:
+        connection.execute(insert(generations).values(**_key(generation), num_ranks=plan.num_ranks))
+    connection.execute(delete(packs).where(at(generation, packs), packs.c.rank == plan.rank))
+    connection.execute(
+        insert(packs).values(
+            **_key(generation), rank=plan.rank, session=session, num_bytes=plan.num_bytes
+        )
+    )
+    connection.execute(update(generations).where(at(generation)).values(error=""))
+    return replaced
+
+
+def note_trouble(connection: Connection, generation: GenerationId, reason: str) -> None:
+    """Remember why an open generation cannot be completed as things stand; the rank's next try
+    clears it."""
+    connection.execute(
+        update(generations)
+        .where(at(generation), generations.c.state == GenerationState.OPEN)
+        .values(error=reason)
+    )
+
+
+def drop_open_pack(connection: Connection, session: str, reason: str) -> GenerationId | None:
+    """The upload session ended before it was sealed; the generation that waits for it now.
+
+    A generation that no rank contributes to any more is forgotten.
+    """
+    pack = find_pack(connection, session)
+    if pack is None or pack.state is not PackState.OPEN:
+        return None
+    generation = pack.generation
+    connection.execute(delete(packs).where(packs.c.session == session))
+    left = connection.scalar(select(func.count()).where(at(generation, packs)))
+    if left:
+        note_trouble(connection, generation, f"rank {pack.rank}: {reason}")
+    else:
+        connection.execute(
+            delete(generations).where(at(generation), generations.c.state == GenerationState.OPEN)
+        )
+    return generation
+
+
+def find_pack(connection: Connection, session: str) -> PackInfo | None:
+    """The pack that an upload session carries."""
+    row = connection.execute(select(packs).where(packs.c.session == session)).one_or_none()
+    if row is None:
+        return None
+    generation = GenerationId(row.run, row.attempt, row.step)
+    return PackInfo(generation, row.rank, PackState(row.state), row.session, row.num_bytes)
+
+
+def check_sealable(connection: Connection, session: str) -> PackInfo:
+    """The pack of *session* if it may be sealed, or is; else why not."""
+    pack = find_pack(connection, session)
+    if pack is None:
+        raise NotFound(
+            f"upload session {session} carries no pack: it ended, or its lease ran out; "
+            "save the step again"
+        )
+    if pack.state is PackState.OPEN:
+        _check_newest(connection, pack.generation)
+    row = connection.execute(select(generations).where(at(pack.generation))).one()
+    if row.state in (GenerationState.ABORTED, GenerationState.FAILED):
+        raise _ended(pack.generation, row)
+    return pack
+
+
+def seal_pack(
+    connection: Connection,
+    session: str,
+    num_bytes: int,
+    description: bytes,
+    metrics: str | None,
+    dataset: str | None,
+) -> bool:
+    """The pack's bytes are complete in the daemon's memory; whether all ranks' are now.
+
+    *metrics* and *dataset* are JSON of the rank that brings them, None from the others.
+    """
+    pack = check_sealable(connection, session)
+    generation = pack.generation
+    if pack.state is PackState.OPEN:
+        connection.execute(
+            update(packs)
+            .where(packs.c.session == session)
+            .values(state=PackState.SEALED, num_bytes=num_bytes, description=description)
+        )
+    values: dict[str, str] = {}
+    if metrics is not None:
+        values["metrics"] = metrics
+    if dataset is not None:
+        values["dataset"] = dataset
+    state = _state_by_packs(connection, generation)
+    connection.execute(update(generations).where(at(generation)).values(state=state, **values))
+    return state is not GenerationState.OPEN
+
+
+def land_pack(connection: Connection, session: str, blob: str, num_bytes: int) -> str | None:
+    """A sealed pack's blob is durable on this node; the manifest that this committed, if any.
+
+    Of two last ranks exactly one sees the other's pack landed: transactions are serial. The commit
+    queues the flush of the manifest. Raises if the generation was given up meanwhile.
+    """
+    pack = check_sealable(connection, session)
+    connection.execute(
+        update(packs)
+        .where(packs.c.session == session)
+        .values(state=PackState.LANDED, blob=blob, num_bytes=num_bytes)
+    )
+    generation = pack.generation
+    if _state_by_packs(connection, generation) is not GenerationState.COMMITTED:
+        return None
+    failpoint("generation.before_commit")
+    manifest = _manifest_of(connection, generation)
+    identity, data = manifest.encode()
+    insert_manifest(connection, identity, KIND_GENERATION, data, manifest.blobs())
+    connection.execute(
+        update(generations)
+        .where(at(generation))
+        .values(state=GenerationState.COMMITTED, manifest=identity)
+    )
+    # The manifest holds the descriptions from here on.
+    connection.execute(update(packs).where(at(generation, packs)).values(description=None))
+    enqueue(connection, FLUSH, identity)
+    failpoint("generation.inside_commit")
+    return identity
+
+
+def _state_by_packs(connection: Connection, generation: GenerationId) -> GenerationState:
+    row = connection.execute(select(generations).where(at(generation))).one()
+    found = connection.scalars(select(packs.c.state).where(at(generation, packs)))
+    return after_packs(
+        GenerationState(row.state), row.num_ranks, [PackState(state) for state in found]
+    )
+
+
+def _manifest_of(connection: Connection, generation: GenerationId) -> GenerationManifest:
+    row = connection.execute(select(generations).where(at(generation))).one()
+    attempt = connection.execute(
+        select(attempts).where(
+            attempts.c.run == generation.run, attempts.c.attempt == generation.attempt
+        )
+    ).one()
+    rows = connection.execute(select(packs).where(at(generation, packs)).order_by(packs.c.rank))
+    refs = tuple(
+        PackRef(pack.rank, pack.blob, pack.num_bytes, json.loads(pack.description)) for pack in rows
+    )
+    return GenerationManifest(
+        run=generation.run,
+        attempt=generation.attempt,
+        step=generation.step,
+        parent=parent_of(attempt),
+        num_ranks=row.num_ranks,
+        metrics=json.loads(row.metrics) if row.metrics else {},
+        dataset=json.loads(row.dataset) if row.dataset else None,
+        packs=refs,
+        created_unix=row.created,
+    )
+
+
+def _key(generation: GenerationId) -> dict[str, Any]:
+    return {"run": generation.run, "attempt": generation.attempt, "step": generation.step}
+
+
+def _pack(connection: Connection, plan: PackPlan) -> Row[Any] | None:
+    return connection.execute(
+        select(packs).where(at(plan.generation, packs), packs.c.rank == plan.rank)
+    ).one_or_none()
+
+
+def _check_newest(connection: Connection, generation: GenerationId) -> None:
+    newest = newest_attempt(connection, generation.run)
+    if newest is None:
+        raise NotFound(
+            f"run {generation.run} has no attempt {generation.attempt}: begin one before saving"
+        )
+    if generation.attempt > newest:
+        raise NotFound(
+            f"run {generation.run} has no attempt {generation.attempt}, the newest is {newest}"
+        )
+    if generation.attempt < newest:
+        raise Fenced(
+            f"attempt {generation.attempt} of run {generation.run} may not save any more: attempt "
+            f"{newest} began after it; end this process, or restart it so that it resumes"
+        )
+
+
+def _ended(generation: GenerationId, row: Row[Any]) -> Conflict:
+    return Conflict(f"generation {generation} is {row.state} ({row.error}): save another step")
+
+
+# ----------------------------------------------------------------------------------------- deleting
+
+
+def delete_generations(
+    connection: Connection, doomed: Sequence[GenerationId]
+) -> tuple[int, list[str]]:
+    """Forget generations; ``(how many there were, sessions that have to end)``.
+
+    From here on nobody sees them. Their manifests stay, each with a job that removes it from the
+    object tier first and then from here; until then their blobs are kept.
+    """
+    number = 0
+    sessions: list[str] = []
+    for generation in doomed:
+        row = connection.execute(select(generations).where(at(generation))).one_or_none()
+        if row is None:
+            continue
+        number += 1
+        sessions.extend(connection.scalars(select(packs.c.session).where(at(generation, packs))))
+        connection.execute(delete(generations).where(at(generation)))
+        if row.manifest is not None:
+            cancel_queued(connection, FLUSH, row.manifest)
+            enqueue(connection, DELETE, row.manifest)
+    return number, sessions
+
+
+def delete_run(connection: Connection, run: str) -> tuple[int, list[str]]:
+    """Forget a run with all its attempts and generations, as :func:`delete_generations`."""
+    rows = connection.execute(select(generations).where(generations.c.run == run)).all()
+    doomed = [GenerationId(row.run, row.attempt, row.step) for row in rows]
+    forgotten = delete_generations(connection, doomed)
+    connection.execute(delete(attempts).where(attempts.c.run == run))
+    connection.execute(delete(runs).where(runs.c.run == run))
+    return forgotten

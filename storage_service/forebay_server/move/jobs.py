@@ -1,0 +1,239 @@
+"""Runs the catalog's jobs: a few at a time, leased, tried again with back-off, resumable.
+
+A job is a row, so the work survives the daemon: a row that was queued or running when a daemon died
+is taken over by the next one. Handlers are therefore idempotent. Who queues a job does so in the
+transaction that makes it necessary and calls :meth:`Jobs.wake` after the commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Final
+
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_jobs import (
+    Job,
+    claim,
+    drop_finished,
+    fail,
+    finish,
+    job_of,
+    renew,
+    requeue_all,
+    retry_later,
+    seconds_until_due,
+)
+from forebay_server.model.backoff import delay_seconds
+from forebay_wire.errors import DaemonUnavailable, ForebayError, IntegrityError, InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS: Final = 30.0
+RENEW_SECONDS: Final = 2.0
+"""How often a running job extends its lease and stores its progress."""
+KEEP_DONE_SECONDS: Final = 600.0
+"""How long a finished job can still be asked for."""
+NUM_WORKERS: Final = 2
+"""Jobs at a time: enough to hide one slow object store call behind another job's copying."""
+
+
+class Progress:
+    """How far one running job is. Thread-safe: copying threads report into it."""
+
+    def __init__(self, job: Job) -> None:
+        self.target = job.target
+        self.done_bytes = 0
+        self.total_bytes = job.total_bytes
+        self._interrupted = ""
+
+    def plan(self, total_bytes: int) -> None:
+        """There are so many bytes to move in all."""
+        self.total_bytes = total_bytes
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more bytes are moved; raises if the job has to end here, to go on later."""
+        if self._interrupted:
+            raise DaemonUnavailable(self._interrupted)
+        self.done_bytes += num_bytes
+
+    def interrupt(self, reason: str) -> None:
+        """Make the next :meth:`advance` raise."""
+        self._interrupted = reason
+
+    @property
+    def is_interrupted(self) -> bool:
+        return bool(self._interrupted)
+
+
+Handler = Callable[[Progress], Awaitable[None]]
+"""Does the work for ``progress.target``; returns when it is done or no longer needed."""
+
+
+class Jobs:
+    """The worker loop. Belongs to one event loop; :meth:`run` it in a task group."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        owner: str,
+        handlers: Mapping[str, Handler],
+        *,
+        num_workers: int = NUM_WORKERS,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> None:
+        """*owner* is this incarnation of the daemon; *handlers* maps a job's kind to its work."""
+        self._catalog = catalog
+        self._owner = owner
+        self._handlers = handlers
+        self._num_workers = num_workers
+        self._lease_seconds = lease_seconds
+        self._woken = asyncio.Event()
+        self._stopping = False
+        self._running: dict[str, Progress] = {}
+
+    def wake(self) -> None:
+        """There may be new work."""
+        # A fresh event each time: a worker that looked before this call still sees it set.
+        woken, self._woken = self._woken, asyncio.Event()
+        woken.set()
+
+    async def run(self) -> None:
+        """Work until :meth:`stop`; an error of a job never ends it."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._num_workers):
+                group.create_task(self._work(), name=f"jobs-{number}")
+
+    def stop(self) -> None:
+        """Take no more work and interrupt what runs: it goes back into the queue."""
+        self._stopping = True
+        for progress in self._running.values():
+            progress.interrupt("the daemon is stopping; the job goes on at its next start")
+        self.wake()
+
+    def finish(self) -> None:
+        """Take no more work; what runs is finished before :meth:`run` returns."""
+        self._stopping = True
+        self.wake()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    async def wait(self, kind: str, target: str, timeout_seconds: float) -> Job | None:
+        """The job's row once it is done or given up; None after the timeout or without a row."""
+
+        def ended(connection: Connection) -> tuple[Job | None] | None:
+            job = job_of(connection, kind, target)
+            if job is not None and job.state in ("queued", "running"):
+                return None
+            return (job,)
+
+        found = await self._catalog.wait_until(ended, timeout_seconds)
+        return found[0] if found is not None else None
+
+    # ------------------------------------------------------------------------------- workers
+
+    async def _work(self) -> None:
+        failures, kinds = 0, tuple(self._handlers)
+        while not self._stopping:
+            woken = self._woken
+            try:
+                job = await self._catalog.write(
+                    lambda connection: claim(connection, self._owner, self._lease_seconds, kinds)
+                )
+                if job is not None:
+                    await self._run(job)
+                else:
+                    await self._sleep(woken, await self._seconds_until_due(kinds))
+                failures = 0
+            except ForebayError as error:  # the catalog itself: nothing could be stored
+                if self._stopping:
+                    return
+                failures += 1
+                logger.warning("background work waits, the catalog fails: %s", error)
+                await self._sleep(woken, delay_seconds(failures, random.random()))
+
+    async def _seconds_until_due(self, kinds: Sequence[str]) -> float | None:
+        return await self._catalog.read(lambda connection: seconds_until_due(connection, kinds))
+
+    async def _sleep(self, woken: asyncio.Event, seconds: float | None) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await woken.wait()
+
+    async def _run(self, job: Job) -> None:
+        progress = Progress(job)
+        self._running[job.job] = progress
+        try:
+            async with asyncio.TaskGroup() as group:
+                renewing = group.create_task(self._renew(job, progress))
+                outcome = await self._attempt(job, progress)
+                renewing.cancel()
+            await self._settle(job, progress, outcome)
+        except asyncio.CancelledError:
+            progress.interrupt("the daemon is stopping; the job goes on at its next start")
+            raise
+        finally:
+            del self._running[job.job]
+
+    async def _attempt(self, job: Job, progress: Progress) -> Exception | None:
+        try:
+            await self._handlers[job.kind](progress)
+        except Exception as error:  # noqa: BLE001 - the loop must live; the row keeps the text
+            return error
+        return None
+
+    async def _settle(self, job: Job, progress: Progress, outcome: Exception | None) -> None:
+        """Store how the try ended."""
+        name, owner = job.job, self._owner
+        if outcome is None:
+            await self._catalog.write(lambda connection: _finish(connection, name, owner))
+            return
+        text = str(outcome) or type(outcome).__name__
+        if isinstance(outcome, IntegrityError | InvalidRequest):
+            logger.error("%s of %s is given up: %s", job.kind, job.target, text)
+            await self._catalog.write(lambda connection: fail(connection, name, owner, text))
+            return
+        delay = delay_seconds(job.tries, random.random())
+        if progress.is_interrupted:
+            text, delay = "", 0.0
+        elif isinstance(outcome, ForebayError | OSError):
+            logger.warning("%s of %s: %s; next try in %.1f s", job.kind, job.target, text, delay)
+        else:
+            logger.error("%s of %s failed", job.kind, job.target, exc_info=outcome)
+        await self._catalog.write(
+            lambda connection: retry_later(connection, name, owner, text, delay)
+        )
+
+    async def _renew(self, job: Job, progress: Progress) -> None:
+        """Keep the lease and store the progress until cancelled."""
+        while True:
+            await asyncio.sleep(min(RENEW_SECONDS, self._lease_seconds / 3))
+            with suppress(ForebayError):  # one failed renewal is no reason to lose the work
+                kept = await self._catalog.write(
+                    lambda connection: renew(
+                        connection,
+                        job.job,
+                        self._owner,
+                        self._lease_seconds,
+                        progress.done_bytes,
+                        progress.total_bytes,
+                    )
+                )
+                if not kept:
+                    progress.interrupt("another daemon took the job over")
+
+
+def _finish(connection: Connection, job: str, owner: str) -> None:
+    finish(connection, job, owner)
+    drop_finished(connection, KEEP_DONE_SECONDS)
+
+
+async def take_over_jobs(catalog: Catalog) -> int:
+    """Queue again what a dead daemon was running; call it where the lock of the data folder proves
+    that no other daemon lives on this catalog. How many jobs that were."""
+    return await catalog.write(requeue_all)

@@ -1,0 +1,410 @@
+"""Checkpoints: the packs of all ranks become one committed generation, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+from forebay_server.catalog import queries_checkpoints as queries
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_checkpoints import PackInfo, PackPlan
+from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue
+from forebay_server.catalog.queries_runs import AttemptInfo, find_generation, load_lineage
+from forebay_server.model.lineage import Point, needed_as_parent
+from forebay_server.model.states import GenerationState, PackState
+from forebay_server.publish.generations import COMMITTED, Generations, check_step
+from forebay_server.publish.lease import Grant, LandedBlob, Uploads
+from forebay_wire.errors import (
+    Conflict,
+    ForebayError,
+    InvalidRequest,
+    ResourceExhausted,
+)
+from forebay_wire.failpoints import failpoint
+from forebay_wire.ids import GenerationId, check_name
+from forebay_wire.limits import (
+    MAX_DESCRIPTION_BYTES,
+    MAX_RANKS,
+    MAX_UPLOAD_SLOT_BYTES,
+    check_limit,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_RANK_JSON_BYTES: Final = 1 << 20
+"""Metrics, and dataset with position: they are O(1) in the size of model and data."""
+
+
+class JobQueue(Protocol):
+    """What is needed of :class:`forebay_server.move.jobs.Jobs`."""
+
+    def wake(self) -> None:
+        """There may be new work."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackSeal:
+    """What a rank says when its pack is complete."""
+
+    session: str
+    sequence: int
+    num_bytes: int
+    """Of the slot, from its start: the pack's last bytes."""
+    cuts: tuple[int, ...]
+    description_bytes: int
+    """JSON, in the slot right behind ``num_bytes``."""
+    metrics_json: str
+    """``{"name": number}`` from rank 0, else empty."""
+    dataset_json: str
+    """Dataset version and position from rank 0, else empty."""
+
+
+class Checkpoints:
+    """Runs, attempts and generations. Belongs to the event loop.
+
+    A sealed pack lands in the background, whatever its trainer does meanwhile; whoever lands last
+    commits the generation in the transaction that records its blob.
+    """
+
+    def __init__(self, catalog: Catalog, uploads: Uploads, jobs: JobQueue) -> None:
+        self._catalog = catalog
+        self._uploads = uploads
+        self._jobs = jobs
+        self.generations = Generations(catalog)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._followed: set[str] = set()
+        # Run to (attempt, uid, owner) of the slots that its ranks keep warm.
+        self._slots: dict[str, set[tuple[int, int, str]]] = {}
+
+    async def close(self) -> None:
+        """Wait for what still settles; after the uploads are closed. Idempotent."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    # ---------------------------------------------------------------------------------- attempts
+
+    async def begin_attempt(
+        self, run: str, parent: Point | None, num_ranks: int, request: str
+    ) -> AttemptInfo:
+        """Open the run's next attempt, standing on *parent*, in one transaction; durable on return.
+
+        Generations of older attempts that not all ranks have sealed are aborted and their sessions
+        ended; sealed ones go on landing. Idempotent by *request*.
+        """
+        check_name("run", run)
+        _check_num_ranks(num_ranks)
+        check_name("request", request)
+        if parent is not None:
+            check_step(parent.step)
+        return await self._finish(self._begin_attempt(run, parent, num_ranks, request))
+
+    async def _begin_attempt(
+        self, run: str, parent: Point | None, num_ranks: int, request: str
+    ) -> AttemptInfo:
+        def begin(connection: Connection) -> queries.Fencing:
+            fencing = queries.open_attempt(connection, run, parent, num_ranks, request)
+            if fencing.aborted:
+                enqueue(connection, COLLECT, GARBAGE)
+            return fencing
+
+        fencing = await self._catalog.write(begin)
+        if fencing.is_new:
+            await self._uploads.end(fencing.sessions)
+            self._drop_slots(run, fencing.attempt.attempt)
+            self._announce(*fencing.aborted)
+            self._jobs.wake()
+        return fencing.attempt
+
+    def _drop_slots(self, run: str, newest: int) -> None:
+        """Give the memory back that older attempts keep warm; slots in use follow by themselves."""
+        kept = self._slots.pop(run, set())
+        for attempt, uid, owner in kept:
+            if attempt < newest:
+                self._uploads.drop_slots(uid, owner)
+        if left := {one for one in kept if one[0] >= newest}:
+            self._slots[run] = left
+
+    # ------------------------------------------------------------------------------------- packs
+
+    async def begin_pack(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
+        """Reserve room for one rank's pack and grant a slot; the first rank makes the generation.
+
+        The slot may be smaller than wanted where memory is short. :class:`AlreadyExists` if this
+        rank sealed this step before, :class:`Fenced` in an older attempt, :class:`Conflict` if the
+        ranks disagree on their number, :class:`ResourceExhausted` if no landing tier has room:
+        nothing committed is touched by that.
+        """
+        check_name("run", plan.generation.run)
+        _check_num_ranks(plan.num_ranks)
+        check_step(plan.generation.step)
+        if not 0 <= plan.rank < plan.num_ranks:
+            raise InvalidRequest(
+                f"rank {plan.rank} of {plan.num_ranks}: ranks count from 0 to {plan.num_ranks - 1}"
+            )
+        return await self._finish(self._begin_pack(uid, plan, slot_bytes))
+
+    async def _begin_pack(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
+        replaced = await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
+        if replaced is not None:
+            await self._uploads.end([replaced])
+        generation = plan.generation
+        owner = f"run {generation.run} attempt {generation.attempt} rank {plan.rank}"
+        try:
+            grant = await self._uploads.begin(
+                uid,
+                owner,
+                plan.num_bytes,
+                min(slot_bytes, MAX_UPLOAD_SLOT_BYTES),
+                bind=lambda connection, session: queries.insert_pack(connection, plan, session),
+            )
+        except ResourceExhausted as error:
+            reason = f"rank {plan.rank}: {error.message}"
+            await self._catalog.write(
+                lambda connection: queries.note_trouble(connection, generation, reason)
+            )
+            self._announce(generation)
+            raise
+        self._slots.setdefault(generation.run, set()).add((generation.attempt, uid, owner))
+        return grant
+
+    async def session_ended(self, session: str) -> None:
+        """An upload session ended before it was sealed: tell those who wait for its pack."""
+        generation = await self._catalog.write(
+            lambda connection: queries.drop_open_pack(
+                connection, session, "its upload ended before it was sealed; save the step again"
+            )
+        )
+        if generation is not None:
+            self._announce(generation)
+
+    async def seal_pack(self, uid: int, seal: PackSeal) -> bool:
+        """The pack is complete in the slot: from here on it lands without its trainer.
+
+        Answers at once whether all ranks have sealed now; the generation is then ``ram``.
+        :class:`Fenced` in an older attempt. Idempotent per session.
+        """
+        check_limit(
+            "bytes of a pack's description",
+            seal.description_bytes,
+            MAX_DESCRIPTION_BYTES,
+            "save fewer tensors per rank",
+        )
+        return await self._finish(self._seal_pack(uid, seal))
+
+    async def _seal_pack(self, uid: int, seal: PackSeal) -> bool:
+        failpoint("pack.before_seal")
+        session = seal.session
+        pack = await self._catalog.read(
+            lambda connection: queries.check_sealable(connection, session)
+        )
+        if pack.state is not PackState.OPEN:
+            info = await self.generations.look(pack.generation)
+            return info.num_sealed == info.num_ranks
+        description = await self._read_description(uid, seal)
+        metrics, dataset = _check_metrics(seal.metrics_json), _check_dataset(seal.dataset_json)
+
+        def sealed(connection: Connection) -> bool:
+            num_bytes = pack.num_bytes
+            return queries.seal_pack(connection, session, num_bytes, description, metrics, dataset)
+
+        def landed(connection: Connection, blob: LandedBlob) -> str | None:
+            return queries.land_pack(connection, session, blob.blob, blob.num_bytes)
+
+        all_sealed, landing = await self._uploads.seal_in_background(
+            session, uid, seal.sequence, seal.num_bytes, seal.cuts, sealed=sealed, landed=landed
+        )
+        failpoint("pack.after_seal")
+        self._follow(pack, landing)
+        self._announce(pack.generation)
+        return all_sealed
+
+    async def _read_description(self, uid: int, seal: PackSeal) -> bytes:
+        """The JSON object behind the pack's last bytes, checked and as canonical as it came."""
+        slot = self._uploads.slot(seal.session, uid)
+        data = bytearray(seal.description_bytes)
+        await asyncio.to_thread(slot.read_into, seal.num_bytes, data)
+        try:
+            parsed = await asyncio.to_thread(json.loads, data)
+        except ValueError as error:
+            raise InvalidRequest(f"the pack's description is no JSON: {error}") from error
+        if not isinstance(parsed, dict):
+            raise InvalidRequest("the pack's description is no JSON object")
+        return bytes(data)
+
+    # ----------------------------------------------------------------------------------- landing
+
+    def _follow(self, pack: PackInfo, landing: asyncio.Task[str | None]) -> None:
+        """Settle what comes of a landing, once."""
+        if pack.session in self._followed:
+            return
+        self._followed.add(pack.session)
+        self._keep(asyncio.create_task(self._settle(pack, landing), name=f"settle-{pack.session}"))
+
+    async def _settle(self, pack: PackInfo, landing: asyncio.Task[str | None]) -> None:
+        try:
+            await asyncio.wait([landing])
+            if landing.cancelled():  # the daemon stops; its next start aborts the generation
+                return
+            error = landing.exception()
+            if error is not None:
+                await self._fail(pack, error)
+            elif landing.result() is not None:
+                failpoint("generation.after_commit")
+                self._jobs.wake()
+        finally:
+            self._followed.discard(pack.session)
+            self._announce(pack.generation)
+
+    async def _fail(self, pack: PackInfo, error: BaseException) -> None:
+        """A pack could not be landed: the generation cannot be committed any more."""
+        reason = f"rank {pack.rank}: {str(error) or type(error).__name__}"
+        generation = pack.generation
+
+        def end(connection: Connection) -> list[str]:
+            sessions = queries.end_generation(
+                connection, generation, GenerationState.FAILED, reason
+            )
+            enqueue(connection, COLLECT, GARBAGE)
+            return sessions
+
+        try:
+            sessions = await self._catalog.write(end)
+        except ForebayError:
+            logger.exception(
+                "generation %s failed (%s) and could not be marked", generation, reason
+            )
+            return
+        if sessions:
+            logger.error("generation %s failed: %s", generation, reason)
+            await self._uploads.end(sessions)
+        self._jobs.wake()
+
+    # ---------------------------------------------------------------------------------- deleting
+
+    async def delete_generation(self, generation: GenerationId) -> int:
+        """Delete one generation; how many there were (0 or 1). Idempotent.
+
+        On return nobody sees it any more; a background job removes it from the object tier first
+        and then its bytes, those that other generations share excepted. Refused
+        (:class:`Conflict`) while it lands, and as long as the newest attempt stands on it without a
+        generation of its own: a resume would silently lose that attempt's starting point.
+        """
+        check_name("run", generation.run)
+        return await self._finish(self._delete(lambda c: _delete_one(c, generation)))
+
+    async def delete_run(self, run: str) -> int:
+        """Delete a run with all attempts and generations, also unfinished ones; how many
+        generations there were. Its clients are fenced off. Idempotent."""
+        check_name("run", run)
+        return await self._finish(self._delete(lambda c: queries.delete_run(c, run)))
+
+    async def _delete(self, forget: Callable[[Connection], tuple[int, list[str]]]) -> int:
+        def change(connection: Connection) -> tuple[int, list[str]]:
+            found = forget(connection)
+            enqueue(connection, COLLECT, GARBAGE)
+            return found
+
+        number, sessions = await self._catalog.write(change)
+        await self._uploads.end(sessions)
+        self._jobs.wake()
+        return number
+
+    # ----------------------------------------------------------------------------------- helpers
+
+    def _announce(self, *generations: GenerationId) -> None:
+        for generation in generations:
+            self.generations.announce(str(generation))
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run *work* to its end even if the caller goes away meanwhile."""
+        task = asyncio.create_task(work)
+        self._keep(task)
+        task.add_done_callback(_look_at)
+        return await asyncio.shield(task)
+
+
+async def recover_catalog_state(catalog: Catalog) -> int:
+    """At the daemon's start, before leftover bytes are reclaimed: abort the generations that the
+    previous incarnation had not committed; how many. Committed ones stand."""
+
+    def recover(connection: Connection) -> int:
+        aborted, _ = queries.abort_unlanded(connection)
+        enqueue(connection, COLLECT, GARBAGE)
+        return len(aborted)
+
+    return await catalog.write(recover)
+
+
+def _delete_one(connection: Connection, generation: GenerationId) -> tuple[int, list[str]]:
+    info = find_generation(connection, generation)
+    lineage = load_lineage(connection, generation.run)
+    if info is None or lineage is None:
+        return 0, []
+    if info.state is GenerationState.SEALED:
+        raise Conflict(
+            f"generation {generation} is still landing: wait until it is local, then delete it"
+        )
+    point = Point(generation.attempt, generation.step)
+    if (attempt := needed_as_parent(point, lineage, COMMITTED)) is not None:
+        raise Conflict(
+            f"generation {generation} is what attempt {attempt} restored, and that has committed "
+            "nothing of its own yet: delete it after its next commit, restore an older generation "
+            "first, or delete the whole run"
+        )
+    return queries.delete_generations(connection, [generation])
+
+
+def _check_num_ranks(num_ranks: int) -> None:
+    check_limit("ranks of a generation", num_ranks, MAX_RANKS, "use fewer ranks")
+    if num_ranks < 1:
+        raise InvalidRequest("a generation has at least one rank")
+
+
+def _parse_rank_json(what: str, text: str) -> Any:
+    check_limit(f"bytes of the {what}", len(text.encode()), MAX_RANK_JSON_BYTES, "save less")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidRequest(f"the {what} are no JSON: {error}") from error
+
+
+def _check_metrics(text: str) -> str | None:
+    """The metrics if they are ``{"name": number}``; None if there are none."""
+    if not text:
+        return None
+    parsed = _parse_rank_json("metrics", text)
+    good = isinstance(parsed, dict) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        for value in parsed.values()
+    )
+    if not good:
+        raise InvalidRequest('metrics have to be {"name": number} with finite numbers')
+    return text
+
+
+def _check_dataset(text: str) -> str | None:
+    """The dataset version with its position if it is a JSON object; None if there is none."""
+    if not text:
+        return None
+    parsed = _parse_rank_json("dataset and position", text)
+    if parsed is not None and not isinstance(parsed, dict):
+        raise InvalidRequest("dataset and position have to be a JSON object")
+    return text if parsed is not None else None
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Take notice of an error whose caller may be gone."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.debug("checkpoints: %s", error)

@@ -1,0 +1,286 @@
+"""Generations as callers see them: waited for, chosen by a selector, listed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Final
+
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_jobs import FLUSH, job_of
+from forebay_server.catalog.queries_runs import (
+    AttemptInfo,
+    GenerationInfo,
+    RunInfo,
+    find_generation,
+    list_attempts,
+    list_generations,
+    list_runs,
+    load_lineage,
+    remote_points,
+)
+from forebay_server.model.lineage import Lineage, Point
+from forebay_server.model.states import Durability, GenerationState, check_durability, reaches
+from forebay_server.publish.changes import Changes
+from forebay_wire.errors import (
+    Conflict,
+    DeadlineExceeded,
+    Fenced,
+    ForebayError,
+    IntegrityError,
+    InvalidRequest,
+    NotFound,
+    StorageError,
+)
+from forebay_wire.ids import GenerationId, check_name
+from forebay_wire.limits import MAX_PAGE_ROWS
+
+COMMITTED: Final = frozenset({GenerationState.COMMITTED})
+COMMITTED_OR_LANDING: Final = frozenset({GenerationState.COMMITTED, GenerationState.SEALED})
+MAX_STEP: Final = (1 << 63) - 1
+"""The catalog keeps steps in 8 signed bytes."""
+
+
+class Generations:
+    """The reading side of checkpoints. Belongs to the event loop."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._changes = Changes()
+
+    # ----------------------------------------------------------------------------------- waiting
+
+    def announce(self, name: str) -> None:
+        """The generation (``RUN@ATTEMPT/STEP``) or the flush of the manifest *name* has changed."""
+        self._changes.announce(name)
+
+    async def wait(
+        self, generation: GenerationId, durability: str, timeout_seconds: float
+    ) -> GenerationInfo:
+        """The generation once it is at least as durable as asked for.
+
+        Raises at once if it never can be: :class:`Fenced`, :class:`Conflict` or
+        :class:`StorageError` with the reason; :class:`DeadlineExceeded` after the timeout, and it
+        may still happen later.
+        """
+        wanted = check_durability(durability)
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        with self._changes.watch(str(generation)) as changed:
+            info = await self._until(generation, wanted, changed, deadline)
+        if wanted is not Durability.REMOTE or info.manifest is None:
+            return info
+        with self._changes.watch(info.manifest, str(generation)) as changed:
+            return await self._until(generation, Durability.REMOTE, changed, deadline, remote=True)
+
+    async def _until(
+        self,
+        generation: GenerationId,
+        wanted: Durability,
+        changed: asyncio.Event,
+        deadline: float,
+        remote: bool = False,
+    ) -> GenerationInfo:
+        local = wanted if remote or wanted is not Durability.REMOTE else Durability.LOCAL
+        while True:
+            changed.clear()
+            info = await self.look(generation)
+            if reaches(Durability(info.durability), local):
+                return info
+            _raise_if_ended(info)
+            if remote:
+                await self._raise_if_given_up(info)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await changed.wait()
+            except TimeoutError:
+                raise DeadlineExceeded(_progress_text(info, wanted)) from None
+
+    async def look(self, generation: GenerationId) -> GenerationInfo:
+        """One generation as it stands. :class:`NotFound` if there is none."""
+        info = await self._catalog.read(lambda connection: find_generation(connection, generation))
+        if info is None:
+            raise NotFound(
+                f"there is no generation {generation}: no rank has begun to save it, or it was "
+                "deleted"
+            )
+        return info
+
+    async def _raise_if_given_up(self, info: GenerationInfo) -> None:
+        manifest = info.manifest or ""
+        job = await self._catalog.read(lambda connection: job_of(connection, FLUSH, manifest))
+        if job is not None and job.state == "failed":
+            raise IntegrityError(
+                f"generation {info.id} cannot be flushed into the object tier: {job.error}"
+            )
+
+    # --------------------------------------------------------------------------------- resolving
+
+    async def resolve(
+        self,
+        run: str,
+        selector: str,
+        durability: str,
+        skip: Collection[Point],
+        timeout_seconds: float,
+    ) -> GenerationInfo:
+        """The generation that *selector* (``latest``, ``STEP``, ``ATTEMPT/STEP``) means.
+
+        ``latest`` is the newest committed one on the newest attempt's lineage, those in *skip* left
+        out. One that all ranks have sealed is waited for first; :class:`DeadlineExceeded` if it has
+        not landed after the timeout (0: what has not landed does not count).
+        """
+        wanted = check_durability(durability)
+        if wanted is Durability.RAM:
+            raise InvalidRequest(
+                "a generation that is only in memory cannot be restored: ask for 'local' or "
+                "'remote', and wait with a timeout for what is still landing"
+            )
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        may_wait = timeout_seconds > 0 and wanted is Durability.LOCAL
+        while True:
+            point = await self._pick(run, selector, wanted, frozenset(skip), may_wait)
+            found = GenerationId(run, *point)
+            info = await self.look(found)
+            if info.state is not GenerationState.SEALED:
+                return info
+            await self._until_final(found, deadline)
+
+    async def _pick(
+        self, run: str, selector: str, wanted: Durability, skip: frozenset[Point], may_wait: bool
+    ) -> Point:
+        check_name("run", run)
+
+        def look(connection: Connection) -> tuple[Lineage | None, set[Point]]:
+            return load_lineage(connection, run), remote_points(connection, run)
+
+        lineage, remote = await self._catalog.read(look)
+        if lineage is None:
+            raise NotFound(f"there is no run {run}: nothing has been saved under that name")
+        if wanted is Durability.REMOTE:
+            skip = skip | {point for point in lineage.states if point not in remote}
+        states = COMMITTED_OR_LANDING if may_wait else COMMITTED
+        point = _select(lineage, selector, states, skip)
+        if point is None:
+            raise NotFound(_nothing_found(run, selector, lineage, wanted, skip))
+        return point
+
+    async def _until_final(self, generation: GenerationId, deadline: float) -> None:
+        """Wait until a sealed generation is committed or given up."""
+        with self._changes.watch(str(generation)) as changed:
+            while True:
+                changed.clear()
+                info = await self.look(generation)
+                if info.state is not GenerationState.SEALED:
+                    return
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await changed.wait()
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        f"generation {generation} is sealed by all ranks and still landing: wait "
+                        "longer, or name an older generation as ATTEMPT/STEP"
+                    ) from None
+
+    # --------------------------------------------------------------------------- looking ----------
+
+    async def list_runs(self, after: str, limit: int) -> tuple[list[RunInfo], str]:
+        """A page of runs by name, and the name after which the next page begins (empty: none)."""
+        size = _page(limit)
+        found = await self._catalog.read(lambda connection: list_runs(connection, after, size + 1))
+        return found[:size], found[size - 1].run if len(found) > size else ""
+
+    async def list_generations(
+        self, run: str, after: str, limit: int
+    ) -> tuple[list[AttemptInfo], list[GenerationInfo], str]:
+        """A run's attempts, a page of its generations (both newest first), and where the next page
+        begins (empty: none)."""
+        check_name("run", run)
+        size = _page(limit)
+        before = parse_point(after) if after else None
+
+        def look(connection: Connection) -> tuple[list[AttemptInfo], list[GenerationInfo]]:
+            return list_attempts(connection, run), list_generations(
+                connection, run, before, size + 1
+            )
+
+        attempts, found = await self._catalog.read(look)
+        if not attempts:
+            raise NotFound(f"there is no run {run}: nothing has been saved under that name")
+        more = len(found) > size
+        last = found[size - 1].id if more else None
+        return attempts, found[:size], f"{last.attempt}/{last.step}" if last else ""
+
+
+def parse_point(text: str) -> Point:
+    """The generation that ``ATTEMPT/STEP`` names within its run."""
+    attempt, _, step = text.partition("/")
+    if not (attempt.isdecimal() and step.isdecimal()):
+        raise InvalidRequest(f"{text!r} names no generation: write ATTEMPT/STEP, as in 2/500")
+    return Point(int(attempt), check_step(int(step)))
+
+
+def _select(
+    lineage: Lineage, selector: str, states: Collection[GenerationState], skip: Collection[Point]
+) -> Point | None:
+    if selector in ("", "latest"):
+        return lineage.latest(states, skip)
+    if selector.isdecimal():
+        found = lineage.at_step(check_step(int(selector)), states)
+        return found if found not in skip else None
+    point = parse_point(selector)
+    return point if lineage.states.get(point) in states and point not in skip else None
+
+
+def _nothing_found(
+    run: str, selector: str, lineage: Lineage, wanted: Durability, skip: Collection[Point]
+) -> str:
+    committed = [point for point, state in lineage.states.items() if state in COMMITTED]
+    skipped = sum(point in skip for point in committed)
+    where = (
+        f"run {run} has no {'remote ' if wanted is Durability.REMOTE else ''}committed generation"
+    )
+    if selector in ("", "latest"):
+        newest = max(lineage.parents)
+        text = f"{where} that its newest attempt {newest} stands on"
+    else:
+        text = f"{where} {selector} on the lineage of its newest attempt"
+        if "/" in selector:
+            text = f"{where} {selector}"
+    elsewhere = sorted(str(point) for point in committed if point not in skip)[-3:]
+    if skipped:
+        text += f"; {skipped} were skipped"
+    if elsewhere:
+        text += f"; there are, among others, {', '.join(elsewhere)}: name one as ATTEMPT/STEP"
+    return text
+
+
+def _raise_if_ended(info: GenerationInfo) -> None:
+    """Raise if the generation cannot become more durable as things stand."""
+    if info.state is GenerationState.ABORTED:
+        kind: type[ForebayError] = Conflict if "daemon" in info.error else Fenced
+        raise kind(f"generation {info.id} was aborted: {info.error}")
+    if info.state is GenerationState.FAILED:
+        raise StorageError(f"generation {info.id} failed: {info.error}; save another step")
+    if info.state is GenerationState.OPEN and info.error:
+        raise Conflict(f"generation {info.id} cannot be completed as things stand: {info.error}")
+
+
+def _progress_text(info: GenerationInfo, wanted: Durability) -> str:
+    if info.state is GenerationState.OPEN:
+        return (
+            f"generation {info.id} is not {wanted} yet: {info.num_sealed} of {info.num_ranks} "
+            "ranks have sealed their packs"
+        )
+    return f"generation {info.id} is {info.durability or info.state} and not {wanted} yet: wait on"
+
+
+def check_step(step: int) -> int:
+    """*step* if the catalog can hold it."""
+    if not 0 <= step <= MAX_STEP:
+        raise InvalidRequest(f"step {step} is not allowed: 0 to {MAX_STEP}")
+    return step
+
+
+def _page(limit: int) -> int:
+    return min(limit or MAX_PAGE_ROWS, MAX_PAGE_ROWS)
