@@ -1,0 +1,282 @@
+"""``forebay.Checkpointer``: saves a training's state while it goes on, and brings it back."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from forebay.checkpoint.components import components
+from forebay.checkpoint.group import Ranks
+from forebay.checkpoint.handle import Keeper, Saved
+from forebay.checkpoint.restore import Restorer, Resumed
+from forebay.checkpoint.save import Saver
+from forebay.checkpoint.service import CheckpointService, Client
+from forebay.waiting import Deadline
+from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
+from forebay_wire.ids import GenerationId, check_name
+
+_log = logging.getLogger(__name__)
+
+TIMEOUT_SECONDS: Final = 600.0
+CLOSE_SECONDS: Final = 60.0
+"""How long the end of a program waits for the other ranks to seal."""
+
+KEPT_DURATIONS: Final = 10_000
+
+_GROUP_MARGIN_SECONDS: Final = 30.0
+"""A rank may use its whole deadline before it reports that: the others wait a little longer."""
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """How much saving held this rank up. Seconds are of ``save()``, which blocks the training."""
+
+    num_saves: int
+    save_seconds_p50: float
+    save_seconds_p99: float
+    save_seconds_max: float
+    saved_bytes: int
+    num_chunked: int
+    """Saves for which the daemon's memory was too small: they block longer."""
+    restore_seconds: float
+    """Of the last restore; 0 without one."""
+    restored_bytes: int
+    """Read by this rank in it."""
+
+
+class Checkpointer:
+    """Saves and restores one run's state from all its ranks.
+
+    *model* and *optimizer* are given as objects (or lists of them) and saved by fully qualified
+    name, so that another number of ranks, DDP, FSDP2 or none of them can load it. Everything else
+    (scheduler, loader, …) is asked by ``state_dict()`` and ``load_state_dict()`` and has to be
+    equal on all ranks. Nothing is pickled.
+
+    All ranks of *process_group* (default: all) call ``save``, ``restore`` and ``start`` together;
+    planning uses a gloo group of its own. An error of one rank is raised on all of them, and a rank
+    that is gone for *timeout* seconds is one. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        run: str,
+        *,
+        model: torch.nn.Module | list[torch.nn.Module] | None = None,
+        optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+        **stateful: Any,
+    ) -> None:
+        self.run = check_name("run", run)
+        self.timeout = timeout
+        self._process_group = process_group
+        self._components = components({"model": model, "optimizer": optimizer, **stateful})
+        self._service = CheckpointService(client, run)
+        self._keeper = Keeper()
+        self._ranks_: Ranks | None = None
+        self._saver: Saver | None = None
+        self._attempt = 0
+        self._last: Saved | None = None
+        self._durations: deque[float] = deque(maxlen=KEPT_DURATIONS)
+        self._num_saves = self._saved_bytes = self._num_chunked = 0
+        self._restored: tuple[float, int] = (0.0, 0)
+        self._is_closed = False
+        self._at_exit = _close_at_exit(self)
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that saves go to; 0 until the first ``restore``, ``start`` or ``save``."""
+        return self._attempt
+
+    def save(
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> Saved:
+        """Save the state as generation (run, attempt, *step*) on all ranks.
+
+        On return the state has been copied and may change; every rank has sealed its pack, so the
+        generation is ``ram`` and becomes ``local`` without this process. *metrics* (rank 0's) are
+        kept with it, *state* takes values of your own. Raises AlreadyExists if the step was saved
+        in this attempt, Fenced if a newer attempt of the run exists, UnsupportedObject naming what
+        cannot be saved, ResourceExhausted without room; then nothing was saved, on any rank.
+        """
+        self._check_step(step)
+        started = time.monotonic()
+        deadline = Deadline(self.timeout)
+        ranks = self._ranks()
+        if not self._attempt:
+            self._begin_attempt(ranks, None)
+        if self._saver is None:
+            self._saver = Saver(self._service, ranks, self._components)
+        upload = self._saver.save(self._attempt, step, metrics, state, deadline)
+        generation = GenerationId(self.run, self._attempt, step)
+        saved = Saved(self._service, generation, upload, self.timeout)
+        self._last = saved
+        self._num_saves += 1
+        self._saved_bytes += upload.num_bytes
+        self._num_chunked += upload.was_chunked
+        self._keeper.follow(saved)
+        self._durations.append(time.monotonic() - started)
+        return saved
+
+    def restore(
+        self,
+        selector: str | int = "latest",
+        *,
+        missing_ok: bool = False,
+        durability: str = "local",
+        state: Mapping[str, Any] | None = None,
+    ) -> Resumed | None:
+        """Bring back a generation in place, the same one on all ranks, and open a new attempt.
+
+        *selector*: ``"latest"`` (the newest on the current lineage), a step, or
+        ``"ATTEMPT/STEP"``. What is damaged is passed over for the newest that all ranks can verify,
+        and named in ``.skipped``. *state* may hold DTensors like those given to ``save``, whose
+        sharding then applies. None with *missing_ok* if there is nothing; NotFound without.
+
+        Raises InvalidRequest if the generation does not fit the model (names, shapes, dtypes:
+        nothing is cast), IntegrityError if nothing could be verified; then the values of the
+        tensors here are unspecified.
+        """
+        self._check_open()
+        started = time.monotonic()
+        ranks = self._ranks()
+        restorer = Restorer(self._service, ranks, self._components)
+        found = restorer.restore(
+            str(selector) or "latest", durability, state, Deadline(self.timeout)
+        )
+        if found is None and not missing_ok:
+            raise NotFound(
+                f"run {self.run} has no generation {selector} that is {durability}: save one "
+                "first, or restore(missing_ok=True) to start afresh"
+            )
+        parent = GenerationId(self.run, found.attempt, found.step) if found else None
+        self._begin_attempt(ranks, parent)
+        self._restored = (time.monotonic() - started, restorer.bytes_read)
+        return found
+
+    def start(self) -> None:
+        """Open a new attempt that stands on nothing: the training begins afresh."""
+        self._check_open()
+        self._begin_attempt(self._ranks(), None)
+
+    def wait_snapshot(self) -> None:
+        """Return when no copy of the state is under way: before the state changes.
+
+        At once here, since ``save`` returns after its copy.
+        """
+
+    def report(self) -> CheckpointReport:
+        """What saving and restoring cost on this rank so far."""
+        durations = np.array(self._durations or [0.0])
+        p50, p99 = (float(value) for value in np.percentile(durations, [50, 99]))
+        return CheckpointReport(
+            self._num_saves,
+            p50,
+            p99,
+            float(durations.max()),
+            self._saved_bytes,
+            self._num_chunked,
+            *self._restored,
+        )
+
+    def close(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Wait until all ranks have sealed the last save, say what came of it, let go of it all.
+
+        From then on the daemon makes it durable alone. Raises what made it fail, DeadlineExceeded
+        if another rank did not seal within *timeout* seconds. Idempotent.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self._at_exit)
+        try:
+            self._say_what_became(timeout)
+        finally:
+            self._keeper.stop()
+            if self._ranks_ is not None:
+                self._ranks_.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except ForebayError:
+            if error is None:
+                raise
+            _log.warning("the last save of run %s failed, too", self.run, exc_info=True)
+
+    def _say_what_became(self, timeout: float) -> None:
+        saved = self._last
+        if saved is None:
+            return
+        try:
+            saved.wait("ram", timeout)
+            outcome = f"is {saved.durability}"
+        except ForebayError as error:
+            _say(f"generation {saved.generation} FAILED: {error}")
+            raise
+        if self._ranks_ is not None and self._ranks_.rank == 0:
+            _say(f"generation {saved.generation} {outcome}")
+
+    def _begin_attempt(self, ranks: Ranks, parent: GenerationId | None) -> None:
+        what = f"begin an attempt of run {self.run}"
+        self._attempt = ranks.decide(what, lambda: self._service.begin_attempt(parent, ranks.size))
+
+    def _ranks(self) -> Ranks:
+        if self._ranks_ is None:
+            self._ranks_ = Ranks.join(self._process_group, self.timeout + _GROUP_MARGIN_SECONDS)
+        return self._ranks_
+
+    def _check_step(self, step: int) -> None:
+        self._check_open()
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise InvalidRequest(f"step {step!r} is not a whole number from 0")
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise InvalidRequest(f"the Checkpointer of run {self.run} is closed: make another one")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"forebay: {text}\n")
+
+
+def _close_at_exit(checkpointer: Checkpointer) -> Any:
+    """Registers a close at the end of this process, and of no child of fork."""
+    reference, process = weakref.ref(checkpointer), os.getpid()
+
+    def close() -> None:
+        alive = reference()
+        if alive is None or os.getpid() != process:
+            return
+        try:
+            alive.close()
+        except ForebayError:
+            _log.debug("closing at exit failed", exc_info=True)  # close() has said so
+
+    atexit.register(close)
+    return close

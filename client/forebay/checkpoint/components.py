@@ -1,0 +1,345 @@
+"""What a Checkpointer saves: modules and optimizers by qualified name, the rest as it says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from forebay.checkpoint.flatten import FlatState, Path, flatten, local_part
+from forebay.checkpoint.objects import dotted, dtype_name
+from forebay_wire.errors import InvalidRequest
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a scheduler, a loader and anything else must offer."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class SavedComponent:
+    """What a generation holds of one component."""
+
+    name: str
+    tensors: Mapping[Path, TensorStorageMetadata]
+    """By path below the component; also those inside lists and tuples, by their dotted name."""
+    objects: frozenset[Path]
+
+
+Targets = dict[Path, torch.Tensor]
+"""Tensors to read into, by path below the component."""
+
+
+class Component(Protocol):
+    """One named part of the training state."""
+
+    name: str
+
+    def state(self) -> Any:
+        """The state to save; tensors in it may be the live ones."""
+        ...
+
+    def lowest(self, flat: FlatState) -> set[str]:
+        """Names of plain tensors that must all come from one rank."""
+        ...
+
+    def frozen(self, flat: FlatState) -> set[str]:
+        """Names of tensors that the training leaves alone."""
+        ...
+
+    def targets(self, saved: SavedComponent) -> Targets:
+        """Where to read the saved tensors to. Raises :class:`InvalidRequest` if they do not fit."""
+        ...
+
+    def apply(self, state: Any) -> None:
+        """Take over a state that was read: nested as it was saved."""
+        ...
+
+
+class ModuleComponent:
+    """A module, plain or under DDP, FSDP2, tensor parallelism or torch.compile."""
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self.name = name
+        self.module = module
+
+    def state(self) -> dict[str, Any]:
+        has_tensors = next(self.module.parameters(), None) is not None
+        if not has_tensors and next(self.module.buffers(), None) is None:
+            return dict(self.module.state_dict())  # torch's function refuses an empty one
+        return dict(get_model_state_dict(self.module))
+
+    def lowest(self, flat: FlatState) -> set[str]:
+        # Buffers differ between DDP ranks until the next forward: take all of them from one rank.
+        known = _memories(self.module.parameters())
+        tensors = _below(flat, self.name)
+        return {name for name, tensor in tensors.items() if _memory(tensor) not in known}
+
+    def frozen(self, flat: FlatState) -> set[str]:
+        still = _memories(p for p in self.module.parameters() if not p.requires_grad)
+        tensors = _below(flat, self.name)
+        return {name for name, tensor in tensors.items() if _memory(tensor) in still}
+
+    def targets(self, saved: SavedComponent) -> Targets:
+        live = flatten({self.name: self.state()})
+        present = {path[1:]: live.items[name] for name, path in live.paths.items()}
+        stored = set(saved.tensors) | saved.objects
+        here, there = ({path[:1] for path in paths} for paths in (present, stored))
+        _refuse_difference(self.name, missing=here - there, surplus=there - here)
+        found: Targets = {}
+        for path in {**saved.tensors, **present}:
+            item, whole = present.get(path), saved.tensors.get(path)
+            if isinstance(item, torch.Tensor) and len(path) == 1:
+                found[path] = _fitting(dotted((self.name, *path)), item, whole)
+            elif whole is not None:  # inside a module's extra state, which is a value of its own
+                found[path] = torch.empty(whole.size, dtype=whole.properties.dtype)
+        return found
+
+    def apply(self, state: Any) -> None:
+        if state:
+            set_model_state_dict(self.module, state)
+
+
+class OptimizerComponent:
+    """An optimizer; its state is named by the parameters of ``module``."""
+
+    def __init__(
+        self, name: str, optimizer: torch.optim.Optimizer, module: torch.nn.Module
+    ) -> None:
+        self.name = name
+        self.optimizer = optimizer
+        self.module = module
+
+    def state(self) -> dict[str, Any]:
+        with _kept_from_initialising(self.optimizer), self._explained():
+            found: dict[str, Any] = dict(get_optimizer_state_dict(self.module, self.optimizer))
+        found["state"] = {name: held for name, held in found["state"].items() if held}
+        return found
+
+    def lowest(self, flat: FlatState) -> set[str]:
+        return set()
+
+    def frozen(self, flat: FlatState) -> set[str]:
+        return set()
+
+    def targets(self, saved: SavedComponent) -> Targets:
+        live = flatten({self.name: self.state()})
+        present = {path[1:]: live.items[name] for name, path in live.paths.items()}
+        params = get_model_state_dict(self.module)
+        found: Targets = {}
+        for path, whole in saved.tensors.items():
+            item = present.get(path)
+            like = params.get(str(path[1])) if len(path) > 1 and path[0] == "state" else None
+            if isinstance(item, torch.Tensor) and _fits(item, whole):
+                found[path] = item
+            elif isinstance(like, torch.Tensor) and like.shape == whole.size:
+                found[path] = torch.empty_like(like, dtype=whole.properties.dtype)
+            else:
+                found[path] = torch.empty(whole.size, dtype=whole.properties.dtype)
+        return found
+
+    def apply(self, state: Any) -> None:
+        # Parameters that never had a gradient have no state: that is no error.
+        options = StateDictOptions(strict=False)
+        wanted = {name: dict(held) for name, held in state.get("state", {}).items()}
+        with _kept_from_initialising(self.optimizer), self._explained():
+            set_optimizer_state_dict(self.module, self.optimizer, state, options=options)
+            self._undo_casts(wanted)
+
+    def _undo_casts(self, wanted: Mapping[str, Mapping[Any, Any]]) -> None:
+        """torch casts state to the parameter's dtype, which rounds float32 moments of bfloat16."""
+        held: Any = get_optimizer_state_dict(self.module, self.optimizer)["state"]
+        for name, values in wanted.items():
+            live: Any = held.get(name, {})
+            for key, value in values.items():
+                found = live.get(key)
+                both = isinstance(found, torch.Tensor) and isinstance(value, torch.Tensor)
+                if both and found.dtype != value.dtype:
+                    live[key] = value.to(found.device)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyError as error:
+            raise InvalidRequest(
+                f"{self.name} holds parameters that do not belong to its module: pass every "
+                f"module whose parameters it updates to the Checkpointer ({error!r})"
+            ) from error
+
+
+class PlainComponent:
+    """Anything with ``state_dict`` and ``load_state_dict``: equal on all ranks but for DTensors."""
+
+    def __init__(self, name: str, source: Stateful) -> None:
+        self.name = name
+        self.source = source
+
+    def state(self) -> Any:
+        return self.source.state_dict()
+
+    def lowest(self, flat: FlatState) -> set[str]:
+        return set(_below(flat, self.name))
+
+    def frozen(self, flat: FlatState) -> set[str]:
+        return set()
+
+    def targets(self, saved: SavedComponent) -> Targets:
+        return targets_like(self.name, self.source.state_dict(), saved)
+
+    def apply(self, state: Any) -> None:
+        self.source.load_state_dict(state)
+
+
+def targets_like(name: str, state: Any, saved: SavedComponent) -> Targets:
+    """Sharded as in *state* where that has a DTensor of the same shape, else whole on the CPU."""
+    live = by_path(flatten({name: state}), name)
+    found: Targets = {}
+    for path, whole in saved.tensors.items():
+        like = live.get(path)
+        if isinstance(like, DTensor) and like.shape == whole.size:
+            found[path] = torch.empty_like(like, dtype=whole.properties.dtype)
+        else:
+            found[path] = torch.empty(whole.size, dtype=whole.properties.dtype)
+    return found
+
+
+def by_path(flat: FlatState, name: str) -> dict[Path, torch.Tensor]:
+    """The tensors of component *name* by their path below it.
+
+    One inside a list or tuple has no path of its own and goes by its dotted name.
+    """
+    found: dict[Path, torch.Tensor] = {}
+    for item_name, tensor in _below(flat, name).items():
+        path = flat.paths.get(item_name)
+        found[path[1:] if path is not None else (item_name,)] = tensor
+    return found
+
+
+def components(named: Mapping[str, Any]) -> list[Component]:
+    """One component for each thing that is not None; lists of modules or optimizers are numbered.
+
+    Order: modules, optimizers, the rest, each in the order given: a scheduler is restored after
+    its optimizer.
+    """
+    single = dict(_numbered(named))
+    modules = {name: one for name, one in single.items() if isinstance(one, torch.nn.Module)}
+    found: list[Component] = [ModuleComponent(name, module) for name, module in modules.items()]
+    for name, one in single.items():
+        if isinstance(one, torch.optim.Optimizer):
+            found.append(OptimizerComponent(name, one, _owner(name, one, modules)))
+    for name, one in single.items():
+        if isinstance(one, (torch.nn.Module, torch.optim.Optimizer)):
+            continue
+        if not isinstance(one, Stateful):
+            raise InvalidRequest(
+                f"{name}={type(one)} has no state_dict() and load_state_dict(): pass raw values to "
+                "save(step, state={...}) instead"
+            )
+        found.append(PlainComponent(name, one))
+    return found
+
+
+def _numbered(named: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    kinds = (torch.nn.Module, torch.optim.Optimizer)
+    for name, one in named.items():
+        if name == RAW_STATE:
+            raise InvalidRequest(f"{name}= is the name of save()'s raw values: choose another")
+        if isinstance(one, (list, tuple)) and all(isinstance(item, kinds) for item in one):
+            yield from ((f"{name}{number}", item) for number, item in enumerate(one))
+        elif one is not None:
+            yield name, one
+
+
+RAW_STATE = "state"
+"""The component name of ``save(step, state={...})``."""
+
+
+def _owner(
+    name: str, optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]
+) -> torch.nn.Module:
+    wanted = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    for module in modules.values():
+        if wanted <= {id(param) for param in module.parameters()}:
+            return module
+    raise InvalidRequest(
+        f"{name}: its parameters belong to no module given ({', '.join(modules) or 'none given'}); "
+        "pass the module too, and make the optimizer after wrapping it (fully_shard replaces "
+        "parameters)"
+    )
+
+
+@contextlib.contextmanager
+def _kept_from_initialising(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """torch steps an optimizer without state to make some up, which moves its step counters on.
+
+    It does so only if the state is empty: so for that time it holds an empty entry.
+    """
+    if optimizer.state:
+        yield
+        return
+    first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    if first is None:
+        yield
+        return
+    optimizer.state[first] = {}
+    try:
+        yield
+    finally:
+        if not optimizer.state.get(first, True):
+            del optimizer.state[first]
+
+
+def _fitting(name: str, tensor: torch.Tensor, whole: TensorStorageMetadata | None) -> torch.Tensor:
+    if whole is None:
+        raise InvalidRequest(f"{name} is a tensor here and was saved as an object")
+    if not _fits(tensor, whole):
+        raise InvalidRequest(
+            f"{name} is {dtype_name(tensor.dtype)}{list(tensor.shape)} here and was saved as "
+            f"{dtype_name(whole.properties.dtype)}{list(whole.size)}: build the model as it was, "
+            "or convert the tensors yourself (nothing is cast silently)"
+        )
+    return tensor
+
+
+def _fits(tensor: torch.Tensor, whole: TensorStorageMetadata) -> bool:
+    return tensor.shape == whole.size and tensor.dtype == whole.properties.dtype
+
+
+def _refuse_difference(name: str, missing: set[Path], surplus: set[Path]) -> None:
+    for paths, what in ((missing, "lacks"), (surplus, "has, unlike the module here,")):
+        if paths:
+            some = ", ".join(sorted(f"{name}.{dotted(path)}" for path in paths)[:5])
+            raise InvalidRequest(
+                f"the generation {what} {len(paths)} entries of {name}: {some}"
+                f"{', …' if len(paths) > 5 else ''}; build the module as it was when it was saved"
+            )
+
+
+def _below(flat: FlatState, name: str) -> dict[str, torch.Tensor]:
+    prefix = f"{name}."
+    return {key: tensor for key, tensor in flat.tensors().items() if key.startswith(prefix)}
+
+
+def _memories(params: Iterable[torch.nn.Parameter]) -> set[tuple[str, int]]:
+    return {_memory(param) for param in params}
+
+
+def _memory(tensor: torch.Tensor) -> tuple[str, int]:
+    local = local_part(tensor.detach())
+    return str(local.device), local.data_ptr() if local.numel() else 0

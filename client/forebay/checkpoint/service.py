@@ -1,0 +1,196 @@
+"""The daemon's checkpoint calls, in the words of this package."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from forebay.methods import Blobs, Checkpoints, Method, Request, Response
+from forebay.transfer import Transfer, UploadSlot
+from forebay_wire.errors import ForebayError, IntegrityError
+from forebay_wire.ids import GenerationId, new_random_name
+from forebay_wire.limits import MAX_PAGE_ROWS
+from forebay_wire.manifest import GenerationManifest, parse
+from forebay_wire.protocol import DataEndpoint
+from forebay_wire.v1 import blobs_pb2, checkpoints_pb2
+
+_log = logging.getLogger(__name__)
+
+RPC_SECONDS = 60.0
+"""For calls that only touch the catalog."""
+
+
+class Channel(Protocol):
+    """The control connection, as far as checkpoints need it."""
+
+    def call(
+        self, method: Method[Request, Response], request: Request, *, timeout: float = ...
+    ) -> Response: ...
+
+
+class Client(Protocol):
+    """The connection that a Checkpointer works over: `forebay.connect()` makes one."""
+
+    @property
+    def channel(self) -> Channel: ...
+
+    @property
+    def endpoint(self) -> DataEndpoint: ...
+
+    @property
+    def transfer(self) -> Transfer: ...
+
+    def read_manifest(self, manifest: str) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class PackTerms:
+    """Which pack of which generation a rank saves, and what goes with it at the seal."""
+
+    generation: GenerationId
+    rank: int
+    num_ranks: int
+    metrics_json: str = ""
+    dataset_json: str = ""
+
+
+class CheckpointService:
+    """The calls that save and restore one run. Thread-safe, holds nothing open."""
+
+    def __init__(self, client: Client, run: str) -> None:
+        self._client = client
+        self.run = run
+
+    @property
+    def transfer(self) -> Transfer:
+        return self._client.transfer
+
+    @property
+    def incarnation(self) -> str:
+        """Of the daemon that this process is connected to."""
+        return self._client.endpoint.incarnation
+
+    def begin_attempt(self, parent: GenerationId | None, num_ranks: int) -> int:
+        """Open the run's next attempt; older attempts can no longer write from here on."""
+        request = checkpoints_pb2.BeginAttemptRequest(
+            run=self.run,
+            has_parent=parent is not None,
+            parent_attempt=parent.attempt if parent else 0,
+            parent_step=parent.step if parent else 0,
+            num_ranks=num_ranks,
+            request=new_random_name(),
+        )
+        return self._client.channel.call(
+            Checkpoints.BeginAttempt, request, timeout=RPC_SECONDS
+        ).attempt
+
+    def begin_pack(
+        self, terms: PackTerms, total_bytes: int, slot_bytes: int, timeout: float
+    ) -> checkpoints_pb2.PackSession:
+        request = checkpoints_pb2.BeginPackRequest(
+            run=self.run,
+            attempt=terms.generation.attempt,
+            step=terms.generation.step,
+            rank=terms.rank,
+            num_ranks=terms.num_ranks,
+            total_bytes=total_bytes,
+            slot_bytes=slot_bytes,
+        )
+        return self._client.channel.call(Checkpoints.BeginPack, request, timeout=timeout)
+
+    def slot(self, session: checkpoints_pb2.PackSession) -> UploadSlot:
+        return self.transfer.upload_slot(
+            session.session,
+            session.slot_bytes,
+            session.put_ticket,
+            lambda: self.renew(session.session),
+        )
+
+    def renew(self, session: str) -> str:
+        """Extend the lease; a fresh ticket for HTTP PUT."""
+        request = blobs_pb2.RenewRequest(session=session)
+        return self._client.channel.call(Blobs.Renew, request, timeout=RPC_SECONDS).put_ticket
+
+    def append(
+        self, session: str, sequence: int, num_bytes: int, cuts: Sequence[int], timeout: float
+    ) -> None:
+        request = blobs_pb2.AppendRequest(
+            session=session, sequence=sequence, num_bytes=num_bytes, cuts=cuts
+        )
+        self._client.channel.call(Blobs.Append, request, timeout=timeout)
+
+    def seal_pack(self, request: checkpoints_pb2.SealPackRequest) -> bool:
+        """Whether all ranks have sealed now."""
+        return self._client.channel.call(
+            Checkpoints.SealPack, request, timeout=RPC_SECONDS
+        ).all_sealed
+
+    def abort(self, session: str) -> None:
+        """End an upload session if it can be reached; its lease ends it otherwise."""
+        try:
+            request = blobs_pb2.AbortRequest(session=session)
+            self._client.channel.call(Blobs.Abort, request, timeout=5.0)
+        except ForebayError as error:
+            _log.warning("could not abort upload session %s: %s", session, error)
+
+    def wait(
+        self, generation: GenerationId, durability: str, timeout: float
+    ) -> checkpoints_pb2.Generation:
+        """Wait up to *timeout* seconds for a generation to become as durable as named."""
+        request = checkpoints_pb2.WaitGenerationRequest(
+            run=self.run,
+            attempt=generation.attempt,
+            step=generation.step,
+            durability=durability,
+            timeout_seconds=timeout,
+        )
+        return self._client.channel.call(
+            Checkpoints.WaitGeneration, request, timeout=timeout + 10.0
+        )
+
+    def resolve(
+        self, selector: str, durability: str, skip: Sequence[str], timeout: float
+    ) -> checkpoints_pb2.Generation:
+        request = checkpoints_pb2.ResolveGenerationRequest(
+            run=self.run,
+            selector=selector,
+            durability=durability,
+            skip=skip,
+            timeout_seconds=timeout,
+        )
+        return self._client.channel.call(
+            Checkpoints.ResolveGeneration, request, timeout=timeout + 10.0
+        )
+
+    def look(self, generation: GenerationId) -> checkpoints_pb2.Generation | None:
+        """How a recent generation stands, without waiting; None if there is none."""
+        request = checkpoints_pb2.ListGenerationsRequest(run=self.run, limit=MAX_PAGE_ROWS)
+        page = self._client.channel.call(Checkpoints.ListGenerations, request, timeout=RPC_SECONDS)
+        wanted = (generation.attempt, generation.step)
+        return next((one for one in page.generations if (one.attempt, one.step) == wanted), None)
+
+    def delete(self, generation: GenerationId) -> None:
+        request = checkpoints_pb2.DeleteGenerationRequest(
+            run=self.run, attempt=generation.attempt, step=generation.step
+        )
+        self._client.channel.call(Checkpoints.DeleteGeneration, request, timeout=RPC_SECONDS)
+
+    def manifest(self, manifest: str, generation: GenerationId) -> GenerationManifest:
+        """The verified manifest; :class:`IntegrityError` names the generation."""
+        try:
+            found = parse(
+                self._client.read_manifest(manifest), f"generation {generation}", manifest
+            )
+        except IntegrityError as error:
+            raise IntegrityError(f"manifest of generation {generation}: {error.message}") from error
+        if not isinstance(found, GenerationManifest):
+            raise IntegrityError(f"manifest {manifest} is not that of generation {generation}")
+        return found
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON for the text fields of a seal."""
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)

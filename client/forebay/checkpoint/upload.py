@@ -1,0 +1,184 @@
+"""One rank's pack on its way to the daemon: begin, copy, seal; again if the daemon restarts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from forebay.checkpoint.layout import Piece, pieces
+from forebay.checkpoint.service import CheckpointService, PackTerms
+from forebay.checkpoint.snapshot import Pack
+from forebay.transfer import UploadSlot
+from forebay.transfer.blob import copy
+from forebay.waiting import Deadline
+from forebay_wire.errors import ResourceExhausted
+from forebay_wire.failpoints import failpoint
+from forebay_wire.v1 import checkpoints_pb2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Copied:
+    """What is in the slot and has not been sealed."""
+
+    num_bytes: int
+    cuts: tuple[int, ...]
+    description_bytes: int
+
+
+class PackUpload:
+    """A pack and its upload session. Not thread-safe; ``close`` lets the slot go."""
+
+    def __init__(self, service: CheckpointService, terms: PackTerms, pack: Pack) -> None:
+        self._service = service
+        self.terms = terms
+        self.num_bytes = pack.num_bytes
+        self._pack: Pack | None = pack
+        self._session: checkpoints_pb2.PackSession | None = None
+        self._slot: UploadSlot | None = None
+        self._incarnation = ""
+        self._sequence = 0
+        self._copied: _Copied | None = None
+
+    @property
+    def was_chunked(self) -> bool:
+        """Whether the slot was too small, so that the bytes went through it piece by piece."""
+        return self._sequence > 0
+
+    def copy(self, deadline: Deadline) -> None:
+        """Begin the session and bring the pack's bytes into the daemon's memory.
+
+        On return the state may change again. A slot that is too small for all of it makes this
+        wait for the daemon to write the first pieces to disk.
+        """
+        assert self._pack is not None
+        pack, description = self._pack, self._pack.description
+        self._begin(pack.num_bytes + len(description), deadline)
+        failpoint("client.save.after_begin")
+        assert self._session is not None
+        assert self._slot is not None
+        capacity = self._session.slot_bytes
+        if capacity < len(description):
+            raise ResourceExhausted(
+                f"the slot granted has {capacity} bytes and the description of the pack alone "
+                f"needs {len(description)}: give the ram tier more room"
+            )
+        parts = list(pieces(pack.layout.cuts, capacity)) or [Piece(0, 0, ())]
+        for piece in parts[:-1]:
+            self._append(piece, deadline)
+        last = parts[-1]
+        if last.num_bytes + len(description) > capacity:
+            self._append(last, deadline)
+            last = Piece(last.stop, last.stop, ())
+        self._fill(last)
+        end = last.num_bytes + len(description)
+        copy(self._slot.buffer[last.num_bytes : end], memoryview(description))
+        self._slot.flush(end)
+        self._copied = _Copied(last.num_bytes, last.cuts, len(description))
+        self._pack = None  # it refers to the live state, which may change from here on
+        failpoint("client.save.after_copy")
+
+    def seal(self) -> bool:
+        """Hand the pack over: the daemon lands it without this process. True if all ranks have."""
+        assert self._session is not None
+        assert self._copied is not None
+        terms = self.terms
+        self._incarnation = self._service.incarnation
+        sealed = self._service.seal_pack(
+            checkpoints_pb2.SealPackRequest(
+                session=self._session.session,
+                sequence=self._sequence,
+                num_bytes=self._copied.num_bytes,
+                cuts=self._copied.cuts,
+                description_bytes=self._copied.description_bytes,
+                metrics_json=terms.metrics_json,
+                dataset_json=terms.dataset_json,
+            )
+        )
+        failpoint("client.save.after_seal")
+        return sealed
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the daemon that took the seal still runs, so that offering again is pointless."""
+        return self._service.incarnation == self._incarnation
+
+    @property
+    def can_offer_again(self) -> bool:
+        """Whether all of the pack still lies in memory that this process maps."""
+        return self._slot is not None and self._copied is not None and not self.was_chunked
+
+    def offer_again(self, deadline: Deadline) -> None:
+        """Give a restarted daemon the pack again, out of the old slot's memory."""
+        assert self._copied is not None
+        old, copied = self._slot, self._copied
+        assert old is not None
+        self._slot = None
+        try:
+            end = copied.num_bytes + copied.description_bytes
+            self._begin(end, deadline)
+            assert self._session is not None
+            slot: UploadSlot | None = self._slot
+            assert slot is not None
+            if self._session.slot_bytes < end:
+                raise ResourceExhausted(
+                    f"the restarted daemon grants {self._session.slot_bytes} bytes of memory and "
+                    f"the pack of {self.terms.generation} needs {end}: save the step again"
+                )
+            copy(slot.buffer[:end], old.buffer[:end])
+            slot.flush(end)
+            self.seal()
+        except BaseException:
+            self.abort()
+            self._slot = old
+            raise
+        old.close()
+
+    def abort(self) -> None:
+        """Drop the session and the slot. Idempotent; a sealed pack is not affected."""
+        session, self._session = self._session, None
+        if session is not None:
+            self._service.abort(session.session)
+        self.close()
+
+    def close(self) -> None:
+        """Let the slot's memory go; the pack can no longer be offered again. Idempotent."""
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            slot.close()
+
+    def _begin(self, slot_bytes: int, deadline: Deadline) -> None:
+        self._session = self._service.begin_pack(
+            self.terms, self.num_bytes, slot_bytes, deadline.remaining
+        )
+        self._slot = self._service.slot(self._session)
+        self._renewed = time.monotonic()
+
+    def _append(self, piece: Piece, deadline: Deadline) -> None:
+        assert self._session is not None
+        assert self._slot is not None
+        if not self._sequence:
+            _log.warning(
+                "generation %s: the pack has %d bytes and the daemon's memory gave %d; saving "
+                "piece by piece, which blocks the training longer (raise the ram tier's limit)",
+                self.terms.generation,
+                self.num_bytes,
+                self._session.slot_bytes,
+            )
+        self._fill(piece)
+        self._slot.flush(piece.num_bytes)
+        self._service.append(
+            self._session.session, self._sequence, piece.num_bytes, piece.cuts, deadline.remaining
+        )
+        self._sequence += 1
+
+    def _fill(self, piece: Piece) -> None:
+        assert self._pack is not None
+        assert self._slot is not None
+        assert self._session is not None
+        if time.monotonic() - self._renewed > self._session.lease_seconds / 3:
+            self._service.renew(self._session.session)
+            self._renewed = time.monotonic()
+        self._pack.copy_into(self._slot.buffer, piece.start, piece.stop)
