@@ -20,6 +20,7 @@ An answer {error, message} stands for an exception of ``forebay_wire.errors``.
 
 from __future__ import annotations
 
+import array
 import json
 import socket
 import struct
@@ -77,9 +78,7 @@ def receive_frame(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
     Raises :class:`DaemonUnavailable` if the other side closed the connection.
     """
-    head, descriptors, _, _ = socket.recv_fds(
-        sock, HEADER.size, MAX_DESCRIPTORS_PER_MESSAGE, socket.MSG_CMSG_CLOEXEC
-    )
+    head, descriptors = _receive_descriptors(sock, HEADER.size)
     try:
         if len(head) < HEADER.size:
             head += _receive_exactly(sock, HEADER.size - len(head))
@@ -100,6 +99,21 @@ def raise_if_error(body: dict[str, Any]) -> dict[str, Any]:
     if "error" in body:
         raise rebuild(str(body["error"]), "UNKNOWN", str(body.get("message", "")))
     return body
+
+
+def _receive_descriptors(sock: socket.socket, num_bytes: int) -> tuple[bytes, list[int]]:
+    """Up to *num_bytes* and the descriptors on them, none of which a child program inherits.
+
+    Not ``socket.recv_fds``: it ignores its flags (CPython 3.11), so every program started later
+    would inherit the descriptors.
+    """
+    found = array.array("i")
+    room = socket.CMSG_LEN(MAX_DESCRIPTORS_PER_MESSAGE * found.itemsize)
+    data, messages, _, _ = sock.recvmsg(num_bytes, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in messages:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(content[: len(content) - len(content) % found.itemsize])
+    return data, found.tolist()
 
 
 def _receive_exactly(sock: socket.socket, count: int) -> bytes:

@@ -154,8 +154,11 @@ class ShardReader:
         offset, length = int(block["offset"]), int(block["head"]) + int(block["body"])
         try:
             view = self._blob.map(offset, length)
+        except InvalidRequest as error:
+            raise self._damaged(f"record batch {index} lies outside it: {error}") from error
+        try:
             batch = pa.ipc.read_record_batch(pa.py_buffer(view), self._schema.arrow)
-        except (InvalidRequest, pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise self._damaged(f"record batch {index} cannot be read: {error}") from error
         if batch.num_rows != self._batch_rows[index]:
             raise self._damaged(
