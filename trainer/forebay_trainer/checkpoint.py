@@ -33,7 +33,7 @@ class Checkpoints:
     def __init__(self, config: CheckpointConfig, checkpointer: forebay.Checkpointer) -> None:
         self._config = config
         self._checkpointer = checkpointer
-        self._last: forebay.checkpoint.Saved | None = None
+        self._last: Saved | None = None
         self.last_step = 0
         self.parent_attempt = 0
         self.skipped: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Checkpoints:
     @property
     def attempt(self) -> int:
         """This attempt's number; known after `restore`."""
-        return int(self._checkpointer.attempt)
+        return self._checkpointer.attempt
 
     def restore(self) -> int:
         """Loads the generation to start from, if there is one, into the state; returns its step."""

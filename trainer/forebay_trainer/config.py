@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 def setting(default: T, meaning: str) -> T:
     """A field of a configuration; ``meaning`` says what it does and in which unit."""
-    return typing.cast(T, dataclasses.field(default=default, metadata={"meaning": meaning}))
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True)

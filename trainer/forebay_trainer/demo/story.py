@@ -29,7 +29,8 @@ from forebay_trainer.demo.processes import (
 )
 from forebay_trainer.demo.proof import Proof, prove
 from forebay_trainer.demo.summary import Summary, size, summarise
-from forebay_wire.errors import ForebayError
+from forebay_wire.errors import ForebayError, NotFound
+from forebay_wire.v1.checkpoints_pb2 import Generation
 
 RUN: Final = "mnist-cnn"
 START_SECONDS: Final = 60.0
@@ -295,16 +296,27 @@ def show(progress: Progress, bar: Any, event: Event) -> None:
             )
 
 
-def newest(client: forebay.Client) -> Any:
-    """The newest committed generation of the run, or None."""
-    committed = [each for each in client.checkpoints(RUN) if each.state == "committed"]
+def newest(client: forebay.Client) -> Generation | None:
+    """The newest committed generation of the run; None before the first."""
+    try:
+        generations = client.checkpoints(RUN)
+    except NotFound:
+        return None
+    committed = (each for each in generations if each.state == "committed")
     return max(committed, key=lambda each: (each.attempt, each.step), default=None)
 
 
-def wait_remote(client: forebay.Client) -> Any:
-    """The newest generation once the object tier has it."""
-    wait_until(lambda: newest(client).durability == "remote", REMOTE_SECONDS, "the object tier")
-    return newest(client)
+def wait_remote(client: forebay.Client) -> Generation:
+    """The newest generation, once the object tier has it."""
+
+    def is_remote() -> bool:
+        found = newest(client)
+        return found is not None and found.durability == "remote"
+
+    wait_until(is_remote, REMOTE_SECONDS, "the object tier to have the last generation")
+    found = newest(client)
+    assert found is not None
+    return found
 
 
 def tell(plan: Plan, root: Path, console: Console) -> Outcome:
