@@ -44,7 +44,7 @@ class Counts:
 def count_all(connection: Connection, object_tier: str) -> Counts:
     """All numbers of the status page; *object_tier* is the name of the most durable tier."""
     return Counts(
-        num_datasets=_count(connection, select(func.count()).where(datasets.c.state == "live")),
+        num_datasets=_count(connection, select(func.count()).select_from(datasets)),
         num_runs=_count(connection, select(func.count()).select_from(runs)),
         num_uploads=_count(connection, select(func.count()).select_from(uploads)),
         num_below_local=count_below_local(connection),

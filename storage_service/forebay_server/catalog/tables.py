@@ -150,10 +150,7 @@ datasets = Table(
     "datasets",
     metadata,
     Column("name", String(128), primary_key=True),
-    # 'deleting': invisible, its object manifests are being removed.
-    Column("state", String(16), nullable=False, default="live"),
     _created(),
-    _one_of("state", "live", "deleting"),
 )
 
 versions = Table(

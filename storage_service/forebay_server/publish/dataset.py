@@ -1,0 +1,450 @@
+"""Datasets: sealed shards become one visible version in one transaction, or nothing does."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+
+from forebay_server.catalog import queries_datasets as queries
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_datasets import (
+    DatasetInfo,
+    DatasetSummary,
+    SelectionInfo,
+    VersionInfo,
+)
+from forebay_server.catalog.queries_jobs import DELETE, FLUSH, Job, job_of
+from forebay_server.catalog.queries_manifests import read_manifest
+from forebay_server.catalog.queries_uploads import claim_landed
+from forebay_server.model.splits import split_bounds
+from forebay_server.publish.lease import Uploads
+from forebay_wire.errors import (
+    AlreadyExists,
+    Conflict,
+    DeadlineExceeded,
+    IntegrityError,
+    InvalidRequest,
+    NotFound,
+    SchemaMismatch,
+)
+from forebay_wire.failpoints import failpoint
+from forebay_wire.ids import check_id, check_name, check_random_name
+from forebay_wire.limits import KIB, MAX_PAGE_ROWS, MAX_SHARDS_PER_VERSION, MIB, check_limit
+from forebay_wire.manifest import DatasetManifest, SelectionManifest, ShardRef, parse
+
+MAX_SCHEMA_BYTES: Final = 1 * MIB
+MAX_METADATA_BYTES: Final = 256 * KIB
+MAX_SPLITS: Final = 1000
+MAX_WAIT_SECONDS: Final = 7 * 86400.0
+
+DELETE_SECONDS: Final = 600.0
+"""How long a delete waits for the object tier before it leaves the rest to the background."""
+
+
+class JobRunner(Protocol):
+    """What datasets need of :class:`forebay_server.move.jobs.Jobs`."""
+
+    def wake(self) -> None:
+        """There may be new work."""
+        ...
+
+    async def wait(self, kind: str, target: str, timeout_seconds: float) -> Job | None:
+        """The job's row once it is done or given up; None after the timeout or without a row."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardCommit:
+    """A sealed shard, with the session that holds it."""
+
+    session: str
+    blob: str
+    num_bytes: int
+    num_rows: int
+    batch_rows: tuple[int, ...]
+
+    def check(self) -> ShardRef:
+        """What the manifest says of it; :class:`InvalidRequest` if it contradicts itself."""
+        check_random_name("session", self.session)
+        check_id("blob", self.blob)
+        if sum(self.batch_rows) != self.num_rows or not all(self.batch_rows):
+            raise InvalidRequest(
+                f"shard {self.blob}: record batches of {sum(self.batch_rows)} rows in all, each "
+                f"with at least one, cannot make {self.num_rows} rows"
+            )
+        return ShardRef(self.blob, self.num_bytes, self.num_rows, self.batch_rows)
+
+
+@dataclass(frozen=True)
+class VersionCommit:
+    """Everything that makes one new version."""
+
+    dataset: str
+    base_version: int
+    """0 creates the dataset; n appends to version n, which must be the newest."""
+    schema: bytes
+    """Arrow schema, IPC-serialised."""
+    shards: tuple[ShardCommit, ...]
+    request: str
+    """Random name: the same request is applied once."""
+    metadata_json: str = ""
+    """A JSON object; empty: that of the base version."""
+
+
+class Datasets:
+    """The use cases of datasets. Belongs to the event loop; holds no state."""
+
+    def __init__(self, catalog: Catalog, uploads: Uploads, jobs: JobRunner) -> None:
+        self._catalog = catalog
+        self._uploads = uploads
+        self._jobs = jobs
+
+    # ------------------------------------------------------------------------------------- look
+
+    async def list(self, after: str = "", limit: int = 0) -> tuple[Sequence[DatasetSummary], str]:
+        """A page by name, and the name to go on after (empty: no more). *limit* 0: a full page."""
+        size = min(limit or MAX_PAGE_ROWS, MAX_PAGE_ROWS)
+        page = await self._catalog.read(
+            lambda connection: queries.list_datasets(connection, after, size + 1)
+        )
+        more = len(page) > size
+        return page[:size], page[size - 1].name if more else ""
+
+    async def get(self, name: str) -> DatasetInfo:
+        """:class:`NotFound` if there is no such dataset."""
+        check_name("dataset", name)
+        found = await self._catalog.read(lambda connection: queries.find_dataset(connection, name))
+        if found is None:
+            raise _no_dataset(name)
+        return found
+
+    async def wait_version(
+        self, name: str, version: int, durability: str, timeout_seconds: float
+    ) -> VersionInfo:
+        """The version (0: newest) once it is *durability*; :class:`DeadlineExceeded` says why not.
+
+        A dataset that is deleted meanwhile raises :class:`NotFound`.
+        """
+        check_name("dataset", name)
+        if durability not in ("local", "remote"):
+            raise InvalidRequest(f"durability {durability!r} is not 'local' or 'remote'")
+        if not 0 <= timeout_seconds <= MAX_WAIT_SECONDS:
+            raise InvalidRequest(
+                f"a timeout of {timeout_seconds} s; allowed: 0 to {MAX_WAIT_SECONDS:.0f}"
+            )
+        wanted = await self._version(name, version)
+
+        def reached(connection: Connection) -> VersionInfo | NotFound | None:
+            now = queries.find_version(connection, name, wanted.version)
+            if now is None or now.manifest != wanted.manifest:
+                return _no_dataset(name)
+            return now if now.durability == "remote" or durability == "local" else None
+
+        found: VersionInfo | NotFound | None = await self._catalog.wait_until(
+            reached, timeout_seconds
+        )
+        if isinstance(found, NotFound):
+            raise found
+        if found is None:
+            raise await self._not_remote(wanted, timeout_seconds)
+        return found
+
+    # ----------------------------------------------------------------------------------- commit
+
+    async def commit_version(self, commit: VersionCommit, uid: int) -> VersionInfo:
+        """Make a new version visible: with all its shards, durable on this node, or not at all.
+
+        Each shard's session has to live, belong to *uid* and hold the shard's blob; the commit ends
+        those sessions. A repeated request is answered with the version that it made.
+        :class:`AlreadyExists` for a create of a name that exists, :class:`Conflict` for a base that
+        is not the newest version.
+        """
+        refs = _check_commit(commit)
+        base, done = await self._base_of(commit)
+        if done is not None:
+            return done
+        manifest = _manifest_of(commit, refs, base)
+        manifest_id, data = manifest.encode()
+        failpoint("dataset.before_commit")
+
+        def apply(connection: Connection) -> VersionInfo:
+            repeated = _find_repeated(connection, commit)
+            if repeated is not None:
+                return repeated
+            _check_base(connection, commit, manifest.parent)
+            _check_sizes(connection, commit.shards)
+            for shard in commit.shards:
+                claim_landed(connection, shard.session, uid, shard.blob)
+            made = queries.insert_version(connection, manifest, manifest_id, data, commit.request)
+            queries.enqueue_flush(connection, manifest_id)
+            failpoint("dataset.inside_commit")
+            return made
+
+        made = await self._catalog.write(apply)
+        failpoint("dataset.after_commit")
+        self._uploads.committed(shard.session for shard in commit.shards)
+        self._jobs.wake()
+        return made
+
+    async def _base_of(
+        self, commit: VersionCommit
+    ) -> tuple[DatasetManifest | None, VersionInfo | None]:
+        """The manifest that the commit appends to, and what it made if it is a repeat."""
+
+        def look(connection: Connection) -> tuple[tuple[str, bytes] | None, VersionInfo | None]:
+            repeated = _find_repeated(connection, commit)
+            if repeated is not None:
+                return None, repeated
+            _check_base(connection, commit, None)
+            if not commit.base_version:
+                return None, None
+            base = queries.find_version(connection, commit.dataset, commit.base_version)
+            data = read_manifest(connection, base.manifest) if base else None
+            if base is None or data is None:
+                raise _no_dataset(commit.dataset)
+            return (base.manifest, data), None
+
+        found, done = await self._catalog.read(look)
+        if found is None:
+            return None, done
+        return _parse_dataset(found[1], commit.dataset, found[0]), None
+
+    # ----------------------------------------------------------------------------------- splits
+
+    async def define_splits(
+        self, name: str, version: int, fractions: Mapping[str, float], seed: int
+    ) -> DatasetInfo:
+        """Name shares of a version (0: newest) under one seeded permutation of its rows.
+
+        A repeat with the same arguments changes nothing, in whatever order the splits are named;
+        other splits of the same version are refused (:class:`AlreadyExists`).
+        """
+        for split in fractions:
+            check_name("split", split)
+        check_limit("splits", len(fractions), MAX_SPLITS, "define fewer")
+        of = await self._version(name, version)
+        encoded = [
+            (selection, *selection.encode()) for selection in _selections(of, fractions, seed)
+        ]
+
+        def apply(connection: Connection) -> DatasetInfo:
+            now = queries.find_version(connection, name, of.version)
+            if now is None or now.manifest != of.manifest:
+                raise _no_dataset(name)
+            existing = queries.find_selections(connection, name, of.version)
+            if existing:
+                _check_same_splits(of, existing, {one.name: key for one, key, _ in encoded})
+            else:
+                for selection, manifest_id, data in encoded:
+                    queries.insert_selection(connection, selection, manifest_id, data)
+                    queries.enqueue_flush(connection, manifest_id)
+            found = queries.find_dataset(connection, name)
+            assert found is not None, "its version was found"
+            return found
+
+        defined = await self._catalog.write(apply)
+        self._jobs.wake()
+        return defined
+
+    # ----------------------------------------------------------------------------------- delete
+
+    async def delete(self, name: str) -> bool:
+        """Delete a dataset with all versions and selections; whether there was one.
+
+        It is gone for readers at once. On return it is gone from the object tier too, its bytes
+        with it unless something else names them. :class:`DeadlineExceeded` if the object tier takes
+        longer: the rest goes on in the background, and after a restart.
+        """
+        check_name("dataset", name)
+        doomed = await self._catalog.write(
+            lambda connection: queries.delete_dataset(connection, name)
+        )
+        self._jobs.wake()
+        for manifest in doomed:
+            job = await self._jobs.wait(DELETE, manifest, DELETE_SECONDS)
+            if job is not None and job.state == "failed":
+                raise IntegrityError(
+                    f"dataset {name} is deleted here, but not in the object tier: {job.error}"
+                )
+            if job is None and await self._is_stored(manifest):
+                raise DeadlineExceeded(
+                    f"dataset {name} is deleted here; removing it from the object tier takes "
+                    f"longer than {DELETE_SECONDS:.0f} s and goes on in the background"
+                )
+        return bool(doomed)
+
+    # ---------------------------------------------------------------------------------- helpers
+
+    async def _is_stored(self, manifest: str) -> bool:
+        return await self._catalog.read(
+            lambda connection: read_manifest(connection, manifest) is not None
+        )
+
+    async def _version(self, name: str, version: int) -> VersionInfo:
+        check_name("dataset", name)
+
+        def look(connection: Connection) -> tuple[VersionInfo | None, VersionInfo | None]:
+            newest = queries.find_version(connection, name, 0)
+            return newest, queries.find_version(connection, name, version)
+
+        newest, found = await self._catalog.read(look)
+        if newest is None:
+            raise _no_dataset(name)
+        if found is None:
+            raise NotFound(
+                f"dataset {name} has no version {version}: the newest is {newest.version}"
+            )
+        return found
+
+    async def _not_remote(self, version: VersionInfo, waited_seconds: float) -> DeadlineExceeded:
+        job = await self._catalog.read(
+            lambda connection: job_of(connection, FLUSH, version.manifest)
+        )
+        state = "no flush is queued: the daemon may have no object tier"
+        if job is not None:
+            state = f"its flush is {job.state} after {job.tries} tries"
+            state += f", the last error was: {job.error}" if job.error else ""
+        return DeadlineExceeded(
+            f"version {version.version} of dataset {version.dataset} is not remote after "
+            f"{waited_seconds:g} s; {state}"
+        )
+
+
+def _no_dataset(name: str) -> NotFound:
+    return NotFound(f"there is no dataset {name}: `forebay dataset list` names those that exist")
+
+
+def _check_commit(commit: VersionCommit) -> tuple[ShardRef, ...]:
+    """Refuse at the border what can never be committed."""
+    check_name("dataset", commit.dataset)
+    check_random_name("request", commit.request)
+    check_limit(
+        "shards of a commit", len(commit.shards), MAX_SHARDS_PER_VERSION, "write larger shards"
+    )
+    check_limit("schema bytes", len(commit.schema), MAX_SCHEMA_BYTES, "use fewer columns")
+    check_limit(
+        "metadata bytes", len(commit.metadata_json.encode()), MAX_METADATA_BYTES, "store less there"
+    )
+    if not commit.schema:
+        raise InvalidRequest(f"the commit of dataset {commit.dataset} has no schema")
+    sessions = {shard.session for shard in commit.shards}
+    if len(sessions) != len(commit.shards):
+        raise InvalidRequest("two shards of one commit name the same upload session")
+    return tuple(shard.check() for shard in commit.shards)
+
+
+def _find_repeated(connection: Connection, commit: VersionCommit) -> VersionInfo | None:
+    found = queries.version_of_request(connection, commit.request)
+    if found is not None and found.dataset != commit.dataset:
+        raise Conflict(
+            f"request {commit.request} committed dataset {found.dataset} before, not "
+            f"{commit.dataset}: use a new request name for each commit"
+        )
+    return found
+
+
+def _check_base(connection: Connection, commit: VersionCommit, parent: str | None) -> None:
+    """Refuse a base that is not the newest version, or (with *parent*) another one by now."""
+    newest = queries.find_version(connection, commit.dataset, 0)
+    if commit.base_version == 0:
+        if newest is not None:
+            raise AlreadyExists(
+                f"dataset {commit.dataset} exists already, its newest version is "
+                f"{newest.version}: append to it, choose another name, or delete it first"
+            )
+        return
+    if newest is None:
+        raise _no_dataset(commit.dataset)
+    if newest.version != commit.base_version or parent not in (None, newest.manifest):
+        raise Conflict(
+            f"dataset {commit.dataset} has version {newest.version} by now, this commit appends to "
+            f"{commit.base_version}: begin the append again from the newest version"
+        )
+
+
+def _check_sizes(connection: Connection, shards: Sequence[ShardCommit]) -> None:
+    sizes = queries.blob_sizes(connection, [shard.blob for shard in shards])
+    for shard in shards:
+        size = sizes.get(shard.blob)
+        if size is not None and size != shard.num_bytes:
+            raise InvalidRequest(
+                f"shard {shard.blob} has {size} bytes, the commit says {shard.num_bytes}"
+            )
+
+
+def _manifest_of(
+    commit: VersionCommit, refs: tuple[ShardRef, ...], base: DatasetManifest | None
+) -> DatasetManifest:
+    schema = base64.b64encode(commit.schema).decode()
+    manifest = DatasetManifest(
+        dataset=commit.dataset,
+        version=commit.base_version + 1,
+        parent=None,
+        schema=schema,
+        shards=refs,
+        metadata=_metadata(commit.metadata_json),
+    )
+    if base is None:
+        return manifest
+    if base.schema != schema:
+        raise SchemaMismatch(
+            f"dataset {commit.dataset}: the appended shards have another schema than version "
+            f"{base.version}; write them with the dataset's own schema"
+        )
+    return replace(
+        manifest,
+        parent=base.encode()[0],
+        shards=base.shards + refs,
+        metadata=manifest.metadata if commit.metadata_json else base.metadata,
+    )
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise InvalidRequest(f"the metadata is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest("the metadata is no JSON object")
+    return value
+
+
+def _parse_dataset(data: bytes, name: str, manifest_id: str) -> DatasetManifest:
+    manifest = parse(data, f"dataset {name}, manifest {manifest_id} in the catalog", manifest_id)
+    if not isinstance(manifest, DatasetManifest):
+        raise IntegrityError(f"manifest {manifest_id} is not one of a dataset version")
+    return manifest
+
+
+def _selections(
+    of: VersionInfo, fractions: Mapping[str, float], seed: int
+) -> list[SelectionManifest]:
+    if not math.isfinite(seed) or not -(1 << 63) <= seed < 1 << 63:
+        raise InvalidRequest(f"seed {seed} does not fit 64 bits")
+    return [
+        SelectionManifest(
+            dataset=of.dataset,
+            version=of.version,
+            dataset_manifest=of.manifest,
+            name=name,
+            num_rows=stop - start,
+            rule={"kind": "split", "seed": seed, "start": start, "stop": stop},
+        )
+        for name, (start, stop) in split_bounds(of.num_rows, fractions).items()
+    ]
+
+
+def _check_same_splits(
+    of: VersionInfo, existing: Sequence[SelectionInfo], wanted: Mapping[str, str]
+) -> None:
+    if {one.name: one.manifest for one in existing} == wanted:
+        return
+    shares = ", ".join(f"{one.name} ({one.num_rows} rows)" for one in existing)
+    raise AlreadyExists(
+        f"version {of.version} of dataset {of.dataset} has other splits already: {shares}; they "
+        "never change: use them, or append or create another version to split anew"
+    )

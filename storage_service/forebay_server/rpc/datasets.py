@@ -1,0 +1,96 @@
+"""The Datasets service: converts between messages and the use cases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc.aio
+
+from forebay_server.catalog.queries_datasets import DatasetInfo, VersionInfo
+from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.rpc.interceptors import caller_uid
+from forebay_wire.errors import InvalidRequest
+from forebay_wire.v1 import datasets_pb2 as messages
+from forebay_wire.v1 import datasets_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
+    """What each call promises stands in ``datasets.proto``."""
+
+    def __init__(self, datasets: Datasets) -> None:
+        self._datasets = datasets
+
+    async def ListDatasets(
+        self, request: messages.ListDatasetsRequest, context: Context
+    ) -> messages.ListDatasetsResponse:
+        page, following = await self._datasets.list(request.after, request.limit)
+        rows = [messages.DatasetSummary(**vars(summary)) for summary in page]
+        return messages.ListDatasetsResponse(datasets=rows, next=following)
+
+    async def GetDataset(
+        self, request: messages.GetDatasetRequest, context: Context
+    ) -> messages.Dataset:
+        return convert_dataset(await self._datasets.get(request.name))
+
+    async def CommitVersion(
+        self, request: messages.CommitVersionRequest, context: Context
+    ) -> messages.DatasetVersion:
+        shards = tuple(
+            ShardCommit(
+                session=shard.session,
+                blob=shard.blob,
+                num_bytes=shard.num_bytes,
+                num_rows=shard.num_rows,
+                batch_rows=tuple(shard.batch_rows),
+            )
+            for shard in request.shards
+        )
+        commit = VersionCommit(
+            dataset=request.dataset,
+            base_version=request.base_version,
+            schema=request.schema,
+            shards=shards,
+            request=request.request,
+            metadata_json=request.metadata_json,
+        )
+        return convert_version(await self._datasets.commit_version(commit, caller_uid()))
+
+    async def DefineSplits(
+        self, request: messages.DefineSplitsRequest, context: Context
+    ) -> messages.Dataset:
+        fractions = {share.name: share.fraction for share in request.shares}
+        if len(fractions) != len(request.shares):
+            raise InvalidRequest("two splits have the same name")
+        return convert_dataset(
+            await self._datasets.define_splits(
+                request.dataset, request.version, fractions, request.seed
+            )
+        )
+
+    async def DeleteDataset(
+        self, request: messages.DeleteDatasetRequest, context: Context
+    ) -> messages.DeleteDatasetResponse:
+        return messages.DeleteDatasetResponse(existed=await self._datasets.delete(request.name))
+
+    async def WaitVersion(
+        self, request: messages.WaitVersionRequest, context: Context
+    ) -> messages.DatasetVersion:
+        return convert_version(
+            await self._datasets.wait_version(
+                request.dataset, request.version, request.durability, request.timeout_seconds
+            )
+        )
+
+
+def convert_version(version: VersionInfo) -> messages.DatasetVersion:
+    return messages.DatasetVersion(**vars(version))
+
+
+def convert_dataset(found: DatasetInfo) -> messages.Dataset:
+    return messages.Dataset(
+        name=found.name,
+        versions=[convert_version(version) for version in found.versions],
+        selections=[messages.Selection(**vars(selection)) for selection in found.selections],
+    )
