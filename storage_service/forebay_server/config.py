@@ -250,6 +250,13 @@ class Config:
         return self.object_url or f"file://{self.data.resolve() / 'object'}"
 
     @property
+    def certificate(self) -> tuple[Path, Path] | None:
+        """The files of chain and key for TLS, None without."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return self.tls_cert, self.tls_key
+
+    @property
     def rpc_addresses(self) -> tuple[Address, ...]:
         return tuple(self._address(text, "listen", "grpc", "grpcs") for text in self.listen)
 

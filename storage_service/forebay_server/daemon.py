@@ -1,0 +1,390 @@
+"""A daemon's life, start, serve, drain, stop; and the only place where its parts are wired."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import secrets
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from forebay_server.background import Background
+from forebay_server.bulk.descriptors import DescriptorServer
+from forebay_server.bulk.ranges import make_app
+from forebay_server.bulk.tickets import Auth
+from forebay_server.catalog.engine import Catalog, sqlite_url
+from forebay_server.catalog.queries_status import count_below_local
+from forebay_server.config import Address, Config
+from forebay_server.exit_codes import ExitCode
+from forebay_server.folder import (
+    TOKEN_FILE_NAME,
+    DaemonAddress,
+    FolderLock,
+    load_node,
+    load_secret,
+    make_sockets,
+    remove_address,
+    write_private,
+)
+from forebay_server.move.jobs import Jobs, take_over_jobs
+from forebay_server.observe.metrics import Metrics
+from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
+from forebay_server.publish.dataset import Datasets
+from forebay_server.publish.lease import Uploads
+from forebay_server.publish.reconcile import reconcile
+from forebay_server.rpc.admin import AdminService, Attached, Identity
+from forebay_server.rpc.blobs import BlobsService
+from forebay_server.rpc.checkpoints import CheckpointsService
+from forebay_server.rpc.datasets import DatasetsService
+from forebay_server.rpc.interceptors import Gate
+from forebay_server.rpc.server import RpcServer, Services
+from forebay_server.serve.open import Opener
+from forebay_server.serve.status import DaemonState, StatusReader
+from forebay_server.tier.directory import DirectoryTier
+from forebay_server.tier.memory import SlotPool
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.remote import RemoteTier
+from forebay_server.tier.store import Tier
+from forebay_server.version import forebay_version
+from forebay_wire.errors import StorageError
+from forebay_wire.protocol import protocol_range
+
+logger = logging.getLogger(__name__)
+
+CATALOG_FILE_NAME: Final = "catalog.sqlite"
+
+STOP_GRACE_SECONDS: Final = 1.0
+"""After the drain, calls that still run get this long to end by themselves."""
+
+IDLE_LOOK_SECONDS: Final = 1.0
+
+
+def open_tiers(config: Config) -> Tiers:
+    """The tiers that *config* names, not started."""
+    reserve = config.reserve_bytes
+    tiers: list[Tier] = []
+    if config.ssd_folder is not None:
+        tiers.append(
+            DirectoryTier(
+                "ssd",
+                "ssd",
+                config.ssd_folder,
+                limit_bytes=config.ssd_bytes,
+                reserve_bytes=reserve,
+            )
+        )
+    if config.hdd_folder is not None:
+        tiers.append(
+            DirectoryTier(
+                "hdd",
+                "hdd",
+                config.hdd_folder,
+                limit_bytes=config.hdd_bytes,
+                reserve_bytes=reserve,
+            )
+        )
+    if config.object_location is not None:
+        tiers.append(RemoteTier("object", config.object_location, reserve_bytes=reserve))
+    return Tiers(tiers, SlotPool(config.ram_bytes or default_ram_bytes()))
+
+
+def default_ram_bytes() -> int:
+    """A quarter of the memory that this process may use: the machine's or its cgroup's."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return total // 4
+
+
+class Daemon:
+    """One daemon on one data folder. :meth:`serve` is its whole life."""
+
+    def __init__(self, config: Config, *, announce: Callable[[str], None]) -> None:
+        """*announce* gets a line for each address once everything listens."""
+        self._config = config
+        self._announce = announce
+        self._state = "starting"
+        self._started_unix = time.time()
+        self._incarnation = secrets.token_hex(8)
+        self._addresses: tuple[str, ...] = ()
+        self._stopping = asyncio.Event()
+        self._has_crashed = False
+
+    async def serve(self) -> ExitCode:
+        """Start, serve until asked to stop, drain, stop.
+
+        Raises :class:`AlreadyRunning` where another daemon has the folder, and what keeps a part
+        from starting. After SIGTERM, SIGINT or the idle time it returns when everything is closed.
+        """
+        with FolderLock(self._config.data):
+            self._catch_signals()
+            async with AsyncExitStack() as stack:  # stops in reverse what was started
+                await self._start(stack)
+                await self._stopping.wait()
+                await self._drain()
+        logger.info("stopped")
+        return ExitCode.FAILURE if self._has_crashed else ExitCode.OK
+
+    # ---------------------------------------------------------------------------------- start
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        """Bring everything up, from the bytes to the edges, then tell where it listens."""
+        _raise_open_files()
+        data = self._config.data
+        self._sockets = make_sockets(data, os.environ)
+        remove_address(data)
+        self._sockets.remove()
+        stack.callback(self._sockets.remove)
+        self._node = load_node(data)
+        self._auth = Auth(load_secret(data), self._node)
+        write_private(data / TOKEN_FILE_NAME, self._auth.token(os.geteuid()).encode() + b"\n")
+        self._background = Background(self._crash)
+        await self._open_storage(stack)
+        await self._open_use_cases(stack)
+        await self._recover()
+        await self._start_background(stack)
+        await self._open_edges(stack)
+        self._state = "serving"
+        stack.callback(remove_address, data)
+        self._tell(data)
+        await self._rpc.set_serving()
+
+    async def _open_storage(self, stack: AsyncExitStack) -> None:
+        self._tiers = open_tiers(self._config)
+        await self._tiers.start()
+        stack.push_async_callback(self._tiers.close)
+        url = sqlite_url(self._config.data / CATALOG_FILE_NAME)
+        self._catalog = await asyncio.to_thread(Catalog.open, url)
+        stack.push_async_callback(asyncio.to_thread, self._catalog.close)
+
+    async def _open_use_cases(self, stack: AsyncExitStack) -> None:
+        self._opener = Opener(self._tiers, self._catalog)
+        stack.push_async_callback(self._opener.close)
+        self._uploads = Uploads(
+            self._catalog,
+            self._tiers,
+            lease_seconds=self._config.lease_seconds,
+            forget=self._opener.forget,
+        )
+        self._jobs = Jobs(self._catalog, self._incarnation, {})
+        self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs)
+        stack.push_async_callback(self._checkpoints.close)
+        self._datasets = Datasets(self._catalog, self._uploads, self._jobs)
+        stack.push_async_callback(self._uploads.close)
+
+    async def _recover(self) -> None:
+        """Settle what an earlier daemon left, however it ended."""
+        num_aborted = await recover_catalog_state(self._catalog)
+        num_jobs = await take_over_jobs(self._catalog)
+        await reconcile(self._catalog, self._tiers)
+        logger.info("%d generations were aborted, %d jobs go on", num_aborted, num_jobs)
+
+    async def _start_background(self, stack: AsyncExitStack) -> None:
+        stack.push_async_callback(self._background.close)
+        await self._uploads.start()
+        self._jobs_task = self._background.start("jobs", self._jobs.run())
+        if self._config.idle_exit:
+            self._background.start("idle", self._watch_idle())
+
+    async def _open_edges(self, stack: AsyncExitStack) -> None:
+        """Descriptor socket, HTTP, gRPC: the handshake comes last, as it names the others."""
+        self._attached = Attached()
+        self._metrics = Metrics()
+        self._status = StatusReader(
+            self._tiers, self._catalog, self._opener, self._read_daemon_state
+        )
+        http_socket = _listen(self._config.http_address)
+        self._http_url = self._config.http_address.url(
+            http_socket.getsockname()[1], self._advertised_host()
+        )
+        await self._open_descriptors(stack)
+        await self._open_http(stack, http_socket)
+        await self._open_rpc(stack)
+
+    async def _open_descriptors(self, stack: AsyncExitStack) -> None:
+        self._descriptors = DescriptorServer(
+            self._sockets.descriptors,
+            opener=self._opener,
+            uploads=self._uploads,
+            auth=self._auth,
+            node=self._node,
+            incarnation=self._incarnation,
+            http_url=self._http_url,
+        )
+        await self._descriptors.start()
+        stack.push_async_callback(self._descriptors.close)
+
+    async def _open_http(self, stack: AsyncExitStack, listening: socket.socket) -> None:
+        app = make_app(
+            opener=self._opener,
+            uploads=self._uploads,
+            auth=self._auth,
+            render_metrics=self._render_metrics,
+            is_serving=lambda: self._state == "serving",
+        )
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_GRACE_SECONDS)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        tls = _tls_context(self._config) if self._config.http_address.tls else None
+        await web.SockSite(runner, listening, ssl_context=tls).start()
+
+    async def _open_rpc(self, stack: AsyncExitStack) -> None:
+        data_folder = str(self._config.data.resolve())
+        identity = Identity(
+            version=forebay_version(),
+            node=self._node,
+            incarnation=self._incarnation,
+            data_folder=data_folder,
+            descriptor_socket=str(self._sockets.descriptors),
+            http_url=self._http_url,
+        )
+        services = Services(
+            admin=AdminService(
+                identity, self._auth, self._attached, self._status.read, lambda: self._state
+            ),
+            blobs=BlobsService(self._uploads, self._catalog, self._auth),
+            checkpoints=CheckpointsService(self._checkpoints, self._auth),
+            datasets=DatasetsService(self._datasets),
+        )
+        gate = Gate(self._auth, self._metrics, lambda: self._state != "serving")
+        reflection = self._config.reflection
+        self._rpc = RpcServer(gate, services, reflection_enabled=reflection)
+        addresses = self._config.rpc_addresses
+        ports = await self._rpc.start(self._sockets.rpc, addresses, self._config.certificate)
+        stack.push_async_callback(self._rpc.stop, STOP_GRACE_SECONDS)
+        host = self._advertised_host()
+        self._tcp_urls = [
+            address.url(port, host) for address, port in zip(addresses, ports, strict=True)
+        ]
+
+    def _tell(self, data: Path) -> None:
+        """Everything listens: say where."""
+        rpc = f"unix:{self._sockets.rpc}"
+        self._addresses = (rpc, *self._tcp_urls, self._http_url)
+        DaemonAddress(
+            pid=os.getpid(),
+            incarnation=self._incarnation,
+            node=self._node,
+            version=forebay_version(),
+            rpc=rpc,
+            tcp=self._tcp_urls[0] if self._tcp_urls else None,
+            descriptor_socket=str(self._sockets.descriptors),
+            http_url=self._http_url,
+            protocols=protocol_range(),
+        ).write(data)
+        self._announce(f"serving {data.resolve()}")
+        for address in self._addresses:
+            self._announce(f"  {address}")
+
+    def _advertised_host(self) -> str:
+        return self._config.advertise_host or socket.gethostname()
+
+    # ------------------------------------------------------------------------------- the run
+
+    def _num_clients(self) -> int:
+        return self._attached.num_clients + self._descriptors.num_connections
+
+    def _read_daemon_state(self) -> DaemonState:
+        return DaemonState(
+            started_unix=self._started_unix,
+            state=self._state,
+            num_clients=self._num_clients(),
+            addresses=self._addresses,
+        )
+
+    async def _render_metrics(self) -> bytes:
+        return self._metrics.render(await self._status.read_samples())
+
+    async def _watch_idle(self) -> None:
+        """Ask for the end once nobody has been here, and nothing below local, for long enough."""
+        limit = self._config.idle_exit
+        busy_at = time.monotonic()
+        while time.monotonic() - busy_at < limit:
+            await asyncio.sleep(min(IDLE_LOOK_SECONDS, limit / 4))
+            if self._num_clients() or await self._catalog.read(count_below_local):
+                busy_at = time.monotonic()
+        logger.info("idle for %.0f s without a client: stopping", limit)
+        self._stopping.set()
+
+    # ------------------------------------------------------------------------- drain and stop
+
+    async def _drain(self) -> None:
+        """Finish what was begun, start nothing new, and say what is left after the time for it."""
+        self._state = "draining"
+        logger.info("draining, for at most %.0f s", self._config.drain_seconds)
+        deadline = asyncio.get_running_loop().time() + self._config.drain_seconds
+        await self._rpc.set_draining()
+        self._attached.end()
+        self._jobs.finish()  # a running one is finished, the others go on at the next start
+        if not await self._uploads.drain(self._config.drain_seconds):
+            logger.warning(
+                "%d sealed uploads did not land in %.0f s and are lost with this process: save "
+                "those generations again, or give drain-seconds more",
+                self._uploads.num_landing,
+                self._config.drain_seconds,
+            )
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                await asyncio.wait([self._jobs_task])
+        if self._jobs.num_running:
+            logger.warning(
+                "%d jobs did not end in time: they go on at the next start", self._jobs.num_running
+            )
+        self._jobs.stop()
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        """The first signal asks for a drain, the second one ends the process here and now.
+
+        Nothing half-done is visible at any instant, so an end without goodbye is as safe as
+        SIGKILL: the next start recovers.
+        """
+        if not self._stopping.is_set():
+            self._stopping.set()
+            return
+        logger.warning("second signal: ending without waiting for running work")
+        logging.shutdown()
+        os._exit(ExitCode.FAILURE)
+
+    def _crash(self) -> None:
+        self._has_crashed = True
+        self._stopping.set()
+
+
+def _raise_open_files() -> None:
+    """Take as many descriptors as the hard limit allows: soft limits are often 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _listen(address: Address) -> socket.socket:
+    """A listening TCP socket; :class:`StorageError` if the port is taken."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server((address.host, address.port), family=family, backlog=512)
+    except OSError as error:
+        raise StorageError(
+            f"cannot listen on {address.target}: {error.strerror}; choose another http-listen"
+        ) from error
+
+
+def _tls_context(config: Config) -> ssl.SSLContext:
+    assert config.certificate is not None, "checked with the configuration"
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*config.certificate)
+    return context
