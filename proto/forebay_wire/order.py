@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, get_args
@@ -216,23 +216,6 @@ class Cut:
 def worker_steps(num_steps: int, worker: int, num_workers: int) -> range:
     """The steps of one worker of a rank: whole batches, in turn, from the resumed step on."""
     return range(worker, num_steps, num_workers)
-
-
-def split_bounds(num_rows: int, fractions: Sequence[float]) -> list[tuple[int, int]]:
-    """[start, stop) of each split in the permuted rows: rounded, disjoint, in the given order.
-
-    Fractions are above 0 and add up to at most 1; if to 1, the splits cover every row.
-    """
-    total = math.fsum(fractions)
-    if not fractions or min(fractions) <= 0 or total > 1 + 1e-9:
-        raise InvalidRequest(
-            f"split shares {list(fractions)} must each be above 0 and add up to at most 1"
-        )
-    ends = [
-        min(num_rows, round(num_rows * math.fsum(fractions[: index + 1])))
-        for index in range(len(fractions))
-    ]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def split_rows(

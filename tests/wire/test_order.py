@@ -17,7 +17,6 @@ from forebay_wire.order import (
     OrderState,
     derive_key,
     permute,
-    split_bounds,
     split_rows,
     worker_steps,
 )
@@ -234,27 +233,12 @@ def test_an_unknown_shuffle_is_refused():
 # Splits.
 
 
-def test_splits_are_disjoint_and_cover_everything_when_their_shares_do():
-    bounds = split_bounds(1001, [0.8, 0.1, 0.1])
-    assert bounds[0][0] == 0
-    assert bounds[-1][1] == 1001
-    rows = [split_rows("m", 1001, 4, np.arange(start, stop)) for start, stop in bounds]
+def test_the_rows_of_splits_are_those_of_one_permutation():
+    cuts = [0, 800, 900, 1001]
+    rows = [split_rows("m", 1001, 4, np.arange(*bounds)) for bounds in pairwise(cuts)]
     assert sorted(np.concatenate(rows).tolist()) == list(range(1001))
-
-
-@given(st.integers(0, 10**12), st.lists(st.floats(0.01, 1), min_size=1, max_size=10))
-def test_split_bounds_follow_each_other_within_the_rows(num_rows, weights):
-    shares = [weight / sum(weights) for weight in weights]
-    bounds = split_bounds(num_rows, shares)
-    assert bounds[0][0] == 0
-    assert all(a[1] == b[0] for a, b in pairwise(bounds))
-    assert abs(bounds[-1][1] - num_rows) <= num_rows * 1e-8
-
-
-@pytest.mark.parametrize("shares", [[], [0.5, 0.6], [0.0, 0.5], [-0.1, 0.2]])
-def test_impossible_split_shares_are_refused(shares):
-    with pytest.raises(InvalidRequest, match="shares"):
-        split_bounds(100, shares)
+    assert rows[0].tolist() != split_rows("m", 1001, 5, np.arange(800)).tolist()
+    assert rows[0].tolist() != split_rows("n", 1001, 4, np.arange(800)).tolist()
 
 
 # The state.

@@ -19,8 +19,10 @@ from forebay.dataset.uploads import Channel, Upload, Uploads
 from forebay.methods import Datasets
 from forebay.transfer import Transfer
 from forebay_wire.errors import (
+    AlreadyExists,
     ForebayError,
     InvalidRequest,
+    NotFound,
     ResourceExhausted,
     SampleTooLarge,
     SchemaMismatch,
@@ -58,7 +60,8 @@ class DatasetWriter:
         """*base_version* 0 creates the dataset, n appends to version n, which must be the newest.
 
         A shard is at most *shard_bytes* and so is a sample; record batches, the unit of random
-        reads, have about *batch_bytes*. *metadata* is the caller's own JSON object.
+        reads, have about *batch_bytes*. *metadata* is the caller's own JSON object
+        (default: that of the base version).
         """
         self.name = check_name("dataset", name)
         self.version: int | None = None
@@ -71,7 +74,7 @@ class DatasetWriter:
         self._base_version = base_version
         self._shard_bytes = _check_bytes("shard_bytes", shard_bytes, SMALLEST_SHARD_BYTES)
         self._batch_bytes = _check_bytes("batch_bytes", batch_bytes, 1)
-        self._metadata_json = json.dumps(dict(metadata or {}))
+        self._metadata_json = "" if metadata is None else json.dumps(dict(metadata))
         self._request = new_random_name()
         self._rows: RowBuffer | None = None
         self._tables: list[pa.Table] = []
@@ -87,6 +90,8 @@ class DatasetWriter:
         return self._schema
 
     def __enter__(self) -> Self:
+        if self._base_version == 0:
+            self._check_name_is_free()  # the commit decides; this spares a long upload
         return self
 
     def __exit__(
@@ -260,6 +265,16 @@ class DatasetWriter:
         failpoint("client.write.after_shard")
 
     # Limits.
+
+    def _check_name_is_free(self) -> None:
+        try:
+            self._channel.call(Datasets.GetDataset, datasets_pb2.GetDatasetRequest(name=self.name))
+        except NotFound:
+            return
+        raise AlreadyExists(
+            f"dataset {self.name!r} exists: append_dataset({self.name!r}) adds a version, "
+            f"delete_dataset({self.name!r}) makes room for a new one"
+        )
 
     def _check_open(self) -> None:
         if self._ended:
