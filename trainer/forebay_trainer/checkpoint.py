@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import forebay
+from forebay.checkpoint import Saved
 from forebay_trainer.config import setting
 from forebay_wire.errors import InvalidRequest
 
