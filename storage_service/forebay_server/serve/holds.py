@@ -60,7 +60,10 @@ class Holds:
                 self._open_blobs[hold.blob] += 1
 
     def remove(self, client: str, blobs: Sequence[str]) -> list[Hold]:
-        """One open less for each of *blobs*, and what those were; unknown ones are left out."""
+        """One open less for each of *blobs*, the oldest, and what those were.
+
+        Unknown ones are left out.
+        """
         with self._lock:
             held = self._clients.get(client)
             if held is None:
@@ -70,7 +73,7 @@ class Holds:
                 opens = held.holds.get(blob)
                 if not opens:
                     continue
-                removed.append(self._drop(held, opens.pop()))
+                removed.append(self._drop(held, opens.pop(0)))
                 if not opens:
                     del held.holds[blob]
             if not held.holds:

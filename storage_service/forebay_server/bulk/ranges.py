@@ -1,0 +1,408 @@
+"""Bytes over HTTP/1.1: ranges of blobs by sendfile, uploads into slots, all by ticket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, cast
+
+from aiohttp import web
+
+from forebay_server.bulk.descriptors import UploadSlots
+from forebay_server.bulk.held import HeldOpens
+from forebay_server.bulk.tickets import Auth, Method, Ticket
+from forebay_server.serve.open import OpenedBlob, Opener
+from forebay_server.tier.buffers import SEGMENT_BUFFERS
+from forebay_wire.errors import (
+    HTTP_STATUS,
+    DeadlineExceeded,
+    ForebayError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+)
+from forebay_wire.ids import check_id, check_random_name
+from forebay_wire.limits import MAX_NAME_BYTES, MAX_OPEN_BLOBS_PER_CLIENT, MIB, check_limit
+
+logger = logging.getLogger(__name__)
+
+WINDOW_BYTES: Final = 16 * MIB
+"""A range is sent in pieces of this size: after each one others get a turn."""
+
+PROBE_BYTES: Final = 1 * MIB
+"""One look into the page cache stands for this much of a file."""
+
+SEND_SECONDS: Final = 60.0
+"""Longest time for one window: a client that reads slower than 280 KB/s is cut off."""
+
+MAX_MESSAGE_CHARACTERS: Final = 2000
+"""Of a report: the rest is cut off."""
+
+MAX_BLOBS_PER_REQUEST: Final = 8 * MAX_OPEN_BLOBS_PER_CLIENT
+"""Releases come in batches, for more opens than a client may have at a time."""
+
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+_RANGE: Final = re.compile(r"bytes=(\d*)-(\d*)\Z")
+
+
+def parse_range(header: str | None, length: int) -> tuple[int, int] | None:
+    """``(start, stop)`` that the Range *header* asks for of *length* bytes; None: no header.
+
+    One range only. :class:`InvalidRequest` if it cannot be satisfied.
+    """
+    if header is None:
+        return None
+    found = _RANGE.match(header.strip())
+    first, last = found.groups() if found else ("", "")
+    if first:
+        start, stop = int(first), min(int(last) + 1 if last else length, length)
+    elif last:
+        start, stop = max(0, length - int(last)), length
+    else:
+        raise InvalidRequest(f"range {header!r} is not understood: send one range of bytes")
+    if start >= stop:
+        raise InvalidRequest(f"range {header!r} is outside {length} bytes")
+    return start, stop
+
+
+def make_app(
+    *,
+    opener: Opener,
+    uploads: UploadSlots,
+    auth: Auth,
+    render_metrics: Callable[[], Awaitable[bytes]],
+    is_serving: Callable[[], bool],
+) -> web.Application:
+    """The application; whoever runs it cleans it up, which releases what clients hold open."""
+    handlers = _Handlers(HeldOpens(opener), opener, uploads, auth, render_metrics, is_serving)
+    app = web.Application(middlewares=[_answer_errors])
+    app.add_routes(
+        [
+            web.post("/v1/open", handlers.open),
+            web.post("/v1/release", handlers.release),
+            web.post("/v1/report", handlers.report),
+            web.get("/v1/blobs/{blob}", handlers.get_data),
+            web.get("/v1/tables/{blob}", handlers.get_table),
+            web.put("/v1/uploads/{session}", handlers.put),
+            web.get("/healthz", handlers.health),
+            web.get("/metrics", handlers.metrics),
+        ]
+    )
+    app.cleanup_ctx.append(handlers.run)
+    return app
+
+
+class _Handlers:
+    """The routes. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        held: HeldOpens,
+        opener: Opener,
+        uploads: UploadSlots,
+        auth: Auth,
+        render_metrics: Callable[[], Awaitable[bytes]],
+        is_serving: Callable[[], bool],
+    ) -> None:
+        self._held = held
+        self._opener = opener
+        self._uploads = uploads
+        self._auth = auth
+        self._render_metrics = render_metrics
+        self._is_serving = is_serving
+
+    async def run(self, app: web.Application) -> AsyncIterator[None]:
+        """The application's life: unused opens are released meanwhile, all of them at the end."""
+        cleaning = asyncio.create_task(self._held.release_unused_for_ever(), name="http-opens")
+        yield
+        cleaning.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await cleaning
+        self._held.close()
+
+    # --------------------------------------------------------------------- JSON, with the token
+
+    async def open(self, request: web.Request) -> web.Response:
+        """{blobs, client} -> {blobs: [{blob, length, tier, table_bytes, ticket} | error]}."""
+        uid, body = await self._admit(request)
+        client = _client(uid, body)
+        blobs = [check_id("blob", blob) for blob in _blobs(body)]
+        results = await self._held.open(client, blobs)
+        entries = [
+            {"blob": blob, **_error_body(one)}
+            if isinstance(one, ForebayError)
+            else self._entry(uid, client, one)
+            for blob, one in zip(blobs, results, strict=True)
+        ]
+        return web.json_response({"blobs": entries})
+
+    async def release(self, request: web.Request) -> web.Response:
+        """{blobs, client} -> {}: one open less for each."""
+        uid, body = await self._admit(request)
+        self._held.release(_client(uid, body), _blobs(body))
+        return web.json_response({})
+
+    async def report(self, request: web.Request) -> web.Response:
+        """{blob, tier, segment, message} -> {blob, healthy}."""
+        _, body = await self._admit(request)
+        blob = check_id("blob", str(body.get("blob", "")))
+        tier, message = str(body.get("tier", "")), str(body.get("message", ""))
+        segment = body.get("segment")
+        number = segment if isinstance(segment, int) else -1
+        healthy = await self._opener.report(blob, tier, number, message[:MAX_MESSAGE_CHARACTERS])
+        return web.json_response({"blob": blob, "healthy": healthy})
+
+    # ------------------------------------------------------------------------ bytes, by ticket
+
+    async def get_data(self, request: web.Request) -> web.StreamResponse:
+        """Bytes of the blob's data: a range of it (206), or all (200)."""
+        blob, ticket = self._ticket_for_blob(request)
+        async with self._held.use(ticket.client, blob) as opened:
+            try:
+                wanted = parse_range(request.headers.get("Range"), opened.length)
+            except InvalidRequest as error:
+                headers = {"Content-Range": f"bytes */{opened.length}"}
+                return web.json_response(_error_body(error), status=416, headers=headers)
+            start, stop = wanted or (0, opened.length)
+            if start < ticket.start or stop > ticket.stop:
+                raise PermissionDenied(
+                    f"the ticket opens bytes [{ticket.start}, {ticket.stop}) of blob {blob}, "
+                    f"not [{start}, {stop})"
+                )
+            response = web.StreamResponse(status=206 if wanted else 200)
+            if wanted:
+                response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{opened.length}"
+            return await _send_file(request, response, opened, start, stop - start)
+
+    async def get_table(self, request: web.Request) -> web.StreamResponse:
+        """The blob's segment table."""
+        blob, ticket = self._ticket_for_blob(request)
+        async with self._held.use(ticket.client, blob) as opened:
+            return await _send_file(
+                request, web.StreamResponse(), opened, opened.table_offset, opened.table_length
+            )
+
+    async def put(self, request: web.Request) -> web.Response:
+        """Write the body at *offset* of the session's slot; on return the slot holds it."""
+        session = check_random_name("session", request.match_info["session"])
+        ticket = self._ticket(request, "PUT")
+        if ticket.session != session:
+            raise PermissionDenied(f"the ticket is not for upload session {session}")
+        offset = request.query.get("offset", "0")
+        if not (offset.isascii() and offset.isdigit()):
+            raise InvalidRequest(f"offset {offset!r} is no number of bytes")
+        slot = self._uploads.slot(session, ticket.uid)
+        stop = min(ticket.stop, slot.capacity_bytes)
+        descriptor = slot.duplicate()
+        try:
+            num_bytes = await _receive_body(request, descriptor, int(offset), stop)
+        finally:
+            os.close(descriptor)
+        return web.json_response({"num_bytes": num_bytes})
+
+    # --------------------------------------------------------------------------------- anybody
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 while the daemon serves, 503 while it starts or drains."""
+        if self._is_serving():
+            return web.json_response({"status": "serving"})
+        return web.json_response({"status": "not serving"}, status=503)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """The daemon's metrics, for Prometheus."""
+        return web.Response(
+            body=await self._render_metrics(), headers={"Content-Type": METRICS_TYPE}
+        )
+
+    # --------------------------------------------------------------------------------- helpers
+
+    async def _admit(self, request: web.Request) -> tuple[int, dict[str, Any]]:
+        """The caller's uid by its token, and the JSON object that it sent."""
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        if kind.lower() != "bearer":
+            raise Unauthenticated("send the token as 'Authorization: Bearer TOKEN'")
+        uid = self._auth.check_token(token)
+        try:
+            body = json.loads(await request.read())
+        except ValueError:
+            raise InvalidRequest("the request's body is no JSON") from None
+        if not isinstance(body, dict):
+            raise InvalidRequest("the request's body is no JSON object")
+        return uid, body
+
+    def _ticket(self, request: web.Request, method: Method) -> Ticket:
+        return self._auth.check_ticket(request.query.get("ticket", ""), method)
+
+    def _ticket_for_blob(self, request: web.Request) -> tuple[str, Ticket]:
+        blob = check_id("blob", request.match_info["blob"])
+        ticket = self._ticket(request, "GET")
+        if ticket.blob != blob:
+            raise PermissionDenied(f"the ticket is not for blob {blob}")
+        return blob, ticket
+
+    def _entry(self, uid: int, client: str, opened: OpenedBlob) -> dict[str, Any]:
+        return {
+            "blob": opened.blob,
+            "length": opened.length,
+            "tier": opened.tier,
+            "table_bytes": opened.table_length,
+            "ticket": self._auth.ticket(
+                "GET", uid=uid, client=client, blob=opened.blob, stop=opened.length
+            ),
+        }
+
+
+class _Descriptor:
+    """What asyncio's sendfile wants: something with a ``fileno``."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+
+async def _send_file(
+    request: web.Request,
+    response: web.StreamResponse,
+    opened: OpenedBlob,
+    offset: int,
+    count: int,
+) -> web.StreamResponse:
+    """Send *count* bytes from *offset* of the blob's file; the kernel moves them.
+
+    An error in the middle can only be told by closing the connection.
+    """
+    response.content_type = "application/octet-stream"
+    response.content_length = count
+    response.headers["Accept-Ranges"] = "bytes"
+    await response.prepare(request)
+    transport = request.transport
+    if request.method != "HEAD" and count:
+        if transport is None:
+            raise ConnectionResetError("the client went away")
+        try:
+            await _send_windows(transport, opened.fd, offset, count)
+        except BaseException:
+            transport.abort()
+            raise
+    await response.write_eof()
+    return response
+
+
+async def _send_windows(
+    transport: asyncio.Transport, descriptor: int, offset: int, count: int
+) -> None:
+    loop = asyncio.get_running_loop()
+    file = cast("Any", _Descriptor(descriptor))
+    while count:
+        window = min(count, WINDOW_BYTES)
+        if not _is_cached(descriptor, offset, window):
+            # sendfile would wait for the disk in the event loop's thread.
+            await asyncio.to_thread(_bring_into_cache, descriptor, offset, window)
+        async with asyncio.timeout(SEND_SECONDS):
+            sent = await loop.sendfile(transport, file, offset, window)
+        if sent != window:
+            raise ConnectionResetError(f"the file ended at byte {offset + sent}")
+        offset, count = offset + window, count - window
+
+
+def _is_cached(descriptor: int, offset: int, count: int) -> bool:
+    """Whether the page cache seems to hold these bytes: a look at one page of each MiB."""
+    probe = bytearray(1)
+    try:
+        for position in range(offset, offset + count, PROBE_BYTES):
+            os.preadv(descriptor, [probe], position, os.RWF_NOWAIT)
+        os.preadv(descriptor, [probe], offset + count - 1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # the file system cannot tell; memory files are always there
+    return True
+
+
+def _bring_into_cache(descriptor: int, offset: int, count: int) -> None:
+    """Read these bytes; a short read shows when they are sent."""
+    os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
+    with SEGMENT_BUFFERS.borrow() as buffer:
+        end = offset + count
+        while offset < end:
+            done = os.preadv(descriptor, [buffer[: min(len(buffer), end - offset)]], offset)
+            if not done:
+                return
+            offset += done
+
+
+async def _receive_body(request: web.Request, descriptor: int, offset: int, stop: int) -> int:
+    """Write the body into a slot, from *offset*, not beyond *stop*; how many bytes it had."""
+    start = offset
+    if offset + (request.content_length or 0) > stop:
+        raise _outside(offset, request.content_length or 0, stop)
+    try:
+        while True:
+            async with asyncio.timeout(SEND_SECONDS):
+                chunk = await request.content.readany()
+            if not chunk:
+                return offset - start
+            if offset + len(chunk) > stop:
+                raise _outside(offset, len(chunk), stop)
+            view = memoryview(chunk)
+            while view:
+                written = os.pwrite(descriptor, view, offset)
+                view, offset = view[written:], offset + written
+    except TimeoutError:
+        raise DeadlineExceeded(f"no byte of the body for {SEND_SECONDS:.0f} s") from None
+
+
+def _outside(offset: int, num_bytes: int, stop: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"bytes [{offset}, {offset + num_bytes}) are outside the {stop} bytes of the session's slot"
+    )
+
+
+def _client(uid: int, body: dict[str, Any]) -> str:
+    """Under which name a caller's opens are counted: never another user's."""
+    name = body.get("client", "")
+    if not isinstance(name, str) or len(name) > MAX_NAME_BYTES:
+        raise InvalidRequest(f"'client' is a text of at most {MAX_NAME_BYTES} characters")
+    return f"http {uid} {name}"
+
+
+def _blobs(body: dict[str, Any]) -> list[str]:
+    blobs = body.get("blobs")
+    if not isinstance(blobs, list) or not all(isinstance(blob, str) for blob in blobs):
+        raise InvalidRequest("'blobs' is a list of ids")
+    check_limit("blobs in one request", len(blobs), MAX_BLOBS_PER_REQUEST, "send fewer at once")
+    return blobs
+
+
+def _error_body(error: ForebayError) -> dict[str, Any]:
+    return {"error": type(error).__name__, "message": error.message}
+
+
+@web.middleware
+async def _answer_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Errors as JSON with the status of the one table; what nobody expected is logged."""
+    try:
+        return await handler(request)
+    except ForebayError as error:
+        found = error
+    except web.HTTPException as error:
+        kind = NotFound if error.status == 404 else InvalidRequest
+        problem = kind(f"{request.method} {request.path}: {error.reason}")
+        return web.json_response(_error_body(problem), status=error.status)
+    except (ConnectionError, TimeoutError):
+        raise  # the client is gone, or was cut off
+    except Exception as error:
+        logger.exception("%s %s failed", request.method, request.path)
+        found = ForebayError(f"the daemon failed ({type(error).__name__}): see its log")
+    return web.json_response(_error_body(found), status=HTTP_STATUS[found.status])
