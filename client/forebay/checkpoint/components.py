@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from forebay.checkpoint.flatten import FlatState, Path, flatten, local_part
-from forebay.checkpoint.objects import dotted, dtype_name
+from forebay.checkpoint.flatten import FlatState, flatten, local_part
+from forebay.checkpoint.objects import Path, dotted, dtype_name
 from forebay_wire.errors import InvalidRequest
 
 

@@ -32,9 +32,17 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from forebay.checkpoint.flatten import Path, check_plain, flatten
+from forebay.checkpoint.flatten import check_plain, flatten
 from forebay.checkpoint.manifest import SavedState, decode_place, encode_place
-from forebay.checkpoint.objects import EncodedObject, Json, decode, dtype_name, dtype_of, encode
+from forebay.checkpoint.objects import (
+    EncodedObject,
+    Json,
+    Path,
+    decode,
+    dtype_name,
+    dtype_of,
+    encode,
+)
 from forebay.checkpoint.read import PackReader
 from forebay.checkpoint.service import CheckpointService, Client, PackTerms, to_json
 from forebay.checkpoint.snapshot import Pack, Part, build_pack

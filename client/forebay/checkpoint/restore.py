@@ -19,10 +19,10 @@ from forebay.checkpoint.components import (
     Targets,
     targets_like,
 )
-from forebay.checkpoint.flatten import Path, nest
+from forebay.checkpoint.flatten import nest
 from forebay.checkpoint.group import Ranks
 from forebay.checkpoint.manifest import SavedState
-from forebay.checkpoint.objects import decode
+from forebay.checkpoint.objects import Path, decode
 from forebay.checkpoint.read import PackReader
 from forebay.checkpoint.service import CheckpointService
 from forebay.waiting import Deadline

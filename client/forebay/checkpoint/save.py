@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from forebay.checkpoint.components import RAW_STATE, Component
 from forebay.checkpoint.dcp import StateSavePlanner, decode_plan, encode_plan, pack_of
-from forebay.checkpoint.flatten import FlatState, Path
+from forebay.checkpoint.flatten import FlatState
 from forebay.checkpoint.group import Json, Ranks
+from forebay.checkpoint.objects import Path
 from forebay.checkpoint.service import CheckpointService, PackTerms, to_json
 from forebay.checkpoint.upload import PackUpload
 from forebay.waiting import Deadline

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from forebay.checkpoint.flatten import Path
 from forebay.checkpoint.layout import Extent, Layout, padded, place
 from forebay.checkpoint.manifest import Description, TensorEntry
-from forebay.checkpoint.objects import EncodedObject
+from forebay.checkpoint.objects import EncodedObject, Path
 
 
 @dataclass(frozen=True)
