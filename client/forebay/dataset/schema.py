@@ -202,8 +202,8 @@ def _checked(columns: list[Column]) -> tuple[Column, ...]:
 def _scalar_name(dtype: Any) -> str:
     text = str(dtype).removeprefix("torch.")
     try:
-        name = text if text in SCALARS else np.dtype(dtype).name
-    except TypeError:
+        name = text if text in SCALARS or dtype is None else np.dtype(dtype).name
+    except (TypeError, ValueError):
         name = text
     if name not in SCALARS:
         raise InvalidRequest(f"element type {text!r} is unknown: use {', '.join(SCALARS)}")
