@@ -67,6 +67,15 @@ class ObjectBlob:
         )
         return head + body
 
+    def single(self, where: str) -> ObjectExtent:
+        """The only extent: a whole blob file. :class:`IntegrityError` if there are several."""
+        if len(self.extents) != 1 or self.extents[0].file_offset:
+            raise IntegrityError(
+                f"blob {self.table.blob_id} lies in {len(self.extents)} pieces ({where}), which "
+                "this Forebay does not write: upgrade it"
+            )
+        return self.extents[0]
+
     @classmethod
     def decode(cls, data: Buffer, where: str, blob: str) -> ObjectBlob:
         """What *data* says about *blob*; :class:`IntegrityError` unless it is exactly that."""

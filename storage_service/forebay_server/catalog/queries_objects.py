@@ -1,0 +1,188 @@
+"""What the object tier has: published manifests and blobs, what is missing, what may leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, select
+
+from forebay_server.catalog.queries_blobs import (
+    FileRef,
+    batches,
+    insert_blob,
+    orphan_blobs,
+    remove_replica,
+)
+from forebay_server.catalog.queries_jobs import DELETE, FLUSH, enqueue
+from forebay_server.catalog.tables import (
+    extents,
+    files,
+    generations,
+    jobs,
+    manifest_blobs,
+    manifest_remote,
+    manifests,
+    replicas,
+    selections,
+    uploads,
+    versions,
+)
+from forebay_server.model.extents import ObjectBlob
+from forebay_wire.ids import new_random_name
+
+
+@dataclass(frozen=True)
+class ManifestRecord:
+    """A manifest with what it names."""
+
+    manifest: str
+    data: bytes
+    blobs: tuple[str, ...]
+    is_remote: bool
+
+
+def _is_named() -> ColumnElement[bool]:
+    """A version, a selection or a generation is what this manifest says."""
+    return or_(
+        exists().where(versions.c.manifest == manifests.c.manifest),
+        exists().where(selections.c.manifest == manifests.c.manifest),
+        exists().where(generations.c.manifest == manifests.c.manifest),
+    )
+
+
+def _is_remote() -> ColumnElement[bool]:
+    return exists().where(manifest_remote.c.manifest == manifests.c.manifest)
+
+
+def wanted_manifest(connection: Connection, manifest: str) -> ManifestRecord | None:
+    """The manifest, unless it is unknown or what it made was deleted."""
+    row = connection.execute(
+        select(manifests.c.data, _is_remote().label("is_remote")).where(
+            manifests.c.manifest == manifest, _is_named()
+        )
+    ).one_or_none()
+    if row is None:
+        return None
+    named = connection.scalars(
+        select(manifest_blobs.c.blob)
+        .where(manifest_blobs.c.manifest == manifest)
+        .order_by(manifest_blobs.c.blob)
+    )
+    return ManifestRecord(manifest, row.data, tuple(named), row.is_remote)
+
+
+def mark_remote(connection: Connection, manifest: str) -> None:
+    """The manifest and all that it names are in the object tier."""
+    known = select(manifest_remote.c.manifest).where(manifest_remote.c.manifest == manifest)
+    if connection.scalar(known) is None:
+        connection.execute(insert(manifest_remote).values(manifest=manifest))
+
+
+def enqueue_missing(connection: Connection) -> int:
+    """Queue what the manifests as they stand need, and no live job does; how many jobs.
+
+    A flush for each that is in use and not remote (committed while there was no object tier, or
+    given up before); a deletion for each that nothing names.
+    """
+    to_flush = connection.scalars(
+        select(manifests.c.manifest)
+        .where(~_is_remote(), _is_named())
+        .order_by(manifests.c.created, manifests.c.manifest)
+    ).all()
+    to_delete = connection.scalars(select(manifests.c.manifest).where(~_is_named())).all()
+    wanted = [(FLUSH, name) for name in to_flush] + [(DELETE, name) for name in to_delete]
+    live = {
+        (row.kind, row.target)
+        for row in connection.execute(
+            select(jobs.c.kind, jobs.c.target).where(jobs.c.state.in_(("queued", "running")))
+        )
+    }
+    missing = [one for one in wanted if one not in live]
+    for kind, manifest in missing:
+        enqueue(connection, kind, manifest)
+    return len(missing)
+
+
+def remove_manifest(connection: Connection, manifest: str) -> list[str] | None:
+    """Forget a manifest that nothing names; the blobs that it kept. None if something names it."""
+    known = connection.execute(
+        select(_is_named().label("is_named")).where(manifests.c.manifest == manifest)
+    ).one_or_none()
+    if known is not None and known.is_named:
+        return None
+    named = select(manifest_blobs.c.blob).where(manifest_blobs.c.manifest == manifest)
+    kept = list(connection.scalars(named))
+    connection.execute(delete(manifest_blobs).where(manifest_blobs.c.manifest == manifest))
+    connection.execute(delete(manifest_remote).where(manifest_remote.c.manifest == manifest))
+    connection.execute(delete(manifests).where(manifests.c.manifest == manifest))
+    return kept
+
+
+# -------------------------------------------------------------------------------------------- blobs
+
+
+def insert_object_replica(connection: Connection, blob: str, tier: str, found: ObjectBlob) -> None:
+    """Record where the object tier keeps *blob*."""
+    table = found.table
+    insert_blob(connection, blob, table.total_bytes, table.num_segments)
+    replica = new_random_name()
+    connection.execute(insert(replicas).values(replica=replica, blob=blob, tier=tier))
+    known = set(_known_files(connection, tier, [one.file for one in found.extents]))
+    for seq, one in enumerate(found.extents):
+        if one.file not in known:
+            known.add(one.file)
+            connection.execute(
+                insert(files).values(file=one.file, tier=tier, num_bytes=one.file_bytes)
+            )
+        connection.execute(
+            insert(extents).values(
+                replica=replica,
+                seq=seq,
+                blob_offset=one.blob_offset,
+                file=one.file,
+                file_offset=one.file_offset,
+                num_bytes=one.num_bytes,
+            )
+        )
+
+
+def take_out_of_tier(connection: Connection, blob: str, tier: str) -> list[FileRef] | None:
+    """Forget the replicas of an orphan in *tier*: their files, for the caller to delete next.
+
+    None if something names the blob (again): nothing of it may go.
+    """
+    if not orphan_blobs(connection, 1, [blob]):
+        return None
+    owned = connection.scalars(
+        select(replicas.c.replica).where(replicas.c.blob == blob, replicas.c.tier == tier)
+    ).all()
+    return [ref for replica in owned for ref in remove_replica(connection, replica)]
+
+
+def unnamed_files(connection: Connection, tier: str, names: Sequence[str]) -> set[str]:
+    """Those of *names* that no row of *tier* and no live upload session names."""
+    known = set(_known_files(connection, tier, names))
+    for part in batches(names):
+        known.update(connection.scalars(select(uploads.c.file).where(uploads.c.file.in_(part))))
+    return set(names) - known
+
+
+def without_object_replica(connection: Connection, tier: str, blob_ids: Sequence[str]) -> set[str]:
+    """Those of *blob_ids* that have no replica in *tier* as far as the catalog knows."""
+    known: set[str] = set()
+    for part in batches(blob_ids):
+        known.update(
+            connection.scalars(
+                select(replicas.c.blob).where(replicas.c.tier == tier, replicas.c.blob.in_(part))
+            )
+        )
+    return set(blob_ids) - known
+
+
+def _known_files(connection: Connection, tier: str, names: Sequence[str]) -> Iterable[Any]:
+    for part in batches(names):
+        yield from connection.scalars(
+            select(files.c.file).where(files.c.tier == tier, files.c.file.in_(part))
+        )

@@ -1,0 +1,135 @@
+"""Reclaims what nothing names any more, in an order in which a crash leaves only garbage behind.
+
+A manifest leaves the object tier first, so that nobody recovers it half; then the catalog forgets
+it. A blob that no manifest, pack or session names loses its row in the object tier's name, its
+objects there, then its other rows, and last its local files. A file without a row is reclaimed
+after a grace period.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_blobs import FileRef, orphan_blobs, remove_orphan
+from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue
+from forebay_server.catalog.queries_objects import (
+    remove_manifest,
+    take_out_of_tier,
+    unnamed_files,
+    without_object_replica,
+)
+from forebay_server.locks import NamedLocks
+from forebay_server.model.extents import ObjectBlob
+from forebay_server.move.jobs import Progress
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import FileInfo, Tier
+from forebay_wire.errors import Conflict, IntegrityError, NotFound
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS: Final = 3600.0
+"""Age at which a file without a row is garbage: longer than any publication takes from its file to
+its row, clocks of file servers included."""
+
+BATCH: Final = 500
+MANIFESTS: Final = "manifests/"
+BLOBS: Final = "blobs/"
+
+
+class Collector:
+    """Removes manifests and blobs from everywhere. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        tiers: Tiers,
+        locks: NamedLocks,
+        *,
+        is_open: Callable[[str], bool] = lambda blob: False,
+        forget: Callable[[str], object] = lambda blob: None,
+        grace_seconds: float = GRACE_SECONDS,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """*locks* are shared with the publisher; *is_open* tells whether a client has a blob in
+        hand; *forget* is told the id of a blob that goes; *clock* answers Unix seconds."""
+        self._catalog = catalog
+        self._tiers = tiers
+        self._locks = locks
+        self._is_open = is_open
+        self._forget = forget
+        self._grace_seconds = grace_seconds
+        self._clock = clock
+
+    async def delete_manifest(self, progress: Progress) -> None:
+        """Handles jobs of the kind ``delete``; the target is a manifest id. Idempotent."""
+        manifest = progress.target
+        async with self._locks.hold(manifest):
+            tier = self._tiers.object
+            if tier is not None:
+                await self._tiers.run(tier, tier.delete, MANIFESTS + manifest)
+            kept = await self._catalog.write(lambda connection: _remove(connection, manifest))
+        if kept is None:
+            raise Conflict(f"manifest {manifest} is still in use and cannot be deleted")
+
+    async def collect(self, progress: Progress) -> None:
+        """Handles jobs of the kind ``collect``: every orphan, then every stray file. Idempotent.
+
+        Blobs that clients have in hand stay; :class:`Conflict` then has the job tried again later.
+        """
+        num_open = await self._collect_orphans(progress)
+        for tier in self._tiers.landing:
+            await self._sweep(tier)
+        if self._tiers.object is not None:
+            await self._sweep_objects(self._tiers.object)
+        if num_open:
+            raise Conflict(f"{num_open} deleted blobs are still open in clients: they go later")
+
+    # ------------------------------------------------------------------------------------ blobs
+
+    async def _collect_orphans(self, progress: Progress) -> int:
+        """Remove all blobs that nothing names; how many stay because they are open."""
+        kept: set[str] = set()
+        while True:
+            found = await self._orphans(BATCH + len(kept))
+            fresh = [blob for blob in found if blob not in kept]
+            if not fresh:
+                return len(kept)
+            for blob in fresh:
+                if self._is_open(blob) or not await self._collect_blob(blob):
+                    kept.add(blob)
+                progress.advance(0)
+
+    async def _remove(connection: Connection, manifest: str) -> list[str] | None:
+    kept = remove_manifest(connection, manifest)
+    if kept:
+        enqueue(connection, COLLECT, GARBAGE)
+    return kept
+
+
+def _delete_objects(tier: Tier, blob: str, files: Iterable[FileRef]) -> None:
+    """Delete a blob's files, also those that only its list names, and the list last: a crash in
+    between leaves a list that leads nowhere, which the next publication replaces."""
+    names = {ref.file for ref in files} | _files_of(tier, blob)
+    for file in names:
+        tier.delete(tier.blob_name(file))
+    tier.delete(BLOBS + blob)
+
+
+def _files_of(tier: Tier, blob: str) -> set[str]:
+    """The files that the object tier's list of *blob* names; none if it is missing or damaged."""
+    try:
+        found = ObjectBlob.decode(tier.get(BLOBS + blob), f"tier {tier.name}", blob)
+    except NotFound:
+        return set()
+    except IntegrityError as error:
+        logger.warning("an extent list is damaged: %s", error)
+        return set()
+    return {one.file for one in found.extents}
+
+
+def _names(tier: Tier, prefix: str) -> list[str]:
+    return [info.name.removeprefix(prefix) for info in tier.list(prefix)]

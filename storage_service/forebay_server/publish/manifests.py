@@ -1,0 +1,227 @@
+"""Publishes manifests into the object tier: first all that one names, then, create-only, itself.
+
+What lies there: ``data/<random name>`` (blob files), ``blobs/<blob id>`` (a blob's extent list with
+its segment table) and ``manifests/<manifest id>``. Whoever finds a manifest there can rely on
+everything that it names. Every step may be repeated: what exists is checked and taken over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.queries_blobs import BlobLocation, Replica, quarantine
+from forebay_server.catalog.queries_objects import ManifestRecord, insert_object_replica
+from forebay_server.locks import NamedLocks
+from forebay_server.model.extents import ObjectBlob, ObjectExtent
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier, TierWriter
+from forebay_server.tier.verify import copy_bytes, copy_verified, read_table, verify_file
+from forebay_wire.errors import AlreadyExists, IntegrityError, NotFound, StorageError
+from forebay_wire.failpoints import failpoint
+from forebay_wire.ids import new_random_name
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+logger = logging.getLogger(__name__)
+
+MANIFESTS: Final = "manifests/"
+BLOBS: Final = "blobs/"
+
+
+class Progress(Protocol):
+    """How far a publication is; its methods may be called from any thread."""
+
+    def plan(self, total_bytes: int) -> None:
+        """There are so many bytes to copy in all."""
+        ...
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more are copied; may raise to interrupt."""
+        ...
+
+
+class ObjectPublisher:
+    """Brings manifests and blobs into the object tier. Belongs to the event loop."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        tiers: Tiers,
+        tier: Tier,
+        locks: NamedLocks,
+        forget: Callable[[str], object] = lambda blob: None,
+    ) -> None:
+        """*tier* is the object tier; *locks* are shared with whoever deletes there; *forget* is
+        told the id of a blob whose replica turned out to be bad."""
+        self._catalog = catalog
+        self._tiers = tiers
+        self._tier = tier
+        self._locks = locks
+        self._forget = forget
+
+    async def publish(self, record: ManifestRecord, progress: Progress) -> None:
+        """Bring *record* and all that it names into the object tier; durable on return.
+
+        :class:`IntegrityError` if a blob has no good copy left.
+        """
+        located = await self._catalog.locate(record.blobs)
+        progress.plan(
+            sum(location.num_bytes for location in located.values() if self._row(location) is None)
+        )
+        for blob in record.blobs:
+            # The lock keeps a collector from removing what is found or put here.
+            async with self._locks.hold(blob):
+                await self._publish_blob(blob, progress)
+        failpoint("flush.before_manifest")
+        await self._tiers.run(self._tier, self._put, MANIFESTS + record.manifest, record.data)
+        failpoint("flush.after_manifest")
+
+    async def _publish_blob(self, blob: str, progress: Progress) -> None:
+        location = (await self._catalog.locate([blob])).get(blob)
+        if location is None:
+            raise IntegrityError(f"blob {blob} is named by a manifest and not in the catalog")
+        known = self._row(location)
+        if known is not None:
+            if await self._tiers.run(self._tier, self._is_there, blob, known):
+                return
+            await self._quarantine(location, known, "it is gone from the object tier")
+        found = await self._tiers.run(self._tier, self.find, blob)
+        if found is None:
+            failpoint("flush.before_blob")
+            found = await self._copy(location, progress)
+        await self._catalog.write(
+            lambda connection: insert_object_replica(connection, blob, self._tier.name, found)
+        )
+
+    def _row(self, location: BlobLocation) -> Replica | None:
+        """The live replica in the object tier that the catalog knows."""
+        replicas = (one for one in location.live() if one.tier == self._tier.name)
+        return next(replicas, None)
+
+    async def _quarantine(self, location: BlobLocation, replica: Replica, reason: str) -> None:
+        logger.error(
+            "blob %s: the copy in tier %s is out of service: %s",
+            location.blob,
+            replica.tier,
+            reason,
+        )
+        self._forget(location.blob)
+        await self._catalog.write(
+            lambda connection: quarantine(connection, replica.replica_id, reason)
+        )
+
+    # ---------------------------------------------------------- below: on a thread of the tier
+
+    def _is_there(self, blob: str, replica: Replica) -> bool:
+        names = [BLOBS + blob, *(self._tier.blob_name(one.file) for one in replica.extents)]
+        return all(self._tier.head(name) is not None for name in names)
+
+    def find(self, blob: str) -> ObjectBlob | None:
+        """What an earlier try, or another daemon, has put under the blob's id, with every byte
+        checked; blocks. A list that leads nowhere is removed."""
+        try:
+            found = ObjectBlob.decode(self._tier.get(BLOBS + blob), self._where(blob), blob)
+            extent = found.single(self._where(blob))
+            with self._tier.read(self._tier.blob_name(extent.file)) as reader:
+                verify_file(reader, blob)
+        except NotFound:
+            if self._tier.head(BLOBS + blob) is None:
+                return None
+        except IntegrityError as error:
+            logger.warning("published again: %s", error)
+        else:
+            return found
+        self._tier.delete(BLOBS + blob)
+        return None
+
+    async def _copy(self, location: BlobLocation, progress: Progress) -> ObjectBlob:
+        """Copy a blob from its best good replica, verified on both sides."""
+        for replica in location.live():
+            if replica.tier == self._tier.name:
+                continue
+            try:
+                extent = await self._tiers.run(
+                    self._tier, self._copy_file, location.blob, replica, progress
+                )
+            except (IntegrityError, NotFound) as error:
+                await self._quarantine(location, replica, str(error))
+                continue
+            failpoint("flush.after_blob")
+            found = await self._tiers.run(self._tier, self._put_list, location.blob, extent)
+            failpoint("flush.after_extents")
+            return found
+        raise IntegrityError(
+            f"blob {location.blob} has no good copy on this node: what names it cannot be brought "
+            "into the object tier; delete it, or restore the lost tier"
+        )
+
+    def _copy_file(self, blob: str, replica: Replica, progress: Progress) -> ObjectExtent:
+        source = self._tiers.get(replica.tier)
+        file = new_random_name()
+        name = self._tier.blob_name(file)
+        with source.read(source.blob_name(replica.extents[0].file)) as reader:
+            table = read_table(reader, blob)
+            with self._tier.create(name, copy_bytes(table)) as writer:
+                copy_verified(reader, _Counting(writer, progress), blob)
+                writer.publish()
+        return ObjectExtent(0, 0, table.total_bytes, copy_bytes(table), file)
+
+    def _put_list(self, blob: str, extent: ObjectExtent) -> ObjectBlob:
+        """Read the copy back, then publish the blob's extent list; somebody else's, if that came
+        first."""
+        name = self._tier.blob_name(extent.file)
+        try:
+            with self._tier.read(name) as reader:
+                table = verify_file(reader, blob)
+        except (IntegrityError, NotFound) as error:
+            self._tier.delete(name)
+            raise StorageError(
+                f"what was just written into the object tier reads back wrong: {error}"
+            ) from error
+        made = ObjectBlob(table, (extent,))
+        try:
+            self._put(BLOBS + blob, made.encode())
+        except AlreadyExists:
+            if (theirs := self.find(blob)) is not None:
+                self._tier.delete(name)
+                return theirs
+            self._put(BLOBS + blob, made.encode())
+        return made
+
+    def _put(self, name: str, data: bytes) -> None:
+        """Publish a small object and read it back; one that is there already has to be equal.
+
+        A damaged one is replaced if nothing can rely on it: for a manifest that is always so, its
+        name is its digest.
+        """
+        try:
+            self._tier.put(name, data)
+        except AlreadyExists:
+            if self._tier.get(name) == data:
+                return
+            if not name.startswith(MANIFESTS):
+                raise
+            logger.warning("object %s is damaged and published again", name)
+            self._tier.delete(name)
+            self._tier.put(name, data)
+        if self._tier.get(name) != data:
+            raise StorageError(f"object {name} reads back wrong right after it was written")
+
+    def _where(self, blob: str) -> str:
+        return f"tier {self._tier.name}, file {BLOBS}{blob}"
+
+
+class _Counting:
+    """A writer that tells how much was written."""
+
+    def __init__(self, writer: TierWriter, progress: Progress) -> None:
+        self._writer = writer
+        self._progress = progress
+
+    def write(self, buffer: ReadableBuffer) -> None:
+        self._writer.write(buffer)
+        self._progress.advance(memoryview(buffer).nbytes)
