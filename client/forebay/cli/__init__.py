@@ -1,0 +1,70 @@
+"""The command line: ``forebay COMMAND``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from forebay.cli.checkpoint_delete import delete_checkpoint
+from forebay.cli.checkpoint_list import list_checkpoints
+from forebay.cli.checkpoint_show import show_checkpoint
+from forebay.cli.daemon import recover, serve
+from forebay.cli.dataset_delete import delete_dataset
+from forebay.cli.dataset_import import import_dataset
+from forebay.cli.dataset_list import list_datasets
+from forebay.cli.dataset_show import show_dataset
+from forebay.cli.doctor import doctor
+from forebay.cli.exit_codes import ExitCode, epilog, exit_code
+from forebay.cli.status import status
+from forebay_wire.errors import ForebayError
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=_SETTINGS, epilog=epilog())
+@click.version_option(package_name="forebay")
+def commands() -> None:
+    """Data and checkpoints for training, kept by a Forebay daemon."""
+
+
+@commands.group()
+def dataset() -> None:
+    """List, show, import and delete datasets."""
+
+
+@commands.group()
+def checkpoint() -> None:
+    """List, show and delete the checkpoints of training runs."""
+
+
+for command in (list_datasets, show_dataset, import_dataset, delete_dataset):
+    dataset.add_command(command)
+for command in (list_checkpoints, show_checkpoint, delete_checkpoint):
+    checkpoint.add_command(command)
+for command in (status, doctor, serve, recover):
+    commands.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its status (see ``forebay --help``)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        done = commands.main(given, "forebay", standalone_mode=False)
+        sys.exit(int(done or ExitCode.OK))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ExitCode.USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        print("forebay: interrupted", file=sys.stderr)
+        sys.exit(ExitCode.INTERRUPTED)
+    except ForebayError as error:
+        if "--json" in given:
+            failure = {"error": type(error).__name__, "message": error.message}
+            print(json.dumps(failure), file=sys.stderr)
+        else:
+            print(f"forebay: {error.message}", file=sys.stderr)
+        sys.exit(exit_code(error))

@@ -1,0 +1,39 @@
+"""``forebay checkpoint delete``."""
+
+from __future__ import annotations
+
+import click
+
+from forebay.cli.confirm import confirm
+from forebay.cli.session import Session, with_session
+from forebay_wire.errors import InvalidRequest
+
+
+@click.command("delete")
+@click.argument("run")
+@click.argument("generation", required=False)
+@click.option("--all", "whole_run", is_flag=True, help="The whole run with all its generations.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@with_session
+def delete_checkpoint(
+    session: Session, run: str, generation: str | None, whole_run: bool, yes: bool
+) -> None:
+    """Delete one generation of RUN (ATTEMPT/STEP), or with --all the whole run."""
+    if (generation is None) != whole_run:
+        raise click.UsageError("give a GENERATION (ATTEMPT/STEP), or --all for the whole run")
+    attempt, step = (None, None) if generation is None else _parse(generation)
+    what = f"run {run!r} with all generations" if whole_run else f"{generation} of run {run!r}"
+    with session.connect() as client:
+        confirm(f"Delete {what}?", is_sure=yes)
+        num_deleted = client.delete_checkpoints(run, attempt=attempt, step=step)
+    session.show(
+        {"run": run, "generation": generation, "num_deleted": num_deleted},
+        lambda: print(f"Deleted {num_deleted} generation{'' if num_deleted == 1 else 's'}."),
+    )
+
+
+def _parse(generation: str) -> tuple[int, int]:
+    attempt, _, step = generation.partition("/")
+    if not (attempt.isdigit() and step.isdigit()):
+        raise InvalidRequest(f"generation {generation!r} is not of the form ATTEMPT/STEP")
+    return int(attempt), int(step)

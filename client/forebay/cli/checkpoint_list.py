@@ -1,0 +1,75 @@
+"""``forebay checkpoint list``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from forebay.cli.output import moment, print_table, record, size
+from forebay.cli.session import Session, with_session
+
+if TYPE_CHECKING:
+    from forebay.client import Client
+
+
+@click.command("list")
+@click.argument("run", required=False)
+@with_session
+def list_checkpoints(session: Session, run: str | None) -> None:
+    """The generations of RUN, newest first; without RUN, all runs."""
+    with session.connect() as client:
+        if run is None:
+            _list_runs(session, client)
+        else:
+            _list_generations(session, client, run)
+
+
+def _list_runs(session: Session, client: Client) -> None:
+    found = client.runs()
+
+    def people() -> None:
+        rows = [
+            (
+                one.run,
+                str(one.num_attempts),
+                str(one.num_generations),
+                size(one.num_bytes),
+                f"{one.latest_attempt}/{one.latest_step}" if one.has_latest else "–",
+                one.latest_durability,
+            )
+            for one in found
+        ]
+        columns = ("run", ">attempts", ">generations", ">bytes", "latest", "durability")
+        print_table(columns, rows)
+
+    session.show([record(one) for one in found], people)
+
+
+def _list_generations(session: Session, client: Client, run: str) -> None:
+    attempts, generations = client.describe_run(run)
+
+    def people() -> None:
+        rows = [
+            (
+                str(one.attempt),
+                str(one.step),
+                one.state,
+                one.durability or "–",
+                str(one.num_ranks),
+                size(one.num_bytes),
+                moment(one.created_unix),
+                f"{one.parent_attempt}/{one.parent_step}" if one.has_parent else "–",
+                one.error or one.metrics_json,
+            )
+            for one in generations
+        ]
+        columns = (">attempt", ">step", "state", "durability", ">ranks", ">bytes", "created")
+        print_table((*columns, "attempt began from", "metrics or error"), rows, title=f"Run {run}")
+
+    value = {
+        "run": run,
+        "attempts": [record(one) for one in attempts],
+        "generations": [record(one) for one in generations],
+    }
+    session.show(value, people)

@@ -1,0 +1,69 @@
+"""``forebay dataset show``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from forebay.cli.output import moment, print_fields, print_table, record, size
+from forebay.cli.session import Session, with_session
+
+if TYPE_CHECKING:
+    from forebay.dataset.dataset import Dataset
+
+
+@click.command("show")
+@click.argument("name")
+@click.option("--version", default="latest", show_default=True, help="Which version to show.")
+@with_session
+def show_dataset(session: Session, name: str, version: str) -> None:
+    """A dataset's versions and splits, and the columns and shards of one version."""
+    with session.connect() as client:
+        found = client.describe_dataset(name)
+        dataset = client.dataset(name, version)
+        value: dict[str, Any] = {
+            **record(found),
+            "shown_version": dataset.version,
+            "columns": {column.name: column.text for column in dataset.schema.columns},
+            "metadata": dataset.manifest.metadata,
+            "shards": [
+                {"blob": shard.blob, "num_bytes": shard.num_bytes, "num_rows": shard.num_rows}
+                for shard in dataset.manifest.shards
+            ],
+        }
+    session.show(value, lambda: _print(value, dataset))
+
+
+def _print(value: dict[str, Any], dataset: Dataset) -> None:
+    versions = [
+        (
+            str(one["version"]),
+            f"{one['num_rows']:,}",
+            size(one["num_bytes"]),
+            str(one["num_shards"]),
+            one["durability"],
+            moment(one["created_unix"]),
+            one["manifest"][:12],
+        )
+        for one in value["versions"]
+    ]
+    columns = (">version", ">rows", ">bytes", ">shards", "durability", "created", "manifest")
+    print_table(columns, versions, title=f"Dataset {value['name']}")
+    if value["selections"]:
+        splits = [
+            (one["name"], str(one["version"]), f"{one['num_rows']:,}")
+            for one in value["selections"]
+        ]
+        print_table(("split", ">of version", ">rows"), splits)
+    print_fields(
+        [
+            (f"Version {dataset.version}", f"{len(dataset):,} rows"),
+            *((f"  {name}", text) for name, text in value["columns"].items()),
+        ]
+    )
+    shards = [
+        (str(number), one["blob"][:12], f"{one['num_rows']:,}", size(one["num_bytes"]))
+        for number, one in enumerate(value["shards"])
+    ]
+    print_table((">shard", "blob", ">rows", ">bytes"), shards)
