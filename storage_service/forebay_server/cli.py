@@ -10,17 +10,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from forebay_server.config import OPTIONS, Configured, Option, load_config
-from forebay_server.daemon import Daemon, recover_folder
+from forebay_server.daemon import Daemon
 from forebay_server.exit_codes import ExitCode
 from forebay_server.observe.logs import configure_logs
 from forebay_wire.errors import AlreadyRunning, ForebayError, InvalidRequest, VersionMismatch
-
-_RECOVER_OPTIONS: Final = ("data", "ssd-path", "ssd-bytes", "hdd-path", "hdd-bytes")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,52 +132,3 @@ def _print_config(configured: Configured, *, as_json: bool) -> None:
         return
     for row in rows:
         print(f"{row['name']:15} = {row['value']!s:30} ({row['origin']})")
-
-
-@commands.command()
-@click.argument("url")
-@_config_file
-@_flags(_RECOVER_OPTIONS)
-@click.option("--json", "as_json", is_flag=True, help="Print progress and result as JSON lines.")
-def recover(url: str, config_file: Path | None, as_json: bool, **given: Any) -> int:
-    """Rebuild an empty data folder from the object tier at URL.
-
-    Everything that had become remote is there again: datasets, selections, runs and generations.
-    Bytes are fetched from the object tier when they are read.
-    """
-    config = _configure(config_file, {**given, "object-url": _absolute(url)}).config
-    configure_logs(config.log_level, config.log_format)
-    progress = _JsonProgress() if as_json else _LineProgress()
-    result = asyncio.run(recover_folder(config, progress))
-    progress.finish(result)
-    return ExitCode.OK
-
-
-def _absolute(url: str) -> str:
-    """*url*, with a plain path made the URL of that folder."""
-    return url if "://" in url else f"file://{Path(url).expanduser().resolve()}"
-
-
-class _JsonProgress:
-    """Progress for machines: a JSON object a line."""
-
-    def __call__(self, **event: Any) -> None:
-        print(json.dumps(event, default=str), flush=True)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        self(event="recovered", **result)
-
-
-class _LineProgress:
-    """Progress for people: a line that is rewritten on a terminal."""
-
-    def __call__(self, **event: Any) -> None:
-        text = "  ".join(f"{key} {value}" for key, value in event.items())
-        print(f"\r\x1b[2K{text}" if sys.stdout.isatty() else text, end="", flush=True)
-        if not sys.stdout.isatty():
-            print()
-
-    def finish(self, result: dict[str, Any]) -> None:
-        if sys.stdout.isatty():
-            print()
-        print("recovered: " + ", ".join(f"{value} {key}" for key, value in result.items()))

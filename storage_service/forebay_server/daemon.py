@@ -23,6 +23,8 @@ from forebay_server.bulk.descriptors import DescriptorServer
 from forebay_server.bulk.ranges import make_app
 from forebay_server.bulk.tickets import Auth
 from forebay_server.catalog.engine import Catalog, sqlite_url
+from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH
+from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_status import count_below_local
 from forebay_server.config import Address, Config
 from forebay_server.exit_codes import ExitCode
@@ -36,11 +38,15 @@ from forebay_server.folder import (
     remove_address,
     write_private,
 )
-from forebay_server.move.jobs import Jobs, take_over_jobs
+from forebay_server.locks import NamedLocks
+from forebay_server.move.collect import Collector
+from forebay_server.move.flush import Flush
+from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.observe.metrics import Metrics
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
 from forebay_server.publish.lease import Uploads
+from forebay_server.publish.manifests import ObjectPublisher
 from forebay_server.publish.reconcile import reconcile
 from forebay_server.rpc.admin import AdminService, Attached, Identity
 from forebay_server.rpc.blobs import BlobsService
@@ -176,18 +182,41 @@ class Daemon:
             lease_seconds=self._config.lease_seconds,
             forget=self._opener.forget,
         )
-        self._jobs = Jobs(self._catalog, self._incarnation, {})
+        self._jobs = Jobs(self._catalog, self._incarnation, self._make_handlers())
         self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs)
         stack.push_async_callback(self._checkpoints.close)
         self._datasets = Datasets(self._catalog, self._uploads, self._jobs)
         stack.push_async_callback(self._uploads.close)
 
+    def _make_handlers(self) -> dict[str, Handler]:
+        """What does each kind of job; without an object tier flushes stay queued for one."""
+        catalog, opener, locks = self._catalog, self._opener, NamedLocks()
+        collector = Collector(
+            catalog, self._tiers, locks, is_open=opener.is_open, forget=opener.forget
+        )
+        handlers: dict[str, Handler] = {
+            COLLECT: collector.collect,
+            DELETE: collector.delete_manifest,
+        }
+        if self._tiers.object is not None:
+            publisher = ObjectPublisher(
+                catalog, self._tiers, self._tiers.object, locks, forget=opener.forget
+            )
+            handlers[FLUSH] = Flush(catalog, publisher, locks)
+        return handlers
+
     async def _recover(self) -> None:
         """Settle what an earlier daemon left, however it ended."""
         num_aborted = await recover_catalog_state(self._catalog)
         num_jobs = await take_over_jobs(self._catalog)
+        num_queued = await self._catalog.write(enqueue_missing)
         await reconcile(self._catalog, self._tiers)
-        logger.info("%d generations were aborted, %d jobs go on", num_aborted, num_jobs)
+        logger.info(
+            "aborted %d generations, took over %d jobs, queued %d",
+            num_aborted,
+            num_jobs,
+            num_queued,
+        )
 
     async def _start_background(self, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self._background.close)
