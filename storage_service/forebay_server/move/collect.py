@@ -103,7 +103,72 @@ class Collector:
                     kept.add(blob)
                 progress.advance(0)
 
-    async def _remove(connection: Connection, manifest: str) -> list[str] | None:
+    async def _orphans(self, limit: int) -> list[str]:
+        return await self._catalog.read(lambda connection: orphan_blobs(connection, limit))
+
+    async def _collect_blob(self, blob: str) -> bool:
+        """Remove one orphan from everywhere; False if something names it by now."""
+        async with self._locks.hold(blob):
+            tier = self._tiers.object
+            if tier is not None:
+                name = tier.name
+                objects = await self._catalog.write(
+                    lambda connection: take_out_of_tier(connection, blob, name)
+                )
+                if objects is None:
+                    return False
+                self._forget(blob)
+                await self._tiers.run(tier, _delete_objects, tier, blob, objects)
+            gone = await self._catalog.write(lambda connection: remove_orphan(connection, blob))
+            self._forget(blob)
+            await self._delete(gone)
+            return True
+
+    async def _delete(self, files: Iterable[FileRef]) -> None:
+        for ref in files:
+            tier = self._tiers.get(ref.tier)
+            await self._tiers.run(tier, tier.delete, tier.blob_name(ref.file))
+
+    # ------------------------------------------------------------------------------------ files
+
+    async def _sweep(self, tier: Tier) -> None:
+        """Delete the files of a landing tier that no row names, past the grace period."""
+        old = await self._tiers.run(tier, self._old_files, tier, "")
+        for name in await self._unnamed(tier, [info.name for info in old]):
+            logger.info("tier %s: stray file %s is deleted", tier.name, name)
+            await self._tiers.run(tier, tier.delete, name)
+
+    async def _sweep_objects(self, tier: Tier) -> None:
+        """Delete the blob files of the object tier that neither a row nor any extent list names.
+
+        Lists that the catalog does not know are read: they may be another daemon's.
+        """
+        prefix = tier.blob_name("")
+        old = await self._tiers.run(tier, self._old_files, tier, prefix)
+        files = await self._unnamed(tier, [info.name.removeprefix(prefix) for info in old])
+        if not files:
+            return
+        lists = await self._tiers.run(tier, _names, tier, BLOBS)
+        foreign = await self._catalog.read(
+            lambda connection: without_object_replica(connection, tier.name, lists)
+        )
+        for blob in foreign:
+            files -= await self._tiers.run(tier, _files_of, tier, blob)
+        for file in files:
+            logger.info("tier %s: stray object %s is deleted", tier.name, file)
+            await self._tiers.run(tier, tier.delete, tier.blob_name(file))
+
+    def _old_files(self, tier: Tier, prefix: str) -> list[FileInfo]:
+        limit = self._clock() - self._grace_seconds
+        return [info for info in tier.list(prefix) if info.modified_unix < limit]
+
+    async def _unnamed(self, tier: Tier, names: list[str]) -> set[str]:
+        return await self._catalog.read(
+            lambda connection: unnamed_files(connection, tier.name, names)
+        )
+
+
+def _remove(connection: Connection, manifest: str) -> list[str] | None:
     kept = remove_manifest(connection, manifest)
     if kept:
         enqueue(connection, COLLECT, GARBAGE)

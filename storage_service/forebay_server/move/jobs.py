@@ -94,6 +94,11 @@ class Jobs:
         self._woken = asyncio.Event()
         self._stopping = False
         self._running: dict[str, Progress] = {}
+        self._listeners: list[Callable[[str], object]] = []
+
+    def listen(self, listener: Callable[[str], object]) -> None:
+        """Have *listener* told the target of each try that ended, well or not."""
+        self._listeners.append(listener)
 
     def wake(self) -> None:
         """There may be new work."""
@@ -174,6 +179,8 @@ class Jobs:
                 outcome = await self._attempt(job, progress)
                 renewing.cancel()
             await self._settle(job, progress, outcome)
+            for listener in self._listeners:
+                listener(job.target)
         except asyncio.CancelledError:
             progress.interrupt("the daemon is stopping; the job goes on at its next start")
             raise

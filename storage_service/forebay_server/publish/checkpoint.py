@@ -49,6 +49,10 @@ class JobQueue(Protocol):
         """There may be new work."""
         ...
 
+    def listen(self, listener: Callable[[str], object]) -> None:
+        """Have *listener* told the target of each try that ended, well or not."""
+        ...
+
 
 @dataclass(frozen=True)
 class PackSeal:
@@ -79,6 +83,7 @@ class Checkpoints:
         self._uploads = uploads
         self._jobs = jobs
         self.generations = Generations(catalog)
+        jobs.listen(self.generations.announce)  # the target of a flush is a manifest
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followed: set[str] = set()
         # Run to (attempt, uid, owner) of the slots that its ranks keep warm.
