@@ -3,7 +3,6 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ from sqlalchemy import Connection
 
 from forebay_server.catalog import queries_blobs, queries_uploads
 from forebay_server.catalog.engine import Catalog, sqlite_url
-from forebay_server.publish.lease import LandedBlob, Uploads
+from forebay_server.publish.lease import LandedBlob
 from forebay_server.publish.reconcile import reconcile
+from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.memory import SlotPool
 from forebay_server.tier.registry import Tiers
@@ -28,63 +28,20 @@ from forebay_wire.errors import (
 from forebay_wire.limits import MIB
 from forebay_wire.segments import SegmentTable, even_cuts, table_of
 
-UID = 1000
-
-
-@dataclass
-class Node:
-    """Catalog, tiers and uploads of one daemon, without the daemon."""
-
-    catalog: Catalog
-    tiers: Tiers
-    uploads: Uploads
-
-    async def files(self) -> list[str]:
-        return sorted(info.name for tier in self.tiers.landing for info in tier.list())
-
-    async def upload(self, data: bytes, owner: str = "dataset d", cuts: list[int] | None = None):
-        grant = await self.uploads.begin(UID, owner, len(data), len(data))
-        self.uploads.slot(grant.session, UID).view[: len(data)] = data
-        cut = even_cuts(len(data), MIB) if cuts is None else cuts
-        return await self.uploads.seal(grant.session, UID, 0, len(data), cut)
-
-
-async def start(folder: Path, *, lease_seconds: float = 60.0, limit_bytes: int = 0) -> Node:
-    catalog = Catalog.open(sqlite_url(folder / "catalog.sqlite"))
-    tiers = Tiers(
-        [
-            DirectoryTier("ssd", "ssd", folder / "ssd", limit_bytes=limit_bytes, reserve_bytes=0),
-            DirectoryTier("hdd", "hdd", folder / "hdd", limit_bytes=limit_bytes, reserve_bytes=0),
-        ],
-        SlotPool(256 * MIB, 0),
-    )
-    await tiers.start()
-    await reconcile(catalog, tiers)
-    uploads = Uploads(catalog, tiers, lease_seconds=lease_seconds)
-    await uploads.start()
-    return Node(catalog, tiers, uploads)
-
-
-async def stop(node: Node) -> None:
-    await node.uploads.close()
-    await node.tiers.close()
-    node.catalog.close()
-
 
 @pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[Node]:
-    started = await start(tmp_path)
-    yield started
-    await stop(started)
+async def node(tmp_path: Path) -> AsyncIterator[Storage]:
+    async with open_storage(tmp_path) as opened:
+        yield opened
 
 
 async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - leases run by a clock
             await asyncio.sleep(0.02)
 
 
-async def test_a_sealed_blob_is_on_disk_with_its_table(node: Node) -> None:
+async def test_a_sealed_blob_is_on_disk_with_its_table(node: Storage) -> None:
     data = os.urandom(10 * MIB + 123)
     landed = await node.upload(data)
     table = table_of(data[i : i + MIB] for i in range(0, len(data), MIB))
@@ -100,7 +57,7 @@ async def test_a_sealed_blob_is_on_disk_with_its_table(node: Node) -> None:
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 4095, 4096, 4 * MIB, 4 * MIB + 1, 13 * MIB])
-async def test_every_size_lands(node: Node, num_bytes: int) -> None:
+async def test_every_size_lands(node: Storage, num_bytes: int) -> None:
     data = os.urandom(num_bytes)
     landed = await node.upload(data, cuts=even_cuts(num_bytes))
     location = (await node.catalog.locate([landed.blob]))[landed.blob]
@@ -111,7 +68,7 @@ async def test_every_size_lands(node: Node, num_bytes: int) -> None:
         verify_file(reader, landed.blob)
 
 
-async def test_pieces_appended_in_order_make_the_same_blob(node: Node) -> None:
+async def test_pieces_appended_in_order_make_the_same_blob(node: Storage) -> None:
     data = os.urandom(9 * MIB)
     whole = await node.upload(data)
     grant = await node.uploads.begin(UID, "dataset d", len(data), 4 * MIB)
@@ -129,7 +86,7 @@ async def test_pieces_appended_in_order_make_the_same_blob(node: Node) -> None:
     assert landed.blob == whole.blob
 
 
-async def test_a_repeated_piece_is_answered_and_not_applied(node: Node) -> None:
+async def test_a_repeated_piece_is_answered_and_not_applied(node: Storage) -> None:
     grant = await node.uploads.begin(UID, "dataset d", 30, MIB)
     node.uploads.slot(grant.session, UID).view[:3] = b"abc"
     assert await node.uploads.append(grant.session, UID, 0, 3, [3]) == 3
@@ -139,7 +96,7 @@ async def test_a_repeated_piece_is_answered_and_not_applied(node: Node) -> None:
     assert await node.uploads.seal(grant.session, UID, 1, 3, [3]) == sealed
 
 
-async def test_a_piece_out_of_order_is_refused_and_harms_nothing(node: Node) -> None:
+async def test_a_piece_out_of_order_is_refused_and_harms_nothing(node: Storage) -> None:
     grant = await node.uploads.begin(UID, "dataset d", 30, MIB)
     with pytest.raises(InvalidRequest, match="expects piece 0, got 1"):
         await node.uploads.append(grant.session, UID, 1, 3, [3])
@@ -150,20 +107,20 @@ async def test_a_piece_out_of_order_is_refused_and_harms_nothing(node: Node) -> 
     assert await node.uploads.append(grant.session, UID, 0, 3, [3]) == 3
 
 
-async def test_equal_content_is_stored_once(node: Node) -> None:
+async def test_equal_content_is_stored_once(node: Storage) -> None:
     data = os.urandom(MIB)
     first, second = await node.upload(data), await node.upload(data)
     assert first.blob == second.blob
-    assert len(await node.files()) == 1
+    assert len(node.files()) == 1
     location = (await node.catalog.locate([first.blob]))[first.blob]
     assert len(location.replicas) == 1
     await node.uploads.abort(first.session, UID)
-    assert len(await node.files()) == 1  # the second session still holds it
+    assert len(node.files()) == 1  # the second session still holds it
     await node.uploads.abort(second.session, UID)
-    assert await node.files() == []
+    assert node.files() == []
 
 
-async def test_another_user_cannot_touch_a_session(node: Node) -> None:
+async def test_another_user_cannot_touch_a_session(node: Storage) -> None:
     grant = await node.uploads.begin(UID, "dataset d", 3, 3)
     with pytest.raises(PermissionDenied):
         node.uploads.slot(grant.session, UID + 1)
@@ -173,7 +130,7 @@ async def test_another_user_cannot_touch_a_session(node: Node) -> None:
         await node.uploads.abort(grant.session, UID + 1)
 
 
-async def test_abort_leaves_nothing_and_is_idempotent(node: Node) -> None:
+async def test_abort_leaves_nothing_and_is_idempotent(node: Storage) -> None:
     grant = await node.uploads.begin(UID, "dataset d", MIB, MIB)
     assert node.tiers.get("ssd").space().reserved_bytes > MIB
     await node.uploads.abort(grant.session, UID)
@@ -185,54 +142,45 @@ async def test_abort_leaves_nothing_and_is_idempotent(node: Node) -> None:
 
 
 async def test_a_session_without_sign_of_life_expires(tmp_path: Path) -> None:
-    node = await start(tmp_path, lease_seconds=0.4)
-    try:
+    async with open_storage(tmp_path, lease_seconds=0.4) as node:
         landed = await node.upload(os.urandom(MIB))
         grant = await node.uploads.begin(UID, "dataset other", MIB, MIB)
 
         async def gone() -> bool:
-            return node.uploads.num_sessions == 0 and not await node.files()
+            return node.uploads.num_sessions == 0 and not node.files()
 
         await until(gone)
         with pytest.raises(NotFound):
             await node.uploads.renew(grant.session, UID)
         assert await node.catalog.locate([landed.blob]) == {}
         assert node.tiers.get("ssd").space().reserved_bytes == 0
-    finally:
-        await stop(node)
 
 
 async def test_renewing_one_session_keeps_what_its_owner_landed(tmp_path: Path) -> None:
-    node = await start(tmp_path, lease_seconds=0.6)
-    try:
+    async with open_storage(tmp_path, lease_seconds=0.6) as node:
         landed = await node.upload(os.urandom(MIB))
         grant = await node.uploads.begin(UID, "dataset d", MIB, MIB)
         for _ in range(8):
             await asyncio.sleep(0.2)
             await node.uploads.renew(grant.session, UID)
-        assert await node.files() != []
+        assert node.files() != []
         assert landed.blob in await node.catalog.locate([landed.blob])
-    finally:
-        await stop(node)
 
 
 async def test_a_full_first_tier_lets_the_second_take_it(tmp_path: Path) -> None:
-    node = await start(tmp_path, limit_bytes=3 * MIB)
-    try:
+    async with open_storage(tmp_path, limit_bytes=3 * MIB) as node:
         await node.upload(os.urandom(2 * MIB))
         second = await node.upload(os.urandom(2 * MIB))
         location = (await node.catalog.locate([second.blob]))[second.blob]
         assert location.replicas[0].tier == "hdd"
         with pytest.raises(ResourceExhausted, match="tier ssd"):
             await node.uploads.begin(UID, "dataset d", 2 * MIB, MIB)
-    finally:
-        await stop(node)
 
 
 # ------------------------------------------------------------------------------ in the background
 
 
-async def test_a_background_seal_answers_before_it_lands(node: Node) -> None:
+async def test_a_background_seal_answers_before_it_lands(node: Storage) -> None:
     data = os.urandom(5 * MIB)
     bound: list[str] = []
     grant = await node.uploads.begin(
@@ -277,12 +225,15 @@ async def test_a_background_seal_answers_before_it_lands(node: Node) -> None:
     blob = await task
     assert blob.blob in await node.catalog.locate([blob.blob])
     assert node.uploads.num_sessions == 0
-    assert await node.catalog.read(
-        lambda connection: queries_uploads.live_sessions(connection, [grant.session])
-    ) == set()
+    assert (
+        await node.catalog.read(
+            lambda connection: queries_uploads.live_sessions(connection, [grant.session])
+        )
+        == set()
+    )
 
 
-async def test_a_refused_landing_leaves_nothing(node: Node) -> None:
+async def test_a_refused_landing_leaves_nothing(node: Storage) -> None:
     grant = await node.uploads.begin(UID, "run r", 3, 3)
 
     def landed(connection: Connection, blob: LandedBlob) -> None:
@@ -293,12 +244,12 @@ async def test_a_refused_landing_leaves_nothing(node: Node) -> None:
     )
     with pytest.raises(Conflict, match="was aborted"):
         await task
-    assert await node.files() == []
+    assert node.files() == []
     assert node.uploads.num_sessions == 0
     assert await node.catalog.read(lambda c: queries_blobs.orphan_blobs(c, 10)) == []
 
 
-async def test_a_refused_bind_leaves_no_session(node: Node) -> None:
+async def test_a_refused_bind_leaves_no_session(node: Storage) -> None:
     def bind(connection: Connection, session: str) -> None:
         raise Conflict("no")
 
@@ -312,59 +263,49 @@ async def test_a_refused_bind_leaves_no_session(node: Node) -> None:
 
 
 async def test_a_start_removes_what_no_row_names_and_keeps_what_one_does(tmp_path: Path) -> None:
-    node = await start(tmp_path)
-    kept = await node.upload(os.urandom(MIB))
+    async with open_storage(tmp_path) as node:
+        kept = await node.upload(os.urandom(MIB))
 
-    def name_it(connection: Connection) -> None:
-        connection.exec_driver_sql("INSERT INTO manifests VALUES ('m', 1, x'00', 0)")
-        connection.exec_driver_sql("INSERT INTO manifest_blobs VALUES ('m', ?)", (kept.blob,))
+        def name_it(connection: Connection) -> None:
+            connection.exec_driver_sql("INSERT INTO manifests VALUES ('m', 1, x'00', 0)")
+            connection.exec_driver_sql("INSERT INTO manifest_blobs VALUES ('m', ?)", (kept.blob,))
 
-    await node.catalog.write(name_it)
-    uncommitted = await node.upload(os.urandom(MIB))
-    node.tiers.get("ssd").put("ab" * 16, b"nobody's")
-    await stop(node)
-    node = await start(tmp_path)
-    try:
+        await node.catalog.write(name_it)
+        uncommitted = await node.upload(os.urandom(MIB))
+        node.tiers.get("ssd").put("ab" * 16, b"nobody's")
+    async with open_storage(tmp_path) as node:
         location = await node.catalog.locate([kept.blob, uncommitted.blob])
         assert list(location) == [kept.blob]
-        assert await node.files() == [location[kept.blob].replicas[0].extents[0].file]
-    finally:
-        await stop(node)
+        assert node.files() == [location[kept.blob].replicas[0].extents[0].file]
 
 
 async def test_a_start_takes_cut_and_missing_files_out_of_service(tmp_path: Path) -> None:
-    node = await start(tmp_path)
-    blobs = [(await node.upload(os.urandom(MIB))).blob for _ in range(2)]
+    async with open_storage(tmp_path) as node:
+        blobs = [(await node.upload(os.urandom(MIB))).blob for _ in range(2)]
 
-    def name_them(connection: Connection) -> None:
-        connection.exec_driver_sql("INSERT INTO manifests VALUES ('m', 1, x'00', 0)")
-        for blob in blobs:
-            connection.exec_driver_sql("INSERT INTO manifest_blobs VALUES ('m', ?)", (blob,))
+        def name_them(connection: Connection) -> None:
+            connection.exec_driver_sql("INSERT INTO manifests VALUES ('m', 1, x'00', 0)")
+            for blob in blobs:
+                connection.exec_driver_sql("INSERT INTO manifest_blobs VALUES ('m', ?)", (blob,))
 
-    await node.catalog.write(name_them)
-    located = await node.catalog.locate(blobs)
-    gone, cut = (
-        tmp_path / "ssd" / "files" / file[:2] / file
-        for file in (located[blob].replicas[0].extents[0].file for blob in blobs)
-    )
-    await stop(node)
+        await node.catalog.write(name_them)
+        located = await node.catalog.locate(blobs)
+        gone, cut = (
+            tmp_path / "ssd" / "files" / file[:2] / file
+            for file in (located[blob].replicas[0].extents[0].file for blob in blobs)
+        )
     gone.unlink()
     os.truncate(cut, 1000)
-    node = await start(tmp_path)
-    try:
+    async with open_storage(tmp_path) as node:
         located = await node.catalog.locate(blobs)
         assert [location.live() for location in located.values()] == [(), ()]
         assert cut.exists()
-    finally:
-        await stop(node)
 
 
 async def test_a_start_refuses_a_volume_that_is_not_the_catalogs(tmp_path: Path) -> None:
-    node = await start(tmp_path)
-    await node.upload(os.urandom(MIB))
-    await stop(node)
-    for name in ("catalog.sqlite",):
-        (tmp_path / name).unlink()
+    async with open_storage(tmp_path) as node:
+        await node.upload(os.urandom(MIB))
+    (tmp_path / "catalog.sqlite").unlink()
     catalog = Catalog.open(sqlite_url(tmp_path / "catalog.sqlite"))
     tiers = Tiers([DirectoryTier("ssd", "ssd", tmp_path / "ssd")], SlotPool(MIB, 0))
     await tiers.start()
