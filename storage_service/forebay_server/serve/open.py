@@ -218,7 +218,7 @@ class Opener:
     async def _check_window(self, blob: str) -> bool:
         with self._lock:
             held = self._windows.get(blob)
-            descriptor = os.dup(held.window.fd) if held is not None else -1
+            descriptor = held.window.open_read_only() if held is not None else -1
         if held is None:
             return False
         try:
@@ -376,7 +376,7 @@ class Opener:
         return opened
 
     def _open_window(self, held: _HeldWindow) -> OpenedBlob:
-        return _opened(held.place, WINDOW_TIER, os.dup(held.window.fd))
+        return _opened(held.place, WINDOW_TIER, held.window.open_read_only())
 
     def _keep(self, client: str, place: Place, opened: OpenedBlob) -> OpenedBlob:
         """Remember where a good copy lies, and count it for *client*."""

@@ -151,10 +151,13 @@ class Window:
         """Make it read-only for everybody, for ever."""
         self._reservation.allocated()
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
-        # Kernels before 6.7 map a sealed file shared only through a read-only descriptor.
-        read_only = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
-        os.close(self.fd)
-        self.fd = read_only
+
+    def open_read_only(self) -> int:
+        """A descriptor of its own (position and all) to hand over, which the caller closes.
+
+        Kernels before 6.7 map a sealed file shared only through a read-only descriptor.
+        """
+        return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
 
     def close(self) -> None:
         """Give the daemon's descriptor and the reservation back. Idempotent."""
