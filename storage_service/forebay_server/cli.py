@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from forebay_server.config import OPTIONS, Configured, Option, load_config
 from forebay_server.daemon import Daemon
 from forebay_server.exit_codes import ExitCode
 from forebay_server.observe.logs import configure_logs
+from forebay_server.publish.recovery import Recovered, recover
 from forebay_wire.errors import AlreadyRunning, ForebayError, InvalidRequest, VersionMismatch
+
+Decorator = Callable[[Callable[..., int]], Callable[..., int]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +51,7 @@ def exit_code(error: ForebayError) -> ExitCode:
     return ExitCode.FAILURE
 
 
-def _flag(option: Option) -> Any:
+def _flag(option: Option) -> Decorator:
     """The click option of one setting; nothing given stays None, so that other sources count."""
     shown = "" if option.default in ((), "", None) else f" Default: {option.default}."
     text = f"{option.meaning}{shown}"
@@ -65,13 +69,10 @@ def _flag(option: Option) -> Any:
     )
 
 
-def _flags(names: tuple[str, ...]) -> Any:
-    def decorate(command: Any) -> Any:
-        for name in reversed(names):
-            command = _flag(OPTIONS[name])(command)
-        return command
-
-    return decorate
+def _all_flags(command: Callable[..., int]) -> Callable[..., int]:
+    for option in reversed(OPTIONS.values()):
+        command = _flag(option)(command)
+    return command
 
 
 def _configure(config_file: Path | None, given: dict[str, Any]) -> Configured:
@@ -98,7 +99,7 @@ def commands() -> None:
 
 @commands.command()
 @_config_file
-@_flags(tuple(OPTIONS))
+@_all_flags
 @click.option("--show-config", is_flag=True, help="Print every setting with its origin, and end.")
 @click.option("--json", "as_json", is_flag=True, help="With --show-config: as JSON.")
 def serve(config_file: Path | None, show_config: bool, as_json: bool, **given: Any) -> int:
@@ -132,3 +133,62 @@ def _print_config(configured: Configured, *, as_json: bool) -> None:
         return
     for row in rows:
         print(f"{row['name']:15} = {row['value']!s:30} ({row['origin']})")
+
+
+@commands.command("recover")
+@click.argument("url")
+@_flag(OPTIONS["data"])
+@click.option("--json", "as_json", is_flag=True, help="Print progress and result as JSON lines.")
+def recover_command(url: str, as_json: bool, **given: Any) -> int:
+    """Rebuild an empty data folder from the object tier at URL.
+
+    Everything that had become remote is there again: datasets, selections, runs and generations.
+    Bytes are fetched from the object tier when they are read. Exit status 1 if something had to be
+    left out: the last lines name it, the rest is there.
+    """
+    arguments = {name: value for name, value in given.items() if value is not None}
+    config = load_config(arguments, os.environ).config
+    configure_logs(config.log_level, config.log_format)
+    report = _JsonReport() if as_json else _LineReport()
+    result = asyncio.run(recover(_absolute(url), config.data, report=report))
+    report.finish(result)
+    return ExitCode.FAILURE if result.left_out else ExitCode.OK
+
+
+def _absolute(url: str) -> str:
+    """*url*, with a plain path made the URL of that folder."""
+    return url if "://" in url else f"file://{Path(url).expanduser().resolve()}"
+
+
+class _JsonReport:
+    """Progress for machines: a JSON object a line, the result last."""
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        print(json.dumps({"step": step, "done": done, "total": total}), flush=True)
+
+    def finish(self, result: Recovered) -> None:
+        print(json.dumps({"step": "recovered", **result.as_json()}), flush=True)
+
+
+class _LineReport:
+    """Progress for people: one line that is written over on a terminal, else only the result."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        if self._is_terminal:
+            print(f"\r\x1b[2K{step}: {done} of {total}", end="", file=sys.stderr, flush=True)
+
+    def finish(self, result: Recovered) -> None:
+        if self._is_terminal:
+            print("\r\x1b[2K", end="", file=sys.stderr)
+        print(
+            f"recovered into {result.folder}: {result.num_datasets} datasets with "
+            f"{result.num_versions} versions and {result.num_selections} selections, "
+            f"{result.num_runs} runs with {result.num_generations} generations, "
+            f"{result.num_blobs} blobs of {result.num_bytes} bytes"
+        )
+        for left in result.left_out:
+            print(f"left out: {left.what}: {left.reason}")
+        print(f"serve it with: forebay serve --data {result.folder}")

@@ -184,6 +184,7 @@ class Daemon:
         )
         self._jobs = Jobs(self._catalog, self._incarnation, self._make_handlers())
         self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs)
+        self._uploads.listen(self._checkpoints.session_ended)
         stack.push_async_callback(self._checkpoints.close)
         self._datasets = Datasets(self._catalog, self._uploads, self._jobs)
         stack.push_async_callback(self._uploads.close)

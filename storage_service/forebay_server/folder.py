@@ -48,7 +48,12 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         make_private_folder(self._folder)
         path = self._folder / LOCK_FILE_NAME
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageError(
+                f"cannot open {path}: {error.strerror}; check owner and mode of the data folder"
+            ) from error
         try:
             self._take(descriptor)
             os.ftruncate(descriptor, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -83,12 +83,18 @@ class Uploads:
         self._tiers = tiers
         self._node = node
         self._forget = forget
+        self._listeners: list[Callable[[str], Awaitable[None]]] = []
         self._sessions: dict[str, Session] = {}
         self._last_used: dict[str, float] = {}
         self._calls: set[asyncio.Task[Any]] = set()
         self._landings: set[asyncio.Task[Any]] = set()
         self._expiry: asyncio.Task[None] | None = None
         self._writing = ThreadPoolExecutor(NUM_WRITING_THREADS, thread_name_prefix="landing-write")
+
+    def listen(self, listener: Callable[[str], Awaitable[None]]) -> None:
+        """Have *listener* told the name of each session that ended before it was sealed, unless
+        :meth:`end` ended it."""
+        self._listeners.append(listener)
 
     async def start(self) -> None:
         """Begin to end sessions whose lease ran out."""
@@ -201,7 +207,7 @@ class Uploads:
         """Extend the lease of the session and of all that its owner has landed."""
         found = self._find(session, uid)
         if not await self._renew_row(found):
-            await self._finish(self._abort(found))
+            await self._finish(self._abort_and_tell(found))
             raise ended(session)
         return Grant(session, found.slot.capacity_bytes, self.lease_seconds)
 
@@ -212,7 +218,7 @@ class Uploads:
         """
         check_random_name("session", session)
         if session in self._sessions:
-            await self._finish(self._abort(self._find(session, uid)))
+            await self._finish(self._abort_and_tell(self._find(session, uid)))
 
     def slot(self, session: str, uid: int) -> Slot:
         """The slot of an open session, to be handed over or written to. Thread-safe."""
@@ -320,6 +326,7 @@ class Uploads:
             await self._run(found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts)
         except BaseException:
             await self._end(found)
+            await self._tell_ended(found.name)
             raise
         found.last_piece = piece
 
@@ -401,6 +408,7 @@ class Uploads:
             )
         except BaseException:
             await self._end(found)
+            await self._tell_ended(found.name)
             raise
         failpoint("upload.after_row")
         found.landing = None
@@ -419,7 +427,7 @@ class Uploads:
             blob.num_bytes,
             blob.num_segments,
             done.file_bytes,
-            local_tiers=[tier.name for tier in self._tiers.landing],
+            local_tiers=self._local_tiers(),
             node=self._node,
         )
 
@@ -434,13 +442,24 @@ class Uploads:
             if found.state != "ended":
                 await self._end(found)
 
+    async def _abort_and_tell(self, found: Session) -> None:
+        await self._abort(found)
+        await self._tell_ended(found.name)
+
+    async def _tell_ended(self, session: str) -> None:
+        for listener in self._listeners:
+            try:
+                await listener(session)
+            except ForebayError as error:
+                logger.warning("the end of upload session %s is not noted: %s", session, error)
+
     async def _end(self, found: Session) -> None:
         """End the session everywhere. What the catalog cannot do now, its expiry does later."""
         has_landed = found.landed is not None
         await self._drop_from_memory(found)
         try:
             ended_row = await self._catalog.write(
-                lambda connection: queries.end_upload(connection, found.name)
+                lambda connection: queries.end_upload(connection, found.name, self._local_tiers())
             )
             await self._delete_landed(ended_row)
             if not has_landed and not await self._catalog.read(
@@ -529,16 +548,20 @@ class Uploads:
             return
         async with found.lock if found is not None else contextlib.nullcontext():
             row = await self._catalog.write(
-                lambda connection: queries.end_expired(connection, session)
+                lambda connection: queries.end_expired(connection, session, self._local_tiers())
             )
             if row is None:
                 return
             if found is not None and found.state != "ended":
                 logger.info("upload session %s of %s expired", session, found.owner)
                 await self._drop_from_memory(found)
+        await self._tell_ended(session)
         await self._delete_landed(row)
 
     # -------------------------------------------------------------------------------- helpers
+
+    def _local_tiers(self) -> list[str]:
+        return [tier.name for tier in self._tiers.landing]
 
     def _find(self, session: str, uid: int) -> Session:
         check_random_name("session", session)
