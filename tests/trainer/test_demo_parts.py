@@ -160,13 +160,21 @@ def start(attempt, number, num_ranks):
     }  # fmt: skip
 
 
+def save(attempt, number, stall):
+    time_ = 1000.0 + 100 * attempt + number
+    return {
+        "event": "save", "time": time_, "attempt": attempt, "step": number, "stall_seconds": stall
+    }  # fmt: skip
+
+
 EVENTS = [
     start(1, 0, 2),
-    *(step(1, number) for number in range(1, 8)),
+    step(1, 1, wait=0.4),
+    *(step(1, number) for number in range(2, 8)),
     start(2, 4, 3),
     *(step(2, number) for number in range(5, 9)),
-    {"event": "save", "stall_seconds": 0.002},
-    {"event": "save", "stall_seconds": 0.004},
+    save(1, 4, 0.002),
+    save(2, 8, 0.004),
     {"event": "epoch", "test_accuracy": 0.5},
     {"event": "epoch", "test_accuracy": 0.9},
 ]
@@ -178,6 +186,7 @@ def test_the_summary_adds_up():
     assert summary.test_accuracy == 0.9
     assert summary.samples_per_second == pytest.approx(20.0)
     assert summary.data_wait_share == pytest.approx(0.2)
+    assert summary.first_waits_seconds == (0.4, 0.1)
     assert (summary.num_saves, summary.stall_p50_seconds) == (2, 0.002)
     assert summary.stall_p99_seconds == 0.004
 

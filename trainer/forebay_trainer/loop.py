@@ -68,6 +68,7 @@ class Trainer:
         self.step = step
         self.step_length = step_length
         self.stopping = False
+        self.quality: dict[str, float] = {}
 
     def run(self, num_epochs: int) -> Reason:
         """Trains to the end of epoch ``num_epochs``, or to the next step after SIGTERM."""
@@ -75,9 +76,9 @@ class Trainer:
             self.train_epoch(epoch.number, epoch)
             if self.stopping:
                 break
-            self.validate(epoch.number)
+            self.quality = self.validate(epoch.number)
         if self.step > self.checkpoints.last_step:
-            self.save({})
+            self.save(self.quality)
         self.checkpoints.finish()
         reason: Reason = "terminated" if self.stopping else "done"
         self.metrics.write("end", step=self.step, reason=reason)
@@ -139,10 +140,10 @@ class Trainer:
         return stall_seconds
 
     @torch.no_grad()
-    def validate(self, epoch: int) -> None:
-        """Accuracy and loss on the test split, over all ranks."""
+    def validate(self, epoch: int) -> dict[str, float]:
+        """Accuracy and loss on the test split, over all ranks; nothing without such a split."""
         if not self.data.has_test:
-            return
+            return {}
         self.model.eval()
         # DDP's own forward may start collectives, and ranks may have different numbers of batches.
         model = getattr(self.model, "module", self.model)
@@ -155,14 +156,14 @@ class Trainer:
             correct += float((hits_B * examples.weights).sum())
             num_samples += examples.num_samples
         correct, loss, num_samples = self.parallel.sum([correct, loss, num_samples])
+        quality = {
+            "test_accuracy": correct / max(1.0, num_samples),
+            "test_loss": loss / max(1.0, num_samples),
+        }
         self.metrics.write(
-            "epoch",
-            epoch=epoch,
-            step=self.step,
-            test_accuracy=correct / max(1.0, num_samples),
-            test_loss=loss / max(1.0, num_samples),
-            test_samples=int(num_samples),
+            "epoch", epoch=epoch, step=self.step, test_samples=int(num_samples), **quality
         )
+        return quality
 
 
 def share_of_mean(losses_B: Tensor, weights_B: Tensor, num_samples: float) -> Tensor:

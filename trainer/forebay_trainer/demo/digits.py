@@ -14,8 +14,8 @@ import forebay
 from forebay_wire.errors import NotFound
 
 NAME = "mnist"
-SHARD_BYTES = 1 << 20
-BATCH_BYTES = 128 << 10
+SHARD_BYTES = 256 << 10
+BATCH_BYTES = 64 << 10
 SPLITS = {"train": 0.8, "test": 0.2}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,23 @@ from forebay_wire.errors import NotFound
 
 Event = dict[str, Any]
 
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram: a field of one kind of events, times ``scale``."""
+
+    field: str
+    label: str
+    scale: float = 1.0
+    event: str = "step"
+    is_logarithmic: bool = False
+
+
 PANELS = (
-    ("loss", "loss", 1.0),
-    ("data_wait_seconds", "data wait (ms)", 1000.0),
-    ("stall_seconds", "checkpoint stall (ms)", 1000.0),
+    Panel("loss", "loss"),
+    # The first batch of an attempt takes far longer than the others.
+    Panel("data_wait_seconds", "data wait (ms)", 1000.0, is_logarithmic=True),
+    Panel("stall_seconds", "checkpoint stall (ms)", 1000.0, event="save"),
 )
 
 
@@ -28,13 +42,13 @@ def draw(events: Sequence[Event], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
     starts = [event for event in events if event["event"] == "start"]
-    zero = starts[0]["time"]
-    for panel, (field, label, scale) in zip(axes, PANELS, strict=True):
+    for panel, axis in zip(PANELS, axes, strict=True):
         for index, start in enumerate(starts):
             later = starts[index + 1] if index + 1 < len(starts) else None
-            _draw_attempt(panel, events, start, later, field, scale, zero)
-        panel.set_ylabel(label)
-        panel.grid(alpha=0.3)
+            _draw_attempt(panel, axis, events, start, later)
+        axis.set_ylabel(panel.label)
+        axis.set_yscale("log" if panel.is_logarithmic else "linear")
+        axis.grid(alpha=0.3)
     axes[0].legend(loc="upper right")
     axes[-1].set_xlabel("seconds since the first start")
     figure.suptitle("Training through Forebay: killed, resumed on other ranks, exactly once")
@@ -42,38 +56,40 @@ def draw(events: Sequence[Event], path: Path) -> None:
 
 
 def _draw_attempt(
-    panel: Any,
-    events: Sequence[Event],
-    start: Event,
-    later: Event | None,
-    field: str,
-    scale: float,
-    zero: float,
+    panel: Panel, axis: Any, events: Sequence[Event], start: Event, later: Event | None
 ) -> None:
-    attempt = start["attempt"]
-    steps = [e for e in events if e["event"] == "step" and e["attempt"] == attempt]
-    kept = [step for step in steps if later is None or step["step"] <= later["step"]]
-    for points, alpha in ((steps, 0.35), (kept, 1.0)):
-        panel.plot(
-            [point["time"] - zero for point in points],
-            [point[field] * scale for point in points],
+    zero, attempt = events[0]["time"], start["attempt"]
+    points = [
+        (event["time"] - zero, event[panel.field] * panel.scale, event["step"])
+        for event in events
+        if event["event"] == panel.event and event["attempt"] == attempt
+    ]
+    kept = [point for point in points if later is None or point[2] <= later["step"]]
+    for shown, alpha in ((points, 0.35), (kept, 1.0)):
+        axis.plot(
+            [time for time, _, _ in shown],
+            [value for _, value, _ in shown],
             color=f"C{(attempt - 1) % 10}",
             alpha=alpha,
             marker=".",
-            markersize=3,
+            markersize=4,
             linewidth=1,
             label=f"attempt {attempt}, {start['num_ranks']} ranks" if alpha == 1.0 else None,
         )
     if later is not None:
-        panel.axvline(later["time"] - zero, color="black", linestyle="--", linewidth=1)
-        panel.annotate(
-            f"resumed from step {later['step']} on {later['num_ranks']} rank(s)",
-            xy=(later["time"] - zero, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=7,
-        )
+        _mark_resume(axis, later["time"] - zero, later)
+
+
+def _mark_resume(axis: Any, time: float, start: Event) -> None:
+    axis.axvline(time, color="black", linestyle="--", linewidth=1)
+    axis.annotate(
+        f"resumed from step {start['step']} on {start['num_ranks']} rank(s)",
+        xy=(time, 0.97),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, 0),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="top",
+        fontsize=7,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -15,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from forebay_trainer.parallel import PR_SET_PDEATHSIG
 from forebay_wire.errors import DeadlineExceeded, ForebayError
 
 LOG_TAIL_LINES: Final = 25
 POLL_SECONDS: Final = 0.01
-
-_prctl: Final = getattr(ctypes.CDLL(None), "prctl", None)
+LEASH: Final = Path(__file__).with_name("leash.py")
 
 
 class ChildFailed(ForebayError):
@@ -136,24 +133,18 @@ def running(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-S", str(LEASH), str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **extra_environment},
             start_new_session=True,  # Ctrl-C is for us; we end our children in our own order
-            preexec_fn=_end_with_parent,
         )
     child = Child(name, process, log)
     try:
         yield child
     finally:
         child.kill_all()
-
-
-def _end_with_parent() -> None:
-    if _prctl is not None:
-        _prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def torchrun(num_ranks: int, module: str, *arguments: str) -> list[str]:

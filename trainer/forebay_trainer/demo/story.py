@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import forebay
@@ -194,7 +195,8 @@ class Demo:
         deadline = time.monotonic() + TRAIN_SECONDS
         columns = (TextColumn("           {task.description}"), BarColumn(), MofNCompleteColumn())
         self.events += self.tail.read()
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        quiet = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=quiet) as progress:
             bar = progress.add_task(f"starting {num_ranks} process(es)", total=None)
             while True:
                 ended = trainer.process.poll() is not None
@@ -230,10 +232,12 @@ class Demo:
         tiers = {tier.name: int(tier.used_bytes) for tier in client.status().tiers}
         picture.draw(self.events, self.folder.picture)
         accuracy = "" if summary.test_accuracy is None else f"{summary.test_accuracy:.1%}"
+        first_waits = ", ".join(f"{each:.2f} s" for each in summary.first_waits_seconds)
         lines = {
             "test accuracy": accuracy,
             "throughput": f"{summary.samples_per_second:,.0f} samples/s",
-            "waiting for data": f"{summary.data_wait_share:.1%} of the time of all steps",
+            "waiting for data": f"{summary.data_wait_share:.1%} of the time of all steps "
+            f"(first batch of each attempt: {first_waits})",
             "checkpoint stall": f"p50 {summary.stall_p50_seconds * 1000:.1f} ms, p99 "
             f"{summary.stall_p99_seconds * 1000:.1f} ms over {summary.num_saves} saves",
             "bytes per tier": ", ".join(f"{name} {size(used)}" for name, used in tiers.items()),
@@ -285,6 +289,12 @@ def show(progress: Progress, bar: Any, event: Event) -> None:
         case "start":
             total = event["steps_per_epoch"] * event["num_epochs"]
             progress.update(bar, total=total, completed=event["step"])
+            origin = f"from step {event['step']}" if event["step"] else "afresh"
+            progress.console.print(
+                f"           attempt {event['attempt']} starts {origin} on {event['num_ranks']} "
+                "process(es)",
+                highlight=False,
+            )
         case "step":
             text = f"epoch {event['epoch']}, loss {event['loss']:.3f}"
             progress.update(bar, completed=event["step"], description=text)
@@ -324,5 +334,7 @@ def tell(plan: Plan, root: Path, console: Console) -> Outcome:
     try:
         return Demo(plan, DemoFolder.prepare(root), console).run()
     except ForebayError as error:
-        console.print(f"[bold red]{type(error).__name__}[/]: {error.message}", highlight=False)
+        console.print(
+            f"[bold red]{type(error).__name__}[/]: {escape(error.message)}", soft_wrap=True
+        )
         raise
