@@ -320,8 +320,13 @@ async def test_a_lease_runs_by_the_catalogs_clock(catalog: Catalog) -> None:
     await catalog.write(begin)
     expired = await catalog.read(lambda c: queries_uploads.expired_uploads(c, 10))
     assert expired == [f"{0:032x}"]
-    assert await catalog.write(lambda c: queries_uploads.end_expired(c, f"{1:032x}")) is None
-    assert await catalog.write(lambda c: queries_uploads.end_expired(c, f"{0:032x}")) is not None
+    assert (
+        await catalog.write(lambda c: queries_uploads.end_expired(c, f"{1:032x}", ["ssd"])) is None
+    )
+    assert (
+        await catalog.write(lambda c: queries_uploads.end_expired(c, f"{0:032x}", ["ssd"]))
+        is not None
+    )
 
 
 # --------------------------------------------------------------------------------- opening it

@@ -214,10 +214,18 @@ def orphan_blobs(
     return found[:limit]
 
 
-def local_orphan_blobs(connection: Connection, tiers: Sequence[str], limit: int) -> list[str]:
-    """Orphans without a replica outside of *tiers*, at most *limit*."""
+def local_orphan_blobs(
+    connection: Connection,
+    tiers: Sequence[str],
+    limit: int,
+    candidates: Sequence[str] | None = None,
+) -> list[str]:
+    """Orphans without a replica outside of *tiers*, at most *limit*; only among *candidates*, if
+    given."""
     elsewhere = exists().where(replicas.c.blob == blobs.c.blob, replicas.c.tier.not_in(tiers))
     statement = select(blobs.c.blob).where(_is_orphan(), ~elsewhere).order_by(blobs.c.blob)
+    if candidates is not None:
+        statement = statement.where(blobs.c.blob.in_(candidates))
     return list(connection.scalars(statement.limit(limit)))
 
 

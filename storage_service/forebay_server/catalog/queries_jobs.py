@@ -51,7 +51,7 @@ def _job(row: Row[tuple[object, ...]]) -> Job:
 
 def enqueue(connection: Connection, kind: str, target: str, *, total_bytes: int = 0) -> str:
     """The live job of *kind* for *target*: the one that exists, or a new one."""
-    existing = connection.scalar(
+    existing: str | None = connection.scalar(
         select(jobs.c.job).where(
             jobs.c.kind == kind, jobs.c.target == target, jobs.c.state.in_(LIVE)
         )

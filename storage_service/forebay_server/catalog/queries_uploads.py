@@ -13,8 +13,10 @@ from forebay_server.catalog.queries_blobs import (
     batches,
     insert_replica,
     live_replica,
+    local_orphan_blobs,
     remove_orphan,
 )
+from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue
 from forebay_server.catalog.tables import uploads
 from forebay_wire.errors import NotFound, PermissionDenied
 
@@ -143,19 +145,30 @@ def end_claimed(connection: Connection, session: str) -> None:
     connection.execute(delete(uploads).where(uploads.c.session == session))
 
 
-def end_upload(connection: Connection, session: str) -> Ended:
-    """End a session and forget what it landed, unless something else names it."""
+def end_upload(connection: Connection, session: str, local_tiers: Sequence[str]) -> Ended:
+    """End a session and forget what it landed, unless something else names it.
+
+    A blob that lies in other tiers than *local_tiers* too is left to the collector, which removes
+    things there in a safe order.
+    """
     blob = connection.scalar(select(uploads.c.blob).where(uploads.c.session == session))
     connection.execute(delete(uploads).where(uploads.c.session == session))
-    return Ended(blob, () if blob is None else tuple(remove_orphan(connection, blob)))
+    if blob is None:
+        return Ended(None, ())
+    if not local_orphan_blobs(connection, local_tiers, 1, [blob]):
+        enqueue(connection, COLLECT, GARBAGE)
+        return Ended(blob, ())
+    return Ended(blob, tuple(remove_orphan(connection, blob)))
 
 
-def end_expired(connection: Connection, session: str) -> Ended | None:
+def end_expired(connection: Connection, session: str, local_tiers: Sequence[str]) -> Ended | None:
     """:func:`end_upload`, unless somebody renewed the session meanwhile (None)."""
     expired = select(uploads.c.session).where(
         uploads.c.session == session, uploads.c.expires < now(), uploads.c.state != "sealed"
     )
-    return None if connection.scalar(expired) is None else end_upload(connection, session)
+    if connection.scalar(expired) is None:
+        return None
+    return end_upload(connection, session, local_tiers)
 
 
 def expired_uploads(connection: Connection, limit: int) -> list[str]:
