@@ -322,7 +322,7 @@ class Daemon:
     # ------------------------------------------------------------------------------- the run
 
     def _num_clients(self) -> int:
-        return self._attached.num_clients + self._descriptors.num_connections
+        return len(self._attached.clients | self._descriptors.clients)
 
     def _read_daemon_state(self) -> DaemonState:
         return DaemonState(

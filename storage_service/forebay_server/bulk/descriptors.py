@@ -70,7 +70,9 @@ class _Connection:
 
     socket: socket.socket
     uid: int
+    process: str
     client: str
+    """The process and the number of this connection."""
     received: bytearray = field(default_factory=bytearray)
     unsent: bytes = b""
     answer: Answer | None = None
@@ -132,9 +134,9 @@ class DescriptorServer:
         self._thread: threading.Thread | None = None
 
     @property
-    def num_connections(self) -> int:
-        """Client processes now. Callable from any thread."""
-        return len(self._connections)
+    def clients(self) -> set[str]:
+        """The connected processes, as ``pid NUMBER``. Callable from any thread."""
+        return {connection.process for connection in list(self._connections)}
 
     async def start(self) -> None:
         """Listen at the path. On return clients can connect."""
@@ -213,7 +215,8 @@ class DescriptorServer:
             with contextlib.suppress(OSError), sock:
                 sock.send(encode_frame(_error_body(refusal)))
             return
-        connection = _Connection(sock, uid, f"pid {pid} #{next(self._numbers)}")
+        process = f"pid {pid}"
+        connection = _Connection(sock, uid, process, f"{process} #{next(self._numbers)}")
         self._connections.add(connection)
         self._selector.register(sock, selectors.EVENT_READ, connection)
 

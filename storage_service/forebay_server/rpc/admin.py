@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -40,11 +42,30 @@ class TokenGiver(Protocol):
 
 
 class Attached:
-    """Counts the clients that hold an Attach stream; used from the loop only."""
+    """The clients that hold an Attach stream; used from the loop only."""
 
     def __init__(self) -> None:
-        self.num_clients = 0
+        self._streams: Counter[str] = Counter()
         self._ended = asyncio.Event()
+
+    @property
+    def clients(self) -> set[str]:
+        """Each client once: ``pid NUMBER`` for local processes, as the descriptor socket has it."""
+        return set(self._streams)
+
+    @contextmanager
+    def hold(self, client: str) -> Iterator[None]:
+        """*client* is attached inside the ``with`` block."""
+        if self._streams.total() >= MAX_ATTACHED:
+            raise DaemonUnavailable(
+                f"{MAX_ATTACHED} clients are attached already: close some, one a process is enough"
+            )
+        self._streams[client] += 1
+        try:
+            yield
+        finally:
+            self._streams[client] -= 1
+            self._streams += Counter()  # drops the zeros
 
     def end(self) -> None:
         """End all streams: the daemon stops."""
@@ -110,18 +131,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         request: admin_pb2.AttachRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[admin_pb2.AttachEvent]:
-        if self._attached.num_clients >= MAX_ATTACHED:
-            raise DaemonUnavailable(
-                f"{MAX_ATTACHED} clients are attached already: close some, one a process is enough"
-            )
-        self._attached.num_clients += 1
-        try:
+        peer = current_caller().peer
+        with self._attached.hold(
+            request.name if peer.startswith("unix:") else f"{peer} {request.name}"
+        ):
             yield admin_pb2.AttachEvent(state=self._read_state())
             while not await self._attached.wait_end(ATTACH_INTERVAL_SECONDS):
                 yield admin_pb2.AttachEvent(state=self._read_state())
             yield admin_pb2.AttachEvent(state=self._read_state())
-        finally:
-            self._attached.num_clients -= 1
 
 
 def convert_status(status: Status, identity: Identity) -> admin_pb2.StatusResponse:

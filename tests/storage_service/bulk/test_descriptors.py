@@ -185,9 +185,9 @@ async def test_opens_count_until_released(served: Served, client: Client) -> Non
 async def test_a_closed_connection_releases_everything(served: Served, client: Client) -> None:
     table = await served.node.add_blob(PIECES, "ssd")
     _, descriptors = await client.request(op="open", blobs=[table.blob_id])
-    assert served.server.num_connections == 1
+    assert len(served.server.clients) == 1
     client.socket.close()
-    await served.until(lambda: served.server.num_connections == 0)
+    await served.until(lambda: not served.server.clients)
     await served.until(lambda: served.node.opener.open_bytes() == {})
     assert os.pread(descriptors[0], len(DATA), 0) == DATA  # what was handed over stays usable
     os.close(descriptors[0])
@@ -200,7 +200,7 @@ async def test_a_client_that_leaves_before_the_answer_holds_nothing(
     send_frame(client.socket, {"op": "open", "blobs": [table.blob_id]}, [])
     client.socket.close()
     await served.until(lambda: served.node.tiers.get("ssd").space().num_files == 1)
-    await served.until(lambda: served.server.num_connections == 0)
+    await served.until(lambda: not served.server.clients)
     await served.until(lambda: served.node.opener.open_bytes() == {})
 
 
