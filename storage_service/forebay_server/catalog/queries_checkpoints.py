@@ -186,14 +186,14 @@ def check_plan(connection: Connection, plan: PackPlan) -> str | None:
     row = connection.execute(select(generations).where(at(plan.generation))).one_or_none()
     if row is None:
         return None
+    if row.state in (GenerationState.ABORTED, GenerationState.FAILED):
+        raise _ended(plan.generation, row)
     pack = _pack(connection, plan)
     if (pack is not None and pack.state != PackState.OPEN) or row.state == "committed":
         raise AlreadyExists(
             f"step {plan.generation.step} was already saved in attempt {plan.generation.attempt} "
             f"of run {plan.generation.run}: save each step once"
         )
-    if row.state in (GenerationState.ABORTED, GenerationState.FAILED):
-        raise _ended(plan.generation, row)
     if row.num_ranks != plan.num_ranks:
         raise Conflict(
             f"generation {plan.generation} was begun with {row.num_ranks} ranks, rank {plan.rank} "

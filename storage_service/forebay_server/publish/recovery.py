@@ -1,0 +1,344 @@
+"""Rebuilds a lost catalog from the object tier alone: ``forebay recover URL --data DIR``.
+
+Everything that was ``remote`` is there again; what was only local is lost with its node. A manifest
+is taken only if all that it names is there; what is left out is reported with the reason. Bytes are
+not copied: they are fetched, and verified, when somebody reads them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from forebay_server.catalog import queries_recovery as queries
+from forebay_server.catalog.engine import Catalog, Connection, sqlite_url
+from forebay_server.catalog.queries_objects import enqueue_missing
+from forebay_server.config import CONFIG_FILE_NAME, load_config
+from forebay_server.folder import FolderLock, write_private
+from forebay_server.model.extents import ObjectBlob
+from forebay_server.publish.manifests import BLOBS, MANIFESTS
+from forebay_server.tier.publication import fsync_folder
+from forebay_server.tier.remote import RemoteTier
+from forebay_server.tier.store import FileInfo, Tier
+from forebay_server.tier.verify import read_table
+from forebay_wire.errors import (
+    AlreadyExists,
+    Conflict,
+    ForebayError,
+    IntegrityError,
+    InvalidRequest,
+    NotFound,
+)
+from forebay_wire.ids import check_id
+from forebay_wire.manifest import (
+    AnyManifest,
+    DatasetManifest,
+    GenerationManifest,
+    SelectionManifest,
+    parse,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CATALOG_FILE_NAME: Final = "catalog.sqlite"
+UNFINISHED_FILE_NAME: Final = "catalog-recovering.sqlite"
+NUM_READERS: Final = 8
+"""Calls to the object tier at a time."""
+
+BAD: Final = (IntegrityError, InvalidRequest, NotFound)
+"""A piece that is damaged or missing; anything else ends the recovery, to be begun again."""
+
+Report = Callable[[str, int, int], object]
+"""Told the step (``manifests``, ``blobs``, ``rows``), how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something in the object tier that could not be taken."""
+
+    what: str
+    reason: str
+
+
+@dataclass
+class Recovered:
+    """What a recovery found."""
+
+    url: str
+    folder: str
+    num_datasets: int = 0
+    num_versions: int = 0
+    num_selections: int = 0
+    num_runs: int = 0
+    num_generations: int = 0
+    num_blobs: int = 0
+    num_bytes: int = 0
+    """Of all blobs."""
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-able, with the field names as keys."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A good manifest of the object tier."""
+
+    identity: str
+    data: bytes
+    manifest: AnyManifest
+    modified_unix: float
+
+    @property
+    def what(self) -> str:
+        return _describe(self.manifest)
+
+    @property
+    def blobs(self) -> list[str]:
+        found = self.manifest
+        return [] if isinstance(found, SelectionManifest) else found.blobs()
+
+
+async def recover(
+    url: str,
+    folder: Path,
+    *,
+    report: Report = lambda step, done, total: None,
+) -> Recovered:
+    """Rebuild the data folder *folder* from the object tier at *url*; durable on return.
+
+    The folder has no catalog yet (:class:`AlreadyExists`) and no daemon. Its ``forebay.toml`` will
+    name *url* as the object tier. A recovery that was interrupted is begun again.
+    """
+    with FolderLock(folder):
+        if (folder / CATALOG_FILE_NAME).exists():
+            raise AlreadyExists(
+                f"{folder} holds a catalog: recover into an empty folder, so that nothing is lost"
+            )
+        tier = RemoteTier("object", url)
+        await asyncio.to_thread(tier.open)
+        try:
+            recovery = _Recovery(tier, Recovered(url, str(folder)), report)
+            await recovery.run(folder)
+            _write_settings(folder, url)
+            _publish_catalog(folder / UNFINISHED_FILE_NAME, folder / CATALOG_FILE_NAME)
+        finally:
+            await asyncio.to_thread(tier.close)
+    return recovery.result
+
+
+class _Recovery:
+    """One run of :func:`recover`."""
+
+    def __init__(self, tier: Tier, result: Recovered, report: Report) -> None:
+        self.result = result
+        self._tier = tier
+        self._report = report
+        self._slots = asyncio.Semaphore(NUM_READERS)
+
+    async def run(self, folder: Path) -> None:
+        manifests = await self._read_manifests()
+        located = await self._locate({blob for found in manifests for blob in found.blobs})
+        unfinished = folder / UNFINISHED_FILE_NAME
+        catalog = await asyncio.to_thread(_open_fresh, unfinished)
+        try:
+            await self._fill(catalog, manifests, located)
+        finally:
+            # Closing moves the whole write-ahead log into the file.
+            await asyncio.to_thread(catalog.close)
+
+    # --------------------------------------------------------------------------------- manifests
+
+    async def _read_manifests(self) -> list[_Found]:
+        infos = await asyncio.to_thread(lambda: list(self._tier.list(MANIFESTS)))
+        if not infos:
+            raise NotFound(
+                f"there is no manifest in the object tier at {self._tier.location}: is the URL "
+                "right? Nothing was recovered"
+            )
+        infos.sort(key=lambda info: info.name)
+        found = await self._each("manifests", infos, self._read_manifest)
+        return [one for one in found if one is not None]
+
+    def _read_manifest(self, info: FileInfo) -> _Found | None:
+        identity = info.name.removeprefix(MANIFESTS)
+        try:
+            check_id("manifest", identity)
+            data = self._tier.get(info.name)
+            where = f"tier {self._tier.name}, file {info.name}"
+            return _Found(identity, data, parse(data, where, identity), info.modified_unix)
+        except BAD as error:
+            self._leave_out(f"manifest {identity}", error)
+            return None
+
+    # ------------------------------------------------------------------------------------- blobs
+
+    async def _locate(self, blobs: set[str]) -> dict[str, ObjectBlob | ForebayError]:
+        ordered = sorted(blobs)
+        found = await self._each("blobs", ordered, self._locate_blob)
+        return dict(zip(ordered, found, strict=True))
+
+    def _locate_blob(self, blob: str) -> ObjectBlob | ForebayError:
+        """Where a blob lies, with size and segment table of its file checked."""
+        where = f"tier {self._tier.name}, file {BLOBS}{blob}"
+        try:
+            found = ObjectBlob.decode(self._tier.get(BLOBS + blob), where, blob)
+            extent = found.single(where)
+            with self._tier.read(self._tier.blob_name(extent.file)) as reader:
+                if reader.size_bytes != extent.file_bytes:
+                    raise IntegrityError(
+                        f"file of blob {blob} has {reader.size_bytes} bytes and not "
+                        f"{extent.file_bytes} ({reader.where})"
+                    )
+                read_table(reader, blob)
+        except NotFound as error:
+            return IntegrityError(f"a piece of blob {blob} is missing: {error}")
+        except BAD as error:
+            return error
+        return found
+
+    # -------------------------------------------------------------------------------------- rows
+
+    async def _fill(
+        self,
+        catalog: Catalog,
+        manifests: Iterable[_Found],
+        located: Mapping[str, ObjectBlob | ForebayError],
+    ) -> None:
+        ordered = sorted(manifests, key=_turn)
+        for number, found in enumerate(ordered, 1):
+            damaged = [one for blob in found.blobs if isinstance(one := located[blob], Exception)]
+            if damaged:
+                self._leave_out(found.what, damaged[0])
+            else:
+                try:
+                    await catalog.write(self._restoring(found, located))
+                    self._count(found.manifest)
+                except Conflict as error:
+                    self._leave_out(found.what, error)
+            self._report("rows", number, len(ordered))
+        await catalog.write(enqueue_missing)
+        await self._count_all(catalog)
+
+    def _restoring(
+        self, found: _Found, located: Mapping[str, ObjectBlob | ForebayError]
+    ) -> Callable[[Connection], None]:
+        def restore(connection: Connection) -> None:
+            for blob in found.blobs:
+                place = located[blob]
+                assert isinstance(place, ObjectBlob), "damaged ones are left out before"
+                queries.restore_blob(connection, blob, self._tier.name, place)
+            _restore(connection, found)
+
+        return restore
+
+    def _count(self, manifest: AnyManifest) -> None:
+        if isinstance(manifest, DatasetManifest):
+            self.result.num_versions += 1
+        elif isinstance(manifest, SelectionManifest):
+            self.result.num_selections += 1
+        else:
+            self.result.num_generations += 1
+
+    async def _count_all(self, catalog: Catalog) -> None:
+        counts = await catalog.read(queries.count_recovered)
+        self.result.num_datasets = counts.num_datasets
+        self.result.num_runs = counts.num_runs
+        self.result.num_blobs = counts.num_blobs
+        self.result.num_bytes = counts.num_bytes
+
+    # ----------------------------------------------------------------------------------- helpers
+
+    def _leave_out(self, what: str, error: Exception) -> None:
+        logger.error("%s is left out: %s", what, error)
+        self.result.left_out.append(LeftOut(what, str(error)))
+
+    async def _each(self, step: str, items: list[Any], read: Callable[[Any], T]) -> list[T]:
+        """What *read* gives for each of *items*, a few at a time, in order."""
+        done = 0
+
+        async def one(item: Any) -> T:
+            nonlocal done
+            async with self._slots:
+                found = await asyncio.to_thread(read, item)
+            done += 1
+            self._report(step, done, len(items))
+            return found
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(item)) for item in items]
+        except BaseExceptionGroup as errors:  # the object tier itself failed: nothing is left out
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+
+def _restore(connection: Connection, found: _Found) -> None:
+    manifest = found.manifest
+    if isinstance(manifest, DatasetManifest):
+        queries.restore_version(
+            connection, found.identity, found.data, manifest, found.modified_unix
+        )
+    elif isinstance(manifest, SelectionManifest):
+        queries.restore_selection(
+            connection, found.identity, found.data, manifest, found.modified_unix
+        )
+    else:
+        queries.restore_generation(connection, found.identity, found.data, manifest)
+
+
+def _turn(found: _Found) -> tuple[int, str, int, float, str]:
+    """Versions before the selections of them; of two generations with one name (one was deleted
+    and its manifest not yet removed) the newer one first."""
+    manifest = found.manifest
+    if isinstance(manifest, DatasetManifest):
+        return (0, manifest.dataset, manifest.version, 0.0, found.identity)
+    if isinstance(manifest, SelectionManifest):
+        return (1, manifest.dataset, manifest.version, 0.0, found.identity)
+    return (2, manifest.run, manifest.attempt, -manifest.created_unix, found.identity)
+
+
+def _describe(manifest: AnyManifest) -> str:
+    if isinstance(manifest, GenerationManifest):
+        return f"generation {manifest.run}@{manifest.attempt}/{manifest.step}"
+    text = f"version {manifest.version} of dataset {manifest.dataset}"
+    if isinstance(manifest, SelectionManifest):
+        return f"selection {manifest.name} of {text}"
+    return text
+
+
+def _write_settings(folder: Path, url: str) -> None:
+    """Have the folder's daemons use the recovered object tier, unless its file says so already."""
+    path = folder / CONFIG_FILE_NAME
+    if path.exists():
+        told = load_config({}, {}, path).config.object_url
+        if told != url:
+            raise InvalidRequest(
+                f"{path} names the object tier {told!r} and not {url!r}: recover into an empty "
+                "folder"
+            )
+        return
+    # A JSON string is a TOML string.
+    text = f"# Written by `forebay recover`.\nobject-url = {json.dumps(url)}\n"
+    write_private(path, text.encode())
+
+
+def _open_fresh(path: Path) -> Catalog:
+    """An empty catalog; what an interrupted recovery left is thrown away."""
+    for leftover in path.parent.glob(f"{path.name}*"):
+        leftover.unlink()
+    return Catalog.open(sqlite_url(path))
+
+
+def _publish_catalog(unfinished: Path, final: Path) -> None:
+    """Give the finished catalog its name, durably."""
+    unfinished.rename(final)
+    fsync_folder(final.parent)

@@ -1,0 +1,179 @@
+"""Checkpoints on real tiers in one process, with ranks that save as a client does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forebay_server.catalog.queries_checkpoints import PackPlan
+from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, GARBAGE
+from forebay_server.catalog.queries_manifests import read_manifest
+from forebay_server.catalog.queries_objects import enqueue_missing
+from forebay_server.catalog.queries_runs import AttemptInfo, GenerationInfo
+from forebay_server.locks import NamedLocks
+from forebay_server.model.lineage import Point
+from forebay_server.move.collect import Collector
+from forebay_server.move.flush import Flush
+from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
+from forebay_server.publish.checkpoint import Checkpoints, PackSeal, recover_catalog_state
+from forebay_server.publish.lease import Grant
+from forebay_server.publish.manifests import ObjectPublisher
+from forebay_server.testing.storage import UID, Storage, open_storage
+from forebay_server.tier.verify import verify_file
+from forebay_wire.ids import GenerationId, new_random_name
+from forebay_wire.limits import KIB
+from forebay_wire.manifest import GenerationManifest, parse
+from forebay_wire.segments import even_cuts
+
+RUN = "run"
+CUT_BYTES = 64 * KIB
+
+
+@dataclass(frozen=True)
+class CheckpointNode:
+    """A daemon's storage with checkpoints and background work, without its edges."""
+
+    storage: Storage
+    checkpoints: Checkpoints
+    jobs: Jobs
+
+    async def begin(
+        self, parent: tuple[int, int] | None = None, *, num_ranks: int = 1, run: str = RUN
+    ) -> AttemptInfo:
+        """Open the run's next attempt."""
+        point = Point(*parent) if parent else None
+        return await self.checkpoints.begin_attempt(run, point, num_ranks, new_random_name())
+
+    async def plan(
+        self, generation: GenerationId, num_bytes: int, *, rank: int = 0, num_ranks: int = 1
+    ) -> Grant:
+        """Begin one rank's pack with a slot for all of it."""
+        plan = PackPlan(generation, rank, num_ranks, num_bytes)
+        return await self.checkpoints.begin_pack(UID, plan, num_bytes + 64 * KIB)
+
+    async def seal(
+        self,
+        grant: Grant,
+        data: bytes,
+        description: Mapping[str, Any] | None = None,
+        *,
+        metrics_json: str = "",
+        dataset_json: str = "",
+    ) -> bool:
+        """Fill the slot with *data* and the description behind it, and seal the pack."""
+        text = json.dumps(description or {"tensors": []}).encode()
+        slot = self.storage.uploads.slot(grant.session, UID)
+        slot.view[: len(data) + len(text)] = data + text
+        cuts = tuple(even_cuts(len(data), CUT_BYTES))
+        return await self.checkpoints.seal_pack(
+            UID,
+            PackSeal(grant.session, 0, len(data), cuts, len(text), metrics_json, dataset_json),
+        )
+
+    async def save(
+        self,
+        step: int,
+        packs: list[bytes],
+        *,
+        attempt: int = 1,
+        run: str = RUN,
+        metrics_json: str = "",
+        dataset_json: str = "",
+    ) -> GenerationId:
+        """Save one generation with all its ranks at once; sealed on return."""
+        generation = GenerationId(run, attempt, step)
+
+        async def one(rank: int, data: bytes) -> None:
+            grant = await self.plan(generation, len(data), rank=rank, num_ranks=len(packs))
+            first = {"metrics_json": metrics_json, "dataset_json": dataset_json} if not rank else {}
+            await self.seal(grant, data, {"rank": rank}, **first)
+
+        await asyncio.gather(*(one(rank, data) for rank, data in enumerate(packs)))
+        return generation
+
+    async def wait(
+        self, generation: GenerationId, durability: str = "local", timeout: float = 30.0
+    ) -> GenerationInfo:
+        """Wait until the generation is that durable."""
+        return await self.checkpoints.generations.wait(generation, durability, timeout)
+
+    async def latest(self, skip: tuple[str, ...] = (), durability: str = "local") -> str:
+        """``ATTEMPT/STEP`` of the latest generation."""
+        points = [Point(*map(int, text.split("/"))) for text in skip]
+        found = await self.checkpoints.generations.resolve(RUN, "latest", durability, points, 10.0)
+        return f"{found.id.attempt}/{found.id.step}"
+
+    async def manifest(self, generation: GenerationId) -> GenerationManifest:
+        """The committed generation's manifest."""
+        info = await self.checkpoints.generations.look(generation)
+        assert info.manifest is not None
+        name = info.manifest
+        data = await self.storage.catalog.read(lambda connection: read_manifest(connection, name))
+        assert data is not None
+        found = parse(data, "catalog", name)
+        assert isinstance(found, GenerationManifest)
+        return found
+
+    async def restore(self, generation: GenerationId) -> list[bytes]:
+        """The packs' bytes, rank by rank, verified, from whichever tier has them."""
+        packs = (await self.manifest(generation)).packs
+        return [await self.read_blob(pack.blob) for pack in packs]
+
+    async def read_blob(self, blob: str) -> bytes:
+        """A blob's bytes, verified, from its first live replica."""
+        (replica, *_) = (await self.storage.catalog.locate([blob]))[blob].live()
+        tier = self.storage.tiers.get(replica.tier)
+        with tier.read(tier.blob_name(replica.extents[0].file)) as reader:
+            data = bytearray(verify_file(reader, blob).total_bytes)
+            reader.read_into(0, data)
+        return bytes(data)
+
+    async def settle(self, kind: str, target: str = GARBAGE) -> None:
+        """Wait until the job has ended."""
+        assert await self.jobs.wait(kind, target, 30.0) is not None
+
+
+@asynccontextmanager
+async def open_checkpoints(
+    folder: Path,
+    *,
+    with_object: bool = True,
+    run_jobs: bool = True,
+    grace_seconds: float = 3600.0,
+    is_open: Any = lambda blob: False,
+    **options: Any,
+) -> AsyncIterator[CheckpointNode]:
+    """A node in *folder*, started and recovered as a daemon does it."""
+    async with open_storage(folder, with_object=with_object, **options) as storage:
+        locks = NamedLocks()
+        collector = Collector(
+            storage.catalog, storage.tiers, locks, is_open=is_open, grace_seconds=grace_seconds
+        )
+        handlers: dict[str, Handler] = {
+            COLLECT: collector.collect,
+            DELETE: collector.delete_manifest,
+        }
+        if storage.tiers.object is not None:
+            publisher = ObjectPublisher(storage.catalog, storage.tiers, storage.tiers.object, locks)
+            handlers[FLUSH] = Flush(storage.catalog, publisher, locks)
+        jobs = Jobs(storage.catalog, new_random_name(), handlers)
+        checkpoints = Checkpoints(storage.catalog, storage.uploads, jobs)
+        storage.uploads.listen(checkpoints.session_ended)
+        await recover_catalog_state(storage.catalog)
+        await take_over_jobs(storage.catalog)
+        await storage.catalog.write(enqueue_missing)
+        working = asyncio.create_task(jobs.run()) if run_jobs else None
+        try:
+            yield CheckpointNode(storage, checkpoints, jobs)
+        finally:
+            jobs.stop()
+            if working is not None:
+                with suppress(asyncio.CancelledError):
+                    await working
+            await storage.uploads.close()
+            await checkpoints.close()

@@ -1,0 +1,474 @@
+"""Packs of all ranks become one committed generation, or nothing."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from forebay_server.catalog.queries_checkpoints import PackPlan
+from forebay_server.catalog.queries_jobs import COLLECT
+from forebay_server.model.lineage import Point
+from forebay_server.publish.checkpoint import PackSeal
+from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
+from forebay_server.testing.storage import UID
+from forebay_wire.errors import (
+    AlreadyExists,
+    Conflict,
+    DeadlineExceeded,
+    Fenced,
+    IntegrityError,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    ResourceExhausted,
+    StorageError,
+)
+from forebay_wire.ids import GenerationId
+from forebay_wire.limits import KIB, MAX_DESCRIPTION_BYTES, MAX_RANKS, MIB
+
+
+@pytest.fixture
+async def node(tmp_path: Path) -> AsyncIterator[CheckpointNode]:
+    async with open_checkpoints(tmp_path, with_object=False) as opened:
+        yield opened
+
+
+def random_packs(num_ranks: int, num_bytes: int = 200 * KIB) -> list[bytes]:
+    return [os.urandom(num_bytes + rank) for rank in range(num_ranks)]
+
+
+async def test_a_generation_of_several_ranks_is_committed_with_everything(
+    node: CheckpointNode,
+) -> None:
+    await node.begin(num_ranks=3)
+    packs = random_packs(3)
+    saved = await node.save(
+        5, packs, metrics_json='{"loss": 0.5}', dataset_json='{"dataset": "d", "version": 1}'
+    )
+    info = await node.wait(saved)
+    assert (info.state, info.durability, info.num_ranks) == ("committed", "local", 3)
+    assert info.num_bytes == sum(map(len, packs))
+    manifest = await node.manifest(saved)
+    assert [pack.rank for pack in manifest.packs] == [0, 1, 2]
+    assert [pack.description for pack in manifest.packs] == [{"rank": rank} for rank in range(3)]
+    assert manifest.metrics == {"loss": 0.5}
+    assert manifest.dataset == {"dataset": "d", "version": 1}
+    assert manifest.parent is None
+    assert await node.restore(saved) == packs
+
+
+async def test_empty_packs_are_packs(node: CheckpointNode) -> None:
+    await node.begin(num_ranks=2)
+    saved = await node.save(1, [b"", os.urandom(10)])
+    await node.wait(saved)
+    assert [len(pack) for pack in await node.restore(saved)] == [0, 10]
+
+
+async def test_the_first_seal_is_not_enough_and_the_last_makes_it_ram(
+    node: CheckpointNode,
+) -> None:
+    await node.begin(num_ranks=2)
+    generation = GenerationId(RUN, 1, 1)
+    first = await node.plan(generation, 10, rank=0, num_ranks=2)
+    second = await node.plan(generation, 10, rank=1, num_ranks=2)
+    assert not await node.seal(first, bytes(10))
+    with pytest.raises(DeadlineExceeded, match="1 of 2 ranks have sealed"):
+        await node.wait(generation, "ram", timeout=0.05)
+    assert await node.seal(second, bytes(10))
+    assert (await node.wait(generation, "ram")).durability in ("ram", "local")
+    assert (await node.wait(generation)).durability == "local"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 8])
+async def test_of_concurrent_last_ranks_exactly_one_commits(
+    node: CheckpointNode, num_ranks: int
+) -> None:
+    await node.begin(num_ranks=num_ranks)
+    for step in range(5):
+        saved = await node.save(step, random_packs(num_ranks, 3 * KIB))
+        await node.wait(saved)
+    infos = (await node.checkpoints.generations.list_generations(RUN, "", 0))[1]
+    assert [info.state for info in infos] == ["committed"] * 5
+    assert len({info.manifest for info in infos}) == 5
+
+
+async def test_packs_with_equal_bytes_share_a_blob(node: CheckpointNode) -> None:
+    await node.begin(num_ranks=2)
+    data = os.urandom(300 * KIB)
+    saved = await node.save(1, [data, data])
+    await node.wait(saved)
+    again = await node.save(2, [data, data])
+    await node.wait(again)
+    assert await node.restore(again) == [data, data]
+    assert len(node.storage.files()) == 1
+
+
+async def test_a_sealed_pack_lands_whatever_its_client_does(node: CheckpointNode) -> None:
+    await node.begin()
+    generation = GenerationId(RUN, 1, 1)
+    data = os.urandom(5 * MIB)
+    grant = await node.plan(generation, len(data))
+    await node.seal(grant, data)
+    with suppress(Conflict):  # refused while it lands, without effect afterwards
+        await node.storage.uploads.abort(grant.session, UID)
+    await node.wait(generation)
+    assert await node.restore(generation) == [data]
+
+
+async def test_sealing_again_is_answered_the_same(node: CheckpointNode) -> None:
+    await node.begin()
+    grant = await node.plan(GenerationId(RUN, 1, 1), 100)
+    assert await node.seal(grant, bytes(100))
+    seal = PackSeal(grant.session, 0, 100, (100,), 15, "", "")
+    assert await node.checkpoints.seal_pack(UID, seal)
+    await node.wait(GenerationId(RUN, 1, 1))
+    assert await node.checkpoints.seal_pack(UID, seal)
+
+
+async def test_a_pack_larger_than_its_slot_is_appended_piece_by_piece(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path, with_object=False, ram_bytes=6 * MIB) as node:
+        await node.begin()
+        generation = GenerationId(RUN, 1, 1)
+        data = os.urandom(20 * MIB)
+        plan = PackPlan(generation, 0, 1, len(data))
+        grant = await node.checkpoints.begin_pack(UID, plan, len(data))
+        assert 4 * MIB <= grant.slot_bytes < len(data)
+        slot = node.storage.uploads.slot(grant.session, UID)
+        for sequence in range(5):
+            slot.view[: 4 * MIB] = data[sequence * 4 * MIB : (sequence + 1) * 4 * MIB]
+            await node.storage.uploads.append(grant.session, UID, sequence, 4 * MIB, [1 * MIB] * 4)
+        slot.view[:2] = b"{}"
+        assert await node.checkpoints.seal_pack(UID, PackSeal(grant.session, 5, 0, (), 2, "", ""))
+        info = await node.wait(generation)
+        assert info.num_bytes == len(data)
+        assert await node.restore(generation) == [data]
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+async def test_a_second_save_of_a_step_is_refused(node: CheckpointNode) -> None:
+    await node.begin()
+    saved = await node.save(7, random_packs(1))
+    await node.wait(saved)
+    with pytest.raises(AlreadyExists, match="step 7 was already saved in attempt 1 of run run"):
+        await node.plan(saved, 10)
+    await node.begin((1, 7))
+    await node.wait(await node.save(7, random_packs(1), attempt=2))
+
+
+async def test_a_rank_may_begin_its_unsealed_pack_again(node: CheckpointNode) -> None:
+    await node.begin()
+    generation = GenerationId(RUN, 1, 1)
+    lost = await node.plan(generation, 10)
+    grant = await node.plan(generation, 20)
+    with pytest.raises(NotFound):
+        await node.seal(lost, bytes(10))
+    await node.seal(grant, bytes(20))
+    await node.wait(generation)
+
+
+async def test_ranks_have_to_agree_on_their_number(node: CheckpointNode) -> None:
+    await node.begin(num_ranks=2)
+    generation = GenerationId(RUN, 1, 1)
+    await node.plan(generation, 10, rank=0, num_ranks=2)
+    with pytest.raises(Conflict, match="begun with 2 ranks, rank 1 says 3"):
+        await node.plan(generation, 10, rank=1, num_ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_ranks", "error"),
+    [
+        (1, 1, InvalidRequest),
+        (-1, 1, InvalidRequest),
+        (0, 0, InvalidRequest),
+        (0, MAX_RANKS + 1, LimitExceeded),
+    ],
+)
+async def test_ranks_out_of_range(
+    node: CheckpointNode, rank: int, num_ranks: int, error: type[Exception]
+) -> None:
+    await node.begin()
+    with pytest.raises(error):
+        await node.plan(GenerationId(RUN, 1, 1), 10, rank=rank, num_ranks=num_ranks)
+
+
+async def test_saving_without_an_attempt(node: CheckpointNode) -> None:
+    with pytest.raises(NotFound, match="begin one before saving"):
+        await node.plan(GenerationId(RUN, 1, 1), 10)
+    await node.begin()
+    with pytest.raises(NotFound, match="has no attempt 2"):
+        await node.plan(GenerationId(RUN, 2, 1), 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(b"{", "no JSON"), (b"[]", "no JSON object"), (b"", "no JSON")]
+)
+async def test_a_bad_description_is_refused_and_the_pack_stays_open(
+    node: CheckpointNode, text: bytes, message: str
+) -> None:
+    await node.begin()
+    generation = GenerationId(RUN, 1, 1)
+    grant = await node.plan(generation, 10)
+    node.storage.uploads.slot(grant.session, UID).view[10 : 10 + len(text)] = text
+    with pytest.raises(InvalidRequest, match=message):
+        await node.checkpoints.seal_pack(
+            UID, PackSeal(grant.session, 0, 10, (10,), len(text), "", "")
+        )
+    await node.seal(grant, bytes(10))
+    await node.wait(generation)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "dataset"),
+    [("{", ""), ("[]", ""), ('{"a": "b"}', ""), ('{"a": NaN}', ""), ("", "[1]"), ("", "{")],
+)
+async def test_bad_metrics_and_positions_are_refused(
+    node: CheckpointNode, metrics: str, dataset: str
+) -> None:
+    await node.begin()
+    grant = await node.plan(GenerationId(RUN, 1, 1), 10)
+    with pytest.raises(InvalidRequest):
+        await node.seal(grant, bytes(10), metrics_json=metrics, dataset_json=dataset)
+
+
+async def test_a_description_above_the_limit(node: CheckpointNode) -> None:
+    await node.begin()
+    grant = await node.plan(GenerationId(RUN, 1, 1), 10)
+    seal = PackSeal(grant.session, 0, 10, (10,), MAX_DESCRIPTION_BYTES + 1, "", "")
+    with pytest.raises(LimitExceeded):
+        await node.checkpoints.seal_pack(UID, seal)
+
+
+# ---------------------------------------------------------------------------------- full, failing
+
+
+async def test_a_full_tier_refuses_early_and_leaves_what_is_committed(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path, with_object=False, limit_bytes=4 * MIB) as node:
+        await node.begin(num_ranks=2)
+        kept = random_packs(2, MIB)
+        saved = await node.save(1, kept)
+        await node.wait(saved)
+        generation = GenerationId(RUN, 1, 2)
+        other = await node.plan(generation, 10, rank=1, num_ranks=2)
+        waiting = asyncio.create_task(node.wait(generation))
+        with pytest.raises(ResourceExhausted, match=r"\d+ bytes needed, \d+ free"):
+            await node.plan(generation, 30 * MIB, rank=0, num_ranks=2)
+        with pytest.raises(Conflict, match=r"rank 0: .*no room"):
+            await waiting
+        assert await node.latest() == "1/1"
+        assert await node.restore(saved) == kept
+        # With less to save the same step goes through.
+        await node.seal(other, bytes(10))
+        await node.seal(await node.plan(generation, 20, rank=0, num_ranks=2), bytes(20))
+        await node.wait(generation)
+        assert await node.latest() == "1/2"
+
+
+async def test_a_landing_that_fails_fails_the_generation_and_tells_at_once(
+    node: CheckpointNode,
+) -> None:
+    await node.begin(num_ranks=2)
+    generation = GenerationId(RUN, 1, 1)
+    first = await node.plan(generation, 10, rank=0, num_ranks=2)
+    second = await node.plan(generation, 10, rank=1, num_ranks=2)
+    # The final names cannot be made any more: publishing fails after sealing.
+    for tier in node.storage.tiers.landing:
+        files = Path(tier.location) / "files"
+        files.rename(files.with_name("gone"))
+        files.write_bytes(b"no folder")
+    waiting = asyncio.create_task(node.wait(generation))
+    await node.seal(first, bytes(10))
+    with pytest.raises(StorageError, match=r"generation run@1/1 failed: rank 0"):
+        await waiting
+    with pytest.raises((Conflict, NotFound)):
+        await node.seal(second, bytes(10))
+    with pytest.raises(Conflict, match="is failed"):
+        await node.plan(generation, 10, rank=0, num_ranks=2)
+    with pytest.raises(NotFound):
+        await node.latest()
+
+
+async def test_an_upload_that_ends_before_its_seal_is_told_to_the_others(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin(num_ranks=2)
+        generation = GenerationId(RUN, 1, 1)
+        first = await node.plan(generation, 10, rank=0, num_ranks=2)
+        second = await node.plan(generation, 10, rank=1, num_ranks=2)
+        await node.seal(first, bytes(10))
+        waiting = asyncio.create_task(node.wait(generation))
+        await node.storage.uploads.abort(second.session, UID)
+        with pytest.raises(Conflict, match="rank 1: its upload ended"):
+            await waiting
+
+
+# ----------------------------------------------------------------------------------------- attempts
+
+
+async def test_attempts_count_and_a_request_opens_one(node: CheckpointNode) -> None:
+    first = await node.checkpoints.begin_attempt(RUN, None, 1, "a")
+    again = await node.checkpoints.begin_attempt(RUN, None, 1, "a")
+    second = await node.checkpoints.begin_attempt(RUN, None, 1, "b")
+    assert first == again
+    assert (first.attempt, second.attempt) == (1, 2)
+    with pytest.raises(Conflict):
+        await node.checkpoints.begin_attempt("other", None, 1, "a")
+
+
+async def test_a_parent_has_to_be_committed(node: CheckpointNode) -> None:
+    with pytest.raises(NotFound):
+        await node.begin((1, 5))
+    await node.begin()
+    await node.plan(GenerationId(RUN, 1, 5), 10)
+    with pytest.raises(NotFound, match="no committed generation 1/5"):
+        await node.begin((1, 5))
+
+
+async def test_a_new_attempt_fences_the_old_one_off(node: CheckpointNode) -> None:
+    await node.begin(num_ranks=2)
+    await node.wait(await node.save(1, random_packs(2)))
+    generation = GenerationId(RUN, 1, 2)
+    first = await node.plan(generation, 10, rank=0, num_ranks=2)
+    second = await node.plan(generation, 10, rank=1, num_ranks=2)
+    await node.seal(first, bytes(10))
+    waiting = asyncio.create_task(node.wait(generation))
+    await asyncio.sleep(0)
+    opened = await node.begin((1, 1), num_ranks=2)
+    assert (opened.attempt, opened.parent) == (2, Point(1, 1))
+    with pytest.raises(Fenced, match="attempt 2 of the run began"):
+        await waiting
+    with pytest.raises((Fenced, NotFound)):
+        await node.seal(second, bytes(10))
+    with pytest.raises(Fenced, match="attempt 2 began after it"):
+        await node.plan(GenerationId(RUN, 1, 3), 10, num_ranks=2)
+    await node.settle(COLLECT)
+    assert len(node.storage.files()) == 2  # the committed generation's
+
+
+async def test_what_all_ranks_sealed_lands_in_spite_of_a_new_attempt(node: CheckpointNode) -> None:
+    await node.begin(num_ranks=2)
+    packs = random_packs(2, 8 * MIB)
+    sealed = await node.save(1, packs)
+    await node.begin(num_ranks=2)
+    await node.wait(sealed)
+    assert await node.restore(sealed) == packs
+
+
+# ------------------------------------------------------------------------------------------- latest
+
+
+async def test_latest_follows_the_newest_attempt(node: CheckpointNode) -> None:
+    await node.begin()
+    for step in (10, 20, 30):
+        await node.wait(await node.save(step, random_packs(1)))
+    assert await node.latest() == "1/30"
+    await node.begin((1, 10))
+    assert await node.latest() == "1/10"
+    await node.wait(await node.save(20, random_packs(1), attempt=2))
+    assert await node.latest() == "2/20"
+    assert await node.latest(skip=("2/20",)) == "1/10"
+    resolve = node.checkpoints.generations.resolve
+    assert (await resolve(RUN, "20", "", [], 1.0)).id == GenerationId(RUN, 2, 20)
+    assert (await resolve(RUN, "1/30", "", [], 1.0)).id == GenerationId(RUN, 1, 30)
+    with pytest.raises(NotFound, match="1/30"):
+        await resolve(RUN, "30", "", [], 1.0)
+    with pytest.raises(NotFound, match="2 were skipped"):
+        await node.latest(skip=("2/20", "1/10"))
+    with pytest.raises(InvalidRequest, match="ATTEMPT/STEP"):
+        await resolve(RUN, "newest", "", [], 1.0)
+
+
+async def test_latest_waits_for_what_is_sealed_and_landing(node: CheckpointNode) -> None:
+    await node.begin()
+    await node.wait(await node.save(1, random_packs(1)))
+    await node.save(2, [os.urandom(30 * MIB)])
+    assert await node.latest() == "1/2"
+
+
+async def test_latest_of_nothing(node: CheckpointNode) -> None:
+    with pytest.raises(NotFound, match="there is no run run"):
+        await node.latest()
+    await node.begin()
+    with pytest.raises(NotFound, match="no committed generation"):
+        await node.latest()
+    await node.wait(await node.save(1, random_packs(1)))
+    await node.begin()  # without a parent: a fresh start
+    with pytest.raises(NotFound, match="1/1"):
+        await node.latest()
+    with pytest.raises(NotFound, match="remote"):
+        await node.latest(durability="remote")
+    with pytest.raises(InvalidRequest, match="only in memory"):
+        await node.latest(durability="ram")
+
+
+async def test_waiting_for_what_does_not_exist(node: CheckpointNode) -> None:
+    with pytest.raises(NotFound, match="no rank has begun to save it"):
+        await node.wait(GenerationId(RUN, 1, 1))
+    with pytest.raises(InvalidRequest, match="unknown"):
+        await node.wait(GenerationId(RUN, 1, 1), "replicated")
+
+
+# ------------------------------------------------------------------------------- restart, listing
+
+
+async def test_a_restart_aborts_what_had_not_landed_and_keeps_the_rest(tmp_path: Path) -> None:
+    packs = random_packs(2)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin(num_ranks=2)
+        saved = await node.save(1, packs)
+        await node.wait(saved)
+        half = GenerationId(RUN, 1, 2)
+        grant = await node.plan(half, 10, rank=0, num_ranks=2)
+        await node.seal(grant, os.urandom(10))
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        assert await node.latest() == "1/1"
+        assert await node.restore(saved) == packs
+        with pytest.raises(Conflict, match="the daemon ended before it was local"):
+            await node.wait(half)
+        with pytest.raises(Conflict, match="is aborted"):
+            await node.plan(half, 10, rank=1, num_ranks=2)
+        await node.settle(COLLECT)
+        assert len(node.storage.files()) == 2
+        await node.begin((1, 1), num_ranks=2)
+        again = await node.save(2, packs, attempt=2)
+        await node.wait(again)
+        assert await node.latest() == "2/2"
+
+
+async def test_runs_and_generations_are_listed_in_pages(node: CheckpointNode) -> None:
+    for run in ("a", "b", "c"):
+        await node.begin(run=run)
+        for step in (1, 2, 3):
+            await node.wait(await node.save(step, random_packs(1, 100), run=run))
+    generations = node.checkpoints.generations
+    first, after = await generations.list_runs("", 2)
+    second, end = await generations.list_runs(after, 2)
+    assert [run.run for run in [*first, *second]] == ["a", "b", "c"]
+    assert end == ""
+    assert first[0].num_generations == 3
+    assert first[0].num_bytes == 300
+    assert first[0].latest is not None
+    assert first[0].latest.id == GenerationId("a", 1, 3)
+    _, page, after = await generations.list_generations("a", "", 2)
+    _, rest, end = await generations.list_generations("a", after, 2)
+    assert [info.id.step for info in [*page, *rest]] == [3, 2, 1]
+    assert end == ""
+    with pytest.raises(NotFound):
+        await generations.list_generations("unknown", "", 0)
+
+
+async def test_flipped_bytes_of_a_landed_pack_are_noticed(node: CheckpointNode) -> None:
+    await node.begin()
+    saved = await node.save(1, random_packs(1))
+    await node.wait(saved)
+    (file,) = (Path(node.storage.tiers.landing[0].location) / "files").glob("*/*")
+    with file.open("r+b") as stored:
+        stored.seek(1000)
+        byte = stored.read(1)
+        stored.seek(1000)
+        stored.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(IntegrityError, match=r"segment 0 of blob .*tier ssd"):
+        await node.restore(saved)
