@@ -172,7 +172,7 @@ _TORCH_TYPES = {
 def _as_tensors(values: Any) -> Any:
     if isinstance(values, np.ndarray):
         return torch.from_numpy(values)
-    if values and isinstance(values[0], np.ndarray):  # ragged: one tensor a sample
+    if any(isinstance(value, np.ndarray) for value in values):  # ragged: one tensor a sample
         return [None if value is None else torch.from_numpy(value) for value in values]
     return values
 

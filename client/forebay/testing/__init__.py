@@ -1,0 +1,1 @@
+"""Helpers for tests of code that talks to a daemon."""
