@@ -25,21 +25,21 @@ import numpy as np
 from harness import MIB, Options, Report, Samples, interleave, parse_options, percentile
 
 import forebay
+from forebay.methods import Admin, Blobs
 from forebay.transfer import Blob, Transfer, make_transfer
-from forebay_wire.protocol import DataEndpoint
+from forebay_wire.protocol import DataEndpoint, protocol_range
 from forebay_wire.segments import even_cuts
-from forebay_wire.v1 import blobs_pb2
+from forebay_wire.v1 import admin_pb2, blobs_pb2
 
 PIECE_BYTES = 4 * MIB
 
 
 def store_random_blob(client: forebay.Client, transfer: Transfer, num_bytes: int) -> str:
     """Upload *num_bytes* of fresh random bytes; the blob's id."""
-    rpc = client.rpc.blobs
     begin = blobs_pb2.BeginUploadRequest(
         total_bytes=num_bytes, slot_bytes=num_bytes, owner="benchmark"
     )
-    session = client.rpc.call(rpc.BeginUpload, begin, timeout=60)
+    session = client.channel.call(Blobs.BeginUpload, begin)
     slot = transfer.upload_slot(session.session, session.slot_bytes, session.put_ticket)
     np.frombuffer(slot.buffer, dtype=np.uint8)[:num_bytes] = np.frombuffer(
         np.random.default_rng().bytes(num_bytes), dtype=np.uint8
@@ -48,7 +48,7 @@ def store_random_blob(client: forebay.Client, transfer: Transfer, num_bytes: int
     seal = blobs_pb2.SealRequest(
         session=session.session, sequence=0, num_bytes=num_bytes, cuts=even_cuts(num_bytes)
     )
-    sealed = client.rpc.call(rpc.Seal, seal, timeout=120)
+    sealed = client.channel.call(Blobs.Seal, seal, timeout=120)
     slot.close()
     return str(sealed.blob)
 
@@ -266,7 +266,11 @@ def measure_handover(files: Files, report: Report, *, rounds: int) -> None:
         open_microseconds(blobs[:1])
     single = [open_microseconds(blobs[:1]) for _ in range(rounds)]
     batched = [open_microseconds(blobs) for _ in range(max(rounds // 20, 10))]
-    unary = [timed(files.client.status) * 1e6 for _ in range(rounds // 2)]
+    request = admin_pb2.HandshakeRequest(protocols=protocol_range(), client_version="benchmark")
+    unary = [
+        timed(lambda: files.client.channel.call(Admin.Handshake, request)) * 1e6
+        for _ in range(rounds // 2)
+    ]
     report.value("handover_us_p50", single, at_most=200)
     report.value("handover_us_p99", [percentile(single, 0.99)])
     report.value("batched_handover_us_per_blob", batched)

@@ -1,0 +1,120 @@
+"""What is remote comes back from the object tier alone, bit for bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import forebay
+from forebay_server.testing.daemon import DaemonProcess
+
+
+def recover(url: str, data: Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "forebay_server",
+        "recover",
+        url,
+        "--data",
+        str(data),
+        "--json",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+
+
+@pytest.fixture
+def object_folder(tmp_path: Path) -> Path:
+    """An object tier that holds a dataset of two versions with splits, and a run; nothing else."""
+    data = tmp_path / "data"
+    with DaemonProcess(data) as daemon, forebay.connect(daemon.address()["rpc"]) as client:
+        with client.create_dataset("d", schema={"x": "float32", "name": "string"}) as writer:
+            for row in range(500):
+                writer.write(x=row / 3, name=f"row {row}")
+        client.dataset("d").define_splits({"train": 0.8, "test": 0.2}, seed=4)
+        with client.append_dataset("d") as writer:
+            writer.write(x=-1.0, name="last")
+        with forebay.Checkpointer(client, run="r") as checkpointer:
+            checkpointer.save(3, state=state(3), metrics={"loss": 0.5}).wait("remote", timeout=60)
+            checkpointer.save(6, state=state(6)).wait("remote", timeout=60)
+        for version in (1, 2):
+            client.wait_version("d", version, "remote", timeout=60)
+        for split in ("train", "test"):
+            assert client.dataset("d", split=split).num_rows
+        wait_for_idle(client)
+    kept = tmp_path / "kept"
+    shutil.move(data / "object", kept)
+    shutil.rmtree(data)
+    return kept
+
+
+def state(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {"w": torch.randn(64, 1000, generator=generator), "n": torch.tensor(step)}
+
+
+def wait_for_idle(client: forebay.Client) -> None:
+    """Selections become remote by jobs of their own: wait until none is left."""
+    import threading
+
+    ticking = threading.Event()
+    for _ in range(600):
+        if not [job for job in client.status().jobs if job.state in ("queued", "running")]:
+            return
+        ticking.wait(0.1)
+    pytest.fail("background work does not end")
+
+
+def test_everything_remote_is_recovered(object_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "new"
+    done = recover(f"file://{object_folder}", data)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()]
+    with DaemonProcess(data) as daemon, forebay.connect(daemon.address()["rpc"]) as client:
+        assert client.datasets() == ["d"]
+        first = client.dataset("d", version=1)
+        batch = first.take(np.arange(500))
+        assert np.array_equal(batch["x"], (np.arange(500) / 3).astype(np.float32))
+        assert batch["name"] == [f"row {row}" for row in range(500)]
+        assert client.dataset("d").num_rows == 501
+        assert client.dataset("d", split="train").num_rows == 400
+        with forebay.Checkpointer(client, run="r") as checkpointer:
+            resumed = checkpointer.restore("latest")
+        assert resumed.step == 6
+        assert all(torch.equal(resumed.state[name], value) for name, value in state(6).items())
+        assert json.loads(client.checkpoints("r")[-1].metrics_json) == {"loss": 0.5}
+
+
+def test_recovery_refuses_a_folder_in_use(object_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "new"
+    assert recover(f"file://{object_folder}", data).returncode == 0
+    again = recover(f"file://{object_folder}", data)
+    assert again.returncode != 0
+    assert "catalog" in again.stderr
+
+
+def test_a_version_with_a_lost_piece_is_left_out_and_named(
+    object_folder: Path, tmp_path: Path
+) -> None:
+    pieces = sorted((object_folder / "data").rglob("*"), key=lambda path: path.stat().st_size)
+    next(path for path in reversed(pieces) if path.is_file()).unlink()
+    data = tmp_path / "new"
+    done = recover(f"file://{object_folder}", data)
+    report = done.stdout + done.stderr
+    with DaemonProcess(data) as daemon, forebay.connect(daemon.address()["rpc"]) as client:
+        generations = client.checkpoints("r")
+        assert len(generations) == 1
+        assert client.dataset("d").num_rows == 501
+    missing = {3, 6} - {generations[0].step}
+    assert f"1/{missing.pop()}" in report
+
+
+def test_an_object_url_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    done = recover("file:///nowhere/at/all", tmp_path / "new")
+    assert done.returncode != 0
+    assert "/nowhere/at/all" in done.stderr
