@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import grpc
 
 from forebay.address import Address, FolderAddress, SocketAddress, TcpAddress
-from forebay.daemon_folder import find_or_start, wait
+from forebay.daemon_folder import find_or_start, find_running, wait
 from forebay.forking import watch
 from forebay.methods import Admin, Method, Request, Response
 from forebay.transfer.connection import DescriptorConnection
@@ -321,7 +321,7 @@ def _locate(address: Address, deadline: Deadline, *, is_reconnect: bool) -> _Tar
         with suppress(DaemonUnavailable):
             found = wait(address.folder, Deadline(min(RESTART_GRACE_SECONDS, deadline.remaining)))
     if found is None:
-        look = find_or_start if address.may_start else wait
+        look = find_or_start if address.may_start else find_running
         found = look(address.folder, deadline)
     return _Target(found.rpc, False, found.hello.token, found.descriptor_socket)
 

@@ -68,9 +68,11 @@ class Client:
     def __init__(self, address: Address) -> None:
         self.address = address
         self.channel = RpcChannel(address)
+        self._transfer: Transfer | None = None
 
     def close(self) -> None:
         """End the connection. Idempotent. What was mapped stays readable."""
+        self._transfer = None  # its connection goes with the last blob or client that uses it
         self.channel.close()
 
     def __enter__(self) -> Self:
@@ -95,7 +97,8 @@ class Client:
     @property
     def transfer(self) -> Transfer:
         """The way to the daemon's bytes that this process uses."""
-        return make_transfer(self.endpoint)
+        self._transfer = make_transfer(self.endpoint)
+        return self._transfer
 
     # The daemon.
 

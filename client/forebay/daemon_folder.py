@@ -74,12 +74,23 @@ def wait(folder: Path, deadline: Deadline) -> RunningDaemon:
     backoff = Backoff(limit=0.25)
     while (found := find(folder)) is None:
         if not backoff.pause(deadline):
-            raise DaemonUnavailable(
-                f"no daemon serves the data folder {folder}, waited {deadline.seconds:.0f} s: "
-                f"start it (forebay serve --data {folder}), or give connect() the folder, which "
-                "starts one"
-            )
+            raise _not_served(folder)
     return found
+
+
+def find_running(folder: Path, deadline: Deadline) -> RunningDaemon:
+    """The daemon that serves *folder*, waited for only if it is just starting."""
+    found = find(folder)
+    if found is None and not _is_locked(folder):
+        raise _not_served(folder)
+    return found or wait(folder, deadline)
+
+
+def _not_served(folder: Path) -> DaemonUnavailable:
+    return DaemonUnavailable(
+        f"no daemon serves the data folder {folder}: start it (forebay serve --data {folder}), "
+        "or give connect() this folder, which starts one"
+    )
 
 
 def find_or_start(folder: Path, deadline: Deadline) -> RunningDaemon:

@@ -63,7 +63,7 @@ class HttpPool:
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
         watch(self)
-        weakref.finalize(self, _close_all, self._idle).atexit = False
+        weakref.finalize(self, _close_all, self._idle)
 
     def exchange(
         self, request: HttpRequest, read: Callable[[http.client.HTTPResponse], Result]

@@ -26,12 +26,14 @@ class DescriptorLink:
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._connection: DescriptorConnection | None = None
+        self._open: list[DescriptorConnection] = []
+        """The connection, if there is one: in a list, so that it can be closed after the link."""
         self._hello: Hello | None = None
         self._serial = 0
         self._releases: deque[tuple[int, str]] = deque()
+        self._num_opens = 0
         watch(self)
-        weakref.finalize(self, _close, self.__dict__).atexit = False
+        weakref.finalize(self, _close_connections, self._open)
 
     def request(
         self, body: dict[str, Any], wait_seconds: float = RECONNECT_SECONDS
@@ -75,6 +77,10 @@ class DescriptorLink:
                 if not backoff.pause(deadline):
                     raise self._unavailable(error, wait_seconds) from error
 
+    def count_opens(self, num_blobs: int) -> None:
+        """Note that the daemon counts so many more blobs as open."""
+        self._num_opens += num_blobs
+
     def release_later(self, serial: int, blob: str) -> None:
         """Note that one open of *blob* has ended; sent with the next request. Never blocks.
 
@@ -82,15 +88,16 @@ class DescriptorLink:
         """
         self._releases.append((serial, blob))
 
-    def flush_releases(self, at_least: int = MAX_DESCRIPTORS_PER_MESSAGE) -> None:
-        """Send what has been noted if it is *at_least* so many; best effort."""
-        if len(self._releases) < at_least:
+    def flush_releases(self) -> None:
+        """Send what has been noted if it is a batch, or the last; best effort."""
+        num_noted = len(self._releases)
+        if num_noted < min(MAX_DESCRIPTORS_PER_MESSAGE, max(1, self._num_opens)):
             return
         with self._lock:
-            if self._connection is None:
+            if not self._open:
                 return
             try:
-                self._send_releases(self._connection)
+                self._send_releases(self._open[0])
             except (OSError, ForebayError):
                 self._drop_locked()
 
@@ -120,11 +127,13 @@ class DescriptorLink:
             return self._serial, answer, descriptors
 
     def _connected(self, deadline: Deadline) -> DescriptorConnection:
-        if self._connection is None:
+        if not self._open:
             timeout = max(0.1, min(HELLO_SECONDS, deadline.remaining))
-            self._connection, self._hello = DescriptorConnection.connect(self.path, timeout)
+            connection, self._hello = DescriptorConnection.connect(self.path, timeout)
+            self._open.append(connection)
             self._serial += 1
-        return self._connection
+            self._num_opens = 0
+        return self._open[0]
 
     def _send_releases(self, connection: DescriptorConnection) -> None:
         blobs = list(self._take_releases())
@@ -136,12 +145,11 @@ class DescriptorLink:
         while self._releases:
             serial, blob = self._releases.popleft()
             if serial == self._serial:
+                self._num_opens -= 1
                 yield blob
 
     def _drop_locked(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        _close_connections(self._open)
 
     def _unavailable(self, error: Exception, seconds: float) -> DaemonUnavailable:
         return DaemonUnavailable(
@@ -156,7 +164,6 @@ def close_all(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
-def _close(state: dict[str, Any]) -> None:
-    connection = state.get("_connection")
-    if connection is not None:
-        connection.close()
+def _close_connections(connections: list[DescriptorConnection]) -> None:
+    while connections:
+        connections.pop().close()

@@ -169,7 +169,10 @@ class LocalBlob(Blob):
     def _open_view(self) -> memoryview:
         if self._view is None:
             replica = self._opened()
-            view = replica.mapped()
+            try:
+                view = replica.mapped()
+            except ValueError:
+                raise Damage(self.table.num_segments - 1, "is cut short") from None
             if view is None:
                 window = POOL.lend(self.num_bytes)
                 self._read_checked(replica, 0, window, self._checks)
@@ -277,6 +280,7 @@ def open_replicas(
         )
         problems = {}
         handover = Handover(descriptors)
+        link.count_opens(sum("error" not in entry for entry in answer["blobs"]))
         try:
             for index, entry in zip(wanted, answer["blobs"], strict=True):
                 try:

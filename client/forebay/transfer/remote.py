@@ -44,6 +44,9 @@ REQUEST_BYTES: Final = 16 * MIB
 PUT_BYTES: Final = 64 * MIB
 """One piece of an upload slot."""
 
+MAX_CUTS: Final = 2
+"""Answers that end early at the same segment, before that counts as damage of the replica."""
+
 Result = TypeVar("Result")
 
 
@@ -56,6 +59,7 @@ class RemoteTransfer:
         self._token = endpoint.token
         self._releases: deque[str] = deque()
         self._client = new_random_name()
+        self._num_opens = 0
         watch(self)
 
     def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:
@@ -92,6 +96,7 @@ class RemoteTransfer:
         """In a child of fork: what the parent opened is the parent's to release."""
         self._client = new_random_name()
         self._releases = deque()
+        self._num_opens = 0
 
     # What blobs and slots call.
 
@@ -99,6 +104,7 @@ class RemoteTransfer:
         """The daemon's entries for *blobs*, or the first one's exception."""
         body = {"blobs": list(blobs), "client": self._client}
         entries: list[dict[str, Any]] = self.post("/v1/open", body)["blobs"]
+        self._num_opens += sum("error" not in entry for entry in entries)
         for entry in entries:
             if "error" in entry:
                 self._releases.extend(other["blob"] for other in entries if "error" not in other)
@@ -111,8 +117,8 @@ class RemoteTransfer:
         self._releases.append(blob)
 
     def flush_releases(self) -> None:
-        """Send what has been noted if it is worth a request."""
-        self._flush_releases(MAX_DESCRIPTORS_PER_MESSAGE)
+        """Send what has been noted if it is a batch, or the last."""
+        self._flush_releases(min(MAX_DESCRIPTORS_PER_MESSAGE, max(1, self._num_opens)))
 
     def post(
         self, path: str, body: dict[str, Any], wait: float = RECONNECT_SECONDS
@@ -145,6 +151,7 @@ class RemoteTransfer:
         if len(self._releases) < at_least:
             return
         blobs = [self._releases.popleft() for _ in range(len(self._releases))]
+        self._num_opens -= len(blobs)
         with contextlib.suppress(ForebayError):  # the daemon releases in time what nobody uses
             self.post("/v1/release", {"blobs": blobs, "client": self._client}, wait=0.0)
 
@@ -243,7 +250,7 @@ class RemoteBlob(Blob):
         ):
             num_bytes += len(pieces[count].view)
             count += 1
-        done = 0
+        done = num_cuts = 0
 
         def request() -> HttpRequest:
             start = position + sum(len(piece.view) for piece in pieces[:done])
@@ -254,13 +261,20 @@ class RemoteBlob(Blob):
             )
 
         def read(response: http.client.HTTPResponse) -> None:
-            nonlocal done
+            nonlocal done, num_cuts
             if response.status != HTTPStatus.PARTIAL_CONTENT:
                 raise http.client.HTTPException(f"a range was asked for, not {response.status}")
             while done < count:
-                read_exactly(response, pieces[done].view)
+                try:
+                    read_exactly(response, pieces[done].view)
+                except (http.client.IncompleteRead, ConnectionError):
+                    # The daemon went away, or its file ends early: it can only hang up then.
+                    num_cuts += 1
+                    if num_cuts > MAX_CUTS:
+                        raise Damage(pieces[done].segment or 0, "is cut short") from None
+                    raise
                 self._arrived(pieces[done])
-                done += 1
+                done, num_cuts = done + 1, 0
 
         self._transfer.exchange(request, read)
         return done

@@ -54,7 +54,10 @@ class Replica:
         return done
 
     def mapped(self) -> memoryview | None:
-        """All bytes of the blob as they lie in the page cache; None if they lie in pieces."""
+        """All bytes of the blob as they lie in the page cache; None if they lie in pieces.
+
+        Raises ValueError if the file has become shorter: touching what is missing would be SIGBUS.
+        """
         if len(self.extents) != 1:
             return None
         extent = self.extents[0]
