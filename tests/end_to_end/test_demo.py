@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+# It takes 25 s alone on two cores, and this suite shares them.
+pytestmark = pytest.mark.timeout(280)
 
-def run(*command, **options):
+
+def run(*command):
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=110, **options
+        [sys.executable, *command], capture_output=True, text=True, timeout=260, check=False
     )
 
 
@@ -61,10 +64,3 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
     assert done.returncode == 1
     assert "no demo made it" in " ".join(done.stdout.split())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_a_mistake_in_an_argument_is_named_once_and_has_its_exit_status():
-    done = run("-m", "forebay_trainer", "mnist_cnn", "num_epoch=3")
-    assert done.returncode == 2
-    assert done.stderr.count("unknown key 'num_epoch'") == 1
-    assert "Traceback" not in done.stderr

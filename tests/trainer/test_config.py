@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from forebay_trainer import config as configuration
+from forebay_trainer.__main__ import main
 from forebay_trainer.train import TrainConfig
 from forebay_wire.errors import InvalidRequest, NotFound
 
@@ -127,3 +128,24 @@ def test_every_key_has_a_meaning():
     keys = list(configuration.keys(TrainConfig))
     assert len({key.name for key in keys}) == len(keys) > 20
     assert [key.name for key in keys if not key.meaning] == []
+
+
+def test_a_mistake_is_one_line_and_exit_status_2(capsys):
+    assert main(["mnist_cnn", "num_epoch=3"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.splitlines() == [
+        "forebay_trainer: unknown key 'num_epoch' (argument): did you mean 'num_epochs'?"
+    ]
+
+
+def test_only_the_first_rank_of_a_node_complains(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["mnist_cnn", "num_epoch=3"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_keys_are_listed(capsys):
+    assert main(["--keys"]) == 0
+    listing = capsys.readouterr().out
+    for key in configuration.keys(TrainConfig):
+        assert key.name in listing
