@@ -18,7 +18,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -26,6 +25,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from forebay_wire.errors import InvalidRequest
+from forebay_wire.lazy import lazy
 
 Shuffle = Literal["none", "full"]
 LastBatch = Literal["keep", "pad", "drop"]
@@ -110,7 +110,7 @@ class Order:
     def __post_init__(self) -> None:
         check_shuffle(self.shuffle)
 
-    @cached_property
+    @lazy
     def _key(self) -> bytes:
         return derive_key("epoch", self.identity, self.seed, self.epoch)
 

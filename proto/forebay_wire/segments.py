@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -18,6 +17,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from forebay_wire.errors import IntegrityError, InvalidRequest
+from forebay_wire.lazy import lazy
 from forebay_wire.limits import MAX_SEGMENT_BYTES, MAX_SEGMENTS_PER_BLOB, check_limit
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class SegmentTable:
 
     entries: NDArray[np.void]
 
-    @cached_property
+    @lazy
     def offsets(self) -> NDArray[np.int64]:
         """Blob offset where each segment starts, and the blob's length last: ``count + 1``."""
         offsets = np.zeros(len(self.entries) + 1, dtype=np.int64)
@@ -75,7 +75,7 @@ class SegmentTable:
     def total_bytes(self) -> int:
         return int(self.offsets[-1])
 
-    @cached_property
+    @lazy
     def encoded(self) -> bytes:
         """The canonical bytes, as they lie on disk and are digested."""
         header = TABLE_HEADER.pack(
@@ -83,7 +83,7 @@ class SegmentTable:
         )
         return header + self.entries.tobytes()
 
-    @cached_property
+    @lazy
     def blob_id(self) -> str:
         """The blob's id in hex."""
         return blake3(self.encoded, key=BLOB_KEY).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from forebay.dataset.cache import shard_cache
 from forebay.dataset.gather import Allocate, RowReader, numpy_array
 from forebay.dataset.schema import Column, Schema
 from forebay_wire.errors import IntegrityError, InvalidRequest
+from forebay_wire.lazy import lazy
 from forebay_wire.manifest import DatasetManifest, SelectionManifest
 from forebay_wire.order import split_rows
 from forebay_wire.protocol import DataEndpoint
@@ -89,16 +89,16 @@ class Dataset:
         """Samples, of the selection if there is one."""
         return self._num_version_rows if self.selection is None else self.selection.num_rows
 
-    @cached_property
+    @lazy
     def _num_version_rows(self) -> int:
         return self.manifest.num_rows
 
-    @cached_property
+    @lazy
     def num_bytes(self) -> int:
         """Bytes of all shards of the version."""
         return sum(shard.num_bytes for shard in self.manifest.shards)
 
-    @cached_property
+    @lazy
     def schema(self) -> Schema:
         """The columns; ``schema.arrow`` is the Arrow schema."""
         try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from forebay_wire.errors import InvalidRequest, SchemaMismatch
+from forebay_wire.lazy import lazy
 
 METADATA_KEY: Final = b"forebay.schema"
 """Schema metadata: JSON, column name to type as the user gave it."""
@@ -67,7 +67,7 @@ class Column:
     shape: tuple[int, ...] = ()
     nullable: bool = False
 
-    @cached_property
+    @lazy
     def field(self) -> pa.Field:
         return pa.field(self.name, self.arrow_type, nullable=self.nullable)
 
@@ -104,7 +104,7 @@ class Schema:
     def __str__(self) -> str:
         return ", ".join(f"{column.name}: {column.text}" for column in self.columns)
 
-    @cached_property
+    @lazy
     def arrow(self) -> pa.Schema:
         """The Arrow schema, with the sample schema as metadata."""
         specs = {column.name: column.spec() for column in self.columns}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -29,6 +28,7 @@ from forebay_wire.errors import (
 )
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import check_name, new_random_name
+from forebay_wire.lazy import lazy
 from forebay_wire.limits import KIB, MAX_SHARDS_PER_VERSION, MIB, check_limit
 from forebay_wire.v1 import datasets_pb2
 
@@ -282,7 +282,7 @@ class DatasetWriter:
                 f"this writer of dataset {self.name!r} has ended; append_dataset() starts a new one"
             )
 
-    @cached_property
+    @lazy
     def _largest_sample(self) -> int:
         assert self._schema is not None
         return largest_sample(self._shard_bytes, self._schema.arrow)

@@ -12,6 +12,9 @@ import torch.utils.data
 import forebay
 from forebay.testing.numbered import NUM_SAMPLES, numbered_sample
 
+# Workers are forked beside threads on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
 
 def assert_is_sample(found, number):
     for column, value in numbered_sample(number).items():

@@ -13,6 +13,9 @@ from forebay.testing import numbered as numbered_data
 GLOBAL = 24
 START_METHODS = ["fork", "forkserver", "spawn"]
 
+# Workers are forked beside threads on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
 
 def stream(dataset, **options) -> forebay.StreamingDataset:
     options = {"global_batch_size": GLOBAL, "shuffle": "full", "seed": 5, **options}
