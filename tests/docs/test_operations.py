@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from forebay.cli import commands
 from forebay_server.config import OPTIONS
 from forebay_server.observe.metrics import METRICS
@@ -36,7 +37,9 @@ def test_every_call_is_named(proto: Path) -> None:
 def _leaves(command: click.Command, path: str) -> list[str]:
     if isinstance(command, click.Group):
         return [
-            leaf for name, sub in command.commands.items() for leaf in _leaves(sub, f"{path} {name}")
+            leaf
+            for name, sub in command.commands.items()
+            for leaf in _leaves(sub, f"{path} {name}")
         ]
     return [path]
 
