@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from forebay_wire.errors import DeadlineExceeded, ForebayError, rebuild
-
-_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Json = Any
@@ -59,15 +58,12 @@ class Outcome(Generic[T]):
 
 
 class Ranks:
-    """This rank among its peers. Not thread-safe: collectives run in one order on all ranks.
+    """This rank among its peers. Not thread-safe: collectives run in one order on all ranks."""
 
-    ``close`` is a collective as well.
-    """
-
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroupGloo | None) -> None:
         self.rank = rank
         self.size = size
-        self._group = group
+        self._group: Any = group  # its stubs know no collectives
 
     @classmethod
     def join(cls, process_group: dist.ProcessGroup | None, timeout: float) -> Ranks:
@@ -77,44 +73,46 @@ class Ranks:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(0, 1, None)
-        members = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        members = tuple(dist.get_process_group_ranks(process_group or dist.group.WORLD))
         if len(members) == 1:
             return cls(0, 1, None)
-        group = dist.new_group(
-            members,
-            timeout=datetime.timedelta(seconds=timeout),
-            backend="gloo",
-            # Only the members take part, so that a checkpointer of some ranks is possible.
-            use_local_synchronization=process_group is not None,
-        )
-        return cls(dist.get_rank(group), len(members), group)
+        rank = members.index(dist.get_rank())
+        # Not dist.new_group: that one takes all ranks of the world, or (with local
+        # synchronization) hangs where members belong to different numbers of other groups.
+        number = _joined[members]
+        _joined[members] += 1
+        name = f"forebay/{'_'.join(map(str, members))}/{number}"
+        with _LostRank("meet for checkpoints"):
+            group = dist.ProcessGroupGloo(
+                PrefixStore(name, _get_default_store()),
+                rank,
+                len(members),
+                datetime.timedelta(seconds=timeout),
+            )
+        return cls(rank, len(members), group)
 
     def exchange(self, what: str, value: Json) -> list[Json]:
         """Every rank's *value*, in rank order, on every rank."""
         if self._group is None:
             return [value]
-        group, mine = self._group, _pack(value)
+        mine = _pack(value)
         with _LostRank(what):
-            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(lengths, torch.tensor([len(mine)]), group=group)
-            sizes = [int(length) for length in lengths]
+            sizes = self._sizes(len(mine))
             parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
-            dist.all_gather(parts, _pad(mine, max(sizes)), group=group)
+            self._group.allgather([parts], [_pad(mine, max(sizes))]).wait()
         return [_unpack(part[:size]) for part, size in zip(parts, sizes, strict=True)]
 
     def gather(self, what: str, value: Json) -> list[Json] | None:
         """Every rank's *value* on rank 0; None elsewhere."""
         if self._group is None:
             return [value]
-        group, mine = self._group, _pack(value)
+        mine = _pack(value)
         with _LostRank(what):
-            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(lengths, torch.tensor([len(mine)]), group=group)
-            sizes = [int(length) for length in lengths]
+            sizes = self._sizes(len(mine))
             parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
-            dist.gather(
-                _pad(mine, max(sizes)), parts if self.rank == 0 else None, self._root(), group
-            )
+            self._group.gather(
+                [parts] if self.rank == 0 else [], [_pad(mine, max(sizes))], _TO_ROOT
+            ).wait()
         if self.rank:
             return None
         return [_unpack(part[:size]) for part, size in zip(parts, sizes, strict=True)]
@@ -124,15 +122,14 @@ class Ranks:
         if self._group is None:
             assert values is not None
             return values[0]
-        group = self._group
         with _LostRank(what):
             packed = [_pack(value) for value in values] if values is not None else []
             sizes = torch.tensor([len(one) for one in packed] or [0] * self.size)
-            dist.broadcast(sizes, self._root(), group)
+            self._group.broadcast(sizes, 0).wait()
             longest = int(sizes.max())
             mine = torch.empty(longest, dtype=torch.uint8)
-            parts = [_pad(one, longest) for one in packed] if self.rank == 0 else None
-            dist.scatter(mine, parts, self._root(), group)
+            parts = [[_pad(one, longest) for one in packed]] if self.rank == 0 else []
+            self._group.scatter([mine], parts, _FROM_ROOT).wait()
         return _unpack(mine[: int(sizes[self.rank])])
 
     def broadcast(self, what: str, value: Json) -> Json:
@@ -169,17 +166,23 @@ class Ranks:
         return value
 
     def close(self) -> None:
-        """Leave the group; forgiving, for the training may have ended torch.distributed before."""
-        group, self._group = self._group, None
-        if group is not None and dist.is_initialized():
-            try:
-                dist.destroy_process_group(group)
-            except (RuntimeError, ValueError) as error:
-                _log.debug("the checkpoint group was gone already: %s", error)
+        """Leave the group."""
+        self._group = None
 
-    def _root(self) -> int:
+    def _sizes(self, mine: int) -> list[int]:
         assert self._group is not None
-        return dist.get_global_rank(self._group, 0)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._group.allgather([sizes], [torch.tensor([mine])]).wait()
+        return [int(size) for size in sizes]
+
+
+_joined: Counter[tuple[int, ...]] = Counter()
+"""How often this process met with the same ranks: all of them count alike, so names agree."""
+
+_TO_ROOT = dist.GatherOptions()
+_TO_ROOT.rootRank = 0
+_FROM_ROOT = dist.ScatterOptions()
+_FROM_ROOT.rootRank = 0
 
 
 def _attempt(act: Callable[[], T]) -> tuple[T | None, list[str] | None, Exception | None]:

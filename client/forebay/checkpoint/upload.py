@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from dataclasses import dataclass
 
 from forebay.checkpoint.layout import Piece, pieces
@@ -12,7 +12,12 @@ from forebay.checkpoint.snapshot import Pack
 from forebay.transfer import UploadSlot
 from forebay.transfer.blob import copy
 from forebay.waiting import Deadline
-from forebay_wire.errors import ResourceExhausted
+from forebay_wire.errors import (
+    DaemonUnavailable,
+    DeadlineExceeded,
+    ForebayError,
+    ResourceExhausted,
+)
 from forebay_wire.failpoints import failpoint
 from forebay_wire.v1 import checkpoints_pb2
 
@@ -28,6 +33,34 @@ class _Copied:
     description_bytes: int
 
 
+class _Lease:
+    """Keeps an upload session alive while its ranks wait for each other. Thread-safe."""
+
+    def __init__(self, service: CheckpointService, session: str, seconds: float) -> None:
+        self._service = service
+        self._session = session
+        self._seconds = seconds
+        self._stop = threading.Event()
+
+    @classmethod
+    def hold(cls, service: CheckpointService, session: str, seconds: float) -> _Lease:
+        lease = cls(service, session, seconds)
+        threading.Thread(target=lease._renew, name="forebay-lease", daemon=True).start()
+        return lease
+
+    def end(self) -> None:
+        self._stop.set()
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._seconds / 3):
+            try:
+                self._service.renew(self._session)
+            except (DaemonUnavailable, DeadlineExceeded):
+                continue  # the next round tries again, and the seal says what is wrong
+            except ForebayError:
+                return
+
+
 class PackUpload:
     """A pack and its upload session. Not thread-safe; ``close`` lets the slot go."""
 
@@ -38,6 +71,7 @@ class PackUpload:
         self._pack: Pack | None = pack
         self._session: checkpoints_pb2.PackSession | None = None
         self._slot: UploadSlot | None = None
+        self._lease: _Lease | None = None
         self._incarnation = ""
         self._sequence = 0
         self._copied: _Copied | None = None
@@ -97,6 +131,7 @@ class PackUpload:
                 dataset_json=terms.dataset_json,
             )
         )
+        self._end_lease()
         failpoint("client.save.after_seal")
         return sealed
 
@@ -145,6 +180,7 @@ class PackUpload:
 
     def close(self) -> None:
         """Let the slot's memory go; the pack can no longer be offered again. Idempotent."""
+        self._end_lease()
         slot, self._slot = self._slot, None
         if slot is not None:
             slot.close()
@@ -153,8 +189,15 @@ class PackUpload:
         self._session = self._service.begin_pack(
             self.terms, self.num_bytes, slot_bytes, deadline.remaining
         )
+        session, seconds = self._session.session, self._session.lease_seconds
+        self._end_lease()
+        self._lease = _Lease.hold(self._service, session, seconds)
         self._slot = self._service.slot(self._session)
-        self._renewed = time.monotonic()
+
+    def _end_lease(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.end()
 
     def _append(self, piece: Piece, deadline: Deadline) -> None:
         assert self._session is not None
@@ -177,8 +220,4 @@ class PackUpload:
     def _fill(self, piece: Piece) -> None:
         assert self._pack is not None
         assert self._slot is not None
-        assert self._session is not None
-        if time.monotonic() - self._renewed > self._session.lease_seconds / 3:
-            self._service.renew(self._session.session)
-            self._renewed = time.monotonic()
         self._pack.copy_into(self._slot.buffer, piece.start, piece.stop)

@@ -1,0 +1,76 @@
+"""Jobs of several ranks against a real daemon; ``ranks.py`` beside this is what each rank runs."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from forebay_server.testing.daemon import DaemonProcess
+
+SECONDS = 100.0  # above the time after which a rank gives itself up, with its stacks
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path_factory.mktemp("daemon") / "data") as running:
+        yield running
+
+
+def start(
+    scenarios: str, size: int, daemon: DaemonProcess, scratch: Path, **environment: str
+) -> list[subprocess.Popen[str]]:
+    command = [sys.executable, "-W", "error", str(Path(__file__).parent / "ranks.py"), scenarios]
+    return [
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(scratch / "init"), str(daemon.data), str(scratch)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                **({"FOREBAY_FAILPOINTS": ""} if not environment or rank == 0 else environment),
+            },
+        )
+        for rank in range(size)
+    ]
+
+
+def outcome(processes: list[subprocess.Popen[str]]) -> list[int]:
+    """Exit codes, with everything that was written if one is not 0."""
+    try:
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    codes = [process.returncode for process in processes]
+    if any(codes):
+        for rank, (code, output) in enumerate(zip(codes, outputs, strict=True)):
+            sys.stdout.write(f"---- rank {rank} ended with {code}\n{output}\n")
+    return codes
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("no_local", ["0", "1"], ids=["local", "remote"])
+def test_saved_on_four_ranks_loads_bit_exact_on_any_number(
+    daemon: DaemonProcess, tmp_path: Path, no_local: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOREBAY_NO_LOCAL", no_local)
+    assert outcome(start("reshard", 6, daemon, tmp_path)) == [0] * 6
+
+
+@pytest.mark.timeout(200)
+def test_wrappers_errors_and_replicas_on_three_ranks(daemon: DaemonProcess, tmp_path: Path) -> None:
+    assert outcome(start("wrappers,errors,replicated", 3, daemon, tmp_path)) == [0] * 3
+
+
+@pytest.mark.parametrize("place", ["after_begin", "after_copy", "after_seal"])
+def test_a_killed_rank_fails_the_save_of_the_others(
+    daemon: DaemonProcess, tmp_path: Path, place: str
+) -> None:
+    killed = {"FOREBAY_FAILPOINTS": f"client.save.{place}:2"}
+    assert outcome(start("lost_rank", 2, daemon, tmp_path, **killed)) == [0, -9]
