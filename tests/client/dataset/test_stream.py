@@ -13,8 +13,11 @@ from forebay.testing import numbered as numbered_data
 GLOBAL = 24
 START_METHODS = ["fork", "forkserver", "spawn"]
 
-# Workers are forked beside threads on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+pytestmark = [
+    # Workers are forked beside threads on purpose, and more of them than there are cores.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
 
 
 def stream(dataset, **options) -> forebay.StreamingDataset:
