@@ -20,6 +20,7 @@ from forebay_server.tier.publication import (
 )
 from forebay_server.tier.space import UNBOUNDED, Reservation, SpaceLedger, free_in_folder
 from forebay_server.tier.store import (
+    NO_SPACE,
     FileInfo,
     Tier,
     TierReader,
@@ -194,19 +195,24 @@ class RemoteTier(Tier):
         exclusive = own.pipe_file is not default or hasattr(own, "_pipe_file")
         if exclusive:
             probe = self._path(f"probe-{new_random_name()}")
-            files.pipe_file(probe, b"probe", mode="create")
             try:
-                files.pipe_file(probe, b"again", mode="create")
-                exclusive = False
-            except FileExistsError:
-                pass
-            finally:
+                files.pipe_file(probe, b"probe", mode="create")
+                exclusive = self._is_refused(probe)
                 files.rm_file(probe)
+            except NotImplementedError:
+                exclusive = False
         if not exclusive:
             raise InvalidRequest(
                 f"{self._where} cannot be the object tier: the file system of its URL cannot "
                 "create an object only if it does not exist; use file:///some/folder"
             )
+
+    def _is_refused(self, path: str) -> bool:
+        try:
+            self._file_system.pipe_file(path, b"again", mode="create")
+        except FileExistsError:
+            return True
+        return False
 
     @contextlib.contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
@@ -217,9 +223,10 @@ class RemoteTier(Tier):
             raise
         except FileNotFoundError:
             raise NotFound(f"there is no such file ({self._where}, {doing})") from None
-        except OSError as error:
-            raise from_os_error(error, doing, self._where) from error
         except Exception as error:
+            is_local = self._publication is not None
+            if isinstance(error, OSError) and (is_local or error.errno in NO_SPACE):
+                raise from_os_error(error, doing, self._where) from error
             raise StorageError(
                 f"{self._where} failed {doing}: {type(error).__name__}: {error}; check that its "
                 "URL, credentials and network are right"

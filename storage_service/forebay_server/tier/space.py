@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from forebay_server.tier.store import TierSpace
-from forebay_wire.errors import ResourceExhausted
+from forebay_wire.errors import ResourceExhausted, StorageError
 
 BLOCK_BYTES: Final = 4096
 """Allocation is counted in these; file systems round up to them or to less."""
@@ -24,8 +24,15 @@ def in_blocks(num_bytes: int) -> int:
 
 
 def free_in_folder(folder: str | os.PathLike[str]) -> int:
-    """Bytes that the file system of *folder* still gives to this user."""
-    found = os.statvfs(folder)
+    """Bytes that the file system of *folder* still gives to this user; StorageError if it is
+    gone."""
+    try:
+        found = os.statvfs(folder)
+    except OSError as error:
+        raise StorageError(
+            f"the room in folder {os.fspath(folder)} cannot be measured ({error.strerror}): was it "
+            "removed, or is its disk not mounted?"
+        ) from error
     return found.f_bavail * found.f_frsize
 
 

@@ -1,0 +1,138 @@
+"""Wrappers around any tier: what is measured or made slow stays out of the tiers themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from forebay_server.tier.store import FileInfo, Tier, TierReader, TierSpace, TierWriter
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+Record = Callable[[str, str, int, float], None]
+"""``record(tier, operation, bytes, seconds)``; called from any thread, also for failed calls."""
+
+
+class TierWrapper(Tier):
+    """Passes everything on, every call through :meth:`around`: subclasses override that."""
+
+    def __init__(self, inner: Tier) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.kind = inner.kind
+        self.location = inner.location
+
+    @contextmanager
+    def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
+        """Surrounds one call of *operation* (a method's name) on file *name*."""
+        yield
+
+    def open(self) -> None:
+        with self.around("open", "", 0):
+            self.inner.open()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def blob_name(self, file: str) -> str:
+        return self.inner.blob_name(file)
+
+    def create(self, name: str, expected_bytes: int) -> TierWriter:
+        with self.around("create", name, 0):
+            return _Writer(self, name, self.inner.create(name, expected_bytes))
+
+    def read(self, name: str) -> TierReader:
+        with self.around("read", name, 0):
+            return _Reader(self, name, self.inner.read(name))
+
+    def head(self, name: str) -> int | None:
+        with self.around("head", name, 0):
+            return self.inner.head(name)
+
+    def delete(self, name: str) -> None:
+        with self.around("delete", name, 0):
+            self.inner.delete(name)
+
+    def list(self, prefix: str = "") -> Iterator[FileInfo]:
+        with self.around("list", prefix, 0):
+            yield from self.inner.list(prefix)
+
+    def space(self) -> TierSpace:
+        return self.inner.space()
+
+
+class MeteredTier(TierWrapper):
+    """Tells *record* how long each call took and how many bytes it moved."""
+
+    def __init__(self, inner: Tier, record: Record) -> None:
+        super().__init__(inner)
+        self._record = record
+
+    @contextmanager
+    def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._record(self.name, operation, num_bytes, time.perf_counter() - started)
+
+
+class ThrottledTier(TierWrapper):
+    """A slower tier: each call takes *latency_seconds* more, bytes move at *bytes_per_second*."""
+
+    def __init__(self, inner: Tier, latency_seconds: float, bytes_per_second: float) -> None:
+        super().__init__(inner)
+        self._latency_seconds = latency_seconds
+        self._bytes_per_second = bytes_per_second
+
+    @contextmanager
+    def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        due = started + self._latency_seconds + num_bytes / self._bytes_per_second
+        time.sleep(max(0.0, due - time.monotonic()))
+
+
+class _Writer(TierWriter):
+    def __init__(self, tier: TierWrapper, name: str, inner: TierWriter) -> None:
+        self.num_bytes = inner.num_bytes
+        self._tier = tier
+        self._name = name
+        self._inner = inner
+
+    def write(self, buffer: ReadableBuffer) -> None:
+        with self._tier.around("write", self._name, memoryview(buffer).nbytes):
+            self._inner.write(buffer)
+        self.num_bytes = self._inner.num_bytes
+
+    def publish(self) -> None:
+        with self._tier.around("publish", self._name, 0):
+            self._inner.publish()
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+
+class _Reader(TierReader):
+    def __init__(self, tier: TierWrapper, name: str, inner: TierReader) -> None:
+        self.size_bytes = inner.size_bytes
+        self.where = inner.where
+        self._tier = tier
+        self._name = name
+        self._inner = inner
+
+    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
+        with self._tier.around("read_into", self._name, memoryview(buffer).nbytes):
+            self._inner.read_into(offset, buffer)
+
+    def fileno(self) -> int | None:
+        return self._inner.fileno()
+
+    def detach(self) -> int:
+        return self._inner.detach()
+
+    def close(self) -> None:
+        self._inner.close()
