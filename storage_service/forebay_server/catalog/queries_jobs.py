@@ -18,7 +18,8 @@ FLUSH = "flush"
 DELETE = "delete"
 """Remove a manifest, the target, from the object tier and then from the catalog."""
 COLLECT = "collect"
-"""Reclaim what nothing names any more; its one target is :data:`GARBAGE`."""
+"""Reclaim blobs that nothing names any more; with the target
+:data:`GARBAGE` also files that no row names."""
 GARBAGE = "garbage"
 
 
@@ -63,6 +64,14 @@ def enqueue(connection: Connection, kind: str, target: str, *, total_bytes: int 
         insert(jobs).values(job=job, kind=kind, target=target, total_bytes=total_bytes)
     )
     return job
+
+
+def enqueue_collection(connection: Connection) -> None:
+    """Queue a search for blobs that this transaction left without a name.
+
+    Each is a job of its own: one that runs already may have looked where these blobs are.
+    """
+    enqueue(connection, COLLECT, new_random_name())
 
 
 def _may_start() -> ColumnElement[bool]:

@@ -14,9 +14,10 @@ from forebay_server.catalog.queries_blobs import (
     insert_replica,
     live_replica,
     local_orphan_blobs,
+    orphan_blobs,
     remove_orphan,
 )
-from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue
+from forebay_server.catalog.queries_jobs import enqueue_collection
 from forebay_server.catalog.tables import uploads
 from forebay_wire.errors import NotFound, PermissionDenied
 
@@ -155,10 +156,11 @@ def end_upload(connection: Connection, session: str, local_tiers: Sequence[str])
     connection.execute(delete(uploads).where(uploads.c.session == session))
     if blob is None:
         return Ended(None, ())
-    if not local_orphan_blobs(connection, local_tiers, 1, [blob]):
-        enqueue(connection, COLLECT, GARBAGE)
-        return Ended(blob, ())
-    return Ended(blob, tuple(remove_orphan(connection, blob)))
+    if local_orphan_blobs(connection, local_tiers, 1, [blob]):
+        return Ended(blob, tuple(remove_orphan(connection, blob)))
+    if orphan_blobs(connection, 1, [blob]):
+        enqueue_collection(connection)
+    return Ended(blob, ())
 
 
 def end_expired(connection: Connection, session: str, local_tiers: Sequence[str]) -> Ended | None:

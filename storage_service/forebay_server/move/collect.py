@@ -15,7 +15,7 @@ from typing import Final
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import FileRef, orphan_blobs, remove_orphan
-from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue
+from forebay_server.catalog.queries_jobs import GARBAGE, enqueue_collection
 from forebay_server.catalog.queries_objects import (
     remove_manifest,
     take_out_of_tier,
@@ -76,15 +76,17 @@ class Collector:
             raise Conflict(f"manifest {manifest} is still in use and cannot be deleted")
 
     async def collect(self, progress: Progress) -> None:
-        """Handles jobs of the kind ``collect``: every orphan, then every stray file. Idempotent.
+        """Handles jobs of the kind ``collect``: every orphan, and for the target ``garbage``
+        every stray file. Idempotent.
 
         Blobs that clients have in hand stay; :class:`Conflict` then has the job tried again later.
         """
         num_open = await self._collect_orphans(progress)
-        for tier in self._tiers.landing:
-            await self._sweep(tier)
-        if self._tiers.object is not None:
-            await self._sweep_objects(self._tiers.object)
+        if progress.target == GARBAGE:
+            for tier in self._tiers.landing:
+                await self._sweep(tier)
+            if self._tiers.object is not None:
+                await self._sweep_objects(self._tiers.object)
         if num_open:
             raise Conflict(f"{num_open} deleted blobs are still open in clients: they go later")
 
@@ -171,7 +173,7 @@ class Collector:
 def _remove(connection: Connection, manifest: str) -> list[str] | None:
     kept = remove_manifest(connection, manifest)
     if kept:
-        enqueue(connection, COLLECT, GARBAGE)
+        enqueue_collection(connection)
     return kept
 
 

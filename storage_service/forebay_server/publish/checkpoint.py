@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 from forebay_server.catalog import queries_checkpoints as queries
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_checkpoints import PackInfo, PackPlan
-from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue
+from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue, enqueue_collection
 from forebay_server.catalog.queries_runs import AttemptInfo, find_generation, load_lineage
 from forebay_server.model.lineage import Point, needed_as_parent
 from forebay_server.model.states import GenerationState, PackState
@@ -117,7 +117,7 @@ class Checkpoints:
         def begin(connection: Connection) -> queries.Fencing:
             fencing = queries.open_attempt(connection, run, parent, num_ranks, request)
             if fencing.aborted:
-                enqueue(connection, COLLECT, GARBAGE)
+                enqueue_collection(connection)
             return fencing
 
         fencing = await self._catalog.write(begin)
@@ -277,7 +277,7 @@ class Checkpoints:
             sessions = queries.end_generation(
                 connection, generation, GenerationState.FAILED, reason
             )
-            enqueue(connection, COLLECT, GARBAGE)
+            enqueue_collection(connection)
             return sessions
 
         try:
@@ -314,7 +314,7 @@ class Checkpoints:
     async def _delete(self, forget: Callable[[Connection], tuple[int, list[str]]]) -> int:
         def change(connection: Connection) -> tuple[int, list[str]]:
             found = forget(connection)
-            enqueue(connection, COLLECT, GARBAGE)
+            enqueue_collection(connection)
             return found
 
         number, sessions = await self._catalog.write(change)

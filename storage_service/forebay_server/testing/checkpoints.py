@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_checkpoints import PackPlan
-from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, GARBAGE
+from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, seconds_until_due
 from forebay_server.catalog.queries_manifests import read_manifest
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_runs import AttemptInfo, GenerationInfo
@@ -133,9 +134,13 @@ class CheckpointNode:
             reader.read_into(0, data)
         return bytes(data)
 
-    async def settle(self, kind: str, target: str = GARBAGE) -> None:
-        """Wait until the job has ended."""
-        assert await self.jobs.wait(kind, target, 30.0) is not None
+    async def settle(self, *kinds: str) -> None:
+        """Wait until all jobs of these kinds have ended well."""
+
+        def ended(connection: Connection) -> bool | None:
+            return True if seconds_until_due(connection, kinds) is None else None
+
+        assert await self.storage.catalog.wait_until(ended, 30.0), "jobs go on"
 
 
 @asynccontextmanager
