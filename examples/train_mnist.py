@@ -73,6 +73,7 @@ def main() -> None:
     resumed = checkpointer.restore("latest", missing_ok=True)
     step, saved = (resumed.step if resumed else 0), None
     print(f"starting at step {step}")
+    loss = torch.tensor(float("nan"))  # where a resumed epoch was complete already
     for epoch in loader.epochs(options.epochs):
         for batch in epoch:
             loss = F.cross_entropy(model(batch["image"]), batch["label"])

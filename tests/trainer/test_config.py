@@ -69,6 +69,10 @@ def test_arguments_take_the_declared_type():
     assert config.data.dataset == "quoted"
 
 
+def test_none_is_none_in_a_recipe_too(recipe):
+    assert load(recipe=recipe("[data]\ntest_split = 'none'\n")).data.test_split is None
+
+
 def test_a_configuration_is_frozen():
     with pytest.raises(FrozenInstanceError):
         load().num_epochs = 3

@@ -135,8 +135,6 @@ def parse_value(text: str, target: Any) -> Any:
 
     What fits in no way is returned all the same, for `build` to refuse with the key's name.
     """
-    if text == "none" and convert(None, target) is not MISMATCH:
-        return None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -182,6 +180,8 @@ def _where(source: Mapping[str, str], name: str) -> str:
 
 def check(name: str, value: Any, target: Any, where: str) -> Any:
     """``value`` as ``target``, or InvalidRequest that says what was expected."""
+    if value == "none" and convert(None, target) is None:  # TOML has no null
+        return None
     found = convert(value, target)
     if found is MISMATCH:
         raise InvalidRequest(
