@@ -37,8 +37,13 @@ class SavedComponent:
 
     name: str
     tensors: Mapping[Path, TensorStorageMetadata]
-    """By path below the component; also those inside lists and tuples, by their dotted name."""
+    """By path below the component; one inside a list or tuple has :func:`placeless`."""
     objects: frozenset[Path]
+
+
+def placeless(name: str) -> Path:
+    """What stands for the path of a tensor inside a list or tuple, which has none."""
+    return ("", name)
 
 
 Targets = dict[Path, torch.Tensor]
@@ -99,7 +104,7 @@ class ModuleComponent:
         live = flatten({self.name: self.state()})
         present = {path[1:]: live.items[name] for name, path in live.paths.items()}
         stored = set(saved.tensors) | saved.objects
-        here, there = ({path[:1] for path in paths} for paths in (present, stored))
+        here, there = ({path[:1] for path in paths} - {("",)} for paths in (present, stored))
         _refuse_difference(self.name, missing=here - there, surplus=there - here)
         found: Targets = {}
         for path in {**saved.tensors, **present}:
@@ -159,7 +164,8 @@ class OptimizerComponent:
         wanted = {name: dict(held) for name, held in state.get("state", {}).items()}
         with _kept_from_initialising(self.optimizer), self._explained():
             set_optimizer_state_dict(self.module, self.optimizer, state, options=options)
-            self._undo_casts(wanted)
+            if wanted:
+                self._undo_casts(wanted)
 
     def _undo_casts(self, wanted: Mapping[str, Mapping[Any, Any]]) -> None:
         """torch casts state to the parameter's dtype, which rounds float32 moments of bfloat16."""
@@ -220,14 +226,11 @@ def targets_like(name: str, state: Any, saved: SavedComponent) -> Targets:
 
 
 def by_path(flat: FlatState, name: str) -> dict[Path, torch.Tensor]:
-    """The tensors of component *name* by their path below it.
-
-    One inside a list or tuple has no path of its own and goes by its dotted name.
-    """
+    """The tensors of component *name* by their path below it, or :func:`placeless`."""
     found: dict[Path, torch.Tensor] = {}
     for item_name, tensor in _below(flat, name).items():
         path = flat.paths.get(item_name)
-        found[path[1:] if path is not None else (item_name,)] = tensor
+        found[path[1:] if path is not None else placeless(item_name)] = tensor
     return found
 
 

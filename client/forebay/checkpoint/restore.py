@@ -17,6 +17,7 @@ from forebay.checkpoint.components import (
     Component,
     SavedComponent,
     Targets,
+    placeless,
     targets_like,
 )
 from forebay.checkpoint.flatten import nest
@@ -189,11 +190,10 @@ def _places(saved: SavedState) -> dict[str, dict[Path, str]]:
     for name, path in saved.structure.items():
         places.setdefault(str(path[0]), {})[path[1:]] = name
     for name, item in saved.metadata.state_dict_metadata.items():
-        # Tensors inside lists and tuples have no path of their own.
         if name not in saved.structure and isinstance(item, TensorStorageMetadata):
             component = next((one for one in places if name.startswith(f"{one}.")), None)
             if component is not None:
-                places[component][(name,)] = name
+                places[component][placeless(name)] = name
     return places
 
 
