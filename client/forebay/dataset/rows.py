@@ -100,6 +100,10 @@ class _NumberStore:
         self.column = column
         self._dtype = column.dtype
         self._fixed_bytes = column.fixed_bytes
+        self._bounds = (0, -1)
+        if column.dtype.kind in "iu":
+            bounds = np.iinfo(column.dtype)
+            self._bounds = (int(bounds.min), int(bounds.max))
         self._values: NDArray[Any] = np.empty((rows, *column.shape), dtype=column.dtype)
 
     def convert(self, value: Any) -> tuple[Any, int]:
@@ -118,15 +122,16 @@ class _NumberStore:
             return True
         return not self.column.shape and np.can_cast(dtype, self._dtype, "safe")
 
-    def _from_python(self, value: Any) -> NDArray[Any]:
+    def _from_python(self, value: Any) -> Any:
+        low, high = self._bounds
+        if type(value) is int and not self.column.shape and low <= value <= high:
+            return value
         natural = np.asarray(value)
         kind = self._dtype.kind
         if natural.shape != self.column.shape or natural.dtype.kind not in _FROM_PYTHON[kind]:
             raise TypeError("other shape or kind of number")
-        if kind in "iu" and natural.size:
-            bounds = np.iinfo(self._dtype)
-            if natural.min() < bounds.min or natural.max() > bounds.max:
-                raise OverflowError("out of range")
+        if kind in "iu" and natural.size and (natural.min() < low or natural.max() > high):
+            raise OverflowError("out of range")
         return natural.astype(self._dtype)
 
     def put(self, row: int, value: Any) -> None:
