@@ -80,6 +80,13 @@ def mark_sealed(connection: Connection, session: str) -> None:
         raise NotFound(f"upload session {session} has ended: write the bytes again")
 
 
+def move_upload(connection: Connection, session: str, tier: str, file: str) -> None:
+    """The session will publish *file* of *tier*, as where it was going to failed."""
+    connection.execute(
+        update(uploads).where(uploads.c.session == session).values(tier=tier, file=file)
+    )
+
+
 def record_landed(
     connection: Connection,
     session: str,

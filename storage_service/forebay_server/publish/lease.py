@@ -18,6 +18,7 @@ from forebay_server.catalog import queries_uploads as queries
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import FileRef, is_known_file
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
+from forebay_server.publish.placing import begin_landing, land_somewhere, run_to_end
 from forebay_server.publish.session import (
     Grant,
     LandedBlob,
@@ -29,7 +30,6 @@ from forebay_server.publish.session import (
 )
 from forebay_server.tier.memory import Slot
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import Tier
 from forebay_wire.errors import Conflict, ForebayError, ResourceExhausted
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import check_random_name, new_random_name
@@ -268,7 +268,7 @@ class Uploads:
         )
         try:
             file = new_random_name()
-            tier, landing = await self._reserve(file, total_bytes)
+            tier, landing = await begin_landing(self._tiers, file, total_bytes, self._writing)
         except BaseException:
             slots.release(slot)
             raise
@@ -300,18 +300,6 @@ class Uploads:
         if bind is not None:
             bind(connection, found.name)
 
-    async def _reserve(self, file: str, total_bytes: int) -> tuple[Tier, BlobLanding]:
-        """A landing in the best tier that has room."""
-        refusals = []
-        for tier in self._tiers.landing:
-            try:
-                return tier, await self._tiers.run(
-                    tier, BlobLanding.begin, tier, file, total_bytes, self._writing
-                )
-            except ResourceExhausted as error:
-                refusals.append(error.message)
-        raise ResourceExhausted("; ".join(refusals))
-
     async def _append(self, found: Session, piece: Piece) -> int:
         async with found.lock:
             landing = found.open_landing()
@@ -323,7 +311,9 @@ class Uploads:
 
     async def _take(self, found: Session, landing: BlobLanding, piece: Piece) -> None:
         try:
-            await self._run(found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts)
+            await run_to_end(
+                self._tiers, found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts
+            )
         except BaseException:
             await self._end(found)
             await self._tell_ended(found.name)
@@ -339,7 +329,8 @@ class Uploads:
             landing = found.open_landing()
             found.check_piece(piece)
             await self._take(found, landing, piece)
-            found.landed, _ = await self._land(found, landing, lambda connection, blob: None)
+            publishing = run_to_end(self._tiers, found.tier, landing.publish)
+            found.landed, _ = await self._land(found, publishing, lambda connection, blob: None)
             found.state = "landed"
             await self._keep_alive(found)
             return found.landed
@@ -354,7 +345,7 @@ class Uploads:
         async with found.lock:
             if found.background is not None:
                 return found.background
-            landing = found.open_landing()
+            found.open_landing()
             found.check_piece(piece)
 
             def seal(connection: Connection) -> S:
@@ -364,7 +355,7 @@ class Uploads:
             answer = await self._catalog.write(seal)
             found.state = "sealed"
             task = asyncio.create_task(
-                self._land_behind(found, landing, piece, landed), name=f"land-{found.name}"
+                self._land_behind(found, piece, landed), name=f"land-{found.name}"
             )
             self._landings.add(task)
             task.add_done_callback(self._landings.discard)
@@ -375,7 +366,6 @@ class Uploads:
     async def _land_behind(
         self,
         found: Session,
-        landing: BlobLanding,
         piece: Piece,
         landed: Callable[[Connection, LandedBlob], T],
     ) -> T:
@@ -384,8 +374,8 @@ class Uploads:
             queries.end_claimed(connection, found.name)
             return value
 
-        await self._take(found, landing, piece)
-        _, value = await self._land(found, landing, record_end)
+        publishing = land_somewhere(self._catalog, self._tiers, self._writing, found, piece)
+        _, value = await self._land(found, publishing, record_end)
         self._sessions.pop(found.name, None)
         found.state = "ended"
         return value
@@ -393,12 +383,12 @@ class Uploads:
     async def _land(
         self,
         found: Session,
-        landing: BlobLanding,
+        publishing: Awaitable[PublishedBlob],
         landed: Callable[[Connection, LandedBlob], T],
     ) -> tuple[LandedBlob, T]:
         """Publish and record; on any error the session ends and nothing stays."""
         try:
-            done = await self._run(found.tier, landing.publish)
+            done = await publishing
             blob = LandedBlob(found.name, done.blob, done.num_bytes, done.num_segments)
             spare, value = await self._catalog.write(
                 lambda connection: (
@@ -475,7 +465,7 @@ class Uploads:
         found.state = "ended"
         if found.landing is not None:
             landing, found.landing = found.landing, None
-            await self._run(found.tier, landing.abort)
+            await run_to_end(self._tiers, found.tier, landing.abort)
             self._release_slot(found)
 
     async def _delete_landed(self, row: queries.Ended) -> None:
@@ -488,7 +478,7 @@ class Uploads:
         for ref in files:
             tier = self._tiers.get(ref.tier)
             try:
-                await self._run(tier, tier.delete, ref.file)
+                await run_to_end(self._tiers, tier, tier.delete, ref.file)
             except ForebayError as error:
                 logger.warning("file %s stays in tier %s: %s", ref.file, ref.tier, error)
 
@@ -570,16 +560,6 @@ class Uploads:
             raise ended(session)
         found.check_user(uid)
         return found
-
-    async def _run(self, tier: Tier, call: Callable[..., T], *args: Any) -> T:
-        """*call* on a thread of *tier*; if cancelled, once that thread is done: what comes next
-        may not touch the same file beside it."""
-        running = asyncio.ensure_future(self._tiers.run(tier, call, *args))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait([running])
-            raise
 
     async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
         """Run *work* to its end even if the caller goes away: threads cannot be stopped midway."""

@@ -292,6 +292,22 @@ async def test_a_landing_that_fails_fails_the_generation_and_tells_at_once(
         await node.latest()
 
 
+async def test_a_landing_whose_tier_fails_goes_to_the_next_tier(node: CheckpointNode) -> None:
+    await node.begin()
+    generation = GenerationId(RUN, 1, 1)
+    data = os.urandom(6 * MIB)
+    grant = await node.plan(generation, len(data))
+    files = Path(node.storage.tiers.landing[0].location) / "files"
+    files.rename(files.with_name("gone"))
+    files.write_bytes(b"no folder")
+    await node.seal(grant, data)
+    await node.wait(generation)
+    (pack,) = (await node.manifest(generation)).packs
+    location = (await node.storage.catalog.locate([pack.blob]))[pack.blob]
+    assert [replica.tier for replica in location.replicas] == ["hdd"]
+    assert await node.restore(generation) == [data]
+
+
 async def test_an_upload_that_ends_before_its_seal_is_told_to_the_others(tmp_path: Path) -> None:
     async with open_checkpoints(tmp_path, with_object=False) as node:
         await node.begin(num_ranks=2)

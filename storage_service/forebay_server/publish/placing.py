@@ -1,0 +1,107 @@
+"""Finds a tier for what an upload brings, and another one if that fails in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.queries_uploads import move_upload
+from forebay_server.publish.landing import BlobLanding, PublishedBlob
+from forebay_server.publish.session import Piece, Session
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier
+from forebay_wire.errors import ForebayError, ResourceExhausted, StorageError
+from forebay_wire.ids import new_random_name
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def begin_landing(
+    tiers: Tiers,
+    file: str,
+    data_bytes: int,
+    writing: ThreadPoolExecutor,
+    *,
+    without: Sequence[Tier] = (),
+) -> tuple[Tier, BlobLanding]:
+    """A landing in the best tier that has room for *data_bytes*, those in *without* left out.
+
+    :class:`ResourceExhausted` with the numbers of all if none has.
+    """
+    refusals = []
+    for tier in tiers.landing:
+        if tier in without:
+            continue
+        try:
+            return tier, await tiers.run(tier, BlobLanding.begin, tier, file, data_bytes, writing)
+        except ResourceExhausted as error:
+            refusals.append(error.message)
+    raise ResourceExhausted("; ".join(refusals) or "no other tier takes new bytes")
+
+
+async def land_somewhere(
+    catalog: Catalog, tiers: Tiers, writing: ThreadPoolExecutor, found: Session, piece: Piece
+) -> PublishedBlob:
+    """Write the last piece of a sealed session and publish its blob.
+
+    Where a tier fails and the slot holds all of the blob, another tier takes it; the session is
+    moved there. The first error is raised if there is none.
+    """
+    failed: list[Tier] = []
+    while True:
+        landing = found.landing
+        assert landing is not None, "a sealed session has one until it has landed"
+        try:
+            await run_to_end(
+                tiers, found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts
+            )
+            return await run_to_end(tiers, found.tier, landing.publish)
+        except (ResourceExhausted, StorageError) as error:
+            failed.append(found.tier)
+            if piece.sequence:
+                raise
+            logger.warning("upload session %s: %s", found.name, error)
+            try:
+                await _move(catalog, tiers, writing, found, piece.num_bytes, failed)
+            except ForebayError:
+                raise error from None
+
+
+async def _move(
+    catalog: Catalog,
+    tiers: Tiers,
+    writing: ThreadPoolExecutor,
+    found: Session,
+    num_bytes: int,
+    failed: Sequence[Tier],
+) -> None:
+    """Begin again on a tier that has not *failed*."""
+    file = new_random_name()
+    tier, landing = await begin_landing(tiers, file, num_bytes, writing, without=failed)
+    before, left_tier, left_file = found.landing, found.tier, found.file
+    found.tier, found.file, found.landing = tier, file, landing
+    if before is not None:
+        await run_to_end(tiers, left_tier, before.abort)
+    await catalog.write(lambda connection: move_upload(connection, found.name, tier.name, file))
+    try:
+        # A publication that failed at its very end may have left it.
+        await tiers.run(left_tier, left_tier.delete, left_file)
+    except ForebayError as error:
+        logger.warning("file %s stays in tier %s: %s", left_file, left_tier.name, error)
+
+
+async def run_to_end(tiers: Tiers, tier: Tier, call: Callable[..., T], *args: Any) -> T:
+    """*call* on a thread of *tier*; if cancelled, once that thread is done: what comes next
+    may not touch the same file beside it."""
+    running = asyncio.ensure_future(tiers.run(tier, call, *args))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
