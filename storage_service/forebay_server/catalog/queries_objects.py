@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, delete, exists, insert, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    delete,
+    exists,
+    insert,
+    or_,
+    select,
+)
 
 from forebay_server.catalog.queries_blobs import (
     FileRef,
@@ -31,6 +41,9 @@ from forebay_server.catalog.tables import (
 )
 from forebay_server.model.extents import ObjectBlob
 from forebay_wire.ids import new_random_name
+
+OBJECT_TIER: Final = "object"
+"""The name of the object tier in the catalog."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,12 @@ def enqueue_missing(connection: Connection) -> int:
     """Queue what the manifests as they stand need, and no live job does; how many jobs.
 
     A flush for each that is in use and not remote (committed while there was no object tier, or
-    given up before); a deletion for each that nothing names.
+    given up before, or one of its blobs has lost its good copy there since); a deletion for each
+    that nothing names.
     """
+    connection.execute(
+        delete(manifest_remote).where(manifest_remote.c.manifest.in_(_no_longer_remote()))
+    )
     to_flush = connection.scalars(
         select(manifests.c.manifest)
         .where(~_is_remote(), _is_named())
@@ -103,6 +120,18 @@ def enqueue_missing(connection: Connection) -> int:
     for kind, manifest in missing:
         enqueue(connection, kind, manifest)
     return len(missing)
+
+
+def _no_longer_remote() -> Select[Any]:
+    """Manifests with a blob whose every copy in the object tier is quarantined."""
+    lost = replicas.alias("lost")
+    live = replicas.alias("live")
+    same = and_(live.c.blob == lost.c.blob, live.c.tier == lost.c.tier, live.c.state == "live")
+    return (
+        select(manifest_blobs.c.manifest)
+        .join(lost, lost.c.blob == manifest_blobs.c.blob)
+        .where(lost.c.tier == OBJECT_TIER, lost.c.state == "quarantined", ~exists().where(same))
+    )
 
 
 def remove_manifest(connection: Connection, manifest: str) -> list[str] | None:

@@ -28,7 +28,7 @@ from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_server.tier.verify import verify_file
 from forebay_wire.ids import GenerationId, new_random_name
 from forebay_wire.limits import KIB
-from forebay_wire.manifest import GenerationManifest, parse
+from forebay_wire.manifest import AnyManifest, GenerationManifest, parse
 from forebay_wire.segments import even_cuts
 
 RUN = "run"
@@ -113,12 +113,17 @@ class CheckpointNode:
         """The committed generation's manifest."""
         info = await self.checkpoints.generations.look(generation)
         assert info.manifest is not None
-        name = info.manifest
-        data = await self.storage.catalog.read(lambda connection: read_manifest(connection, name))
-        assert data is not None
-        found = parse(data, "catalog", name)
+        found = await self.parse_manifest(info.manifest)
         assert isinstance(found, GenerationManifest)
         return found
+
+    async def parse_manifest(self, manifest: str) -> AnyManifest:
+        """Any manifest of the catalog, verified."""
+        data = await self.storage.catalog.read(
+            lambda connection: read_manifest(connection, manifest)
+        )
+        assert data is not None
+        return parse(data, "catalog", manifest)
 
     async def restore(self, generation: GenerationId) -> list[bytes]:
         """The packs' bytes, rank by rank, verified, from whichever tier has them."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from forebay_server.catalog.engine import Connection
+from forebay_server.catalog.queries_blobs import quarantine
 from forebay_server.catalog.queries_jobs import (
     COLLECT,
     DELETE,
@@ -23,8 +24,10 @@ from forebay_server.catalog.queries_jobs import (
 )
 from forebay_server.config import load_config
 from forebay_server.model.extents import ObjectBlob
+from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
 from forebay_server.publish.recovery import Recovered, recover
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
+from forebay_server.testing.storage import UID
 from forebay_wire.errors import (
     AlreadyExists,
     Conflict,
@@ -33,9 +36,9 @@ from forebay_wire.errors import (
     StorageError,
 )
 from forebay_wire.failpoints import REMOTE_FLUSH
-from forebay_wire.ids import GenerationId
+from forebay_wire.ids import GenerationId, new_random_name
 from forebay_wire.limits import KIB, MIB
-from forebay_wire.manifest import KIND_GENERATION, encode
+from forebay_wire.manifest import KIND_GENERATION, DatasetManifest, encode
 
 
 def objects(folder: Path, kind: str) -> list[Path]:
@@ -142,6 +145,23 @@ async def test_a_damaged_local_copy_is_never_published(tmp_path: Path) -> None:
             await node.wait(saved, "remote")
     assert objects(tmp_path, "manifests") == objects(tmp_path, "blobs") == []
     assert objects(tmp_path, "data") == []
+
+
+async def test_a_copy_that_went_bad_in_the_object_tier_is_published_again(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path) as node:
+        await node.begin()
+        await save_remote(node, 1, os.urandom(MIB))
+        (pack,) = (await node.manifest(GenerationId(RUN, 1, 1))).packs
+        located = (await node.storage.catalog.locate([pack.blob]))[pack.blob]
+        (bad,) = (one for one in located.live() if one.tier == "object")
+        await node.storage.catalog.write(lambda c: quarantine(c, bad.replica_id, "damaged"))
+    (stored,) = objects(tmp_path, "data")
+    damage(stored, 1000)
+    async with open_checkpoints(tmp_path) as node:
+        await node.wait(GenerationId(RUN, 1, 1), "remote")
+    (listed,) = objects(tmp_path, "blobs")
+    (extent,) = ObjectBlob.decode(listed.read_bytes(), "here", pack.blob).extents
+    assert extent.file != stored.name
 
 
 async def test_an_object_tier_that_is_away_is_tried_again(tmp_path: Path) -> None:
@@ -381,6 +401,50 @@ async def test_everything_remote_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert await node.latest(skip=("2/20",)) == "1/10"
         assert (await node.begin((2, 20))).attempt == 3
         await save_remote(node, 30, b"more", attempt=3)
+
+
+async def test_datasets_come_back_with_versions_and_selections(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path) as node:
+        storage = node.storage
+        datasets = Datasets(storage.catalog, storage.uploads, node.jobs)
+        for base in (0, 1):
+            landed = await storage.upload(os.urandom(100 * KIB))
+            shard = ShardCommit(landed.session, landed.blob, 100 * KIB, 10, (10,))
+            commit = VersionCommit("d", base, b"schema", (shard,), new_random_name())
+            await datasets.commit_version(commit, UID)
+            await datasets.define_splits("d", base + 1, {"train": 0.8, "test": 0.2}, 0)
+        await node.settle(FLUSH)
+        before = await datasets.get("d")
+        manifest = await node.parse_manifest(before.versions[1].manifest)
+        assert isinstance(manifest, DatasetManifest)
+        parts = {blob: await node.read_blob(blob) for blob in manifest.blobs()}
+    found = await rebuild(tmp_path, tmp_path / "new")
+    assert (found.num_datasets, found.num_versions, found.num_selections) == (1, 2, 4)
+    assert found.left_out == []
+    shutil.move(tmp_path / "object", tmp_path / "new" / "object")
+    async with open_checkpoints(tmp_path / "new") as node:
+        after = await Datasets(node.storage.catalog, node.storage.uploads, node.jobs).get("d")
+        assert [one.manifest for one in after.versions] == [one.manifest for one in before.versions]
+        assert {one.durability for one in after.versions} == {"remote"}
+        assert after.selections == before.selections
+        assert [await node.read_blob(blob) for blob in parts] == list(parts.values())
+
+
+async def test_a_selection_without_its_version_is_left_out(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path) as node:
+        storage = node.storage
+        datasets = Datasets(storage.catalog, storage.uploads, node.jobs)
+        landed = await storage.upload(os.urandom(KIB))
+        shard = ShardCommit(landed.session, landed.blob, KIB, 10, (10,))
+        made = await datasets.commit_version(
+            VersionCommit("d", 0, b"schema", (shard,), new_random_name()), UID
+        )
+        await datasets.define_splits("d", 1, {"train": 0.5}, 0)
+        await node.settle(FLUSH)
+    (tmp_path / "object" / "manifests" / made.manifest).unlink()
+    found = await rebuild(tmp_path, tmp_path / "new")
+    assert (found.num_datasets, found.num_selections) == (0, 0)
+    assert [one.what for one in found.left_out] == ["selection train of version 1 of dataset d"]
 
 
 async def test_what_is_not_remote_is_not_recovered(tmp_path: Path) -> None:
