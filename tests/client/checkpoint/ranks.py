@@ -359,6 +359,15 @@ def lost_rank(world: World) -> None:
     assert "another rank did not answer" in message
 
 
+def restart(world: World) -> None:
+    """The daemon dies while it lands the ranks' packs; they give them to the next one again."""
+    # Replicated tensors are dealt out by size: each rank has one.
+    checkpointer = world.checkpointer("restart", world.size, model=torch.nn.Linear(300, 300))
+    checkpointer.save(1).wait("local", 80)
+    assert checkpointer.restore().step == 1  # type: ignore[union-attr]
+    checkpointer.close()
+
+
 def replicated(world: World) -> None:
     """Replicated tensors are spread over the ranks, objects and buffers come from rank 0."""
     model = Model(6)
@@ -385,7 +394,8 @@ def replicated(world: World) -> None:
 
 
 SCENARIOS = {
-    scenario.__name__: scenario for scenario in (reshard, wrappers, errors, lost_rank, replicated)
+    scenario.__name__: scenario
+    for scenario in (reshard, wrappers, errors, lost_rank, restart, replicated)
 }
 
 

@@ -90,22 +90,22 @@ def test_nothing_undamaged_left_is_an_error_that_names_it(data: Path) -> None:
 
 def test_a_sealed_generation_survives_a_restart_of_the_daemon(data: Path) -> None:
     daemon = DaemonProcess(data, environment={"FOREBAY_FAILPOINTS": "upload.before_publish:2"})
-    with (
-        daemon,
-        forebay.connect(f"unix:{daemon.address()['descriptor_socket'][:-9]}rpc.sock") as client,
-    ):
-        checkpointer = forebay.Checkpointer(client, "run", weights=Weights(1))
+    with daemon, forebay.connect(daemon.address()["rpc"]) as client:
+        weights = Weights(1)
+        checkpointer = forebay.Checkpointer(client, "run", weights=weights)
         checkpointer.save(1).wait("local", 60)
-        checkpointer._components[0].source.tensor = Weights(2).tensor
+        weights.tensor = Weights(2).tensor
         saved = checkpointer.save(2)  # the daemon dies while it lands this
-        checkpointer._components[0].source.tensor.zero_()
+        weights.tensor.zero_()
         assert daemon.wait_exit() == -9
         daemon.environment.clear()
         daemon.start().wait_ready()
         saved.wait("local", 90)
         found = Weights(3)
         restorer = forebay.Checkpointer(client, "run", weights=found)
-        assert restorer.restore().step == 2
+        resumed = restorer.restore()
+        assert resumed is not None
+        assert resumed.step == 2
         assert torch.equal(found.tensor, Weights(2).tensor)
         restorer.close()
         checkpointer.close()

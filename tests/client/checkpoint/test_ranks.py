@@ -74,3 +74,16 @@ def test_a_killed_rank_fails_the_save_of_the_others(
 ) -> None:
     killed = {"FOREBAY_FAILPOINTS": f"client.save.{place}:2"}
     assert outcome(start("lost_rank", 2, daemon, tmp_path, **killed)) == [0, -9]
+
+
+@pytest.mark.timeout(200)
+def test_all_ranks_offer_a_sealed_generation_to_the_restarted_daemon(tmp_path: Path) -> None:
+    daemon = DaemonProcess(
+        tmp_path / "data", environment={"FOREBAY_FAILPOINTS": "generation.before_commit"}
+    )
+    with daemon:
+        ranks = start("restart", 2, daemon, tmp_path)
+        assert daemon.wait_exit(SECONDS) == -9
+        daemon.environment.clear()
+        daemon.start().wait_ready()
+        assert outcome(ranks) == [0, 0]
