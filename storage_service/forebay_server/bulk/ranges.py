@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 WINDOW_BYTES: Final = 16 * MIB
 """A range is sent in pieces of this size: after each one others get a turn."""
 
+TLS_PIECE_BYTES: Final = 1 * MIB
+"""A range is read and encrypted in pieces of this size."""
+
 PROBE_BYTES: Final = 1 * MIB
 """One look into the page cache stands for this much of a file."""
 
@@ -259,14 +262,20 @@ class _Handlers:
         }
 
 
-class _Descriptor:
-    """What asyncio's sendfile wants: something with a ``fileno``."""
+class _FileRange:
+    """What asyncio's sendfile wants of a file; it reads by itself where TLS needs the bytes."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, offset: int) -> None:
         self._descriptor = descriptor
+        self._offset = offset
 
     def fileno(self) -> int:
         return self._descriptor
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = os.preadv(self._descriptor, [buffer], self._offset)
+        self._offset += count
+        return count
 
 
 async def _send_file(
@@ -289,7 +298,10 @@ async def _send_file(
         if transport is None:
             raise ConnectionResetError("the client went away")
         try:
-            await _send_windows(transport, opened.fd, offset, count)
+            if transport.get_extra_info("sslcontext") is None:
+                await _send_windows(transport, opened.fd, offset, count)
+            else:
+                await _send_pieces(response, opened.fd, offset, count)
         except BaseException:
             transport.abort()
             raise
@@ -297,17 +309,31 @@ async def _send_file(
     return response
 
 
+async def _send_pieces(
+    response: web.StreamResponse, descriptor: int, offset: int, count: int
+) -> None:
+    """Send through TLS, which the kernel does not do here: each piece is memory of its own, as the
+    transport keeps what it could not send yet."""
+    while count:
+        piece = await asyncio.to_thread(os.pread, descriptor, min(count, TLS_PIECE_BYTES), offset)
+        if not piece:
+            raise ConnectionResetError(f"the file ended at byte {offset}")
+        async with asyncio.timeout(SEND_SECONDS):
+            await response.write(piece)
+        offset, count = offset + len(piece), count - len(piece)
+
+
 async def _send_windows(
     transport: asyncio.Transport, descriptor: int, offset: int, count: int
 ) -> None:
     loop = asyncio.get_running_loop()
-    file = cast("Any", _Descriptor(descriptor))
     while count:
         window = min(count, WINDOW_BYTES)
         if not _is_cached(descriptor, offset, window):
             # sendfile would wait for the disk in the event loop's thread.
             await asyncio.to_thread(_bring_into_cache, descriptor, offset, window)
         async with asyncio.timeout(SEND_SECONDS):
+            file = cast("Any", _FileRange(descriptor, offset))
             sent = await loop.sendfile(transport, file, offset, window)
         if sent != window:
             raise ConnectionResetError(f"the file ended at byte {offset + sent}")

@@ -14,6 +14,7 @@ from forebay_server.tier.publication import (
     PublicationWriter,
     allocated_bytes,
     fsync_folder,
+    make_folders,
 )
 from forebay_server.tier.space import SpaceLedger, free_in_folder
 from forebay_server.tier.store import FileInfo, Tier, TierReader, TierSpace, from_os_error
@@ -64,7 +65,7 @@ class DirectoryTier(Tier):
 
     def open(self) -> None:
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(self._folder)
             self._check_volume()
         except OSError as error:
             raise from_os_error(error, "opening the volume", self._where) from error

@@ -41,6 +41,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folders(folder: Path) -> None:
+    """Make *folder* and what is missing above it, their names durable."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        fsync_folder(path.parent)
+
+
 def allocated_bytes(found: os.stat_result) -> int:
     """What a file takes on the device."""
     return found.st_blocks * 512
@@ -65,10 +73,9 @@ class PublicationFolder:
     def open(self) -> None:
         """Make the folders, remove what dead writers left, see whether direct writes work."""
         try:
-            self.root.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-            self._unfinished.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-            fsync_folder(self.root.parent)
-            fsync_folder(self._unfinished.parent)
+            make_folders(self.root)
+            make_folders(self._unfinished)
+            fsync_folder(self.root.parent)  # who made it before us may have died before this
             if not os.access(self._unfinished, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "the folder is not writable")
             self._sweep()

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Served:
         self.slot = node.slots.acquire("0:test", 1 << 20, 1 << 20)
         self.is_serving = True
 
-    async def start(self) -> None:
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
         app = make_app(
             opener=self.node.opener,
             uploads=OneSlot(self.slot),
@@ -62,7 +63,7 @@ class Served:
         await self.runner.setup()
         sock = socket.create_server(("127.0.0.1", 0))
         self.port = sock.getsockname()[1]
-        await web.SockSite(self.runner, sock).start()
+        await web.SockSite(self.runner, sock, ssl_context=tls).start()
 
     async def render(self) -> bytes:
         return b"forebay_up 1\n"
@@ -224,6 +225,37 @@ async def test_damage_is_reported_and_another_replica_serves(served: Served) -> 
     assert entry["tier"] == "hdd"
     path = f"/v1/blobs/{table.blob_id}?ticket={entry['ticket']}"
     assert (await served.request("GET", path))[1] == DATA
+
+
+@pytest.mark.needs("openssl", package="openssl")
+async def test_ranges_travel_through_tls(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext"
+    paths = ["-out", str(certificate), "-keyout", str(key)]
+    made = await asyncio.create_subprocess_exec(
+        *command.split(), "subjectAltName=IP:127.0.0.1", *paths, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert await made.wait() == 0
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    trusting = ssl.create_default_context(cafile=certificate)
+    (tmp_path / "node").mkdir()
+    async with StorageNode(tmp_path / "node") as node:
+        served = Served(node)
+        await served.start(tls)
+        table = await node.add_blob(PIECES, "ssd")
+        ticket = served.auth.ticket("GET", uid=0, blob=table.blob_id, stop=LENGTH)
+
+        def get() -> bytes:
+            connection = http.client.HTTPSConnection("127.0.0.1", served.port, context=trusting)
+            headers = {"Range": f"bytes=5-{LENGTH - 1}"}
+            connection.request("GET", f"/v1/blobs/{table.blob_id}?ticket={ticket}", headers=headers)
+            content = connection.getresponse().read()
+            connection.close()
+            return content
+
+        assert await asyncio.to_thread(get) == DATA[5:]
+        await served.runner.cleanup()
 
 
 # ------------------------------------------------------------------------------------ open counts
