@@ -151,10 +151,11 @@ class Config:
         "Beyond loopback it needs tls-cert and tls-key, or insecure.",
     )
     http_listen: str = _option(
-        "127.0.0.1:0",
+        "",
         _parse_text,
         "HOST:PORT",
-        "Where byte ranges and /metrics are served; port 0 takes a free one.",
+        "Where byte ranges and /metrics are served; empty: a free port, on the host of the first "
+        "listen address beyond loopback, else on 127.0.0.1.",
     )
     advertise_host: str = _option(
         "",
@@ -262,7 +263,13 @@ class Config:
 
     @property
     def http_address(self) -> Address:
-        return self._address(self.http_listen, "http-listen", "http", "https")
+        if self.http_listen:
+            return self._address(self.http_listen, "http-listen", "http", "https")
+        # Who reaches the control calls from elsewhere has to reach the bytes too.
+        public = [address for address in self.rpc_addresses if not address.is_loopback]
+        if not public:
+            return Address("http", "127.0.0.1", 0, tls=False)
+        return Address("https" if public[0].tls else "http", public[0].host, 0, tls=public[0].tls)
 
     def _tier_folder(self, path: str, default: str) -> Path | None:
         if path == NONE:

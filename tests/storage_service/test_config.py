@@ -120,6 +120,14 @@ def test_insecure_allows_addresses_beyond_loopback(tmp_path: Path) -> None:
     assert not address.tls
 
 
+def test_bytes_are_served_where_the_control_calls_can_be_reached(tmp_path: Path) -> None:
+    assert load(tmp_path).config.http_address.target == "127.0.0.1:0"
+    listen = {"listen": ["127.0.0.1:7", "10.0.0.5:7"], "insecure": True}
+    assert load(tmp_path, listen).config.http_address.target == "10.0.0.5:0"
+    own = {**listen, "http-listen": "127.0.0.1:99"}
+    assert load(tmp_path, own).config.http_address.target == "127.0.0.1:99"
+
+
 def test_address_with_ipv6_keeps_its_brackets() -> None:
     assert parse_address("grpc://[::1]:7", "listen", "grpc", "grpcs").target == "[::1]:7"
 
