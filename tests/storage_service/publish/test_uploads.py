@@ -147,13 +147,13 @@ async def test_a_session_without_sign_of_life_expires(tmp_path: Path) -> None:
         grant = await node.uploads.begin(UID, "dataset other", MIB, MIB)
 
         async def gone() -> bool:
-            return node.uploads.num_sessions == 0 and not node.files()
+            reserved = node.tiers.get("ssd").space().reserved_bytes
+            return node.uploads.num_sessions == 0 and not node.files() and reserved == 0
 
         await until(gone)
         with pytest.raises(NotFound):
             await node.uploads.renew(grant.session, UID)
         assert await node.catalog.locate([landed.blob]) == {}
-        assert node.tiers.get("ssd").space().reserved_bytes == 0
 
 
 async def test_renewing_one_session_keeps_what_its_owner_landed(tmp_path: Path) -> None:
