@@ -37,6 +37,7 @@ RUN: Final = "mnist-cnn"
 START_SECONDS: Final = 60.0
 TRAIN_SECONDS: Final = 600.0
 REMOTE_SECONDS: Final = 60.0
+STEPS_AFTER_SAVE: Final = 2
 DRAIN_SECONDS: Final = 60.0
 # Several ranks share few cores: more threads each would only wait for each other.
 ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -61,9 +62,9 @@ SHORT: Final = Plan(
     num_digits=601,  # 481 to train: the last batch holds one sample, so one rank has no part of it
     num_epochs=2,
     global_batch_size=16,
-    save_every_steps=4,
+    save_every_steps=8,
     num_ranks_resumed=1,
-    min_step_seconds=0.03,  # else so few steps could be over before the kill
+    min_step_seconds=0.05,  # else so few steps could be over before the kill
 )
 
 
@@ -96,6 +97,7 @@ class Demo:
         self.started = time.monotonic()
         self.events: list[Event] = []
         self.tail = MetricsTail(folder.metrics)
+        self.has_generation = False
 
     def run(self) -> Outcome:
         with self.serve() as daemon, forebay.connect(str(self.folder.data)) as client:
@@ -147,10 +149,13 @@ class Demo:
         return step
 
     def is_time_to_kill(self, client: forebay.Client) -> bool:
-        return self.last_step() >= self.kill_step() and newest(client) is not None
+        if not self.has_generation and any(event["event"] == "save" for event in self.events):
+            # Asked once and early: at the step itself every call would make the kill later.
+            self.has_generation = newest(client) is not None
+        return self.has_generation and self.last_step() >= self.kill_step()
 
     def kill_step(self) -> int:
-        """Past the half of the second epoch and between two saves, so that steps get lost."""
+        """Past the half of the second epoch, and a little after a save, so that steps get lost."""
         if self.plan.steps_to_kill is not None:
             return self.plan.steps_to_kill
         start = next((event for event in self.events if event["event"] == "start"), None)
@@ -158,7 +163,7 @@ class Demo:
             return sys.maxsize
         every = self.plan.save_every_steps
         half = start["steps_per_epoch"] * 3 // 2 + 1
-        return half + (every // 2 - half) % every
+        return half + (STEPS_AFTER_SAVE - half) % every
 
     def resume(self) -> int:
         """Trains to the end on other ranks; returns the step it resumed from."""
