@@ -20,8 +20,8 @@ from forebay_wire.limits import GIB, MAX_OPEN_BLOBS_PER_CLIENT, MIB
 from forebay_wire.manifest import ShardRef
 from forebay_wire.protocol import DataEndpoint
 
-MAX_OPEN_SHARDS: Final = MAX_OPEN_BLOBS_PER_CLIENT * 3 // 4
-"""The rest of what the daemon grants a client is for checkpoints."""
+MAX_OPEN_SHARDS: Final = MAX_OPEN_BLOBS_PER_CLIENT // 2
+"""The rest of what the daemon grants a client is for reads on their way and for checkpoints."""
 
 MAPPED_BYTES: Final = 256 * GIB
 """Record batches over mapped files cost address space and a few kilobytes each."""
@@ -57,6 +57,16 @@ class ShardCache:
         self._shards: OrderedDict[str, ShardReader] = OrderedDict()
         self._batches: OrderedDict[tuple[str, int], BatchColumns] = OrderedDict()
         self._held_bytes = 0
+
+    @property
+    def num_shards(self) -> int:
+        """Shards held open."""
+        return len(self._shards)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the record batches that are held."""
+        return self._held_bytes
 
     def open(self, places: Sequence[ShardPlace]) -> list[ShardReader]:
         """The shards, open; those that are not yet open are opened in one request."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,20 @@ from numpy.typing import NDArray
 from forebay.dataset.cache import ShardCache, ShardPlace
 from forebay.dataset.schema import Column, Schema
 from forebay.dataset.shard import BatchColumns
+from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE
 from forebay_wire.manifest import DatasetManifest
 
 Allocate = Callable[[tuple[int, ...], "np.dtype[Any]"], NDArray[Any]]
 """Makes the uninitialised output array of a column: shape, dtype."""
 
 Indices = NDArray[np.int64] | slice
+
+NUMBERS: Final = ("scalar", "array")
+"""Kinds of columns that come as one array; the others come as lists."""
+
+GROUPS_AT_ONCE: Final = MAX_DESCRIPTORS_PER_MESSAGE
+"""Record batches that a read holds at a time: their shards open in one message, and a batch over
+thousands of shards stays within the limit of open ones."""
 
 
 def numpy_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -112,19 +120,20 @@ class RowReader:
         Numbers and arrays come as one array ``(len(rows), *shape)`` from *allocate*, the others as
         lists. Raises IntegrityError, NotFound, DaemonUnavailable.
         """
+        outputs = {column: _make_output(column, len(rows), allocate) for column in columns}
         wanted = list(groups(self._index.starts, rows))
-        batches = self._batches([group.batch for group in wanted])
+        for start in range(0, len(wanted), GROUPS_AT_ONCE):
+            some = wanted[start : start + GROUPS_AT_ONCE]
+            for group, batch in zip(some, self._batches(some), strict=True):
+                for column, output in outputs.items():
+                    _fill(column, output, group, batch)
         return {
-            column.name: (
-                _gather_numbers(column, len(rows), wanted, batches, allocate)
-                if column.kind in ("scalar", "array")
-                else _gather_objects(column, len(rows), wanted, batches)
-            )
-            for column in columns
+            column.name: output if column.kind in NUMBERS else output.tolist()
+            for column, output in outputs.items()
         }
 
-    def _batches(self, numbers: Sequence[int]) -> list[BatchColumns]:
-        places = [self._index.place(number) for number in numbers]
+    def _batches(self, wanted: Sequence[Group]) -> list[BatchColumns]:
+        places = [self._index.place(group.batch) for group in wanted]
         shards = sorted({shard for shard, _ in places})
         opened = dict(
             zip(shards, self._cache.open([self._places[shard] for shard in shards]), strict=True)
@@ -135,30 +144,21 @@ class RowReader:
         ]
 
 
-def _gather_numbers(
-    column: Column,
-    num_rows: int,
-    wanted: Sequence[Group],
-    batches: Sequence[BatchColumns],
-    allocate: Allocate,
-) -> NDArray[Any]:
+def _make_output(column: Column, num_rows: int, allocate: Allocate) -> NDArray[Any]:
+    if column.kind not in NUMBERS:
+        return np.empty(num_rows, dtype=object)
     assert column.dtype is not None
-    output = allocate((num_rows, *column.shape), column.dtype)
-    for group, batch in zip(wanted, batches, strict=True):
+    return allocate((num_rows, *column.shape), column.dtype)
+
+
+def _fill(column: Column, output: NDArray[Any], group: Group, batch: BatchColumns) -> None:
+    """Put the group's rows of one column where they belong."""
+    if column.kind in NUMBERS:
         output[group.target] = batch.numbers(column)[group.source]
-    return output
-
-
-def _gather_objects(
-    column: Column, num_rows: int, wanted: Sequence[Group], batches: Sequence[BatchColumns]
-) -> list[Any]:
-    output = np.empty(num_rows, dtype=object)
-    for group, batch in zip(wanted, batches, strict=True):
-        source = group.source
-        if isinstance(source, slice):
-            source = np.arange(source.start, source.stop)
-        values = batch.objects(column, source)
-        # fromiter, because an assignment from a list would try to unpack lists of equal length.
-        output[group.target] = np.fromiter(values, dtype=object, count=len(values))
-    found: list[Any] = output.tolist()
-    return found
+        return
+    source = group.source
+    if isinstance(source, slice):
+        source = np.arange(source.start, source.stop)
+    values = batch.objects(column, source)
+    # fromiter, because an assignment from a list would try to unpack lists of equal length.
+    output[group.target] = np.fromiter(values, dtype=object, count=len(values))

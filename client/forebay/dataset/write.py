@@ -214,7 +214,11 @@ class DatasetWriter:
 
     def _write_batch(self, batch: pa.RecordBatch) -> None:
         """Put *batch* into the shard, or into the next one, or in halves if it fits none."""
-        if self._shard is not None and not self._shard[1].fits(batch):
+        if (
+            self._shard is not None
+            and self._shard[1].num_batches
+            and not self._shard[1].fits(batch)
+        ):
             self._finish_shard()
         if self._shard is None:
             self._shard = self._begin_shard()

@@ -67,6 +67,7 @@ class RemoteTransfer:
         try:
             for start in range(0, len(blobs), MAX_DESCRIPTORS_PER_MESSAGE):
                 ids = blobs[start : start + MAX_DESCRIPTORS_PER_MESSAGE]
+                self.flush_releases()  # what ended counts against the limit until it is sent
                 entries = self.open_entries(ids, context)
                 opened.extend(self._blob(entry, context) for entry in entries)
         except BaseException:
@@ -150,7 +151,10 @@ class RemoteTransfer:
     def _flush_releases(self, at_least: int) -> None:
         if len(self._releases) < at_least:
             return
-        blobs = [self._releases.popleft() for _ in range(len(self._releases))]
+        blobs = []
+        with contextlib.suppress(IndexError):  # another thread may take some of them
+            while True:
+                blobs.append(self._releases.popleft())
         self._num_opens -= len(blobs)
         with contextlib.suppress(ForebayError):  # the daemon releases in time what nobody uses
             self.post("/v1/release", {"blobs": blobs, "client": self._client}, wait=0.0)

@@ -457,7 +457,9 @@ def test_uneven_rows_of_a_table_are_put_where_they_fit(client, name):
     sizes = [10, 60_000, 20, 60_000, 5, 5, 40_000, 3]
     with client.create_dataset(name, schema={"x": "binary"}, shard_bytes=64 * KIB) as writer:
         writer.write_table(pa.table({"x": [bytes(size) for size in sizes]}))
-    assert [len(x) for x in client.dataset(name).take(range(8))["x"]] == sizes
+    dataset = client.dataset(name)
+    assert [len(x) for x in dataset.take(range(8))["x"]] == sizes
+    assert all(shard.num_rows for shard in dataset.manifest.shards)
 
 
 def test_batches_above_a_segment_are_cut_and_read(client, name):
