@@ -54,6 +54,11 @@ def xxh3(data: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+def xxh3_running() -> xxhash.xxh3_64:
+    """A running :func:`xxh3`: ``update(piece)`` for each piece, then ``intdigest()``."""
+    return xxhash.xxh3_64()
+
+
 @dataclass(frozen=True)
 class SegmentTable:
     """The lengths and digests of a blob's segments, in order. No segments: the empty blob."""

@@ -15,7 +15,7 @@ from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound
 from forebay_wire.segments import SegmentTable, xxh3
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+    from _typeshed import WriteableBuffer
 
 REOPENS: Final = 2
 """How often a damaged blob is opened anew, hoping for another replica, before giving up."""
@@ -239,8 +239,8 @@ class Blob(ABC):
         """Whose bytes, in which tier: for messages."""
         return f"{self.context}, tier {self.tier}" if self.context else f"tier {self.tier}"
 
-    def _check(self, segment: int, data: ReadableBuffer) -> None:
-        if xxh3(data) != int(self.table.entries["xxh3"][segment]):
+    def _check(self, segment: int, digest: int) -> None:
+        if digest != int(self.table.entries["xxh3"][segment]):
             raise Damage(segment, "does not match its digest")
 
     def _pieces(self, offset: int, target: memoryview, known: Checks) -> tuple[int, list[Piece]]:
@@ -266,10 +266,10 @@ class Blob(ABC):
         starts_inside = known[covering.start]
         return (offset if starts_inside else borders[0]), pieces
 
-    def _arrived(self, piece: Piece) -> None:
-        """Check a piece whose bytes are there; raises Damage."""
+    def _arrived(self, piece: Piece, digest: int | None = None) -> None:
+        """Check a piece whose bytes are there (their *digest*, if known); raises Damage."""
         if piece.segment is not None:
-            self._check(piece.segment, piece.view)
+            self._check(piece.segment, xxh3(piece.view) if digest is None else digest)
         if piece.wanted is not None:
             copy(piece.wanted, piece.view[piece.skip : piece.skip + len(piece.wanted)])
 
