@@ -36,6 +36,8 @@ class Counts:
     dirty_bytes: dict[str, int]
     """Tier to bytes of live replicas whose blob has none in the object tier; tier ``ram`` to
     bytes of sealed packs that have not landed."""
+    num_quarantined: dict[str, int]
+    """Tier to replicas that were found damaged or missing and serve nobody."""
     num_jobs: dict[tuple[str, str], int]
     """(kind, state) to number of jobs."""
     jobs: tuple[Job, ...]
@@ -49,6 +51,7 @@ def count_all(connection: Connection, object_tier: str) -> Counts:
         num_uploads=_count(connection, select(func.count()).select_from(uploads)),
         num_below_local=count_below_local(connection),
         dirty_bytes=_dirty_bytes(connection, object_tier),
+        num_quarantined=_count_quarantined(connection),
         num_jobs=_count_jobs(connection),
         jobs=_list_jobs(connection),
     )
@@ -81,6 +84,15 @@ def _dirty_bytes(connection: Connection, object_tier: str) -> dict[str, int]:
     dirty = {str(tier): int(num_bytes) for tier, num_bytes in rows}
     in_slots = select(func.sum(packs.c.num_bytes)).where(packs.c.state == "sealed")
     return {**dirty, "ram": _count(connection, in_slots)}
+
+
+def _count_quarantined(connection: Connection) -> dict[str, int]:
+    rows = connection.execute(
+        select(replicas.c.tier, func.count())
+        .where(replicas.c.state == "quarantined")
+        .group_by(replicas.c.tier)
+    )
+    return {str(tier): int(number) for tier, number in rows}
 
 
 def _count_jobs(connection: Connection) -> dict[tuple[str, str], int]:

@@ -54,10 +54,22 @@ METRICS: Final[dict[str, MetricSpec]] = {
         MetricSpec(
             "forebay_tier_healthy", "gauge", ("tier",), "1 while the tier answers, 0 if it fails."
         ),
+        MetricSpec(
+            "forebay_quarantined_replicas",
+            "gauge",
+            ("tier",),
+            "Replicas found damaged or missing: out of service, kept for inspection.",
+        ),
         MetricSpec("forebay_datasets", "gauge", (), "Datasets in the catalog."),
         MetricSpec("forebay_runs", "gauge", (), "Training runs in the catalog."),
         MetricSpec("forebay_clients", "gauge", (), "Clients attached or on the descriptor socket."),
         MetricSpec("forebay_uploads", "gauge", (), "Upload sessions that have not ended."),
+        MetricSpec(
+            "forebay_below_local",
+            "gauge",
+            (),
+            "Sealed uploads and generations that have not landed: lost if the daemon dies now.",
+        ),
         MetricSpec(
             "forebay_jobs", "gauge", ("kind", "state"), "Background jobs by kind and state."
         ),

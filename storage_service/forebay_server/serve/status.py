@@ -125,10 +125,13 @@ def convert_samples(status: Status) -> Iterator[Sample]:
             yield Sample("forebay_tier_bytes", (tier.name, kind), value)
         yield Sample("forebay_tier_files", (tier.name,), tier.num_files)
         yield Sample("forebay_tier_healthy", (tier.name,), float(tier.health == HEALTHY))
+        quarantined = status.counts.num_quarantined.get(tier.name, 0)
+        yield Sample("forebay_quarantined_replicas", (tier.name,), quarantined)
     for (kind, state), number in status.counts.num_jobs.items():
         yield Sample("forebay_jobs", (kind, state), number)
     yield Sample("forebay_datasets", (), status.counts.num_datasets)
     yield Sample("forebay_runs", (), status.counts.num_runs)
     yield Sample("forebay_uploads", (), status.counts.num_uploads)
+    yield Sample("forebay_below_local", (), status.counts.num_below_local)
     yield Sample("forebay_clients", (), status.num_clients)
     yield Sample("forebay_start_unix_seconds", (), status.started_unix)
