@@ -9,7 +9,7 @@ from collections import deque
 from typing import Final
 
 from forebay.checkpoint.service import CheckpointService
-from forebay.checkpoint.upload import PackUpload
+from forebay.checkpoint.upload import RESTART_SECONDS, PackUpload
 from forebay.waiting import Backoff, Deadline
 from forebay_wire.errors import (
     Conflict,
@@ -26,11 +26,11 @@ _log = logging.getLogger(__name__)
 DURABILITIES: Final = ("", "ram", "local", "remote")
 """Weakest first."""
 
+FOLLOW_SECONDS: Final = 5.0
+"""The keeper looks this often whether it should stop."""
+
 POLL_SECONDS: Final = 20.0
 """Longest single wait that is asked of the daemon."""
-
-OFFER_SECONDS: Final = 120.0
-"""How long a restarted daemon is offered a pack again."""
 
 
 class Saved:
@@ -141,26 +141,12 @@ class Saved:
             found = self._service.look(self.generation)
             if found is not None and found.state not in ("aborted", "open"):
                 return  # it changed meanwhile: ask again
-            terms = self._upload.terms
             offered = found is not None and found.state == "open"
             if not self._upload.can_offer_again or (offered and self._upload.is_current):
                 self._fail(error)
             _log.warning("offering generation %s to the daemon again: %s", self.generation, error)
-            if found is not None and found.state == "aborted" and terms.rank == 0:
-                # It stands in the way of its own second try; one rank clears it for all.
-                self._service.delete(self.generation)
-            self._offer(error)
-
-    def _offer(self, error: ForebayError) -> None:
-        """Rank 0 clears the aborted generation away first: until then Conflict is no answer."""
-        deadline, backoff = Deadline(OFFER_SECONDS), Backoff()
-        while True:
             try:
-                self._upload.offer_again(deadline)
-                return
-            except Conflict as refused:
-                if self._upload.terms.rank == 0 or not backoff.pause(deadline):
-                    self._fail(refused)
+                self._upload.offer_again(Deadline(RESTART_SECONDS))
             except (DaemonUnavailable, NotFound):
                 return  # it restarted once more: the next question finds out
             except ForebayError as refused:
@@ -217,7 +203,7 @@ class Keeper:
 
     def _settled(self, saved: Saved) -> bool:
         try:
-            saved.wait("local", POLL_SECONDS)
+            saved.wait("local", FOLLOW_SECONDS)
         except (DeadlineExceeded, DaemonUnavailable):
             return self._is_stopped
         except ForebayError as error:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from forebay.checkpoint.flatten import FlatState
 from forebay.checkpoint.group import Json, Ranks
 from forebay.checkpoint.objects import Path
 from forebay.checkpoint.service import CheckpointService, PackTerms, to_json
-from forebay.checkpoint.upload import PackUpload
+from forebay.checkpoint.upload import RESTART_SECONDS, PackUpload, past_restart
 from forebay.waiting import Deadline
-from forebay_wire.errors import DaemonUnavailable, ForebayError, InvalidRequest, NotFound
+from forebay_wire.errors import Conflict, DaemonUnavailable, ForebayError, InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId
 
 _log = logging.getLogger(__name__)
@@ -153,18 +153,29 @@ class Saver:
             return uploads[-1]
 
         try:
-            upload, _ = self._ranks.together(what, lambda: _again_if_restarted(copy, uploads))
+            upload, _ = self._ranks.together(what, lambda: self._copied(copy, uploads, terms))
         except BaseException:
             _abort(uploads)
             raise
         try:
             # Nobody seals before everybody has copied: a failure leaves nothing half-sealed.
-            self._ranks.together(what, lambda: seal(upload, deadline))
+            self._ranks.together(what, lambda: seal(upload))
         except BaseException:
             _abort(uploads)
             self._drop(terms.generation)
             raise
         return upload
+
+    def _copied(
+        self, copy: Callable[[], PackUpload], uploads: list[PackUpload], terms: PackTerms
+    ) -> PackUpload:
+        """Copy; a session that is gone means a restarted daemon: the state is still here."""
+        try:
+            return past_restart(self._service, terms, copy, Deadline(RESTART_SECONDS))
+        except (NotFound, DaemonUnavailable) as error:
+            _log.warning("the daemon went away while a pack was copied (%s); copying again", error)
+            _abort(uploads)
+            return past_restart(self._service, terms, copy, Deadline(RESTART_SECONDS))
 
     def _drop(self, generation: GenerationId) -> None:
         """Some ranks may have sealed: without the generation the step can be saved again."""
@@ -176,14 +187,16 @@ class Saver:
             _log.warning("could not drop generation %s: %s", generation, error)
 
 
-def seal(upload: PackUpload, deadline: Deadline) -> None:
+def seal(upload: PackUpload) -> None:
     """Seal; if the daemon restarted since the copy, offer it the slot's bytes again first."""
     try:
         upload.seal()
-    except (NotFound, DaemonUnavailable):
-        if not upload.can_offer_again:
+    except (NotFound, DaemonUnavailable, Conflict) as error:
+        refused = isinstance(error, Conflict) and upload.is_current
+        if refused or not upload.can_offer_again:
             raise
-        upload.offer_again(deadline)
+        _log.warning("the daemon went away while a pack was sealed (%s); offering it again", error)
+        upload.offer_again(Deadline(RESTART_SECONDS))
 
 
 def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
@@ -198,16 +211,6 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
         else:
             _log.warning("metric %s is %s and is left out of the saved metrics", name, number)
     return found
-
-
-def _again_if_restarted(copy: Any, uploads: list[PackUpload]) -> PackUpload:
-    """A session that is gone means a restarted daemon; the state is still here, so copy again."""
-    try:
-        return copy()  # type: ignore[no-any-return]
-    except (NotFound, DaemonUnavailable) as error:
-        _log.warning("the daemon went away while a pack was copied (%s); copying again", error)
-        _abort(uploads)
-        return copy()  # type: ignore[no-any-return]
 
 
 def _abort(uploads: Sequence[PackUpload]) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
 import torch
 
 from forebay.checkpoint.layout import Extent, Layout, padded, place
 from forebay.checkpoint.manifest import Description, TensorEntry
 from forebay.checkpoint.objects import EncodedObject, Path
+from forebay_wire.limits import MIB
+
+PARALLEL_BYTES: Final = 8 * MIB
+"""From here on a copy is worth torch's threads: waking them costs milliseconds on a busy machine,
+and one core copies this much in less."""
 
 
 @dataclass(frozen=True)
@@ -145,5 +152,8 @@ def _copy(target: torch.Tensor, source: Source, start: int, stop: int) -> None:
         target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         return
     # A piece of a tensor (chunked save) is addressed by bytes, which needs them in a row.
-    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
-    target.copy_(flat.view(torch.uint8)[start:stop])
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    if flat.device.type == "cpu" and stop - start < PARALLEL_BYTES:
+        np.copyto(target.numpy(), flat.numpy()[start:stop])
+    else:
+        target.copy_(flat[start:stop])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, TypeVar
 
 from forebay.checkpoint.layout import Piece, pieces
 from forebay.checkpoint.service import CheckpointService, PackTerms
 from forebay.checkpoint.snapshot import Pack
 from forebay.transfer import UploadSlot
 from forebay.transfer.blob import copy
-from forebay.waiting import Deadline
+from forebay.waiting import Backoff, Deadline
 from forebay_wire.errors import (
+    Conflict,
     DaemonUnavailable,
     DeadlineExceeded,
     ForebayError,
@@ -22,6 +25,11 @@ from forebay_wire.failpoints import failpoint
 from forebay_wire.v1 import checkpoints_pb2
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RESTART_SECONDS: Final = 60.0
+"""How long a rank tries to bring its pack to a daemon that restarted."""
 
 
 @dataclass
@@ -147,6 +155,9 @@ class PackUpload:
 
     def offer_again(self, deadline: Deadline) -> None:
         """Give a restarted daemon the pack again, out of the old slot's memory."""
+        past_restart(self._service, self.terms, lambda: self._offer(deadline), deadline)
+
+    def _offer(self, deadline: Deadline) -> None:
         assert self._copied is not None
         old, copied = self._slot, self._copied
         assert old is not None
@@ -221,3 +232,26 @@ class PackUpload:
         assert self._pack is not None
         assert self._slot is not None
         self._pack.copy_into(self._slot.buffer, piece.start, piece.stop)
+
+
+def past_restart(
+    service: CheckpointService, terms: PackTerms, act: Callable[[], T], deadline: Deadline
+) -> T:
+    """*act*, which begins a pack, also where a daemon that restarted has aborted the generation.
+
+    The aborted one stands in the way of its own second try. Rank 0 clears it away, the others wait
+    for that: if each did it, the last would clear away what the first had begun again.
+    """
+    backoff = Backoff()
+    while True:
+        try:
+            return act()
+        except Conflict:
+            found = service.look(terms.generation)
+            if found is not None and found.state != "aborted":
+                raise
+            if found is not None and terms.rank == 0:
+                _log.warning("beginning generation %s again: %s", terms.generation, found.error)
+                service.delete(terms.generation)
+            elif not backoff.pause(deadline):
+                raise

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,35 @@ def test_a_sealed_generation_survives_a_restart_of_the_daemon(data: Path) -> Non
         assert resumed.step == 2
         assert torch.equal(found.tensor, Weights(2).tensor)
         restorer.close()
+        checkpointer.close()
+
+
+@pytest.mark.parametrize("place", ["pack.before_seal", "pack.after_seal"])
+def test_a_restart_in_the_middle_of_a_save_does_not_fail_it(tmp_path: Path, place: str) -> None:
+    daemon = DaemonProcess(tmp_path / "data", environment={"FOREBAY_FAILPOINTS": f"{place}:2"})
+
+    def restart() -> None:
+        daemon.wait_exit()
+        daemon.environment.clear()
+        daemon.start().wait_ready()
+
+    with (
+        daemon,
+        forebay.connect(daemon.address()["rpc"]) as client,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        executor.submit(restart)
+        weights = Weights(1)
+        checkpointer = forebay.Checkpointer(client, "run", weights=weights)
+        checkpointer.save(1).wait("local", 60)
+        weights.tensor = Weights(2).tensor
+        saved = checkpointer.save(2)
+        weights.tensor = Weights(3).tensor
+        saved.wait("local", 60)
+        resumed = checkpointer.restore()
+        assert resumed is not None
+        assert (resumed.attempt, resumed.step) == (1, 2)
+        assert torch.equal(weights.tensor, Weights(2).tensor)
         checkpointer.close()
 
 
