@@ -147,7 +147,7 @@ class BlobCases:
     def measure(self, repeat: int) -> None:
         """One repeat: bare yardsticks and blob passes in turn, on bytes never stored before."""
         blob_id = store_random_blob(self.files.client, self.transfer, self.files.num_bytes)
-        self._warm_page_cache(blob_id)
+        warm_page_cache(self.transfer, blob_id, self.files.buffer)
         for kind, bare, work in (
             ("read", bare_preadv, lambda blob: read_blob(blob, self.files.buffer)),
             ("mmap", bare_mmap, map_blob),
@@ -180,10 +180,12 @@ class BlobCases:
         finally:
             os.close(descriptor)
 
-    def _warm_page_cache(self, blob_id: str) -> None:
-        (blob,) = self.transfer.open([blob_id])
-        with contextlib.closing(blob):
-            read_blob(blob, self.files.buffer)
+
+def warm_page_cache(local: Transfer, blob_id: str, buffer: np.ndarray) -> None:
+    """Read a blob once: it was written around the page cache."""
+    (blob,) = local.open([blob_id])
+    with contextlib.closing(blob):
+        read_blob(blob, buffer)
 
 
 def serve_bare(path: str, num_bytes: int, port: Connection) -> None:
@@ -236,6 +238,7 @@ def measure_remote(files: Files, repeats: int, report: Report) -> None:
 
         def verified(_repeat: int) -> float:
             blob_id = store_random_blob(files.client, local, files.num_bytes)
+            warm_page_cache(local, blob_id, files.buffer)
             (blob,) = remote.open([blob_id])
             with contextlib.closing(blob):
                 return timed(lambda: blob.read_into(0, memoryview(files.buffer)))
