@@ -62,7 +62,7 @@ from forebay_server.tier.registry import Tiers
 from forebay_server.tier.remote import RemoteTier
 from forebay_server.tier.store import Tier
 from forebay_server.version import forebay_version
-from forebay_wire.errors import StorageError
+from forebay_wire.errors import InvalidRequest, StorageError
 from forebay_wire.protocol import protocol_range
 
 logger = logging.getLogger(__name__)
@@ -154,12 +154,15 @@ class Daemon:
         self._node = load_node(data)
         self._auth = Auth(load_secret(data), self._node)
         write_private(data / TOKEN_FILE_NAME, self._auth.token(os.geteuid()).encode() + b"\n")
+        self._tls = _tls_context(self._config) if self._config.certificate else None
         self._background = Background(self._crash)
         await self._open_storage(stack)
         await self._open_use_cases(stack)
         await self._recover()
         await self._start_background(stack)
         await self._open_edges(stack)
+        if self._config.idle_exit:
+            self._background.start("idle", self._watch_idle())
         self._state = "serving"
         stack.callback(remove_address, data)
         self._tell(data)
@@ -223,8 +226,6 @@ class Daemon:
         stack.push_async_callback(self._background.close)
         await self._uploads.start()
         self._jobs_task = self._background.start("jobs", self._jobs.run())
-        if self._config.idle_exit:
-            self._background.start("idle", self._watch_idle())
 
     async def _open_edges(self, stack: AsyncExitStack) -> None:
         """Descriptor socket, HTTP, gRPC: the handshake comes last, as it names the others."""
@@ -265,7 +266,7 @@ class Daemon:
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_GRACE_SECONDS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        tls = _tls_context(self._config) if self._config.http_address.tls else None
+        tls = self._tls if self._config.http_address.tls else None
         await web.SockSite(runner, listening, ssl_context=tls).start()
 
     async def _open_rpc(self, stack: AsyncExitStack) -> None:
@@ -416,5 +417,12 @@ def _listen(address: Address) -> socket.socket:
 def _tls_context(config: Config) -> ssl.SSLContext:
     assert config.certificate is not None, "checked with the configuration"
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(*config.certificate)
+    chain, key = config.certificate
+    try:
+        context.load_cert_chain(chain, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise InvalidRequest(
+            f"tls-cert {chain} and tls-key {key} are no certificate chain with its key: "
+            f"{error.strerror or error}"
+        ) from error
     return context

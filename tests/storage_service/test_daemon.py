@@ -352,6 +352,16 @@ def test_wrong_usage_exits_with_2_and_a_sentence(
     assert "Traceback" not in done.stderr
 
 
+def test_certificate_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+    for name in ("chain.pem", "key.pem"):
+        (tmp_path / name).write_text("no certificate")
+    arguments = ("--tls-cert", str(tmp_path / "chain.pem"), "--tls-key", str(tmp_path / "key.pem"))
+    done = run_command(*serve_command(tmp_path / "data", *arguments))
+    assert done.returncode == ExitCode.USAGE
+    assert "chain.pem" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_data_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("x")
     done = run_command(*serve_command(tmp_path / "data"))
