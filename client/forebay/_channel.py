@@ -62,7 +62,7 @@ _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 10_000),  # in truth the time that connecting may take
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_retries", 0),  # ours know what may be repeated and for how long
     ("grpc.use_local_subchannel_pool", 1),  # a new channel is a new connection
@@ -135,6 +135,7 @@ class RpcChannel:
         self.address = address
         self._lock = threading.Lock()
         self._held = _Held()
+        self._opening: Deadline | None = None
         self._is_closed = False
         self._is_reconnect = False
         self._attacher: threading.Thread | None = None
@@ -204,8 +205,10 @@ class RpcChannel:
 
     def close(self) -> None:
         """Close the connection. Idempotent; calls in flight fail."""
+        self._is_closed = True
+        if self._opening is not None:
+            self._opening.cancel()
         with self._lock:
-            self._is_closed = True
             attacher, self._attacher = self._attacher, None
             _release(self._held)
         if attacher is not None and attacher is not threading.current_thread():
@@ -267,20 +270,27 @@ class RpcChannel:
             if self._is_closed:
                 raise InvalidRequest(f"the client of {self.address} is closed: connect again")
             if self._held.live is None:
-                self._held.live = self._open(deadline)
+                self._opening = Deadline(deadline.remaining)
+                self._held.live = self._open(self._opening)
                 self._is_reconnect = True
             return self._held.live
         finally:
             self._lock.release()
 
     def _open(self, deadline: Deadline) -> _Live:
-        live = _Live(_locate(self.address, deadline, is_reconnect=self._is_reconnect))
-        try:
-            live.endpoint = _shake_hands(live, self.address, deadline)
-        except BaseException:
-            live.channel.close()
-            raise
-        return live
+        backoff = Backoff()
+        while True:
+            live = _Live(_locate(self.address, deadline, is_reconnect=self._is_reconnect))
+            try:
+                live.endpoint = _shake_hands(live, self.address, deadline)
+                return live
+            except DaemonUnavailable:  # it answered elsewhere a moment ago: it is just stopping
+                live.channel.close()
+                if not backoff.pause(deadline):
+                    raise
+            except BaseException:
+                live.channel.close()
+                raise
 
     def _drop(self, live: _Live | None) -> None:
         """Close a channel whose daemon has gone, unless another thread has replaced it already."""

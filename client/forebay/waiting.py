@@ -11,7 +11,7 @@ RECONNECT_SECONDS: Final = 60.0
 
 
 class Deadline:
-    """A point in time, *seconds* from its making. Immutable, so safe to share."""
+    """A point in time, *seconds* from its making. Thread-safe."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -21,6 +21,10 @@ class Deadline:
     def remaining(self) -> float:
         """Seconds left, never negative."""
         return max(0.0, self._end - time.monotonic())
+
+    def cancel(self) -> None:
+        """Expire now: whoever waits until then stops soon."""
+        self._end = 0.0
 
     @property
     def expired(self) -> bool:

@@ -240,3 +240,12 @@ def test_child_of_fork_connects_anew(daemon: DaemonProcess) -> None:
                     os._exit(status)
             assert os.waitpid(child, 0)[1] == 0
         assert client.datasets() == []
+
+
+def test_close_does_not_wait_for_a_daemon_that_is_away(own_daemon: DaemonProcess) -> None:
+    client = forebay.connect(own_daemon.data)
+    own_daemon.terminate()
+    started = time.monotonic()
+    client.close()
+    assert time.monotonic() - started < 3
+    assert not (own_daemon.data / "daemon.json").exists()  # nor has it started another one

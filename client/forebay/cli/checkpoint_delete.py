@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from forebay.cli.confirm import confirm
+from forebay.cli.selector import parse_generation, split_run
 from forebay.cli.session import Session, with_session
 from forebay_wire.errors import InvalidRequest
 
@@ -19,9 +20,12 @@ def delete_checkpoint(
     session: Session, run: str, generation: str | None, whole_run: bool, yes: bool
 ) -> None:
     """Delete one generation of RUN (ATTEMPT/STEP), or with --all the whole run."""
+    run, generation = split_run(run, generation)
     if (generation is None) != whole_run:
         raise click.UsageError("give a GENERATION (ATTEMPT/STEP), or --all for the whole run")
-    attempt, step = (None, None) if generation is None else _parse(generation)
+    attempt, step = (None, None) if generation is None else parse_generation(generation)
+    if generation is not None and attempt is None:
+        raise InvalidRequest(f"say which attempt: {generation!r} is not of the form ATTEMPT/STEP")
     what = f"run {run!r} with all generations" if whole_run else f"{generation} of run {run!r}"
     with session.connect() as client:
         confirm(f"Delete {what}?", is_sure=yes)
@@ -30,10 +34,3 @@ def delete_checkpoint(
         {"run": run, "generation": generation, "num_deleted": num_deleted},
         lambda: print(f"Deleted {num_deleted} generation{'' if num_deleted == 1 else 's'}."),
     )
-
-
-def _parse(generation: str) -> tuple[int, int]:
-    attempt, _, step = generation.partition("/")
-    if not (attempt.isdigit() and step.isdigit()):
-        raise InvalidRequest(f"generation {generation!r} is not of the form ATTEMPT/STEP")
-    return int(attempt), int(step)

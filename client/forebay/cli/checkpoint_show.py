@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from forebay.cli.output import moment, print_fields, print_table, record, size
+from forebay.cli.selector import parse_generation, split_run
 from forebay.cli.session import Session, with_session
-from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound
+from forebay_wire.errors import IntegrityError, NotFound
 from forebay_wire.ids import GenerationId
 
 if TYPE_CHECKING:
@@ -22,18 +23,20 @@ TENSORS_SHOWN = 20
 
 @click.command("show")
 @click.argument("run")
-@click.argument("generation", default="latest")
+@click.argument("generation", required=False)
 @click.option(
     "--all", "show_all", is_flag=True, help=f"All tensors, not the first {TENSORS_SHOWN}."
 )
 @with_session
-def show_checkpoint(session: Session, run: str, generation: str, show_all: bool) -> None:
+def show_checkpoint(session: Session, run: str, generation: str | None, show_all: bool) -> None:
     """One generation of RUN: where it stands and what is in it.
 
-    GENERATION is "latest" (on the current lineage), STEP, or ATTEMPT/STEP.
+    GENERATION is "latest" (on the current lineage; the default), STEP, or ATTEMPT/STEP.
+    RUN@ATTEMPT/STEP in one word works, too.
     """
+    run, generation = split_run(run, generation)
     with session.connect() as client:
-        found = _resolve(client, run, generation)
+        found = _resolve(client, run, generation or "latest")
         manifest = _manifest(client, found) if found.manifest else None
     value = {**record(found), "packs": [], "tensors": []}
     value["metrics"] = json.loads(value.pop("metrics_json") or "{}")
@@ -54,13 +57,11 @@ def _resolve(client: Client, run: str, selector: str) -> Generation:
     if selector == "latest":
         request = ResolveGenerationRequest(run=run, selector="latest", durability="local")
         return client.channel.call(Checkpoints.ResolveGeneration, request)
-    attempt, _, step = selector.rpartition("/")
-    if not step.isdigit() or not (attempt.isdigit() or not attempt):
-        raise InvalidRequest(f"generation {selector!r} is none of: latest, STEP, ATTEMPT/STEP")
+    attempt, step = parse_generation(selector)
     wanted = [
         one
         for one in client.checkpoints(run)
-        if one.step == int(step) and (not attempt or one.attempt == int(attempt))
+        if one.step == step and attempt in (None, one.attempt)
     ]
     if not wanted:
         raise NotFound(

@@ -184,3 +184,9 @@ def test_daemon_commands_become_the_daemon(command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--data" in done.stdout
+
+
+def test_documentation_has_every_exit_status() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
+    for code, meaning in MEANINGS.items():
+        assert f"| {code.value} | {meaning} |" in page
