@@ -139,10 +139,12 @@ class Saved:
         """
         with self._lock:
             found = self._service.look(self.generation)
-            if found is not None and found.state not in ("aborted", "open"):
+            is_open = found is not None and found.state == "open"
+            if found is not None and not is_open and found.state != "aborted":
                 return  # it changed meanwhile: ask again
-            offered = found is not None and found.state == "open"
-            if not self._upload.can_offer_again or (offered and self._upload.is_current):
+            if is_open and self._upload.is_current and found is not None and not found.error:
+                return  # another thread has offered it, other ranks have not yet
+            if not self._upload.can_offer_again or (is_open and self._upload.is_current):
                 self._fail(error)
             _log.warning("offering generation %s to the daemon again: %s", self.generation, error)
             try:
