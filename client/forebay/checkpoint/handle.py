@@ -29,7 +29,7 @@ DURABILITIES: Final = ("", "ram", "local", "remote")
 FOLLOW_SECONDS: Final = 5.0
 """The keeper looks this often whether it should stop."""
 
-POLL_SECONDS: Final = 20.0
+POLL_SECONDS: Final = 10.0
 """Longest single wait that is asked of the daemon."""
 
 
@@ -78,6 +78,7 @@ class Saved:
             if _reaches(self._reached, wanted):
                 break
             try:
+                self._check_daemon()
                 self._note(self._service.wait(self.generation, wanted, 0.0).durability)
                 break
             except DeadlineExceeded:
@@ -105,6 +106,7 @@ class Saved:
             if self._error is not None:
                 raise self._error
             try:
+                self._check_daemon()
                 seconds = min(POLL_SECONDS, deadline.remaining)
                 self._note(self._service.wait(self.generation, durability, seconds).durability)
             except DeadlineExceeded:
@@ -132,8 +134,13 @@ class Saved:
         if _reaches(self._reached, "local"):
             self.release()
 
+    def _check_daemon(self) -> None:
+        """A daemon that started after the seal lacks this pack, even if it has other ranks'."""
+        if not (_reaches(self._reached, "local") or self._upload.is_current):
+            self._recover(Conflict(f"generation {self.generation}: the daemon restarted"))
+
     def _recover(self, error: ForebayError) -> None:
-        """The daemon says that it has not got the generation: offer this rank's pack again.
+        """The daemon may not have the generation (any more): offer it this rank's pack again.
 
         Raises *error* if that cannot help; returns if it may be asked again.
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import math
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ MAX_DEPTH: Final = 100
 
 ARRAY_KINDS: Final = "biufcSUMm"
 """numpy kinds that are nothing but bytes: no objects, no records."""
+
+_PLAIN_NAN: Final = struct.pack(">d", math.nan)
 
 Json = Any
 Path = tuple[str | int, ...]
@@ -134,7 +137,11 @@ class _Encoder:
         return value if abs(value) < EXACT_INTEGER else {"$int": hex(value)}
 
     def put_real(self, value: float, path: Path) -> Json:
-        return value if math.isfinite(value) else {"$float": repr(value)}
+        if math.isfinite(value):
+            return value
+        bits = struct.pack(">d", value)
+        plain = value == value or bits == _PLAIN_NAN  # NaN differs from itself
+        return {"$float": repr(value) if plain else f"nan:{bits.hex()}"}
 
     def put_complex(self, value: complex, path: Path) -> Json:
         return {"$complex": [self.put_real(value.real, path), self.put_real(value.imag, path)]}
@@ -287,7 +294,7 @@ class _Decoder:
 
 _DECODERS: Final[dict[str, Callable[[_Decoder, Json], Any]]] = {
     "$int": lambda _, value: int(value, 16),
-    "$float": lambda _, value: float(value),
+    "$float": lambda _, value: _float(value),
     "$complex": lambda decoder, value: complex(*decoder.decode(value)),
     "$str": lambda decoder, value: decoder.raw(value).decode("utf-8", "surrogatepass"),
     "$bytes": _Decoder.raw,
@@ -305,6 +312,14 @@ _DECODERS: Final[dict[str, Callable[[_Decoder, Json], Any]]] = {
     "$dtype": lambda _, value: dtype_of(value),
     "$device": lambda _, value: torch.device(value),
 }
+
+
+def _float(text: str) -> float:
+    kind, _, bits = text.partition(":")
+    if not bits:
+        return float(kind)
+    value: float = struct.unpack(">d", bytes.fromhex(bits))[0]
+    return value
 
 
 def _numpy_dtype(text: str) -> np.dtype[Any]:

@@ -5,6 +5,7 @@ import enum
 import json
 import math
 import random
+import struct
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from typing import Any
 
@@ -67,6 +68,8 @@ def assert_same(found: Any, expected: Any) -> None:
         math.inf,
         -math.inf,
         math.nan,
+        -math.nan,
+        struct.unpack("<d", struct.pack("<Q", 0x7FF8000000000001))[0],
         1e-320,
         1 + 2j,
         "",
