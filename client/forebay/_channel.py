@@ -9,6 +9,7 @@ import ctypes
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,8 +17,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
-
-import grpc
 
 from forebay.address import Address, FolderAddress, SocketAddress, TcpAddress
 from forebay.daemon_folder import find_or_start, find_running, wait
@@ -44,6 +43,16 @@ from forebay_wire.protocol import (
 )
 from forebay_wire.v1 import admin_pb2
 
+# gRPC reads this once, while it is imported. Without it users get a line on standard error for
+# every DataLoader worker that is forked ("skipping fork() handlers"); ours never use gRPC.
+_VERBOSITY: Final = "GRPC_VERBOSITY"
+_is_chosen: Final = _VERBOSITY in os.environ
+os.environ.setdefault(_VERBOSITY, "ERROR")
+import grpc  # noqa: E402 - after the variable
+
+if not _is_chosen:
+    del os.environ[_VERBOSITY]
+
 Result = TypeVar("Result")
 
 CALL_SECONDS: Final = 60.0
@@ -57,6 +66,12 @@ ATTACH_SECONDS: Final = 600.0
 
 RESTART_GRACE_SECONDS: Final = 5.0
 """A folder's daemon that went away may be being restarted by whoever runs it: let them first."""
+
+_FORK_WARNING: Final = (
+    "this process was forked from one that is connected to a Forebay daemon, and makes control "
+    "calls of its own: gRPC may fail here while the parent makes calls. Reading data is safe; make "
+    "control calls in the main process, or start this one by forkserver or spawn"
+)
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -138,6 +153,7 @@ class RpcChannel:
         self._opening: Deadline | None = None
         self._is_closed = False
         self._is_reconnect = False
+        self._is_inherited = False
         self._attacher: threading.Thread | None = None
         watch(self)
         weakref.finalize(self, _release, self._held)
@@ -217,6 +233,7 @@ class RpcChannel:
     def forget_parent(self) -> None:
         """In a child of fork: gRPC's objects are kept from ever being touched, even by the end."""
         self._lock = threading.Lock()
+        self._is_inherited = self._held.live is not None
         for inherited in (self._held.live, self._held.attached):
             if inherited is not None:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
@@ -278,6 +295,9 @@ class RpcChannel:
             self._lock.release()
 
     def _open(self, deadline: Deadline) -> _Live:
+        if self._is_inherited:
+            self._is_inherited = False
+            warnings.warn(_FORK_WARNING, RuntimeWarning, stacklevel=2)
         backoff = Backoff()
         while True:
             live = _Live(_locate(self.address, deadline, is_reconnect=self._is_reconnect))

@@ -8,15 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 
 import forebay
-from forebay.testing.blobs import store_blob
 from forebay.testing.workers import read_blob
 from forebay.transfer import Blob
 
-CONTENT = random.Random(3).randbytes(3 << 20)
+NUM_BYTES = 3 << 20
 CHILD_SECONDS = 60
 
 
@@ -64,26 +64,55 @@ def busy(work: Callable[[], object]) -> Iterator[None]:
     assert failures == []
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A blob that stays: the shard of a dataset."""
+
+    id: str
+    content: bytes
+
+
 @pytest.fixture
-def blob_id(client: forebay.Client) -> str:
-    return store_blob(client, CONTENT)
+def stored(client: forebay.Client) -> Stored:
+    if "forked" not in client.datasets():
+        with client.create_dataset("forked", {"x": "binary"}) as writer:
+            writer.write(x=random.Random(3).randbytes(NUM_BYTES))
+    [shard] = client.dataset("forked").manifest.shards
+    [blob] = client.transfer.open([shard.blob])
+    with blob:
+        return Stored(shard.blob, bytes(blob.map()))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 20), ("forkserver", 4), ("spawn", 4)])
+def test_workers_beside_a_busy_client(
+    client: forebay.Client, stored: Stored, method: str, num_workers: int
+) -> None:
+    run_workers(client, stored, method, num_workers)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_workers_beside_a_busy_client(client: forebay.Client, blob_id: str, method: str) -> None:
+def test_two_hundred_workers_beside_a_busy_client(
+    client: forebay.Client, stored: Stored, method: str
+) -> None:
+    run_workers(client, stored, method, 200)
+
+
+def run_workers(client: forebay.Client, stored: Stored, method: str, num_workers: int) -> None:
     context = multiprocessing.get_context(method)
-    sha256 = hashlib.sha256(CONTENT).hexdigest()
-    num_workers = 20 if method == "fork" else 3
+    sha256 = hashlib.sha256(stored.content).hexdigest()
 
     def parent() -> None:
         client.datasets()
-        client.transfer.open([blob_id])[0].close()
+        client.transfer.open([stored.id])[0].close()
 
     with busy(parent):
         for start in range(0, num_workers, 4):
             workers = [
-                context.Process(target=read_blob, args=(client.endpoint, blob_id, sha256))
+                context.Process(target=read_blob, args=(client.endpoint, stored.id, sha256))
                 for _ in range(min(4, num_workers - start))
             ]
             for worker in workers:
@@ -94,36 +123,36 @@ def test_workers_beside_a_busy_client(client: forebay.Client, blob_id: str, meth
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_child_goes_on_with_what_it_inherited(client: forebay.Client, blob_id: str) -> None:
-    [inherited] = client.transfer.open([blob_id])
+def test_child_goes_on_with_what_it_inherited(client: forebay.Client, stored: Stored) -> None:
+    [inherited] = client.transfer.open([stored.id])
     inherited.map(0, 100)
     transfer = client.transfer
 
     def child() -> None:
-        assert inherited.map() == CONTENT
-        [opened] = transfer.open([blob_id])
-        assert opened.map() == CONTENT
+        assert inherited.map() == stored.content
+        [opened] = transfer.open([stored.id])
+        assert opened.map() == stored.content
         opened.close()
         inherited.close()
 
     def parent() -> None:
-        transfer.open([blob_id])[0].close()
+        transfer.open([stored.id])[0].close()
 
     with busy(parent):
         assert [in_fork(child) for _ in range(10)] == [0] * 10
-    assert_still_open(inherited)
+    assert_still_open(inherited, stored)
 
 
-def assert_still_open(blob: Blob) -> None:
+def assert_still_open(blob: Blob, stored: Stored) -> None:
     buffer = bytearray(blob.num_bytes)
     blob.read_into(0, buffer)
-    assert buffer == CONTENT
+    assert buffer == stored.content
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_child_releases_nothing_of_its_parent(client: forebay.Client, blob_id: str) -> None:
+def test_child_releases_nothing_of_its_parent(client: forebay.Client, stored: Stored) -> None:
     before = sum(tier.open_bytes for tier in client.status().tiers)
-    [blob] = client.transfer.open([blob_id])
+    [blob] = client.transfer.open([stored.id])
     held = sum(tier.open_bytes for tier in client.status().tiers)
     assert held > before
     assert in_fork(blob.close) == 0
