@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 import forebay
+from forebay.checkpoint import ForebayReader, ForebayWriter
 
 HANG_SECONDS = 90.0
 
@@ -359,6 +361,19 @@ def lost_rank(world: World) -> None:
     assert "another rank did not answer" in message
 
 
+def torch_functions(world: World) -> None:
+    """``dcp.save`` and ``dcp.load`` with our writer and reader, rows to columns."""
+    mesh = DeviceMesh("cpu", list(range(world.size)))
+    expected = torch.arange(35.0).reshape(7, 5)
+    state = {"w": distribute_tensor(expected, mesh, [Shard(0)]), "extra": {"step": (3, "x")}}
+    dcp.save(state, storage_writer=ForebayWriter(world.client, "torch", 1))
+    zeros = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(1)])
+    found: dict[str, Any] = {"w": zeros, "extra": {"step": None}}
+    dcp.load(found, storage_reader=ForebayReader(world.client, "torch"))
+    assert torch.equal(found["w"].full_tensor(), expected)
+    assert found["extra"] == {"step": (3, "x")}
+
+
 def restart(world: World) -> None:
     """The daemon dies while it lands the ranks' packs; they give them to the next one again."""
     # Replicated tensors are dealt out by size: each rank has one.
@@ -395,7 +410,7 @@ def replicated(world: World) -> None:
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (reshard, wrappers, errors, lost_rank, restart, replicated)
+    for scenario in (reshard, wrappers, errors, lost_rank, restart, replicated, torch_functions)
 }
 
 
