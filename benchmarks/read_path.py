@@ -1,9 +1,9 @@
 """How fast are verified reads through the daemon, against the bare system calls?
 
-Yardsticks, on the same bytes: ``preadv`` of a page-cached file into a warm buffer, a fresh ``mmap``
-of it with every byte touched, and a bare sendfile -> recv_into loop over loopback TCP from another
-process. Each repeat uploads a blob never stored before; its pages are in the page cache, as they
-are for a second reader on a node.
+Yardsticks, on the blob's own file: ``preadv`` of the page-cached file into a warm buffer, a fresh
+``mmap`` of it with every byte touched, and a bare sendfile -> recv_into loop over loopback TCP from
+another process. Each repeat uploads a blob never stored before; its pages are in the page cache, as
+they are for a second reader on a node.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-from harness import MIB, Options, Report, Samples, interleave, parse_options, percentile
+from harness import MIB, Options, Report, Samples, parse_options, percentile
 
 import forebay
 from forebay.methods import Admin, Blobs
@@ -32,6 +32,9 @@ from forebay_wire.segments import even_cuts
 from forebay_wire.v1 import admin_pb2, blobs_pb2
 
 PIECE_BYTES = 4 * MIB
+
+ROUNDS = 3
+"""Rounds of yardstick and case on each repeat's blob: a shared machine is noisy."""
 
 
 def store_random_blob(client: forebay.Client, transfer: Transfer, num_bytes: int) -> str:
@@ -55,24 +58,18 @@ def store_random_blob(client: forebay.Client, transfer: Transfer, num_bytes: int
 
 @dataclass
 class Files:
-    """A daemon, and per repeat a plain file and a blob with equally many fresh bytes."""
+    """A daemon, its data folder, and a warm buffer as long as each blob."""
 
     client: forebay.Client
-    folder: Path
+    data: Path
     num_bytes: int
     endpoint: DataEndpoint
     buffer: np.ndarray
 
-    def plain_file(self, repeat: int) -> Path:
-        path = self.folder / f"plain-{repeat}"
-        if not path.exists():
-            path.write_bytes(np.random.default_rng().bytes(self.num_bytes))
-            self._read_all(path)
-        return path
-
-    def _read_all(self, path: Path) -> None:
-        with path.open("rb", buffering=0) as file:
-            preadv_all(file.fileno(), self.buffer)
+    def newest_file(self) -> Path:
+        """The file of the blob that was stored last: what the yardsticks read."""
+        files = (path for path in (self.data / "ssd" / "files").rglob("*") if path.is_file())
+        return max(files, key=lambda path: path.stat().st_mtime_ns)
 
 
 def preadv_all(descriptor: int, buffer: np.ndarray) -> None:
@@ -98,25 +95,26 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bare_preadv(files: Files, repeat: int) -> float:
-    descriptor = os.open(files.plain_file(repeat), os.O_RDONLY)
+def bare_preadv(path: Path, buffer: np.ndarray) -> float:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        return timed(lambda: preadv_all(descriptor, files.buffer))
+        return timed(lambda: preadv_all(descriptor, buffer))
     finally:
         os.close(descriptor)
 
 
-def bare_mmap(files: Files, repeat: int) -> float:
-    descriptor = os.open(files.plain_file(repeat), os.O_RDONLY)
-
-    def work() -> None:
-        with mmap.mmap(descriptor, files.num_bytes, prot=mmap.PROT_READ) as mapped:
+def bare_mmap(path: Path, num_bytes: int) -> tuple[float, float]:
+    """Seconds to map a file and touch every byte, and to touch every byte again."""
+    descriptor = os.open(path, os.O_RDONLY)
+    start = time.perf_counter()
+    try:
+        with mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ) as mapped:
             view = memoryview(mapped)
             touch(view)
+            first = time.perf_counter() - start
+            again = timed(lambda: touch(view))
             view.release()
-
-    try:
-        return timed(work)
+            return first, again
     finally:
         os.close(descriptor)
 
@@ -145,40 +143,40 @@ class BlobCases:
     samples: Samples
 
     def measure(self, repeat: int) -> None:
-        """One repeat: bare yardsticks and blob passes in turn, on bytes never stored before."""
+        """One repeat on bytes never stored before: yardsticks and blob passes in turn.
+
+        A blob opened anew has checked nothing yet, so each round has its first pass.
+        """
         blob_id = store_random_blob(self.files.client, self.transfer, self.files.num_bytes)
         warm_page_cache(self.transfer, blob_id, self.files.buffer)
-        for kind, bare, work in (
-            ("read", bare_preadv, lambda blob: read_blob(blob, self.files.buffer)),
-            ("mmap", bare_mmap, map_blob),
-        ):
-            (blob,) = self.transfer.open([blob_id])
-            with contextlib.closing(blob):
-                numbers = {
-                    f"bare_{kind}": bare(self.files, repeat),
-                    f"first_{kind}": timed(lambda blob=blob, work=work: work(blob)),
-                    f"bare_{kind}_again": self._bare_second(kind, repeat),
-                    f"second_{kind}": timed(lambda blob=blob, work=work: work(blob)),
-                }
+        path = self.files.newest_file()
+        for _ in range(ROUNDS):
+            numbers = self._read_passes(path, blob_id) | self._map_passes(path, blob_id)
             if repeat >= 0:
                 for name, number in numbers.items():
                     self.samples.add(name, number)
-        (self.files.folder / f"plain-{repeat}").unlink()
 
-    def _bare_second(self, kind: str, repeat: int) -> float:
-        """The yardstick of a second pass: a mapping that was touched before, a file read before."""
-        if kind == "read":
-            return bare_preadv(self.files, repeat)
-        descriptor = os.open(self.files.plain_file(repeat), os.O_RDONLY)
-        try:
-            with mmap.mmap(descriptor, self.files.num_bytes, prot=mmap.PROT_READ) as mapped:
-                view = memoryview(mapped)
-                touch(view)
-                number = timed(lambda: touch(view))
-                view.release()
-                return number
-        finally:
-            os.close(descriptor)
+    def _read_passes(self, path: Path, blob_id: str) -> dict[str, float]:
+        buffer = self.files.buffer
+        (blob,) = self.transfer.open([blob_id])
+        with contextlib.closing(blob):
+            return {
+                "bare_read": bare_preadv(path, buffer),
+                "first_read": timed(lambda: read_blob(blob, buffer)),
+                "bare_read_again": bare_preadv(path, buffer),
+                "second_read": timed(lambda: read_blob(blob, buffer)),
+            }
+
+    def _map_passes(self, path: Path, blob_id: str) -> dict[str, float]:
+        (blob,) = self.transfer.open([blob_id])
+        with contextlib.closing(blob):
+            first, again = bare_mmap(path, self.files.num_bytes)
+            return {
+                "bare_mmap": first,
+                "first_mmap": timed(lambda: map_blob(blob)),
+                "bare_mmap_again": again,
+                "second_mmap": timed(lambda: map_blob(blob)),
+            }
 
 
 def warm_page_cache(local: Transfer, blob_id: str, buffer: np.ndarray) -> None:
@@ -188,27 +186,26 @@ def warm_page_cache(local: Transfer, blob_id: str, buffer: np.ndarray) -> None:
         read_blob(blob, buffer)
 
 
-def serve_bare(path: str, num_bytes: int, port: Connection) -> None:
-    """The remote yardstick's server: one file to each connection, by sendfile."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, Path(path).open("rb") as file:
+def serve_bare(num_bytes: int, port: Connection) -> None:
+    """The remote yardstick's server: for each line, the start of the file that it names."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         port.send(listener.getsockname()[1])
-        while True:
-            connection, _ = listener.accept()
-            with connection:
-                while connection.recv(1):
-                    sent = 0
-                    while sent < num_bytes:
-                        sent += os.sendfile(
-                            connection.fileno(), file.fileno(), sent, num_bytes - sent
-                        )
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as lines:
+            for line in lines:
+                descriptor = os.open(line.rstrip(b"\n"), os.O_RDONLY)
+                sent = 0
+                while sent < num_bytes:
+                    sent += os.sendfile(connection.fileno(), descriptor, sent, num_bytes - sent)
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
-def bare_server(path: Path, num_bytes: int) -> Iterator[socket.socket]:
+def bare_server(num_bytes: int) -> Iterator[socket.socket]:
     """A connection to a bare sendfile server in another process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve_bare, args=(str(path), num_bytes, theirs), daemon=True)
+    process = context.Process(target=serve_bare, args=(num_bytes, theirs), daemon=True)
     process.start()
     try:
         if not ours.poll(30):
@@ -220,36 +217,33 @@ def bare_server(path: Path, num_bytes: int) -> Iterator[socket.socket]:
         process.join()
 
 
-def receive_bare(connection: socket.socket, buffer: np.ndarray) -> None:
-    connection.sendall(b"g")
+def receive_bare(connection: socket.socket, path: Path, buffer: np.ndarray) -> None:
+    connection.sendall(f"{path}\n".encode())
     view, received = memoryview(buffer), 0
     while received < len(view):
         received += connection.recv_into(view[received:])
 
 
 def measure_remote(files: Files, repeats: int, report: Report) -> None:
-    """One stream over loopback: verified HTTP ranges against the bare loop."""
+    """One stream over loopback: verified HTTP ranges against the bare loop, on the same file."""
     remote = make_transfer(
         DataEndpoint(None, files.endpoint.http_url, files.endpoint.token, "benchmark")
     )
     local = make_transfer(files.endpoint)
-    plain = files.plain_file(10_000)
-    with contextlib.closing(remote), bare_server(plain, files.num_bytes) as connection:
-
-        def verified(_repeat: int) -> float:
+    samples = Samples()
+    with contextlib.closing(remote), bare_server(files.num_bytes) as connection:
+        for repeat in range(-1, repeats):
             blob_id = store_random_blob(files.client, local, files.num_bytes)
             warm_page_cache(local, blob_id, files.buffer)
+            path = files.newest_file()
             (blob,) = remote.open([blob_id])
             with contextlib.closing(blob):
-                return timed(lambda: blob.read_into(0, memoryview(files.buffer)))
-
-        samples = interleave(
-            {
-                "bare": lambda _repeat: timed(lambda: receive_bare(connection, files.buffer)),
-                "verified": verified,
-            },
-            repeats=repeats,
-        )
+                for _ in range(ROUNDS):
+                    bare = timed(lambda path=path: receive_bare(connection, path, files.buffer))
+                    verified = timed(lambda blob=blob: blob.read_into(0, memoryview(files.buffer)))
+                    if repeat >= 0:
+                        samples.add("bare", bare)
+                        samples.add("verified", verified)
     report.ratio("remote_read_vs_sendfile", samples.ratio("bare", "verified"), at_least=0.7)
 
 
@@ -285,10 +279,9 @@ def run(options: Options, folder: Path) -> Report:
     """All figures of this script."""
     report = Report("Reads through the daemon against the bare system calls")
     num_bytes = (64 if options.quick else 256) * MIB
-    with forebay.connect(folder / "data") as client:
-        files = Files(
-            client, folder, num_bytes, client.endpoint, np.ones(num_bytes, dtype=np.uint8)
-        )
+    data = folder / "data"
+    with forebay.connect(data) as client:
+        files = Files(client, data, num_bytes, client.endpoint, np.ones(num_bytes, dtype=np.uint8))
         measure_handover(files, report, rounds=400 if options.quick else 4000)
         cases = BlobCases(files, make_transfer(client.endpoint), Samples())
         for repeat in range(-1, options.repeats):
