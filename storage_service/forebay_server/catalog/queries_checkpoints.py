@@ -154,12 +154,17 @@ def end_generation(
     )
     if not changed.rowcount:
         return []
-    sessions = list(connection.scalars(select(packs.c.session).where(at(generation, packs))))
+    sessions = sessions_of(connection, generation)
     # Rows of packs that have not landed stay: a late seal finds out through them why it is refused.
     connection.execute(
         delete(packs).where(at(generation, packs), packs.c.state == PackState.LANDED)
     )
     return sessions
+
+
+def sessions_of(connection: Connection, generation: GenerationId) -> list[str]:
+    """The upload sessions that carry, or carried, the generation's packs."""
+    return list(connection.scalars(select(packs.c.session).where(at(generation, packs))))
 
 
 def abort_unlanded(connection: Connection) -> tuple[tuple[GenerationId, ...], tuple[str, ...]]:
@@ -419,7 +424,7 @@ def delete_generations(
         if row is None:
             continue
         number += 1
-        sessions.extend(connection.scalars(select(packs.c.session).where(at(generation, packs))))
+        sessions.extend(sessions_of(connection, generation))
         connection.execute(delete(generations).where(at(generation)))
         if row.manifest is not None:
             cancel_queued(connection, FLUSH, row.manifest)

@@ -220,8 +220,10 @@ class Checkpoints:
             num_bytes = pack.num_bytes
             return queries.seal_pack(connection, session, num_bytes, description, metrics, dataset)
 
-        def landed(connection: Connection, blob: LandedBlob) -> str | None:
-            return queries.land_pack(connection, session, blob.blob, blob.num_bytes)
+        def landed(connection: Connection, blob: LandedBlob) -> list[str]:
+            if queries.land_pack(connection, session, blob.blob, blob.num_bytes) is None:
+                return []
+            return queries.sessions_of(connection, pack.generation)
 
         all_sealed, landing = await self._uploads.seal_in_background(
             session, uid, seal.sequence, seal.num_bytes, seal.cuts, sealed=sealed, landed=landed
@@ -233,9 +235,7 @@ class Checkpoints:
 
     async def _read_description(self, uid: int, seal: PackSeal) -> bytes:
         """The JSON object behind the pack's last bytes, checked and as canonical as it came."""
-        slot = self._uploads.slot(seal.session, uid)
-        data = bytearray(seal.description_bytes)
-        await asyncio.to_thread(slot.read_into, seal.num_bytes, data)
+        data = await self._uploads.peek(seal.session, uid, seal.num_bytes, seal.description_bytes)
         try:
             parsed = await asyncio.to_thread(json.loads, data)
         except ValueError as error:
@@ -246,14 +246,15 @@ class Checkpoints:
 
     # ----------------------------------------------------------------------------------- landing
 
-    def _follow(self, pack: PackInfo, landing: asyncio.Task[str | None]) -> None:
-        """Settle what comes of a landing, once."""
+    def _follow(self, pack: PackInfo, landing: asyncio.Task[list[str]]) -> None:
+        """Settle what comes of a landing, once. Its result: the generation's sessions if it
+        committed that."""
         if pack.session in self._followed:
             return
         self._followed.add(pack.session)
         self._keep(asyncio.create_task(self._settle(pack, landing), name=f"settle-{pack.session}"))
 
-    async def _settle(self, pack: PackInfo, landing: asyncio.Task[str | None]) -> None:
+    async def _settle(self, pack: PackInfo, landing: asyncio.Task[list[str]]) -> None:
         try:
             await asyncio.wait([landing])
             if landing.cancelled():  # the daemon stops; its next start aborts the generation
@@ -261,8 +262,9 @@ class Checkpoints:
             error = landing.exception()
             if error is not None:
                 await self._fail(pack, error)
-            elif landing.result() is not None:
+            elif sessions := landing.result():
                 failpoint("generation.after_commit")
+                self._uploads.reuse(sessions)
                 self._jobs.wake()
         finally:
             self._followed.discard(pack.session)

@@ -16,8 +16,10 @@ from typing import Any, Final, TypeVar
 
 from forebay_server.catalog import queries_uploads as queries
 from forebay_server.catalog.engine import Catalog, Connection
-from forebay_server.catalog.queries_blobs import FileRef, is_known_file
+from forebay_server.catalog.queries_blobs import FileRef
+from forebay_server.publish.expiry import Expiry
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
+from forebay_server.publish.leftovers import Leftovers
 from forebay_server.publish.placing import begin_landing, land_somewhere, run_to_end
 from forebay_server.publish.session import (
     Grant,
@@ -28,6 +30,7 @@ from forebay_server.publish.session import (
     ended,
     slot_owner,
 )
+from forebay_server.publish.slots import SlotKeeper
 from forebay_server.tier.memory import Slot
 from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import Conflict, ForebayError, ResourceExhausted
@@ -35,7 +38,6 @@ from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import check_random_name, new_random_name
 from forebay_wire.limits import (
     MAX_BLOB_BYTES,
-    MAX_SEGMENT_BYTES,
     MAX_SHARDS_PER_VERSION,
     MAX_UPLOAD_SLOT_BYTES,
     check_limit,
@@ -50,13 +52,8 @@ T = TypeVar("T")
 
 DEFAULT_LEASE_SECONDS: Final = 60.0
 
-SLOT_IDLE_SECONDS: Final = 900.0
-"""How long an owner without sessions keeps its slots warm: more than most times between saves."""
-
 MAX_SESSIONS: Final = 2 * MAX_SHARDS_PER_VERSION
 """Sessions in memory at a time; those that have landed hold no slot."""
-
-EXPIRY_BATCH: Final = 1000
 
 NUM_WRITING_THREADS: Final = 8
 """Writes that overlap with digesting: one for each landing that runs at a time."""
@@ -82,13 +79,13 @@ class Uploads:
         self._catalog = catalog
         self._tiers = tiers
         self._node = node
-        self._forget = forget
         self._listeners: list[Callable[[str], Awaitable[None]]] = []
         self._sessions: dict[str, Session] = {}
-        self._last_used: dict[str, float] = {}
+        self._slots = SlotKeeper(tiers)
+        self._leftovers = Leftovers(catalog, tiers, forget)
         self._calls: set[asyncio.Task[Any]] = set()
         self._landings: set[asyncio.Task[Any]] = set()
-        self._expiry: asyncio.Task[None] | None = None
+        self._expiry = Expiry(catalog, lease_seconds, self._expire, self._drop_idle_slots)
         self._writing = ThreadPoolExecutor(NUM_WRITING_THREADS, thread_name_prefix="landing-write")
 
     def listen(self, listener: Callable[[str], Awaitable[None]]) -> None:
@@ -98,7 +95,7 @@ class Uploads:
 
     async def start(self) -> None:
         """Begin to end sessions whose lease ran out."""
-        self._expiry = asyncio.create_task(self._expire_for_ever(), name="upload-expiry")
+        self._expiry.start()
 
     async def drain(self, timeout_seconds: float) -> bool:
         """Wait for what is sealed to land; whether all of it did."""
@@ -109,11 +106,7 @@ class Uploads:
 
     async def close(self) -> None:
         """Cancel what still lands and end every session. Idempotent."""
-        if self._expiry is not None:
-            self._expiry.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._expiry
-            self._expiry = None
+        await self._expiry.close()
         for task in self._landings:
             task.cancel()
         while waiting := self._calls | self._landings:
@@ -197,7 +190,8 @@ class Uploads:
         client does ends it. *landed* runs in the transaction that records the landed blob and ends
         the session, so it has to name the blob (in a pack) or leave it to the collector. The task's
         result is what *landed* returned; if landing or *landed* fails, the task raises and nothing
-        stays. Idempotent while it lands; afterwards the session is unknown.
+        stays. Idempotent while it lands; afterwards the session is unknown, and its slot is held
+        until :meth:`reuse` or :meth:`end` is told of it: its client may offer it again meanwhile.
         """
         found = self._find(session, uid)
         piece = Piece(sequence, num_bytes, tuple(cuts))
@@ -218,7 +212,7 @@ class Uploads:
         """
         check_random_name("session", session)
         if session in self._sessions:
-            await self._finish(self._abort_and_tell(self._find(session, uid)))
+            await self._finish(self._abort_and_tell(self._find(session, uid), keep_slot=True))
 
     def slot(self, session: str, uid: int) -> Slot:
         """The slot of an open session, to be handed over or written to. Thread-safe."""
@@ -226,15 +220,37 @@ class Uploads:
         found.open_landing()
         return found.slot
 
+    async def peek(self, session: str, uid: int, offset: int, num_bytes: int) -> bytearray:
+        """A copy of bytes of an open session's slot."""
+        found = self._find(session, uid)
+        data = bytearray(num_bytes)
+        async with found.lock:  # while it is held, the slot is not closed
+            found.open_landing()
+            await run_to_end(self._tiers.run(self._tiers.slots, found.slot.read_into, offset, data))
+        return data
+
     # --------------------------------------------------------------------- the daemon's calls
 
     async def end(self, sessions: Iterable[str]) -> None:
-        """End sessions from the daemon's side (a fenced attempt); sealed ones go on landing."""
+        """End sessions from the daemon's side (a fenced attempt); sealed ones go on landing.
+
+        Their clients do not know, and may write on: the slots, also held ones, are not used again.
+        """
         for session in sessions:
             found = self._sessions.get(session)
             if found is not None:
+                found.keeps_slot = False
                 with contextlib.suppress(Conflict):
                     await self._finish(self._abort(found))
+            await self._finish(self._slots.close_held(session))
+
+    def reuse(self, sessions: Iterable[str]) -> None:
+        """What these sealed in the background is committed: their owners may have the slots."""
+        for session in sessions:
+            found = self._sessions.get(session)
+            if found is not None and found.keeps_slot is None:
+                found.keeps_slot = True
+            self._slots.reuse_held(session)
 
     def committed(self, sessions: Iterable[str]) -> None:
         """A transaction named the blobs of these sessions and ended their rows."""
@@ -246,11 +262,11 @@ class Uploads:
                 owners.add(found.slot_owner)
         busy = {found.slot_owner for found in self._sessions.values()}
         for owner in owners - busy:
-            self._drop_slots(owner)
+            self._slots.drop_owner(owner)
 
     def drop_slots(self, uid: int, owner: str) -> None:
         """Give the memory back that was kept warm for *owner*."""
-        self._drop_slots(slot_owner(uid, owner))
+        self._slots.drop_owner(slot_owner(uid, owner))
 
     # -------------------------------------------------------------------------- begin, append
 
@@ -262,21 +278,18 @@ class Uploads:
         slot_bytes: int,
         bind: Callable[[Connection, str], object] | None,
     ) -> Grant:
-        slots = self._tiers.slots
-        slot = await self._tiers.run(
-            slots, slots.acquire, slot_owner(uid, owner), slot_bytes, MAX_SEGMENT_BYTES
-        )
+        slot = await self._slots.lend(slot_owner(uid, owner), slot_bytes)
         try:
             file = new_random_name()
             tier, landing = await begin_landing(self._tiers, file, total_bytes, self._writing)
         except BaseException:
-            slots.release(slot)
+            self._slots.keep_warm(slot)
             raise
         found = Session(new_random_name(), uid, owner, slot, tier, file, landing)
         try:
             await self._catalog.write(lambda connection: self._insert(connection, found, bind))
         except BaseException:
-            await self._drop_from_memory(found)
+            await self._drop_from_memory(found, keep_slot=True)
             raise
         found.renewed_at = asyncio.get_running_loop().time()
         self._sessions[found.name] = found
@@ -312,7 +325,9 @@ class Uploads:
     async def _take(self, found: Session, landing: BlobLanding, piece: Piece) -> None:
         try:
             await run_to_end(
-                self._tiers, found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts
+                self._tiers.run_landing(
+                    found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts
+                )
             )
         except BaseException:
             await self._end(found)
@@ -329,7 +344,7 @@ class Uploads:
             landing = found.open_landing()
             found.check_piece(piece)
             await self._take(found, landing, piece)
-            publishing = run_to_end(self._tiers, found.tier, landing.publish)
+            publishing = run_to_end(self._tiers.run_landing(found.tier, landing.publish))
             found.landed, _ = await self._land(found, publishing, lambda connection, blob: None)
             found.state = "landed"
             await self._keep_alive(found)
@@ -402,9 +417,9 @@ class Uploads:
             raise
         failpoint("upload.after_row")
         found.landing = None
-        self._release_slot(found)
+        await self._settle_slot(found)
         if spare is not None:
-            await self._delete_files([spare])
+            await self._leftovers.delete_files([spare])
         return blob, value
 
     def _record(
@@ -417,23 +432,23 @@ class Uploads:
             blob.num_bytes,
             blob.num_segments,
             done.file_bytes,
-            local_tiers=self._local_tiers(),
+            local_tiers=self._leftovers.local_tiers(),
             node=self._node,
         )
 
     # ----------------------------------------------------------------------------------- ends
 
-    async def _abort(self, found: Session) -> None:
+    async def _abort(self, found: Session, *, keep_slot: bool = False) -> None:
         async with found.lock:
             if found.state == "sealed":
                 raise Conflict(
                     f"upload session {found.name} is sealed and lands without its client"
                 )
             if found.state != "ended":
-                await self._end(found)
+                await self._end(found, keep_slot=keep_slot)
 
-    async def _abort_and_tell(self, found: Session) -> None:
-        await self._abort(found)
+    async def _abort_and_tell(self, found: Session, *, keep_slot: bool = False) -> None:
+        await self._abort(found, keep_slot=keep_slot)
         await self._tell_ended(found.name)
 
     async def _tell_ended(self, session: str) -> None:
@@ -443,52 +458,29 @@ class Uploads:
             except ForebayError as error:
                 logger.warning("the end of upload session %s is not noted: %s", session, error)
 
-    async def _end(self, found: Session) -> None:
+    async def _end(self, found: Session, *, keep_slot: bool = False) -> None:
         """End the session everywhere. What the catalog cannot do now, its expiry does later."""
-        has_landed = found.landed is not None
-        await self._drop_from_memory(found)
-        try:
-            ended_row = await self._catalog.write(
-                lambda connection: queries.end_upload(connection, found.name, self._local_tiers())
-            )
-            await self._delete_landed(ended_row)
-            if not has_landed and not await self._catalog.read(
-                lambda connection: is_known_file(connection, found.file)
-            ):
-                # It may have been published already, and its row refused.
-                await self._delete_files([FileRef(found.tier.name, found.file)])
-        except ForebayError as error:
-            logger.warning("upload session %s ends later: %s", found.name, error)
+        await self._drop_from_memory(found, keep_slot=keep_slot)
+        await self._leftovers.end(found)
 
-    async def _drop_from_memory(self, found: Session) -> None:
+    async def _drop_from_memory(self, found: Session, *, keep_slot: bool = False) -> None:
+        """Forget the session; *keep_slot* only if its client asked for the end."""
         self._sessions.pop(found.name, None)
         found.state = "ended"
         if found.landing is not None:
             landing, found.landing = found.landing, None
-            await run_to_end(self._tiers, found.tier, landing.abort)
-            self._release_slot(found)
+            found.keeps_slot = keep_slot
+            await run_to_end(self._tiers.run(found.tier, landing.abort))
+            await self._settle_slot(found)
 
-    async def _delete_landed(self, row: queries.Ended) -> None:
-        if row.blob is not None and row.files:
-            self._forget(row.blob)
-        await self._delete_files(row.files)
-
-    async def _delete_files(self, files: Iterable[FileRef]) -> None:
-        """Delete files that no row names; one that stays is found by the next collection."""
-        for ref in files:
-            tier = self._tiers.get(ref.tier)
-            try:
-                await run_to_end(self._tiers, tier, tier.delete, ref.file)
-            except ForebayError as error:
-                logger.warning("file %s stays in tier %s: %s", ref.file, ref.tier, error)
-
-    def _release_slot(self, found: Session) -> None:
-        self._tiers.slots.release(found.slot)
-        self._last_used[found.slot_owner] = asyncio.get_running_loop().time()
-
-    def _drop_slots(self, owner: str) -> None:
-        self._last_used.pop(owner, None)
-        self._tiers.slots.drop_owner(owner)
+    async def _settle_slot(self, found: Session) -> None:
+        """Take the slot back, or hold it where nobody knows yet whether it may be used again."""
+        if found.state == "sealed" and found.keeps_slot is None:
+            self._slots.hold(found.name, found.slot)
+        elif found.keeps_slot is False:
+            await self._slots.close(found.slot)
+        else:
+            self._slots.keep_warm(found.slot)
 
     # --------------------------------------------------------------------------------- leases
 
@@ -510,26 +502,13 @@ class Uploads:
             )
         )
 
-    async def _expire_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(min(5.0, self.lease_seconds / 4))
-            try:
-                await self._expire()
-            except ForebayError as error:
-                logger.warning("expired upload sessions stay for now: %s", error)
-
-    async def _expire(self) -> None:
-        """End the sessions whose lease ran out, and let idle owners' slots go."""
-        expired = await self._catalog.read(
-            lambda connection: queries.expired_uploads(connection, EXPIRY_BATCH)
+    def _drop_idle_slots(self) -> None:
+        self._slots.drop_idle(
+            {found.slot_owner for found in self._sessions.values() if found.landing is not None}
         )
-        for session in expired:
-            await self._finish(self._expire_one(session))
-        now = asyncio.get_running_loop().time()
-        busy = {found.slot_owner for found in self._sessions.values() if found.landing is not None}
-        for owner, used in list(self._last_used.items()):
-            if owner not in busy and now - used > SLOT_IDLE_SECONDS:
-                self._drop_slots(owner)
+
+    async def _expire(self, session: str) -> None:
+        await self._finish(self._expire_one(session))
 
     async def _expire_one(self, session: str) -> None:
         found = self._sessions.get(session)
@@ -538,7 +517,9 @@ class Uploads:
             return
         async with found.lock if found is not None else contextlib.nullcontext():
             row = await self._catalog.write(
-                lambda connection: queries.end_expired(connection, session, self._local_tiers())
+                lambda connection: queries.end_expired(
+                    connection, session, self._leftovers.local_tiers()
+                )
             )
             if row is None:
                 return
@@ -546,12 +527,9 @@ class Uploads:
                 logger.info("upload session %s of %s expired", session, found.owner)
                 await self._drop_from_memory(found)
         await self._tell_ended(session)
-        await self._delete_landed(row)
+        await self._leftovers.delete_landed(row)
 
     # -------------------------------------------------------------------------------- helpers
-
-    def _local_tiers(self) -> list[str]:
-        return [tier.name for tier in self._tiers.landing]
 
     def _find(self, session: str, uid: int) -> Session:
         check_random_name("session", session)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -59,9 +59,9 @@ async def land_somewhere(
         assert landing is not None, "a sealed session has one until it has landed"
         try:
             await run_to_end(
-                tiers, found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts
+                tiers.run_landing(found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts)
             )
-            return await run_to_end(tiers, found.tier, landing.publish)
+            return await run_to_end(tiers.run_landing(found.tier, landing.publish))
         except (ResourceExhausted, StorageError) as error:
             failed.append(found.tier)
             if piece.sequence:
@@ -87,7 +87,7 @@ async def _move(
     before, left_tier, left_file = found.landing, found.tier, found.file
     found.tier, found.file, found.landing = tier, file, landing
     if before is not None:
-        await run_to_end(tiers, left_tier, before.abort)
+        await run_to_end(tiers.run(left_tier, before.abort))
     await catalog.write(lambda connection: move_upload(connection, found.name, tier.name, file))
     try:
         # A publication that failed at its very end may have left it.
@@ -96,10 +96,10 @@ async def _move(
         logger.warning("file %s stays in tier %s: %s", left_file, left_tier.name, error)
 
 
-async def run_to_end(tiers: Tiers, tier: Tier, call: Callable[..., T], *args: Any) -> T:
-    """*call* on a thread of *tier*; if cancelled, once that thread is done: what comes next
-    may not touch the same file beside it."""
-    running = asyncio.ensure_future(tiers.run(tier, call, *args))
+async def run_to_end(call: Coroutine[Any, Any, T]) -> T:
+    """*call*, which runs on a tier's thread; if cancelled, once that thread is done: what comes
+    next may not touch the same file beside it."""
+    running = asyncio.ensure_future(call)
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:

@@ -16,6 +16,7 @@ from typing import Final
 
 from forebay_server.catalog import queries_blobs as queries
 from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_damage import mark_missing
 from forebay_server.catalog.queries_settings import get_setting, put_setting
 from forebay_server.catalog.queries_uploads import end_all_uploads
 from forebay_server.tier.directory import VOLUME_FILE
@@ -126,7 +127,7 @@ async def _take_out_of_service(catalog: Catalog, tier: Tier, files: Sequence[str
         files[0],
     )
     reason = "the file was gone or cut short when the daemon started"
-    await catalog.write(lambda connection: queries.mark_missing(connection, files, reason))
+    await catalog.write(lambda connection: mark_missing(connection, files, reason))
 
 
 def _volume_of(tier: Tier) -> str:

@@ -76,6 +76,9 @@ class Session:
         self.renewed_at = 0.0
         """By the loop's clock."""
         self.landed: LandedBlob | None = None
+        self.keeps_slot: bool | None = None
+        """Whether its owner may use the slot again once a sealed blob has landed. None: that is not
+        known yet, and until then the slot is held."""
         self.background: tuple[Any, asyncio.Task[Any]] | None = None
         """What sealing answered, and the landing that it began."""
 

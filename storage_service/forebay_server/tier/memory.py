@@ -171,7 +171,8 @@ class SlotPool:
     """Lends slots and windows, counted in one ledger. Thread-safe; ``close`` ends all.
 
     A released slot stays warm for its owner, and goes away when somebody else needs the memory. It
-    never goes to another owner: the owner's name contains the uid.
+    never goes to another owner: the owner's name contains the uid. One that its client may still
+    write to is discarded instead.
     """
 
     name: Final = "ram"
@@ -213,6 +214,14 @@ class SlotPool:
                 return
             if slot.slot_id not in self._dropped:
                 self._warm.setdefault(slot.owner, []).append(slot)
+                return
+            self._dropped.discard(slot.slot_id)
+        slot.close()
+
+    def discard(self, slot: Slot) -> None:
+        """Take *slot* back and close it, so that nobody gets it again. Idempotent."""
+        with self._lock:
+            if self._lent.pop(slot.slot_id, None) is None:
                 return
             self._dropped.discard(slot.slot_id)
         slot.close()

@@ -17,6 +17,10 @@ T = TypeVar("T")
 THREADS: Final[dict[TierKind, int]] = {"ram": 2, "ssd": 4, "hdd": 2, "object": 8}
 """Calls at a time: an SSD likes a queue, a disk head does not, an object store has latency."""
 
+LANDING_THREADS: Final = 4
+"""Blobs that land in one tier at a time. They have threads of their own: a landing takes seconds,
+and what is short (a reservation, an open) must not wait for it."""
+
 _LANDING_ORDER: Final[dict[TierKind, int]] = {"ssd": 0, "hdd": 1}
 
 
@@ -40,11 +44,15 @@ class Tiers:
         self.object = next((tier for tier in tiers if tier.kind == "object"), None)
         self._by_name = {tier.name: tier for tier in tiers}
         self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._landing_threads: dict[str, ThreadPoolExecutor] = {}
 
     async def start(self) -> None:
         """Open all tiers, in parallel. The first error ends the others' use too."""
         for tier in self.all:
             self._threads[tier.name] = ThreadPoolExecutor(THREADS[tier.kind], f"tier-{tier.name}")
+        for tier in self.landing:
+            name = f"landing-{tier.name}"
+            self._landing_threads[tier.name] = ThreadPoolExecutor(LANDING_THREADS, name)
         self._threads[self.slots.name] = ThreadPoolExecutor(THREADS["ram"], "tier-ram")
         try:
             async with asyncio.TaskGroup() as group:
@@ -56,8 +64,9 @@ class Tiers:
 
     async def close(self) -> None:
         """Wait for running calls, then let go of everything. Idempotent."""
-        for threads in self._threads.values():
+        for threads in (*self._landing_threads.values(), *self._threads.values()):
             await asyncio.to_thread(threads.shutdown)
+        self._landing_threads.clear()
         self._threads.clear()
         for tier in self.all:
             tier.close()
@@ -77,4 +86,11 @@ class Tiers:
     ) -> T:
         """*call* on a thread of *tier*. A cancelled caller does not stop a call that runs."""
         threads = self._threads[tier.name]
+        return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))
+
+    async def run_landing(
+        self, tier: Tier, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Like :meth:`run`, for a *call* that lands bytes in one of :attr:`landing`."""
+        threads = self._landing_threads[tier.name]
         return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))

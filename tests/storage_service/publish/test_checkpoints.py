@@ -7,13 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 
-from forebay_server.catalog.queries_checkpoints import PackPlan
+from forebay_server.catalog.queries_checkpoints import PackPlan, find_pack
 from forebay_server.catalog.queries_jobs import COLLECT
 from forebay_server.model.lineage import Point
+from forebay_server.model.states import PackState
 from forebay_server.publish.checkpoint import PackSeal
+from forebay_server.publish.lease import Grant
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
 from forebay_server.testing.storage import UID
+from forebay_server.tier.memory import Slot
 from forebay_wire.errors import (
     AlreadyExists,
     Conflict,
@@ -319,6 +323,72 @@ async def test_an_upload_that_ends_before_its_seal_is_told_to_the_others(tmp_pat
         await node.storage.uploads.abort(second.session, UID)
         with pytest.raises(Conflict, match="rank 1: its upload ended"):
             await waiting
+
+
+# -------------------------------------------------------------------------------------------- slots
+
+
+async def until_landed(node: CheckpointNode, session: str) -> None:
+    def look(connection: Connection) -> bool | None:
+        pack = find_pack(connection, session)
+        return True if pack is not None and pack.state is PackState.LANDED else None
+
+    assert await node.storage.catalog.wait_until(look, 10.0)
+
+
+async def seal_and_keep_slot(
+    node: CheckpointNode, step: int, rank: int, data: bytes
+) -> tuple[Grant, Slot, bytes]:
+    """Seal one of two ranks' pack: its session, its slot, and all that the slot holds."""
+    grant = await node.plan(GenerationId(RUN, 1, step), len(data), rank=rank, num_ranks=2)
+    slot = node.storage.uploads.slot(grant.session, UID)
+    await node.seal(grant, data)
+    return grant, slot, bytes(slot.view)
+
+
+async def test_a_landed_packs_slot_is_lent_until_its_generation_is_committed(
+    node: CheckpointNode,
+) -> None:
+    await node.begin(num_ranks=2)
+    (first, other) = random_packs(2)
+    grant, held, content = await seal_and_keep_slot(node, 1, 0, first)
+    await until_landed(node, grant.session)
+    # The client could still have to offer step 1 again: step 2 goes elsewhere.
+    _, second, _ = await seal_and_keep_slot(node, 2, 0, random_packs(1)[0])
+    assert second is not held
+    assert bytes(held.view) == content
+    await seal_and_keep_slot(node, 1, 1, other)
+    await node.wait(GenerationId(RUN, 1, 1))
+
+    async def is_reused() -> bool:
+        plan = await node.plan(GenerationId(RUN, 1, 3), len(first), num_ranks=2)
+        slot = node.storage.uploads.slot(plan.session, UID)
+        await node.storage.uploads.abort(plan.session, UID)
+        return slot is held
+
+    assert await is_reused()
+
+
+async def test_the_slots_of_a_generation_that_is_given_up_are_closed(node: CheckpointNode) -> None:
+    await node.begin(num_ranks=2)
+    grant, landed, _ = await seal_and_keep_slot(node, 1, 0, b"landed")
+    await until_landed(node, grant.session)
+    unsealed = await node.plan(GenerationId(RUN, 1, 1), 10, rank=1, num_ranks=2)
+    opened = node.storage.uploads.slot(unsealed.session, UID)
+    await node.begin(num_ranks=2)
+    for slot in (landed, opened):
+        with pytest.raises(NotFound, match="closed"):
+            slot.duplicate()
+    assert node.storage.tiers.slots.space().used_bytes == 0
+
+
+async def test_held_slots_give_way_before_a_save_is_refused(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path, with_object=False, ram_bytes=8 * MIB) as node:
+        await node.begin(num_ranks=2)
+        data = bytes(7 * MIB)
+        for step in range(1, 4):  # the other rank never saves
+            grant, _, _ = await seal_and_keep_slot(node, step, 0, data)
+            await until_landed(node, grant.session)
 
 
 # ----------------------------------------------------------------------------------------- attempts

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from forebay_server.catalog.engine import Connection
-from forebay_server.catalog.queries_blobs import quarantine
+from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_jobs import (
     COLLECT,
     DELETE,

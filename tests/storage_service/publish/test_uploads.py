@@ -156,6 +156,31 @@ async def test_a_session_without_sign_of_life_expires(tmp_path: Path) -> None:
         assert await node.catalog.locate([landed.blob]) == {}
 
 
+async def test_the_slot_of_an_expired_session_is_never_used_again(tmp_path: Path) -> None:
+    async with open_storage(tmp_path, lease_seconds=0.4) as node:
+        grant = await node.uploads.begin(UID, "dataset d", MIB, MIB)
+        slot = node.uploads.slot(grant.session, UID)
+
+        async def gone() -> bool:
+            return node.tiers.slots.space().used_bytes == 0
+
+        await until(gone)
+        with pytest.raises(NotFound, match="closed"):
+            slot.duplicate()
+
+
+@pytest.mark.parametrize("who", ["client", "daemon"])
+async def test_only_a_clients_own_abort_keeps_its_slot(node: Storage, who: str) -> None:
+    grant = await node.uploads.begin(UID, "dataset d", MIB, MIB)
+    slot = node.uploads.slot(grant.session, UID)
+    if who == "client":
+        await node.uploads.abort(grant.session, UID)
+    else:
+        await node.uploads.end([grant.session])
+    again = await node.uploads.begin(UID, "dataset d", MIB, MIB)
+    assert (node.uploads.slot(again.session, UID) is slot) == (who == "client")
+
+
 async def test_renewing_one_session_keeps_what_its_owner_landed(tmp_path: Path) -> None:
     async with open_storage(tmp_path, lease_seconds=0.6) as node:
         landed = await node.upload(os.urandom(MIB))

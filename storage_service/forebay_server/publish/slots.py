@@ -1,0 +1,85 @@
+"""The memory of upload sessions: lent, held until its generation is final, kept warm or closed.
+
+A client maps its slot writable for as long as it likes. So a slot goes to the owner's next session
+only if its client has let it go: after its own abort, after a seal that it waited for, and after
+the commit of the generation that its pack belongs to. Every other slot is closed: who still maps
+it writes into memory that nobody else reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Final
+
+from forebay_server.tier.memory import Slot
+from forebay_server.tier.registry import Tiers
+from forebay_wire.errors import ResourceExhausted
+from forebay_wire.limits import MAX_SEGMENT_BYTES
+
+SLOT_IDLE_SECONDS: Final = 900.0
+"""How long an owner without sessions keeps its slots warm: more than most times between saves."""
+
+
+class SlotKeeper:
+    """Lends the slots of the ram tier to sessions. Belongs to the event loop."""
+
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self._pool = tiers.slots
+        self._held: dict[str, Slot] = {}  # by session, oldest first
+        self._last_used: dict[str, float] = {}
+
+    async def lend(self, owner: str, num_bytes: int) -> Slot:
+        """A slot of *num_bytes*, or of fewer where memory is short.
+
+        Rather than refuse, the owner's oldest held slot is closed: what landed from it is on disk.
+        :class:`ResourceExhausted` with the numbers if that does not help.
+        """
+        while True:
+            try:
+                return await self._tiers.run(
+                    self._pool, self._pool.acquire, owner, num_bytes, MAX_SEGMENT_BYTES
+                )
+            except ResourceExhausted:
+                oldest = next(
+                    (name for name, slot in self._held.items() if slot.owner == owner), ""
+                )
+                if not oldest:
+                    raise
+                await self.close(self._held.pop(oldest))
+
+    def keep_warm(self, slot: Slot) -> None:
+        """Take *slot* back for its owner's next session: its client has let it go."""
+        self._pool.release(slot)
+        self._last_used[slot.owner] = asyncio.get_running_loop().time()
+
+    async def close(self, slot: Slot) -> None:
+        """Take *slot* back for good: its client may still write to it."""
+        await self._tiers.run(self._pool, self._pool.discard, slot)
+
+    def hold(self, session: str, slot: Slot) -> None:
+        """Leave *slot* lent, though its session has landed, until one of the next two calls."""
+        self._held[session] = slot
+
+    def reuse_held(self, session: str) -> None:
+        """Keep the slot warm that is held for *session*, if one is."""
+        if (slot := self._held.pop(session, None)) is not None:
+            self.keep_warm(slot)
+
+    async def close_held(self, session: str) -> None:
+        """Close the slot that is held for *session*, if one is."""
+        if (slot := self._held.pop(session, None)) is not None:
+            await self.close(slot)
+
+    def drop_owner(self, owner: str) -> None:
+        """Close what *owner* has warm, and what it has on loan as soon as that comes back."""
+        self._last_used.pop(owner, None)
+        self._pool.drop_owner(owner)
+
+    def drop_idle(self, busy: Collection[str]) -> None:
+        """Close what owners that are not *busy* have kept warm for too long."""
+        now = asyncio.get_running_loop().time()
+        for owner, used in list(self._last_used.items()):
+            if owner not in busy and now - used > SLOT_IDLE_SECONDS:
+                self.drop_owner(owner)
