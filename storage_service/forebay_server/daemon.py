@@ -23,7 +23,8 @@ from forebay_server.bulk.descriptors import DescriptorServer
 from forebay_server.bulk.ranges import make_app
 from forebay_server.bulk.tickets import Auth
 from forebay_server.catalog.engine import Catalog, sqlite_url
-from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH
+from forebay_server.catalog.queries_damage import enqueue_return
+from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, RETURN
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_status import count_below_local
 from forebay_server.config import Address, Config
@@ -42,6 +43,7 @@ from forebay_server.locks import NamedLocks
 from forebay_server.move.collect import Collector
 from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
+from forebay_server.move.returns import Returns
 from forebay_server.observe.metrics import Metrics
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
@@ -186,6 +188,7 @@ class Daemon:
             forget=self._opener.forget,
         )
         self._jobs = Jobs(self._catalog, self._incarnation, self._make_handlers())
+        self._opener.listen(self._jobs.wake)
         self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs)
         self._uploads.listen(self._checkpoints.session_ended)
         stack.push_async_callback(self._checkpoints.close)
@@ -201,6 +204,7 @@ class Daemon:
         handlers: dict[str, Handler] = {
             COLLECT: collector.collect,
             DELETE: collector.delete_manifest,
+            RETURN: Returns(catalog, opener.return_good),
         }
         if self._tiers.object is not None:
             publisher = ObjectPublisher(
@@ -215,6 +219,7 @@ class Daemon:
         num_jobs = await take_over_jobs(self._catalog)
         num_queued = await self._catalog.write(enqueue_missing)
         await reconcile(self._catalog, self._tiers)
+        await self._catalog.write(enqueue_return)
         logger.info(
             "aborted %d generations, took over %d jobs, queued %d",
             num_aborted,

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, func, insert, select
 
-from forebay_server.catalog import queries_blobs, queries_jobs, queries_uploads
+from forebay_server.catalog import (
+    queries_blobs,
+    queries_damage,
+    queries_jobs,
+    queries_uploads,
+)
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.migrations import Migration
 from forebay_server.catalog.queries_settings import get_setting, put_setting
@@ -229,7 +234,7 @@ async def test_one_live_replica_of_a_blob_in_a_tier(catalog: Catalog) -> None:
     with pytest.raises(Conflict):
         await catalog.write(again)
     await catalog.write(add_blob(1, "hdd"))
-    await catalog.write(lambda connection: queries_blobs.quarantine(connection, replica, "bad"))
+    await catalog.write(lambda connection: queries_damage.quarantine(connection, replica, "bad"))
     await catalog.write(again)
 
 

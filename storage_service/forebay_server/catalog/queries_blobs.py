@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select
 
 from forebay_server.catalog.tables import (
     blobs,
@@ -158,16 +158,6 @@ def live_replica(
     )
 
 
-def quarantine(connection: Connection, replica_id: str, reason: str) -> bool:
-    """Take a replica out of service, with its file kept; whether it was live."""
-    changed = connection.execute(
-        update(replicas)
-        .where(replicas.c.replica == replica_id, replicas.c.state == "live")
-        .values(state="quarantined", reason=reason)
-    )
-    return changed.rowcount > 0
-
-
 def remove_replica(connection: Connection, replica_id: str) -> list[FileRef]:
     """Forget a replica; the files that no extent names any more, for the caller to delete after
     the transaction."""
@@ -202,10 +192,18 @@ def _is_orphan() -> ColumnElement[bool]:
 
 
 def orphan_blobs(
-    connection: Connection, limit: int, candidates: Sequence[str] | None = None
+    connection: Connection,
+    limit: int,
+    candidates: Sequence[str] | None = None,
+    *,
+    tiers: Sequence[str] | None = None,
 ) -> list[str]:
-    """Blobs that nothing names, at most *limit*; only among *candidates*, if given."""
+    """Blobs that nothing names, at most *limit*; only among *candidates*, and only those with a
+    replica in *tiers* or without any, if given."""
     statement = select(blobs.c.blob).where(_is_orphan()).order_by(blobs.c.blob)
+    if tiers is not None:
+        replica = exists().where(replicas.c.blob == blobs.c.blob)
+        statement = statement.where(replica.where(replicas.c.tier.in_(tiers)) | ~replica)
     if candidates is None:
         return list(connection.scalars(statement.limit(limit)))
     found: list[str] = []
@@ -229,13 +227,22 @@ def local_orphan_blobs(
     return list(connection.scalars(statement.limit(limit)))
 
 
-def remove_orphan(connection: Connection, blob: str) -> list[FileRef]:
-    """Forget *blob* if nothing names it; its files, for the caller to delete afterwards."""
+def remove_orphan(
+    connection: Connection, blob: str, tiers: Sequence[str] | None = None
+) -> list[FileRef]:
+    """Forget *blob* if nothing names it; its files, for the caller to delete afterwards.
+
+    With *tiers*: only its replicas there, and the blob itself once there are no others.
+    """
     if not orphan_blobs(connection, 1, [blob]):
         return []
-    owned = list(connection.scalars(select(replicas.c.replica).where(replicas.c.blob == blob)))
+    statement = select(replicas.c.replica).where(replicas.c.blob == blob)
+    if tiers is not None:
+        statement = statement.where(replicas.c.tier.in_(tiers))
+    owned = list(connection.scalars(statement))
     gone = [ref for replica in owned for ref in remove_replica(connection, replica)]
-    connection.execute(delete(blobs).where(blobs.c.blob == blob))
+    left = ~exists().where(replicas.c.blob == blobs.c.blob)
+    connection.execute(delete(blobs).where(blobs.c.blob == blob, left))
     return gone
 
 
@@ -246,20 +253,6 @@ def known_files(connection: Connection, tier: str) -> dict[str, int]:
     """Name and size in bytes of every file that a row names in *tier*."""
     rows = connection.execute(select(files.c.file, files.c.num_bytes).where(files.c.tier == tier))
     return {row.file: row.num_bytes for row in rows}
-
-
-def mark_missing(connection: Connection, names: Sequence[str], reason: str) -> int:
-    """Quarantine what lies in files that are not there; how many replicas that were."""
-    changed = 0
-    for part in batches(names):
-        connection.execute(update(files).where(files.c.file.in_(part)).values(state="missing"))
-        hit = select(extents.c.replica).where(extents.c.file.in_(part))
-        changed += connection.execute(
-            update(replicas)
-            .where(replicas.c.replica.in_(hit), replicas.c.state == "live")
-            .values(state="quarantined", reason=reason)
-        ).rowcount
-    return changed
 
 
 def is_known_file(connection: Connection, file: str) -> bool:

@@ -21,6 +21,8 @@ COLLECT = "collect"
 """Reclaim blobs that nothing names any more; with the target
 :data:`GARBAGE` also files that no row names."""
 GARBAGE = "garbage"
+RETURN = "return"
+"""Look at the replicas that are out of service, and have the good ones serve again."""
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,33 @@ def _no_longer_remote() -> Select[Any]:
     )
 
 
+def flush_again(connection: Connection, blob: str) -> None:
+    """The object tier's copy of *blob* is no good: what names it and was remote is not so now, and
+    is queued to become so again."""
+    named = connection.scalars(
+        select(manifest_blobs.c.manifest)
+        .join(manifest_remote, manifest_remote.c.manifest == manifest_blobs.c.manifest)
+        .join(manifests, manifests.c.manifest == manifest_blobs.c.manifest)
+        .where(manifest_blobs.c.blob == blob, _is_named())
+    ).all()
+    for part in batches(named):
+        connection.execute(delete(manifest_remote).where(manifest_remote.c.manifest.in_(part)))
+    for manifest in named:
+        enqueue(connection, FLUSH, manifest)
+
+
+def may_be_in_tier(connection: Connection, manifest: str, tier: str) -> bool:
+    """Whether *tier* has the manifest or anything that it names, as far as the catalog knows."""
+    remote = select(manifest_remote.c.manifest).where(manifest_remote.c.manifest == manifest)
+    named = (
+        select(replicas.c.replica)
+        .join(manifest_blobs, manifest_blobs.c.blob == replicas.c.blob)
+        .where(manifest_blobs.c.manifest == manifest, replicas.c.tier == tier)
+        .limit(1)
+    )
+    return connection.scalar(remote) is not None or connection.scalar(named) is not None
+
+
 def remove_manifest(connection: Connection, manifest: str) -> list[str] | None:
     """Forget a manifest that nothing names; the blobs that it kept. None if something names it."""
     known = connection.execute(

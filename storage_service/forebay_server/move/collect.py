@@ -17,6 +17,8 @@ from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import FileRef, orphan_blobs, remove_orphan
 from forebay_server.catalog.queries_jobs import GARBAGE, enqueue_collection
 from forebay_server.catalog.queries_objects import (
+    OBJECT_TIER,
+    may_be_in_tier,
     remove_manifest,
     take_out_of_tier,
     unnamed_files,
@@ -58,6 +60,7 @@ class Collector:
         hand; *forget* is told the id of a blob that goes; *clock* answers Unix seconds."""
         self._catalog = catalog
         self._tiers = tiers
+        self._names = [one.name for one in tiers.all]
         self._locks = locks
         self._is_open = is_open
         self._forget = forget
@@ -65,19 +68,28 @@ class Collector:
         self._clock = clock
 
     async def delete_manifest(self, progress: Progress) -> None:
-        """Handles jobs of the kind ``delete``; the target is a manifest id. Idempotent."""
+        """Handles jobs of the kind ``delete``; the target is a manifest id. Idempotent.
+
+        One that may be in an object tier which this daemon was started without stays as it is: the
+        next start with that tier queues it again.
+        """
         manifest = progress.target
         async with self._locks.hold(manifest):
             tier = self._tiers.object
             if tier is not None:
                 await self._tiers.run(tier, tier.delete, MANIFESTS + manifest)
+            elif await self._catalog.read(
+                lambda connection: may_be_in_tier(connection, manifest, OBJECT_TIER)
+            ):
+                logger.warning("manifest %s stays until the object tier is back", manifest)
+                return
             kept = await self._catalog.write(lambda connection: _remove(connection, manifest))
         if kept is None:
             raise Conflict(f"manifest {manifest} is still in use and cannot be deleted")
 
     async def collect(self, progress: Progress) -> None:
         """Handles jobs of the kind ``collect``: every orphan, and for the target ``garbage``
-        every stray file. Idempotent.
+        every stray file. Idempotent. What lies in tiers that this daemon was started without stays.
 
         Blobs that clients have in hand stay; :class:`Conflict` then has the job tried again later.
         """
@@ -106,7 +118,9 @@ class Collector:
                 progress.advance(0)
 
     async def _orphans(self, limit: int) -> list[str]:
-        return await self._catalog.read(lambda connection: orphan_blobs(connection, limit))
+        return await self._catalog.read(
+            lambda connection: orphan_blobs(connection, limit, tiers=self._names)
+        )
 
     async def _collect_blob(self, blob: str) -> bool:
         """Remove one orphan from everywhere; False if something names it by now."""
@@ -121,7 +135,9 @@ class Collector:
                     return False
                 self._forget(blob)
                 await self._tiers.run(tier, _delete_objects, tier, blob, objects)
-            gone = await self._catalog.write(lambda connection: remove_orphan(connection, blob))
+            gone = await self._catalog.write(
+                lambda connection: remove_orphan(connection, blob, self._names)
+            )
             self._forget(blob)
             await self._delete(gone)
             return True

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from forebay_server.catalog.engine import Catalog
-from forebay_server.catalog.queries_blobs import BlobLocation, Replica, quarantine
+from forebay_server.catalog.queries_blobs import BlobLocation, Replica
+from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_objects import ManifestRecord, insert_object_replica
 from forebay_server.locks import NamedLocks
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
@@ -140,8 +141,10 @@ class ObjectPublisher:
 
     async def _copy(self, location: BlobLocation, progress: Progress) -> ObjectBlob:
         """Copy a blob from its best good replica, verified on both sides."""
+        names = {tier.name for tier in self._tiers.all} - {self._tier.name}
+        away = [one.tier for one in location.live() if one.tier not in {*names, self._tier.name}]
         for replica in location.live():
-            if replica.tier == self._tier.name:
+            if replica.tier not in names:
                 continue
             try:
                 extent = await self._tiers.run(
@@ -154,6 +157,11 @@ class ObjectPublisher:
             found = await self._tiers.run(self._tier, self._put_list, location.blob, extent)
             failpoint("flush.after_extents")
             return found
+        if away:
+            raise StorageError(
+                f"blob {location.blob} lies in tier {away[0]}, which this daemon was started "
+                "without: give it the tier again, or delete what names the blob"
+            )
         raise IntegrityError(
             f"blob {location.blob} has no good copy on this node: what names it cannot be brought "
             "into the object tier; delete it, or restore the lost tier"

@@ -8,13 +8,14 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog
-from forebay_server.catalog.queries_blobs import BlobLocation, quarantine
+from forebay_server.catalog.queries_blobs import BlobLocation
 from forebay_server.model.landing import reading_order
+from forebay_server.quarantine import Quarantine
 from forebay_server.serve.holds import Hold, Holds
 from forebay_server.serve.promote import Place, Promoter, places_of
 from forebay_server.tier.memory import Window
@@ -83,11 +84,20 @@ class Opener:
         self._catalog = catalog
         self._holds = holds or Holds()
         self._promoter = Promoter(tiers, catalog)
+        self._names = frozenset(tier.name for tier in tiers.all)
+        self._listeners: list[Callable[[], object]] = []
+        self._quarantine = Quarantine(
+            tiers, catalog, forget=self.forget, changed=self._tell_changed
+        )
         self._lock = threading.Lock()
         self._places: OrderedDict[str, Place] = OrderedDict()
         self._windows: dict[str, _HeldWindow] = {}
         self._fetches: dict[str, _Fetch] = {}
         self._checks: dict[Place, asyncio.Task[bool]] = {}
+
+    def listen(self, listener: Callable[[], object]) -> None:
+        """Have *listener* called when damage that was found may have queued jobs."""
+        self._listeners.append(listener)
 
     async def close(self) -> None:
         """Cancel running fetches and let windows go. Idempotent."""
@@ -95,6 +105,7 @@ class Opener:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._checks.values(), return_exceptions=True)
+        await self._quarantine.close()
         with self._lock:
             windows, self._windows = list(self._windows.values()), {}
         for held in windows:
@@ -122,7 +133,7 @@ class Opener:
                     self._places.move_to_end(blob)
                     opened.append(self._open_place(place))
                 self._hold(client, opened)
-        except (IntegrityError, NotFound):
+        except (IntegrityError, NotFound, StorageError):
             for blob in blobs[len(opened) : len(opened) + 1]:
                 self.forget(blob)
             return self._give_up(opened)
@@ -135,9 +146,10 @@ class Opener:
         """Open *blobs* for *client*: each one, or the reason why not.
 
         The first open of a replica checks its segment table and size; one that is damaged is
-        quarantined and the next copy serves. A blob that only the object tier has is fetched once,
-        however many ask. :class:`NotFound`, :class:`IntegrityError`, :class:`ResourceExhausted`,
-        :class:`LimitExceeded`, :class:`StorageError`.
+        quarantined and the next copy serves; where none is left, the quarantined ones are read
+        again, as a tier that was away condemns what is good. A blob that only the object tier has
+        is fetched once, however many ask. :class:`NotFound`, :class:`IntegrityError`,
+        :class:`ResourceExhausted`, :class:`LimitExceeded`, :class:`StorageError`.
         """
         located = await self._locate_unknown(blobs)
         tasks = [
@@ -204,16 +216,21 @@ class Opener:
 
     async def _check(self, place: Place) -> bool:
         try:
-            await self._tiers.run(self._tiers.get(place.tier), self._verify, place)
+            await self._quarantine.verify(place.blob, place.tier, place.file)
         except (IntegrityError, NotFound) as error:
-            await self._quarantine(place, error)
+            await self._condemn(place, error)
+            return False
+        except StorageError as error:
+            # Nothing is known about the replica; it cannot serve now.
+            logger.warning("blob %s cannot be checked: %s", place.blob, error)
+            self.forget(place.blob)
             return False
         return True
 
-    def _verify(self, place: Place) -> None:
-        tier = self._tiers.get(place.tier)
-        with tier.read(tier.blob_name(place.file)) as reader:
-            verify_file(reader, place.blob)
+    async def return_good(self, blob: str) -> bool:
+        """Have the good ones of the quarantined replicas of *blob* serve again; whether there is
+        one."""
+        return await self._quarantine.return_good(blob)
 
     async def _check_window(self, blob: str) -> bool:
         with self._lock:
@@ -232,20 +249,12 @@ class Opener:
             return False
         return True
 
-    async def _quarantine(self, place: Place, error: ForebayError) -> None:
-        reason = error.message
-        changed = await self._catalog.write(
-            lambda connection: quarantine(connection, place.replica_id, reason)
-        )
-        self.forget(place.blob)
-        if changed:
-            logger.error(
-                "replica of blob %s in tier %s, file %s, is quarantined: %s",
-                place.blob,
-                place.tier,
-                place.file,
-                reason,
-            )
+    async def _condemn(self, place: Place, error: ForebayError) -> None:
+        await self._quarantine.condemn(place.blob, place.replica_id, place.tier, place.file, error)
+
+    def _tell_changed(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     # ------------------------------------------------------------------------- one blob, slowly
 
@@ -271,9 +280,23 @@ class Opener:
     async def _open_located(
         self, client: str, blob: str, located: BlobLocation | None
     ) -> OpenedBlob:
+        problems: list[ForebayError] = []
+        opened = await self._open_any(client, blob, located, problems)
+        if opened is None and await self.return_good(blob):
+            opened = await self._open_any(client, blob, None, problems)
+        if opened is None:
+            raise _no_copy(blob, problems)
+        return opened
+
+    async def _open_any(
+        self,
+        client: str,
+        blob: str,
+        located: BlobLocation | None,
+        problems: list[ForebayError],
+    ) -> OpenedBlob | None:
         """Copies may move or go while we look: whatever failed is looked up once more."""
         tried: set[str] = set()
-        problems: list[ForebayError] = []
         for _ in range(2):
             if located is None:
                 located = (await self._catalog.locate([blob])).get(blob)
@@ -284,17 +307,30 @@ class Opener:
                 )
             places = [place for place in places_of(located) if place.replica_id not in tried]
             tried.update(place.replica_id for place in places)
-            kinds = [self._tiers.get(place.tier).kind for place in places]
-            for place in (places[index] for index in reading_order(kinds)):
+            for place in self._reachable(places, problems):
                 try:
                     return await self._open_copy(client, place)
                 except (IntegrityError, NotFound) as error:
                     problems.append(error)
-                    await self._quarantine(place, error)
+                    await self._condemn(place, error)
                 except StorageError as error:
                     problems.append(error)
             located = None
-        raise _no_copy(blob, problems)
+        return None
+
+    def _reachable(self, places: Sequence[Place], problems: list[ForebayError]) -> list[Place]:
+        """Those of *places* whose tier this node has, the fastest first."""
+        here = [place for place in places if place.tier in self._names]
+        problems.extend(
+            StorageError(
+                f"blob {place.blob} has a replica in tier {place.tier}, which this daemon was "
+                "started without: give it the tier again"
+            )
+            for place in places
+            if place.tier not in self._names
+        )
+        kinds = [self._tiers.get(place.tier).kind for place in here]
+        return [here[index] for index in reading_order(kinds)]
 
     async def _open_copy(self, client: str, place: Place) -> OpenedBlob:
         tier = self._tiers.get(place.tier)
@@ -327,7 +363,7 @@ class Opener:
             opened = await self._tiers.run(self._tiers.get(place.tier), self._open_checked, place)
         except (IntegrityError, NotFound) as error:
             # The copy is bad, not what it was copied from.
-            await self._quarantine(place, error)
+            await self._condemn(place, error)
             raise StorageError(f"a copy made just now does not read back: {error}") from error
         return self._keep(client, place, opened)
 

@@ -18,7 +18,7 @@ from forebay_server.tier.publication import (
 )
 from forebay_server.tier.space import SpaceLedger, free_in_folder
 from forebay_server.tier.store import FileInfo, Tier, TierReader, TierSpace, from_os_error
-from forebay_wire.errors import InvalidRequest
+from forebay_wire.errors import InvalidRequest, NotFound, StorageError
 from forebay_wire.ids import check_random_name, new_random_name
 from forebay_wire.limits import GIB
 
@@ -79,12 +79,17 @@ class DirectoryTier(Tier):
         return self._publication.create(self._path(name), name, expected_bytes, self._ledger)
 
     def read(self, name: str) -> TierReader:
-        return DescriptorReader.open(self._path(name), f"tier {self.name}, file {name}")
+        try:
+            return DescriptorReader.open(self._path(name), f"tier {self.name}, file {name}")
+        except NotFound:
+            self._check_present()
+            raise
 
     def head(self, name: str) -> int | None:
         try:
             return self._path(name).stat().st_size
         except FileNotFoundError:
+            self._check_present()
             return None
         except OSError as error:
             raise from_os_error(error, f"looking up file {name}", self._where) from error
@@ -95,6 +100,7 @@ class DirectoryTier(Tier):
             num_bytes = allocated_bytes(path.stat())
             path.unlink()
         except FileNotFoundError:
+            self._check_present()
             return
         except OSError as error:
             raise from_os_error(error, f"deleting file {name}", self._where) from error
@@ -111,6 +117,15 @@ class DirectoryTier(Tier):
 
     def space(self) -> TierSpace:
         return self._ledger.space()
+
+    def _check_present(self) -> None:
+        """Raise :class:`StorageError` where the whole volume is away: no file of it is gone."""
+        self._publication.check_present()
+        if not (self._folder / VOLUME_FILE).exists():
+            raise StorageError(
+                f"{self._where} is away: it has no {VOLUME_FILE}; is the disk mounted? Nothing in "
+                "it is given up"
+            )
 
     def _path(self, name: str) -> Path:
         return self._files / check_random_name("file", name)[:2] / name

@@ -15,7 +15,13 @@ import numpy as np
 from forebay_server.tier.buffers import address_of, aligned_buffer
 from forebay_server.tier.direct import DIRECT_ALIGNMENT, direct_writes_work
 from forebay_server.tier.space import Reservation, SpaceLedger, in_blocks
-from forebay_server.tier.store import NO_SPACE, TierReader, TierWriter, from_os_error
+from forebay_server.tier.store import (
+    NO_SPACE,
+    TierReader,
+    TierWriter,
+    from_os_error,
+    from_read_error,
+)
 from forebay_wire.errors import AlreadyExists, ForebayError, IntegrityError, NotFound, StorageError
 from forebay_wire.ids import new_random_name
 
@@ -70,6 +76,15 @@ class PublicationFolder:
         self._lock = threading.Lock()
         self._durable_folders: set[Path] = set()
 
+    def check_present(self) -> None:
+        """Raise :class:`StorageError` unless the folder is where it was: what is missing in one
+        that is away (a disk that is not mounted) is not gone."""
+        if not self._unfinished.is_dir():
+            raise StorageError(
+                f"{self.where} is away: {self._unfinished} is not there; is the disk mounted? "
+                "Nothing in it is given up"
+            )
+
     def open(self) -> None:
         """Make the folders, remove what dead writers left, see whether direct writes work."""
         try:
@@ -103,6 +118,8 @@ class PublicationFolder:
                 self._abandon(unfinished, descriptor)
             if error.errno in NO_SPACE:
                 raise ledger.refusal(expected_bytes) from error
+            if isinstance(error, FileNotFoundError):
+                self.check_present()
             raise from_os_error(error, f"creating file {name}", self.where) from error
 
     def make_parents_durable(self, folder: Path) -> None:
@@ -309,7 +326,7 @@ class DescriptorReader(TierReader):
         except FileNotFoundError:
             raise NotFound(f"there is no such file ({where})") from None
         except OSError as error:
-            raise from_os_error(error, "opening a file", where) from error
+            raise from_read_error(error, "opening it", where) from error
 
     def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
         view = memoryview(buffer).cast("B")
@@ -317,7 +334,7 @@ class DescriptorReader(TierReader):
             try:
                 count = os.preadv(self._descriptor, [view], offset)
             except OSError as error:
-                raise from_os_error(error, f"reading at byte {offset}", self.where) from error
+                raise from_read_error(error, f"reading at byte {offset}", self.where) from error
             if count == 0:
                 raise IntegrityError(
                     f"file is cut short: it ends before byte {offset + view.nbytes} "

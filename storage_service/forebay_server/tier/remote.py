@@ -128,7 +128,11 @@ class RemoteTier(Tier):
     def read(self, name: str) -> TierReader:
         path, where = self._path(name), f"tier {self.name}, file {name}"
         if self._publication is not None:
-            return DescriptorReader.open(Path(path), where)
+            try:
+                return DescriptorReader.open(Path(path), where)
+            except NotFound:
+                self._publication.check_present()
+                raise
         with self._translated(f"opening file {name}"):
             return _ObjectReader(self, path, self._file_system.info(path)["size"], where)
 
@@ -137,17 +141,22 @@ class RemoteTier(Tier):
             with self._translated(f"looking up file {name}"):
                 return int(self._file_system.info(self._path(name))["size"])
         except NotFound:
+            self._check_present()
             return None
 
     def delete(self, name: str) -> None:
         path = self._path(name)
-        with contextlib.suppress(NotFound), self._translated(f"deleting file {name}"):
-            if self._publication is not None:
-                num_bytes = allocated_bytes(os.stat(path))
-            else:
-                num_bytes = self._file_system.info(path)["size"]
-            self._file_system.rm_file(path)
-            self._ledger.freed(num_bytes)
+        try:
+            with self._translated(f"deleting file {name}"):
+                if self._publication is not None:
+                    num_bytes = allocated_bytes(os.stat(path))
+                else:
+                    num_bytes = self._file_system.info(path)["size"]
+                self._file_system.rm_file(path)
+        except NotFound:
+            self._check_present()
+            return
+        self._ledger.freed(num_bytes)
 
     def list(self, prefix: str = "") -> Iterator[FileInfo]:
         folder = prefix.rpartition("/")[0]
@@ -170,6 +179,11 @@ class RemoteTier(Tier):
                 f"each part starting with a letter or digit, and not {UNFINISHED_FOLDER}/"
             )
         return f"{self._root}/{name}"
+
+    def _check_present(self) -> None:
+        """Raise :class:`StorageError` where the whole folder is away: no object of it is gone."""
+        if self._publication is not None:
+            self._publication.check_present()
 
     def _measure(self) -> int:
         return UNBOUNDED if self._publication is None else free_in_folder(self._root)

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-from forebay_wire.errors import ForebayError, NotFound, ResourceExhausted, StorageError
+from forebay_wire.errors import (
+    ForebayError,
+    IntegrityError,
+    NotFound,
+    ResourceExhausted,
+    StorageError,
+)
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -92,7 +98,9 @@ class Tier(ABC):
     def read(self, name: str) -> TierReader:
         """A reader of the published file *name*. :class:`NotFound` if there is none.
 
-        It stays usable when the file is deleted afterwards, where the tier has descriptors.
+        :class:`IntegrityError` if the device cannot read it, :class:`StorageError` if the whole
+        place is away: that says nothing about the file. It stays usable when the file is deleted
+        afterwards, where the tier has descriptors.
         """
 
     @abstractmethod
@@ -185,7 +193,8 @@ class TierReader(ABC):
     def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
         """Fill all of *buffer* from *offset*.
 
-        :class:`IntegrityError` "cut short" if the file ends before that.
+        :class:`IntegrityError` "cut short" if the file ends before that, "cannot be read" if the
+        device cannot read it.
         """
 
     @abstractmethod
@@ -213,6 +222,20 @@ class TierReader(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ})
+"""What the kernel answers when a file's stored bytes cannot be had back: they are damaged."""
+
+
+def from_read_error(error: OSError, doing: str, where: str) -> ForebayError:
+    """Our error for *error*, which came while *doing* something with a published file *where*."""
+    if error.errno in UNREADABLE:
+        return IntegrityError(
+            f"file cannot be read: {error.strerror} while {doing} ({where}); another replica or "
+            "generation has to serve"
+        )
+    return from_os_error(error, doing, where)
 
 
 def from_os_error(error: OSError, doing: str, where: str) -> ForebayError:

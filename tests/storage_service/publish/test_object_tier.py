@@ -164,6 +164,36 @@ async def test_a_copy_that_went_bad_in_the_object_tier_is_published_again(tmp_pa
     assert extent.file != stored.name
 
 
+async def test_a_generation_is_remote_no_more_once_its_copy_there_is_bad(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path) as node:
+        await node.begin()
+        await save_remote(node, 1, os.urandom(MIB))
+        (pack,) = (await node.manifest(GenerationId(RUN, 1, 1))).packs
+        located = (await node.storage.catalog.locate([pack.blob]))[pack.blob]
+        (bad,) = (one for one in located.live() if one.tier == "object")
+        (stored,) = objects(tmp_path, "data")
+        damage(stored, 1000)
+        await node.storage.catalog.write(lambda c: quarantine(c, bad.replica_id, "damaged"))
+        info = await node.checkpoints.generations.look(GenerationId(RUN, 1, 1))
+        assert info.durability == "local"
+        node.jobs.wake()
+        await node.wait(GenerationId(RUN, 1, 1), "remote")
+    assert len(objects(tmp_path, "data")) == 2
+
+
+async def test_a_deletion_waits_for_a_dropped_object_tier(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path) as node:
+        await node.begin()
+        await save_remote(node, 1, os.urandom(MIB))
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.checkpoints.delete_run(RUN)
+        await node.settle(DELETE)
+    assert len(objects(tmp_path, "manifests")) == 1
+    async with open_checkpoints(tmp_path) as node:
+        await node.settle(DELETE, COLLECT)
+    assert objects(tmp_path, "manifests") == objects(tmp_path, "data") == []
+
+
 async def test_an_object_tier_that_is_away_is_tried_again(tmp_path: Path) -> None:
     async with open_checkpoints(tmp_path) as node:
         await node.begin()

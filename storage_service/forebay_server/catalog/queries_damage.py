@@ -1,0 +1,86 @@
+"""Replicas out of service, and back in it when they turn out to be good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, select, update
+
+from forebay_server.catalog.queries_blobs import batches, live_replica
+from forebay_server.catalog.queries_jobs import RETURN, enqueue
+from forebay_server.catalog.queries_objects import OBJECT_TIER, flush_again
+from forebay_server.catalog.tables import extents, files, replicas
+
+EVERYTHING = "quarantined"
+"""The target of the job that looks at all quarantined replicas."""
+
+
+def quarantine(connection: Connection, replica_id: str, reason: str) -> bool:
+    """Take a replica out of service, with its file kept; whether it was live.
+
+    Where that was a blob's copy in the object tier, what names the blob is no longer remote and is
+    queued to become so again: wake the jobs after the commit.
+    """
+    changed = connection.execute(
+        update(replicas)
+        .where(replicas.c.replica == replica_id, replicas.c.state == "live")
+        .values(state="quarantined", reason=reason)
+    )
+    if not changed.rowcount:
+        return False
+    found = select(replicas.c.blob, replicas.c.tier).where(replicas.c.replica == replica_id)
+    row = connection.execute(found).one()
+    if row.tier == OBJECT_TIER:
+        flush_again(connection, row.blob)
+    return True
+
+
+def mark_missing(connection: Connection, names: Sequence[str], reason: str) -> int:
+    """Quarantine what lies in files that are not there; how many replicas that were."""
+    changed = 0
+    for part in batches(names):
+        connection.execute(update(files).where(files.c.file.in_(part)).values(state="missing"))
+        hit = select(extents.c.replica).where(extents.c.file.in_(part))
+        changed += connection.execute(
+            update(replicas)
+            .where(replicas.c.replica.in_(hit), replicas.c.state == "live")
+            .values(state="quarantined", reason=reason)
+        ).rowcount
+    return changed
+
+
+def return_to_service(connection: Connection, replica_id: str) -> bool:
+    """Have a quarantined replica serve again, unless its tier has another one by now; whether it
+    does. The caller has just read and checked all of it."""
+    row = connection.execute(
+        select(replicas.c.blob, replicas.c.tier, replicas.c.node).where(
+            replicas.c.replica == replica_id, replicas.c.state == "quarantined"
+        )
+    ).one_or_none()
+    if row is None or live_replica(connection, row.blob, [row.tier], node=row.node) is not None:
+        return False
+    connection.execute(
+        update(replicas).where(replicas.c.replica == replica_id).values(state="live", reason="")
+    )
+    held = select(extents.c.file).where(extents.c.replica == replica_id)
+    connection.execute(update(files).where(files.c.file.in_(held)).values(state="live"))
+    return True
+
+
+def quarantined_blobs(connection: Connection, after: str, limit: int) -> list[str]:
+    """Blobs behind *after* with a quarantined replica, in order, at most *limit*."""
+    return list(
+        connection.scalars(
+            select(replicas.c.blob)
+            .where(replicas.c.state == "quarantined", replicas.c.blob > after)
+            .distinct()
+            .order_by(replicas.c.blob)
+            .limit(limit)
+        )
+    )
+
+
+def enqueue_return(connection: Connection) -> None:
+    """At the daemon's start: queue a look at all quarantined replicas, if there are any."""
+    if quarantined_blobs(connection, "", 1):
+        enqueue(connection, RETURN, EVERYTHING)
