@@ -9,15 +9,15 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from aiohttp import web
 
 from forebay_server.bulk.descriptors import UploadSlots
 from forebay_server.bulk.held import HeldOpens
+from forebay_server.bulk.sending import FilePiece, FileSender
 from forebay_server.bulk.tickets import Auth, Method, Ticket
 from forebay_server.serve.open import OpenedBlob, Opener
-from forebay_server.tier.buffers import SEGMENT_BUFFERS
 from forebay_wire.errors import (
     HTTP_STATUS,
     DeadlineExceeded,
@@ -28,21 +28,12 @@ from forebay_wire.errors import (
     Unauthenticated,
 )
 from forebay_wire.ids import check_id, check_random_name
-from forebay_wire.limits import MAX_NAME_BYTES, MAX_OPEN_BLOBS_PER_CLIENT, MIB, check_limit
+from forebay_wire.limits import MAX_NAME_BYTES, MAX_OPEN_BLOBS_PER_CLIENT, check_limit
 
 logger = logging.getLogger(__name__)
 
-WINDOW_BYTES: Final = 16 * MIB
-"""A range is sent in pieces of this size: after each one others get a turn."""
-
-TLS_PIECE_BYTES: Final = 1 * MIB
-"""A range is read and encrypted in pieces of this size."""
-
-PROBE_BYTES: Final = 1 * MIB
-"""One look into the page cache stands for this much of a file."""
-
-SEND_SECONDS: Final = 60.0
-"""Longest time for one window: a client that reads slower than 280 KB/s is cut off."""
+RECEIVE_SECONDS: Final = 60.0
+"""Longest wait for the next bytes of a body."""
 
 MAX_MESSAGE_CHARACTERS: Final = 2000
 """Of a report: the rest is cut off."""
@@ -115,6 +106,7 @@ class _Handlers:
         is_serving: Callable[[], bool],
     ) -> None:
         self._held = held
+        self._sender = FileSender()
         self._opener = opener
         self._uploads = uploads
         self._auth = auth
@@ -129,6 +121,7 @@ class _Handlers:
         with contextlib.suppress(asyncio.CancelledError):
             await cleaning
         self._held.close()
+        self._sender.close()
 
     # --------------------------------------------------------------------- JSON, with the token
 
@@ -182,13 +175,13 @@ class _Handlers:
             response = web.StreamResponse(status=206 if wanted else 200)
             if wanted:
                 response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{opened.length}"
-            return await _send_file(request, response, opened, start, stop - start)
+            return await self._send(request, response, opened, start, stop - start)
 
     async def get_table(self, request: web.Request) -> web.StreamResponse:
         """The blob's segment table."""
         blob, ticket = self._ticket_for_blob(request)
         async with self._held.use(ticket.client, blob) as opened:
-            return await _send_file(
+            return await self._send(
                 request, web.StreamResponse(), opened, opened.table_offset, opened.table_length
             )
 
@@ -226,6 +219,34 @@ class _Handlers:
 
     # --------------------------------------------------------------------------------- helpers
 
+    async def _send(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        opened: OpenedBlob,
+        offset: int,
+        count: int,
+    ) -> web.StreamResponse:
+        """Send *count* bytes from *offset* of the blob's file; the kernel moves them.
+
+        An error in the middle can only be told by closing the connection.
+        """
+        response.content_type = "application/octet-stream"
+        response.content_length = count
+        response.headers["Accept-Ranges"] = "bytes"
+        await response.prepare(request)
+        transport = request.transport
+        if request.method != "HEAD" and count:
+            if transport is None:
+                raise ConnectionResetError("the client went away")
+            try:
+                await self._sender.send(response, transport, FilePiece(opened.fd, offset, count))
+            except BaseException:
+                transport.abort()
+                raise
+        await response.write_eof()
+        return response
+
     async def _admit(self, request: web.Request) -> tuple[int, dict[str, Any]]:
         """The caller's uid by its token, and the JSON object that it sent."""
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -262,110 +283,6 @@ class _Handlers:
         }
 
 
-class _FileRange:
-    """What asyncio's sendfile wants of a file; it reads by itself where TLS needs the bytes."""
-
-    def __init__(self, descriptor: int, offset: int) -> None:
-        self._descriptor = descriptor
-        self._offset = offset
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def readinto(self, buffer: memoryview) -> int:
-        count = os.preadv(self._descriptor, [buffer], self._offset)
-        self._offset += count
-        return count
-
-
-async def _send_file(
-    request: web.Request,
-    response: web.StreamResponse,
-    opened: OpenedBlob,
-    offset: int,
-    count: int,
-) -> web.StreamResponse:
-    """Send *count* bytes from *offset* of the blob's file; the kernel moves them.
-
-    An error in the middle can only be told by closing the connection.
-    """
-    response.content_type = "application/octet-stream"
-    response.content_length = count
-    response.headers["Accept-Ranges"] = "bytes"
-    await response.prepare(request)
-    transport = request.transport
-    if request.method != "HEAD" and count:
-        if transport is None:
-            raise ConnectionResetError("the client went away")
-        try:
-            if transport.get_extra_info("sslcontext") is None:
-                await _send_windows(transport, opened.fd, offset, count)
-            else:
-                await _send_pieces(response, opened.fd, offset, count)
-        except BaseException:
-            transport.abort()
-            raise
-    await response.write_eof()
-    return response
-
-
-async def _send_pieces(
-    response: web.StreamResponse, descriptor: int, offset: int, count: int
-) -> None:
-    """Send through TLS, which the kernel does not do here: each piece is memory of its own, as the
-    transport keeps what it could not send yet."""
-    while count:
-        piece = await asyncio.to_thread(os.pread, descriptor, min(count, TLS_PIECE_BYTES), offset)
-        if not piece:
-            raise ConnectionResetError(f"the file ended at byte {offset}")
-        async with asyncio.timeout(SEND_SECONDS):
-            await response.write(piece)
-        offset, count = offset + len(piece), count - len(piece)
-
-
-async def _send_windows(
-    transport: asyncio.Transport, descriptor: int, offset: int, count: int
-) -> None:
-    loop = asyncio.get_running_loop()
-    while count:
-        window = min(count, WINDOW_BYTES)
-        if not _is_cached(descriptor, offset, window):
-            # sendfile would wait for the disk in the event loop's thread.
-            await asyncio.to_thread(_bring_into_cache, descriptor, offset, window)
-        async with asyncio.timeout(SEND_SECONDS):
-            file = cast("Any", _FileRange(descriptor, offset))
-            sent = await loop.sendfile(transport, file, offset, window)
-        if sent != window:
-            raise ConnectionResetError(f"the file ended at byte {offset + sent}")
-        offset, count = offset + window, count - window
-
-
-def _is_cached(descriptor: int, offset: int, count: int) -> bool:
-    """Whether the page cache seems to hold these bytes: a look at one page of each MiB."""
-    probe = bytearray(1)
-    try:
-        for position in range(offset, offset + count, PROBE_BYTES):
-            os.preadv(descriptor, [probe], position, os.RWF_NOWAIT)
-        os.preadv(descriptor, [probe], offset + count - 1, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # the file system cannot tell; memory files are always there
-    return True
-
-
-def _bring_into_cache(descriptor: int, offset: int, count: int) -> None:
-    """Read these bytes; a short read shows when they are sent."""
-    os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_WILLNEED)
-    with SEGMENT_BUFFERS.borrow() as buffer:
-        end = offset + count
-        while offset < end:
-            done = os.preadv(descriptor, [buffer[: min(len(buffer), end - offset)]], offset)
-            if not done:
-                return
-            offset += done
-
-
 async def _receive_body(request: web.Request, descriptor: int, offset: int, stop: int) -> int:
     """Write the body into a slot, from *offset*, not beyond *stop*; how many bytes it had."""
     start = offset
@@ -373,7 +290,7 @@ async def _receive_body(request: web.Request, descriptor: int, offset: int, stop
         raise _outside(offset, request.content_length or 0, stop)
     try:
         while True:
-            async with asyncio.timeout(SEND_SECONDS):
+            async with asyncio.timeout(RECEIVE_SECONDS):
                 chunk = await request.content.readany()
             if not chunk:
                 return offset - start
@@ -384,7 +301,7 @@ async def _receive_body(request: web.Request, descriptor: int, offset: int, stop
                 written = os.pwrite(descriptor, view, offset)
                 view, offset = view[written:], offset + written
     except TimeoutError:
-        raise DeadlineExceeded(f"no byte of the body for {SEND_SECONDS:.0f} s") from None
+        raise DeadlineExceeded(f"no byte of the body for {RECEIVE_SECONDS:.0f} s") from None
 
 
 def _outside(offset: int, num_bytes: int, stop: int) -> InvalidRequest:

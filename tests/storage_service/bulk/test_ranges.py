@@ -17,6 +17,7 @@ from aiohttp import web
 
 from forebay_server.bulk.held import HeldOpens
 from forebay_server.bulk.ranges import make_app, parse_range
+from forebay_server.bulk.sending import NUM_THREADS
 from forebay_server.bulk.tickets import Auth
 from forebay_server.serve.open import OpenedBlob
 from forebay_server.testing.node import StorageNode
@@ -203,6 +204,29 @@ async def test_a_client_that_leaves_midway_disturbs_nobody(served: Served) -> No
 
     await asyncio.to_thread(read_a_little)
     assert len((await served.request("GET", path))[1]) == 32 << 20
+
+
+async def test_a_slow_reader_gets_everything_and_holds_no_thread(served: Served) -> None:
+    table = await served.node.add_blob([random_bytes(4 << 20, n) for n in range(8)], "ssd")
+    [entry] = await served.open(table.blob_id)
+    path = f"/v1/blobs/{table.blob_id}?ticket={entry['ticket']}"
+    request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    slow = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(2 * NUM_THREADS)]
+    for sock in slow:
+        await asyncio.to_thread(sock.sendall, request)
+    for _ in range(3):  # while they do not read
+        assert len((await served.request("GET", path))[1]) == 32 << 20
+
+    def read_all(sock: socket.socket) -> bytes:
+        with sock, sock.makefile("rb") as file:
+            while file.readline() != b"\r\n":
+                pass
+            return file.read(32 << 20)
+
+    expected = b"".join(random_bytes(4 << 20, n) for n in range(8))
+    assert await asyncio.to_thread(read_all, slow.pop()) == expected
+    for sock in slow:
+        sock.close()
 
 
 async def test_a_file_that_shrank_ends_the_connection(served: Served) -> None:
