@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -50,6 +51,11 @@ class UploadSlot(ABC):
 
         Returns when the daemon's slot holds them; locally that is at once. Idempotent.
         """
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nobody was granted this memory anew: else a later upload may overwrite it."""
+        return True
 
     @abstractmethod
     def close(self) -> None:
@@ -171,6 +177,9 @@ class Blob(ABC):
         self.context = context
         self.num_bytes = table.total_bytes
         self.tier = ""
+        # As lists: a look into a numpy array costs ten times as much as one into a list.
+        self._borders: list[int] = table.offsets.tolist()
+        self._digests: list[int] = table.entries["xxh3"].tolist()
         self._whole: memoryview | None = None
         """All bytes, checked: from then on :meth:`map` only slices."""
 
@@ -207,7 +216,10 @@ class Blob(ABC):
             return self._whole[offset : offset + length]
         if length == 0:
             return memoryview(b"")
-        return self._recovering(lambda: self._map(offset, length))
+        try:
+            return self._map(offset, length)
+        except Damage as damage:
+            return self._recovering(damage, lambda: self._map(offset, length))
 
     def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
         """Fill *buffer* with the bytes from *offset*; nothing is allocated for whole segments.
@@ -217,8 +229,12 @@ class Blob(ABC):
         target = memoryview(buffer).cast("B")
         if offset < 0 or offset + len(target) > self.num_bytes:
             raise self._outside(offset, len(target))
-        if len(target):
-            self._recovering(lambda: self._read_into(offset, target))
+        if not len(target):
+            return
+        try:
+            self._read_into(offset, target)
+        except Damage as damage:
+            self._recovering(damage, lambda: self._read_into(offset, target))
 
     def __enter__(self) -> Self:
         return self
@@ -240,7 +256,7 @@ class Blob(ABC):
         return f"{self.context}, tier {self.tier}" if self.context else f"tier {self.tier}"
 
     def _check(self, segment: int, digest: int) -> None:
-        if digest != int(self.table.entries["xxh3"][segment]):
+        if digest != self._digests[segment]:
             raise Damage(segment, "does not match its digest")
 
     def _pieces(self, offset: int, target: memoryview, known: Checks) -> tuple[int, list[Piece]]:
@@ -250,8 +266,8 @@ class Blob(ABC):
         straight into *target* where they lie inside it.
         """
         stop = offset + len(target)
-        covering = self.table.covering(offset, len(target))
-        borders = self.table.offsets[covering.start : covering.stop + 1].tolist()
+        covering = self._covering(offset, len(target))
+        borders = self._borders[covering.start : covering.stop + 1]
         pieces: list[Piece] = []
         for segment, start, end in zip(covering, borders, borders[1:], strict=False):
             first, last = max(start, offset), min(end, stop)
@@ -273,20 +289,25 @@ class Blob(ABC):
         if piece.wanted is not None:
             copy(piece.wanted, piece.view[piece.skip : piece.skip + len(piece.wanted)])
 
-    def _recovering(self, action: Callable[[], Result]) -> Result:
-        tries = 0
-        while True:
+    def _covering(self, offset: int, length: int) -> range:
+        """The segments that hold a range of at least one byte inside the blob."""
+        first = bisect_right(self._borders, offset) - 1
+        return range(first, bisect_left(self._borders, offset + length, first))
+
+    def _recovering(self, damage: Damage, action: Callable[[], Result]) -> Result:
+        """Report *damage*, and try *action* again on what the daemon then offers."""
+        for _ in range(REOPENS):
+            self._report(damage)
+            try:
+                self._reopen()
+            except (IntegrityError, NotFound) as error:
+                raise self._integrity_error(damage, f" ({error.message})") from error
             try:
                 return action()
-            except Damage as damage:
-                tries += 1
-                self._report(damage)
-                if tries > REOPENS:
-                    raise self._integrity_error(damage) from None
-                try:
-                    self._reopen()
-                except (IntegrityError, NotFound) as error:
-                    raise self._integrity_error(damage, f" ({error.message})") from error
+            except Damage as another:
+                damage = another
+        self._report(damage)
+        raise self._integrity_error(damage)
 
     def _integrity_error(self, damage: Damage, note: str = "") -> IntegrityError:
         return IntegrityError(

@@ -37,15 +37,58 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def _populate(memory: memoryview, advice: int) -> int:
-    """Fault in the pages that hold *memory*; 0 or the errno. Releases the GIL."""
-    address = np.frombuffer(memory, np.uint8).ctypes.data
+def _address(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
+
+
+def _populate(address: int, num_bytes: int, advice: int) -> int:
+    """Fault in the pages that hold these bytes; 0 or the errno. Releases the GIL."""
     start = address & -mmap.PAGESIZE
-    while _libc.madvise(start, address + len(memory) - start, advice):
+    while _libc.madvise(start, address + num_bytes - start, advice):
         failure = ctypes.get_errno()
         if failure != errno.EINTR:
             return failure
     return 0
+
+
+class _SlotMemory:
+    """One slot of the daemon, mapped: lent to one upload after the other."""
+
+    def __init__(self, descriptor: int, capacity: int) -> None:
+        self.memory = mmap.mmap(descriptor, capacity, flags=mmap.MAP_SHARED)
+        _populate(_address(memoryview(self.memory)), capacity, MADV_POPULATE_WRITE)
+        self.num_grants = 0
+        """How many uploads have got it; only the last one's bytes are sure to be in it."""
+
+
+class _SlotMemories:
+    """All slots that this process maps, so that whoever holds one learns of its next grant."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: weakref.WeakValueDictionary[tuple[int, int], _SlotMemory] = (
+            weakref.WeakValueDictionary()
+        )
+        watch(self)
+
+    def grant(self, descriptor: int, capacity: int) -> tuple[_SlotMemory, int]:
+        """The memory behind *descriptor*, and how often it has been granted with this time."""
+        found = os.fstat(descriptor)  # the mapping keeps the file, so nobody else gets its number
+        key = (found.st_dev, found.st_ino)
+        with self._lock:
+            memory = self._known.get(key)
+            if memory is None:
+                memory = self._known[key] = _SlotMemory(descriptor, capacity)
+            memory.num_grants += 1
+            return memory, memory.num_grants
+
+    def forget_parent(self) -> None:
+        """In a child of fork: the uploads are the parent's."""
+        self._lock = threading.Lock()
+        self._known = weakref.WeakValueDictionary()
+
+
+_slot_memories: Final = _SlotMemories()
 
 
 class LocalTransfer:
@@ -56,7 +99,7 @@ class LocalTransfer:
         self.endpoint = endpoint
         self._link = DescriptorLink(endpoint.descriptor_socket)
         self._lock = threading.Lock()
-        self._slots: dict[tuple[int, int], mmap.mmap] = {}
+        self._slots: list[_SlotMemory] = []
         watch(self)
 
     def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:
@@ -88,10 +131,10 @@ class LocalTransfer:
                     f"the slot of upload session {session} has {capacity} bytes and not the "
                     f"granted {slot_bytes}: begin the upload again"
                 )
-            memory = self._map_slot(descriptors[0], capacity)
+            memory, grant = self._map_slot(descriptors[0], capacity)
         finally:
             close_all(descriptors)
-        return _LocalSlot(memory, slot_bytes)
+        return _LocalSlot(memory, grant, slot_bytes)
 
     def report(self, blob: str, tier: str, segment: int, message: str) -> bool:
         return report(self._link, blob, tier, segment, message)
@@ -104,34 +147,39 @@ class LocalTransfer:
     def forget_parent(self) -> None:
         """In a child of fork; the link forgets its connection by itself."""
         self._lock = threading.Lock()
-        self._slots = {}
+        self._slots = []
 
-    def _map_slot(self, descriptor: int, capacity: int) -> mmap.mmap:
-        """The slot, mapped; the daemon reuses slots, and so does this: mapping faults each page."""
-        found = os.fstat(descriptor)
-        key = (found.st_dev, found.st_ino)
+    def _map_slot(self, descriptor: int, capacity: int) -> tuple[_SlotMemory, int]:
+        """The slot, mapped, and the number of its grant.
+
+        The daemon reuses slots, and so does this: mapping one anew faults each page.
+        """
+        memory, grant = _slot_memories.grant(descriptor, capacity)
         with self._lock:
-            memory = self._slots.pop(key, None)
-            if memory is None:
-                memory = mmap.mmap(descriptor, capacity, flags=mmap.MAP_SHARED)
-                _populate(memoryview(memory), MADV_POPULATE_WRITE)
-            self._slots[key] = memory
-            while len(self._slots) > MAX_KEPT_SLOTS:
-                del self._slots[next(iter(self._slots))]
-        return memory
+            self._slots = [kept for kept in self._slots if kept is not memory]
+            self._slots.append(memory)
+            del self._slots[:-MAX_KEPT_SLOTS]
+        return memory, grant
 
 
 class _LocalSlot(UploadSlot):
     """The daemon's own shared memory: what is written there is there."""
 
-    def __init__(self, memory: mmap.mmap, slot_bytes: int) -> None:
-        self.buffer = memoryview(memory)[:slot_bytes]
+    def __init__(self, memory: _SlotMemory, grant: int, slot_bytes: int) -> None:
+        self.buffer = memoryview(memory.memory)[:slot_bytes]
+        self._memory: _SlotMemory | None = memory
+        self._grant = grant
+
+    @property
+    def is_intact(self) -> bool:
+        return self._memory is not None and self._memory.num_grants == self._grant
 
     def flush(self, num_bytes: int) -> None:
         pass
 
     def close(self) -> None:
         self.buffer = memoryview(bytearray())
+        self._memory = None
 
 
 class LocalBlob(Blob):
@@ -145,6 +193,7 @@ class LocalBlob(Blob):
         self._link = link
         self._replica: Replica | None = replica
         self._view: memoryview | None = None
+        self._view_address = 0
         self._checks = Checks(replica.table.num_segments)
         self._lock = threading.RLock()
         self._release = self._release_at_end(serial)
@@ -162,8 +211,9 @@ class LocalBlob(Blob):
     def _map(self, offset: int, length: int) -> memoryview:
         with self._lock:
             view, checks = self._open_view(), self._checks
-        for run in checks.missing_runs(self.table.covering(offset, length)):
-            self._check_mapped(view, run, checks)
+            address = self._view_address
+        for run in checks.missing_runs(self._covering(offset, length)):
+            self._check_mapped(view, address, run, checks)
         if checks.complete:
             with self._lock:
                 if view is self._view:
@@ -181,25 +231,25 @@ class LocalBlob(Blob):
                 window = POOL.lend(self.num_bytes)
                 self._read_checked(replica, 0, window, self._checks)
                 view = window.toreadonly()
-            self._view = view
+            self._view, self._view_address = view, _address(view)
             # The mapping keeps the file; descriptors are scarce (soft limit often 1024).
             self._replica = None
         return self._view
 
-    def _check_mapped(self, view: memoryview, run: range, checks: Checks) -> None:
+    def _check_mapped(self, view: memoryview, address: int, run: range, checks: Checks) -> None:
         """Fault *run* in where a bad page is an error and not SIGBUS, then check it."""
-        offsets = self.table.offsets
-        if _populate(view[offsets[run.start] : offsets[run.stop]], MADV_POPULATE_READ) != 0:
+        borders = self._borders
+        start, stop = borders[run.start], borders[run.stop]
+        if _populate(address + start, stop - start, MADV_POPULATE_READ) != 0:
             for segment in run:
-                failure = _populate(
-                    view[offsets[segment] : offsets[segment + 1]], MADV_POPULATE_READ
-                )
+                start, stop = borders[segment], borders[segment + 1]
+                failure = _populate(address + start, stop - start, MADV_POPULATE_READ)
                 # Kernels before 5.14: there a page that goes bad ends the process, as with any
                 # mapped file; the file's length was checked when it was opened.
                 if failure not in (0, errno.EINVAL):
                     raise Damage(segment, f"cannot be read ({os.strerror(failure)})")
         for segment in run:
-            self._check(segment, xxh3(view[offsets[segment] : offsets[segment + 1]]))
+            self._check(segment, xxh3(view[borders[segment] : borders[segment + 1]]))
             checks.mark(segment)
 
     def _read_into(self, offset: int, target: memoryview) -> None:
@@ -244,7 +294,7 @@ class LocalBlob(Blob):
             raise Damage(self._segment_at(offset + count), "is cut short")
 
     def _segment_at(self, offset: int) -> int:
-        return self.table.covering(offset, 1).start
+        return self._covering(offset, 1).start
 
     def _opened(self) -> Replica:
         if self._replica is None:

@@ -223,9 +223,9 @@ class RemoteBlob(Blob):
         self._transfer.flush_releases()
 
     def _map(self, offset: int, length: int) -> memoryview:
-        covering = self.table.covering(offset, length)
-        start = int(self.table.offsets[covering.start])
-        window = POOL.lend(int(self.table.offsets[covering.stop]) - start)
+        covering = self._covering(offset, length)
+        start = self._borders[covering.start]
+        window = POOL.lend(self._borders[covering.stop] - start)
         self._read_into(start, window)
         return window[offset - start : offset - start + length].toreadonly()
 
