@@ -37,13 +37,15 @@ class Quarantine:
         self._bad: set[str] = set()
         self._returns: dict[str, asyncio.Task[bool]] = {}
 
-    async def verify(self, blob: str, tier: str, file: str) -> None:
+    async def verify(self, blob: str, tier: str, file: str, *, is_landing: bool = False) -> None:
         """Read the whole blob file *file* of *tier*; it is good if this returns.
 
-        :class:`IntegrityError`, :class:`NotFound`; :class:`StorageError` says nothing about it.
+        *is_landing*: on the threads that land bytes, as part of that. :class:`IntegrityError`,
+        :class:`NotFound`; :class:`StorageError` says nothing about the file.
         """
         found = self._tiers.get(tier)
-        await self._tiers.run(found, self._verify, blob, tier, file)
+        run = self._tiers.run_landing if is_landing else self._tiers.run
+        await run(found, self._verify, blob, tier, file)
 
     def _verify(self, blob: str, tier: str, file: str) -> None:
         found = self._tiers.get(tier)

@@ -95,13 +95,14 @@ def record_landed(
     num_segments: int,
     file_bytes: int,
     *,
-    local_tiers: Sequence[str],
+    trusted_tiers: Sequence[str],
     node: str,
 ) -> FileRef | None:
     """Record the session's published file as a replica of *blob*, held by the session.
 
-    If one of *local_tiers* has a live replica already, that one serves and the new file is
-    returned: no row names it, the caller deletes it after the transaction. Raises
+    If one of *trusted_tiers* has a live replica already, which the caller has just verified, that
+    one serves and the new file is returned: no row names it, the caller deletes it after the
+    transaction. Raises
     :class:`NotFound` if the session has ended.
     """
     row = connection.execute(
@@ -110,7 +111,7 @@ def record_landed(
     if row is None:
         raise NotFound(f"upload session {session} has ended: write the bytes again")
     spare: FileRef | None = None
-    if live_replica(connection, blob, local_tiers, node=node) is not None:
+    if live_replica(connection, blob, trusted_tiers, node=node) is not None:
         spare = FileRef(row.tier, row.file)
     else:
         insert_replica(

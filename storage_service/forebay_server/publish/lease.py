@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 from forebay_server.catalog import queries_uploads as queries
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import FileRef
+from forebay_server.publish.duplicates import Duplicates
 from forebay_server.publish.expiry import Expiry
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
 from forebay_server.publish.leftovers import Leftovers
@@ -31,6 +32,7 @@ from forebay_server.publish.session import (
     slot_owner,
 )
 from forebay_server.publish.slots import SlotKeeper
+from forebay_server.quarantine import Quarantine
 from forebay_server.tier.memory import Slot
 from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import Conflict, ForebayError, ResourceExhausted
@@ -83,6 +85,7 @@ class Uploads:
         self._sessions: dict[str, Session] = {}
         self._slots = SlotKeeper(tiers)
         self._leftovers = Leftovers(catalog, tiers, forget)
+        self._duplicates = Duplicates(catalog, tiers, Quarantine(tiers, catalog, forget=forget))
         self._calls: set[asyncio.Task[Any]] = set()
         self._landings: set[asyncio.Task[Any]] = set()
         self._expiry = Expiry(catalog, lease_seconds, self._expire, self._drop_idle_slots)
@@ -405,9 +408,10 @@ class Uploads:
         try:
             done = await publishing
             blob = LandedBlob(found.name, done.blob, done.num_bytes, done.num_segments)
+            trusted = await self._duplicates.trusted_tiers(blob.blob, found.tier.name)
             spare, value = await self._catalog.write(
                 lambda connection: (
-                    self._record(connection, blob, done),
+                    self._record(connection, blob, done, trusted),
                     landed(connection, blob),
                 )
             )
@@ -423,7 +427,11 @@ class Uploads:
         return blob, value
 
     def _record(
-        self, connection: Connection, blob: LandedBlob, done: PublishedBlob
+        self,
+        connection: Connection,
+        blob: LandedBlob,
+        done: PublishedBlob,
+        trusted: Sequence[str],
     ) -> FileRef | None:
         return queries.record_landed(
             connection,
@@ -432,7 +440,7 @@ class Uploads:
             blob.num_bytes,
             blob.num_segments,
             done.file_bytes,
-            local_tiers=self._leftovers.local_tiers(),
+            trusted_tiers=trusted,
             node=self._node,
         )
 
