@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Final, Protocol
 from forebay.methods import Blobs, Method, Request, Response
 from forebay.transfer import Transfer, UploadSlot
 from forebay_wire.errors import DaemonUnavailable, DeadlineExceeded, ForebayError, NotFound
+from forebay_wire.ids import new_random_name
 from forebay_wire.v1 import blobs_pb2
 
 SEAL_SECONDS: Final = 600.0
@@ -40,12 +42,15 @@ class Upload:
 class Uploads:
     """Sessions of one owner; a thread renews their leases while this object lives. Thread-safe."""
 
-    def __init__(self, channel: Channel, transfer: Transfer, owner: str) -> None:
+    def __init__(self, channel: Channel, transfer: Transfer, what: str) -> None:
+        """*what* is written, for people who look at the daemon."""
         self._channel = channel
         self._transfer = transfer
-        self._owner = owner
+        # The daemon reuses slots, and renews leases, per owner: two writers may not be the same.
+        self._owner = f"{what} writer {new_random_name()}"
         self._lock = threading.Lock()
         self._live: dict[str, Upload] = {}
+        self._sealed: set[str] = set()
         self._lost: ForebayError | None = None
         self._stop = threading.Event()
         self._renewer: threading.Thread | None = None
@@ -81,6 +86,8 @@ class Uploads:
         )
         sealed = self._channel.call(Blobs.Seal, request, timeout=SEAL_SECONDS)
         upload.slot.close()
+        with self._lock:
+            self._sealed.add(upload.session)
         return sealed
 
     def check(self) -> None:
@@ -99,6 +106,7 @@ class Uploads:
         with self._lock:
             uploads = list(self._live.values())
             self._live.clear()
+            self._sealed.clear()
         for upload in uploads:
             upload.slot.close()
             if not committed:
@@ -115,9 +123,13 @@ class Uploads:
         )
 
     def renew_all(self) -> None:
-        """Renew every lease once."""
+        """Renew every lease once.
+
+        One sealed session stands for all: the daemon renews with it what else its owner sealed.
+        """
         with self._lock:
-            sessions = list(self._live)
+            sessions = [session for session in self._live if session not in self._sealed]
+            sessions.extend(itertools.islice(self._sealed, 1))
         for session in sessions:
             if self._stop.is_set():
                 return

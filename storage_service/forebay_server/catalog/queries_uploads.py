@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from sqlalchemy import Connection, and_, delete, insert, or_, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_blobs import (
@@ -20,6 +21,10 @@ from forebay_server.catalog.queries_blobs import (
 from forebay_server.catalog.queries_jobs import enqueue_collection
 from forebay_server.catalog.tables import uploads
 from forebay_wire.errors import NotFound, PermissionDenied
+
+RENEWED_FRACTION: Final = 0.25
+"""Of a lease: what was extended within that time is not extended again by its siblings. Clients
+renew three times in a lease, so each of their rounds does extend."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,22 @@ def insert_upload(
 def renew_uploads(
     connection: Connection, session: str, *, owner: str, uid: int, lease_seconds: float
 ) -> bool:
-    """Extend the lease of *session* and of all that its owner landed; False if it ended."""
-    siblings = and_(uploads.c.uid == uid, uploads.c.owner == owner, uploads.c.state == "landed")
+    """Extend the lease of *session* and of all that its owner landed; False if it ended.
+
+    A writer has thousands of landed shards and several open ones, each of which is renewed: what
+    was extended within the last quarter of a lease is left as it is.
+    """
+    extended = update(uploads).values(expires=now() + lease_seconds)
+    known = connection.execute(extended.where(uploads.c.session == session)).rowcount > 0
     connection.execute(
-        update(uploads)
-        .where(or_(uploads.c.session == session, siblings))
-        .values(expires=now() + lease_seconds)
+        extended.where(
+            uploads.c.uid == uid,
+            uploads.c.owner == owner,
+            uploads.c.state == "landed",
+            uploads.c.expires < now() + lease_seconds * (1 - RENEWED_FRACTION),
+        )
     )
-    known = select(uploads.c.session).where(uploads.c.session == session)
-    return connection.scalar(known) is not None
+    return known
 
 
 def mark_sealed(connection: Connection, session: str) -> None:

@@ -266,7 +266,7 @@ uploads = Table(
     _created(),
     _one_of("state", "open", "sealed", "landed"),
     CheckConstraint("state <> 'landed' OR blob IS NOT NULL", name="landed_is_a_blob"),
-    Index("uploads_by_owner", "uid", "owner"),
+    Index("uploads_by_owner", "uid", "owner", "expires"),
     Index("uploads_by_expiry", "expires"),
     Index("uploads_by_blob", "blob"),
 )

@@ -285,6 +285,32 @@ def test_a_schema_without_samples_is_an_empty_dataset(client, name):
     assert dataset.take([])["image"].shape == (0, 2, 2)
 
 
+def test_a_round_of_renewals_does_not_grow_with_the_shards(client, name, monkeypatch):
+    writer = client.create_dataset(name, schema=TWO_COLUMNS)
+    uploads = writer._uploads
+    for _ in range(3):
+        uploads.seal(uploads.begin(4096), 16, [16])
+    renewed = []
+    renew = uploads._renew
+    monkeypatch.setattr(
+        uploads, "_renew", lambda session: (renewed.append(session), renew(session))
+    )
+    opened = uploads.begin(4096)
+    uploads.renew_all()
+    assert len(renewed) == 2
+    assert opened.session in renewed
+    uploads.check()
+    writer.abort()
+
+
+def test_two_writers_share_no_owner(client, name):
+    first, second = (client.create_dataset(name, schema=TWO_COLUMNS) for _ in range(2))
+    assert first._uploads._owner != second._uploads._owner
+    assert name in first._uploads._owner
+    first.abort()
+    second.abort()
+
+
 def test_a_writer_that_is_forgotten_stops_renewing(client, name):
     writer = client.create_dataset(name, schema=TWO_COLUMNS)
     writer.write(**sample(1))

@@ -192,6 +192,27 @@ async def test_renewing_one_session_keeps_what_its_owner_landed(tmp_path: Path) 
         assert landed.blob in await node.catalog.locate([landed.blob])
 
 
+async def test_renewing_again_at_once_writes_one_row(node: Storage) -> None:
+    landed = await node.upload(os.urandom(MIB))
+    grant = await node.uploads.begin(UID, "dataset d", MIB, MIB)
+
+    def expiry(connection: Connection) -> float:
+        table = queries_uploads.uploads
+        found = connection.scalar(select(table.c.expires).where(table.c.session == landed.session))
+        assert found is not None
+        return float(found)
+
+    def is_late(connection: Connection) -> None:
+        connection.execute(queries_uploads.uploads.update().values(expires=expiry(connection) - 30))
+
+    before = await node.catalog.read(expiry)
+    await node.uploads.renew(grant.session, UID)
+    assert await node.catalog.read(expiry) == before
+    await node.catalog.write(is_late)  # half of the lease has passed
+    await node.uploads.renew(grant.session, UID)
+    assert await node.catalog.read(expiry) >= before
+
+
 async def test_a_full_first_tier_lets_the_second_take_it(tmp_path: Path) -> None:
     async with open_storage(tmp_path, limit_bytes=3 * MIB) as node:
         await node.upload(os.urandom(2 * MIB))
