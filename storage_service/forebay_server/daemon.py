@@ -362,13 +362,7 @@ class Daemon:
         await self._rpc.set_draining()
         self._attached.end()
         self._jobs.finish()  # a running one is finished, the others go on at the next start
-        if not await self._uploads.drain(self._config.drain_seconds):
-            logger.warning(
-                "%d sealed uploads did not land in %.0f s and are lost with this process: save "
-                "those generations again, or give drain-seconds more",
-                self._uploads.num_landing,
-                self._config.drain_seconds,
-            )
+        await self._uploads.drain(self._config.drain_seconds)
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 await asyncio.wait([self._jobs_task])
@@ -377,6 +371,19 @@ class Daemon:
                 "%d jobs did not end in time: they go on at the next start", self._jobs.num_running
             )
         self._jobs.stop()
+        await self._drain_last_seals(deadline)
+
+    async def _drain_last_seals(self, deadline: float) -> None:
+        """Answer no calls any more, then land what was sealed up to here."""
+        await self._rpc.stop(STOP_GRACE_SECONDS)
+        left_seconds = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        if not await self._uploads.drain(left_seconds):
+            logger.warning(
+                "%d sealed uploads did not land in %.0f s and are lost with this process: save "
+                "those generations again, or give drain-seconds more",
+                self._uploads.num_landing,
+                self._config.drain_seconds,
+            )
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()

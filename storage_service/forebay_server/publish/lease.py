@@ -101,11 +101,14 @@ class Uploads:
         self._expiry.start()
 
     async def drain(self, timeout_seconds: float) -> bool:
-        """Wait for what is sealed to land; whether all of it did."""
-        if not self._landings:
-            return True
-        _, left = await asyncio.wait(set(self._landings), timeout=timeout_seconds)
-        return not left
+        """Wait for what is sealed to land, also for what is sealed meanwhile; whether all did."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        while waiting := self._calls | self._landings:
+            if (left_seconds := deadline - loop.time()) <= 0:
+                break
+            await asyncio.wait(waiting, timeout=left_seconds)
+        return not self._landings
 
     async def close(self) -> None:
         """Cancel what still lands and end every session. Idempotent."""

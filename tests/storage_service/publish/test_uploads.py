@@ -2,11 +2,12 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from forebay_server.catalog import queries_blobs, queries_uploads
 from forebay_server.catalog.engine import Catalog, sqlite_url
@@ -15,6 +16,7 @@ from forebay_server.publish.reconcile import reconcile
 from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.memory import SlotPool
+from forebay_server.tier.publication import PublicationWriter
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.verify import read_table, verify_file
 from forebay_wire.errors import (
@@ -303,6 +305,80 @@ async def test_a_refused_bind_leaves_no_session(node: Storage) -> None:
         await node.uploads.begin(UID, "run r", MIB, MIB, bind=bind)
     assert node.uploads.num_sessions == 0
     assert node.tiers.get("ssd").space().reserved_bytes == 0
+
+
+class Gate:
+    """Landings stop before their end, until they are let through one by one."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Semaphore(0)
+        self.passes = threading.Semaphore(0)
+
+    async def wait_for_arrival(self) -> None:
+        assert await asyncio.to_thread(self.arrived.acquire, timeout=10.0)
+
+
+@pytest.fixture
+def gate(node: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
+    publish = PublicationWriter.publish
+
+    def publish_behind_the_gate(writer: PublicationWriter) -> None:
+        gate.arrived.release()
+        assert gate.passes.acquire(timeout=30.0)
+        publish(writer)
+
+    monkeypatch.setattr(PublicationWriter, "publish", publish_behind_the_gate)
+    yield gate
+    gate.passes.release(100)
+
+
+async def seal_behind(node: Storage) -> asyncio.Task[None]:
+    """Seal one byte in the background; its landing."""
+    grant = await node.uploads.begin(UID, "run r", 1, 1)
+    _, landing = await node.uploads.seal_in_background(
+        grant.session,
+        UID,
+        0,
+        1,
+        [1],
+        sealed=lambda connection: None,
+        landed=lambda connection, blob: None,
+    )
+    return landing
+
+
+async def test_what_is_short_does_not_wait_for_landings(node: Storage, gate: Gate) -> None:
+    landings = [await seal_behind(node) for _ in range(4)]
+    for _ in landings:
+        await gate.wait_for_arrival()
+    async with asyncio.timeout(10.0):
+        await node.uploads.begin(UID, "dataset d", 1, 1)
+        tier = node.tiers.landing[0]
+        await node.tiers.run(tier, tier.space)
+    assert not any(landing.done() for landing in landings)
+
+
+async def test_a_drain_waits_for_what_is_sealed_meanwhile(node: Storage, gate: Gate) -> None:
+    first = await seal_behind(node)
+    await gate.wait_for_arrival()
+    draining = asyncio.create_task(node.uploads.drain(30.0))
+    await asyncio.sleep(0)  # it has looked by now
+    second = await seal_behind(node)
+    gate.passes.release()
+    await first
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not draining.done()
+    gate.passes.release()
+    assert await draining
+    assert second.done()
+
+
+async def test_a_drain_ends_with_its_time_and_tells(node: Storage, gate: Gate) -> None:
+    await seal_behind(node)
+    assert not await node.uploads.drain(0.05)
+    assert node.uploads.num_landing == 1
 
 
 # ------------------------------------------------------------------------------------- at a start
