@@ -82,7 +82,12 @@ def _dirty_bytes(connection: Connection, object_tier: str) -> dict[str, int]:
         .group_by(replicas.c.tier)
     )
     dirty = {str(tier): int(num_bytes) for tier, num_bytes in rows}
-    in_slots = select(func.sum(packs.c.num_bytes)).where(packs.c.state == "sealed")
+    # Those of aborted and failed generations stay as rows only, to tell a late seal.
+    in_slots = (
+        select(func.sum(packs.c.num_bytes))
+        .select_from(packs.join(generations))
+        .where(packs.c.state == "sealed", generations.c.state.in_(("open", "sealed")))
+    )
     return {**dirty, "ram": _count(connection, in_slots)}
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from forebay_server.catalog.queries_checkpoints import PackPlan, find_pack
+from forebay_server.catalog.queries_checkpoints import PackPlan, find_pack, seal_pack
 from forebay_server.catalog.queries_jobs import COLLECT
+from forebay_server.catalog.queries_status import count_all
 from forebay_server.model.lineage import Point
 from forebay_server.model.states import PackState
 from forebay_server.publish.checkpoint import PackSeal
@@ -380,6 +381,26 @@ async def test_the_slots_of_a_generation_that_is_given_up_are_closed(node: Check
         with pytest.raises(NotFound, match="closed"):
             slot.duplicate()
     assert node.storage.tiers.slots.space().used_bytes == 0
+
+
+async def test_sealed_packs_of_a_generation_that_is_given_up_are_not_dirty(
+    tmp_path: Path,
+) -> None:
+    async def dirty(node: CheckpointNode) -> int:
+        counts = await node.storage.catalog.read(lambda c: count_all(c, "object"))
+        return counts.dirty_bytes["ram"]
+
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin(num_ranks=2)
+        grant = await node.plan(GenerationId(RUN, 1, 1), 10, num_ranks=2)
+
+        def seal(connection: Connection) -> None:
+            seal_pack(connection, grant.session, 10, b"{}", None, None)
+
+        await node.storage.catalog.write(seal)  # it never lands
+        assert await dirty(node) == 10
+        await node.begin(num_ranks=2)
+        assert await dirty(node) == 0
 
 
 async def test_held_slots_give_way_before_a_save_is_refused(tmp_path: Path) -> None:
