@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -16,6 +15,7 @@ import numpy as np
 from forebay.forking import watch
 from forebay.transfer.blob import NO_SEGMENT, REOPENS, Blob, Checks, Damage, Piece, UploadSlot, copy
 from forebay.transfer.link import DescriptorLink, close_all
+from forebay.transfer.populate import populate_read, populate_write
 from forebay.transfer.replica import Handover, Replica
 from forebay.transfer.window import POOL
 from forebay_wire.errors import IntegrityError, StorageError, rebuild
@@ -23,32 +23,15 @@ from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE, MIB
 from forebay_wire.protocol import DataEndpoint
 from forebay_wire.segments import xxh3, xxh3_running
 
-MADV_POPULATE_READ: Final = 22
-MADV_POPULATE_WRITE: Final = 23
-"""Linux 5.14; the mmap module knows neither, and its madvise keeps the GIL."""
-
 HOT_BYTES: Final = 1 * MIB
 """A large segment is read and digested in pieces of this size, while each is in the L2 cache."""
 
 MAX_KEPT_SLOTS: Final = 2
 """Slots that stay mapped for the next upload: at most two of one client overlap."""
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
 
 def _address(memory: memoryview) -> int:
     return int(np.frombuffer(memory, np.uint8).ctypes.data)
-
-
-def _populate(address: int, num_bytes: int, advice: int) -> int:
-    """Fault in the pages that hold these bytes; 0 or the errno. Releases the GIL."""
-    start = address & -mmap.PAGESIZE
-    while _libc.madvise(start, address + num_bytes - start, advice):
-        failure = ctypes.get_errno()
-        if failure != errno.EINTR:
-            return failure
-    return 0
 
 
 class _SlotMemory:
@@ -56,7 +39,7 @@ class _SlotMemory:
 
     def __init__(self, descriptor: int, capacity: int) -> None:
         self.memory = mmap.mmap(descriptor, capacity, flags=mmap.MAP_SHARED)
-        _populate(_address(memoryview(self.memory)), capacity, MADV_POPULATE_WRITE)
+        populate_write(_address(memoryview(self.memory)), capacity)
         self.num_grants = 0
         """How many uploads have got it; only the last one's bytes are sure to be in it."""
 
@@ -240,10 +223,10 @@ class LocalBlob(Blob):
         """Fault *run* in where a bad page is an error and not SIGBUS, then check it."""
         borders = self._borders
         start, stop = borders[run.start], borders[run.stop]
-        if _populate(address + start, stop - start, MADV_POPULATE_READ) != 0:
+        if populate_read(address + start, stop - start) != 0:
             for segment in run:
                 start, stop = borders[segment], borders[segment + 1]
-                failure = _populate(address + start, stop - start, MADV_POPULATE_READ)
+                failure = populate_read(address + start, stop - start)
                 # Kernels before 5.14: there a page that goes bad ends the process, as with any
                 # mapped file; the file's length was checked when it was opened.
                 if failure not in (0, errno.EINVAL):
