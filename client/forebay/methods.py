@@ -85,6 +85,11 @@ class Checkpoints:
         checkpoints.WaitGenerationRequest,
         checkpoints.Generation,
     )
+    GetGeneration: Final = Method(
+        "/forebay.v1.Checkpoints/GetGeneration",
+        checkpoints.GetGenerationRequest,
+        checkpoints.Generation,
+    )
     ResolveGeneration: Final = Method(
         "/forebay.v1.Checkpoints/ResolveGeneration",
         checkpoints.ResolveGenerationRequest,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!forebay_wire/v1/checkpoints.proto\x12\nforebay.v1\"\x87\x01\n\x13\x42\x65ginAttemptRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nhas_parent\x18\x02 \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x03 \x01(\r\x12\x13\n\x0bparent_step\x18\x04 \x01(\x04\x12\x11\n\tnum_ranks\x18\x05 \x01(\r\x12\x0f\n\x07request\x18\x06 \x01(\t\"~\n\x07\x41ttempt\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nhas_parent\x18\x03 \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x04 \x01(\r\x12\x13\n\x0bparent_step\x18\x05 \x01(\x04\x12\x14\n\x0c\x63reated_unix\x18\x06 \x01(\x01\"\x88\x01\n\x10\x42\x65ginPackRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x11\n\tnum_ranks\x18\x05 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x04\x12\x12\n\nslot_bytes\x18\x07 \x01(\x04\"]\n\x0bPackSession\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\x12\x12\n\nput_ticket\x18\x04 \x01(\t\"\x9c\x01\n\x0fSealPackRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x63uts\x18\x04 \x03(\r\x12\x19\n\x11\x64\x65scription_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cmetrics_json\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x61taset_json\x18\x07 \x01(\t\"&\n\x10SealPackResponse\x12\x12\n\nall_sealed\x18\x01 \x01(\x08\"p\n\x15WaitGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ndurability\x18\x04 \x01(\t\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01\"\x8f\x02\n\nGeneration\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\ndurability\x18\x05 \x01(\t\x12\x10\n\x08manifest\x18\x06 \x01(\t\x12\x11\n\tnum_ranks\x18\x07 \x01(\r\x12\x11\n\tnum_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x63reated_unix\x18\t \x01(\x01\x12\x14\n\x0cmetrics_json\x18\n \x01(\t\x12\x12\n\nhas_parent\x18\x0b \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x0c \x01(\r\x12\x13\n\x0bparent_step\x18\r \x01(\x04\x12\r\n\x05\x65rror\x18\x0e \x01(\t\"t\n\x18ResolveGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08selector\x18\x02 \x01(\t\x12\x12\n\ndurability\x18\x03 \x01(\t\x12\x0c\n\x04skip\x18\x04 \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01\"/\n\x0fListRunsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"\xb7\x01\n\nRunSummary\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x02 \x01(\r\x12\x17\n\x0fnum_generations\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x12\n\nhas_latest\x18\x05 \x01(\x08\x12\x16\n\x0elatest_attempt\x18\x06 \x01(\r\x12\x13\n\x0blatest_step\x18\x07 \x01(\x04\x12\x19\n\x11latest_durability\x18\x08 \x01(\t\"F\n\x10ListRunsResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.forebay.v1.RunSummary\x12\x0c\n\x04next\x18\x02 \x01(\t\"C\n\x16ListGenerationsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t\"{\n\x17ListGenerationsResponse\x12%\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\x13.forebay.v1.Attempt\x12+\n\x0bgenerations\x18\x02 \x03(\x0b\x32\x16.forebay.v1.Generation\x12\x0c\n\x04next\x18\x03 \x01(\t\"R\n\x17\x44\x65leteGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\"/\n\x18\x44\x65leteGenerationResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\r2\x80\x05\n\x0b\x43heckpoints\x12\x44\n\x0c\x42\x65ginAttempt\x12\x1f.forebay.v1.BeginAttemptRequest\x1a\x13.forebay.v1.Attempt\x12\x42\n\tBeginPack\x12\x1c.forebay.v1.BeginPackRequest\x1a\x17.forebay.v1.PackSession\x12\x45\n\x08SealPack\x12\x1b.forebay.v1.SealPackRequest\x1a\x1c.forebay.v1.SealPackResponse\x12K\n\x0eWaitGeneration\x12!.forebay.v1.WaitGenerationRequest\x1a\x16.forebay.v1.Generation\x12Q\n\x11ResolveGeneration\x12$.forebay.v1.ResolveGenerationRequest\x1a\x16.forebay.v1.Generation\x12\x45\n\x08ListRuns\x12\x1b.forebay.v1.ListRunsRequest\x1a\x1c.forebay.v1.ListRunsResponse\x12Z\n\x0fListGenerations\x12\".forebay.v1.ListGenerationsRequest\x1a#.forebay.v1.ListGenerationsResponse\x12]\n\x10\x44\x65leteGeneration\x12#.forebay.v1.DeleteGenerationRequest\x1a$.forebay.v1.DeleteGenerationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!forebay_wire/v1/checkpoints.proto\x12\nforebay.v1\"\x87\x01\n\x13\x42\x65ginAttemptRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nhas_parent\x18\x02 \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x03 \x01(\r\x12\x13\n\x0bparent_step\x18\x04 \x01(\x04\x12\x11\n\tnum_ranks\x18\x05 \x01(\r\x12\x0f\n\x07request\x18\x06 \x01(\t\"~\n\x07\x41ttempt\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nhas_parent\x18\x03 \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x04 \x01(\r\x12\x13\n\x0bparent_step\x18\x05 \x01(\x04\x12\x14\n\x0c\x63reated_unix\x18\x06 \x01(\x01\"\x88\x01\n\x10\x42\x65ginPackRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x11\n\tnum_ranks\x18\x05 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x04\x12\x12\n\nslot_bytes\x18\x07 \x01(\x04\"r\n\x0bPackSession\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\x12\x12\n\nput_ticket\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\"\x9c\x01\n\x0fSealPackRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x63uts\x18\x04 \x03(\r\x12\x19\n\x11\x64\x65scription_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cmetrics_json\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x61taset_json\x18\x07 \x01(\t\"&\n\x10SealPackResponse\x12\x12\n\nall_sealed\x18\x01 \x01(\x08\"p\n\x15WaitGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ndurability\x18\x04 \x01(\t\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01\"\x8f\x02\n\nGeneration\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\ndurability\x18\x05 \x01(\t\x12\x10\n\x08manifest\x18\x06 \x01(\t\x12\x11\n\tnum_ranks\x18\x07 \x01(\r\x12\x11\n\tnum_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x63reated_unix\x18\t \x01(\x01\x12\x14\n\x0cmetrics_json\x18\n \x01(\t\x12\x12\n\nhas_parent\x18\x0b \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x0c \x01(\r\x12\x13\n\x0bparent_step\x18\r \x01(\x04\x12\r\n\x05\x65rror\x18\x0e \x01(\t\"B\n\x14GetGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\"t\n\x18ResolveGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08selector\x18\x02 \x01(\t\x12\x12\n\ndurability\x18\x03 \x01(\t\x12\x0c\n\x04skip\x18\x04 \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01\"/\n\x0fListRunsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"\xb7\x01\n\nRunSummary\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x02 \x01(\r\x12\x17\n\x0fnum_generations\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x12\n\nhas_latest\x18\x05 \x01(\x08\x12\x16\n\x0elatest_attempt\x18\x06 \x01(\r\x12\x13\n\x0blatest_step\x18\x07 \x01(\x04\x12\x19\n\x11latest_durability\x18\x08 \x01(\t\"F\n\x10ListRunsResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.forebay.v1.RunSummary\x12\x0c\n\x04next\x18\x02 \x01(\t\"C\n\x16ListGenerationsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t\"{\n\x17ListGenerationsResponse\x12%\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\x13.forebay.v1.Attempt\x12+\n\x0bgenerations\x18\x02 \x03(\x0b\x32\x16.forebay.v1.Generation\x12\x0c\n\x04next\x18\x03 \x01(\t\"R\n\x17\x44\x65leteGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\"/\n\x18\x44\x65leteGenerationResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\r2\xcb\x05\n\x0b\x43heckpoints\x12\x44\n\x0c\x42\x65ginAttempt\x12\x1f.forebay.v1.BeginAttemptRequest\x1a\x13.forebay.v1.Attempt\x12\x42\n\tBeginPack\x12\x1c.forebay.v1.BeginPackRequest\x1a\x17.forebay.v1.PackSession\x12\x45\n\x08SealPack\x12\x1b.forebay.v1.SealPackRequest\x1a\x1c.forebay.v1.SealPackResponse\x12K\n\x0eWaitGeneration\x12!.forebay.v1.WaitGenerationRequest\x1a\x16.forebay.v1.Generation\x12I\n\rGetGeneration\x12 .forebay.v1.GetGenerationRequest\x1a\x16.forebay.v1.Generation\x12Q\n\x11ResolveGeneration\x12$.forebay.v1.ResolveGenerationRequest\x1a\x16.forebay.v1.Generation\x12\x45\n\x08ListRuns\x12\x1b.forebay.v1.ListRunsRequest\x1a\x1c.forebay.v1.ListRunsResponse\x12Z\n\x0fListGenerations\x12\".forebay.v1.ListGenerationsRequest\x1a#.forebay.v1.ListGenerationsResponse\x12]\n\x10\x44\x65leteGeneration\x12#.forebay.v1.DeleteGenerationRequest\x1a$.forebay.v1.DeleteGenerationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,31 +38,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BEGINPACKREQUEST']._serialized_start=316
   _globals['_BEGINPACKREQUEST']._serialized_end=452
   _globals['_PACKSESSION']._serialized_start=454
-  _globals['_PACKSESSION']._serialized_end=547
-  _globals['_SEALPACKREQUEST']._serialized_start=550
-  _globals['_SEALPACKREQUEST']._serialized_end=706
-  _globals['_SEALPACKRESPONSE']._serialized_start=708
-  _globals['_SEALPACKRESPONSE']._serialized_end=746
-  _globals['_WAITGENERATIONREQUEST']._serialized_start=748
-  _globals['_WAITGENERATIONREQUEST']._serialized_end=860
-  _globals['_GENERATION']._serialized_start=863
-  _globals['_GENERATION']._serialized_end=1134
-  _globals['_RESOLVEGENERATIONREQUEST']._serialized_start=1136
-  _globals['_RESOLVEGENERATIONREQUEST']._serialized_end=1252
-  _globals['_LISTRUNSREQUEST']._serialized_start=1254
-  _globals['_LISTRUNSREQUEST']._serialized_end=1301
-  _globals['_RUNSUMMARY']._serialized_start=1304
-  _globals['_RUNSUMMARY']._serialized_end=1487
-  _globals['_LISTRUNSRESPONSE']._serialized_start=1489
-  _globals['_LISTRUNSRESPONSE']._serialized_end=1559
-  _globals['_LISTGENERATIONSREQUEST']._serialized_start=1561
-  _globals['_LISTGENERATIONSREQUEST']._serialized_end=1628
-  _globals['_LISTGENERATIONSRESPONSE']._serialized_start=1630
-  _globals['_LISTGENERATIONSRESPONSE']._serialized_end=1753
-  _globals['_DELETEGENERATIONREQUEST']._serialized_start=1755
-  _globals['_DELETEGENERATIONREQUEST']._serialized_end=1837
-  _globals['_DELETEGENERATIONRESPONSE']._serialized_start=1839
-  _globals['_DELETEGENERATIONRESPONSE']._serialized_end=1886
-  _globals['_CHECKPOINTS']._serialized_start=1889
-  _globals['_CHECKPOINTS']._serialized_end=2529
+  _globals['_PACKSESSION']._serialized_end=568
+  _globals['_SEALPACKREQUEST']._serialized_start=571
+  _globals['_SEALPACKREQUEST']._serialized_end=727
+  _globals['_SEALPACKRESPONSE']._serialized_start=729
+  _globals['_SEALPACKRESPONSE']._serialized_end=767
+  _globals['_WAITGENERATIONREQUEST']._serialized_start=769
+  _globals['_WAITGENERATIONREQUEST']._serialized_end=881
+  _globals['_GENERATION']._serialized_start=884
+  _globals['_GENERATION']._serialized_end=1155
+  _globals['_GETGENERATIONREQUEST']._serialized_start=1157
+  _globals['_GETGENERATIONREQUEST']._serialized_end=1223
+  _globals['_RESOLVEGENERATIONREQUEST']._serialized_start=1225
+  _globals['_RESOLVEGENERATIONREQUEST']._serialized_end=1341
+  _globals['_LISTRUNSREQUEST']._serialized_start=1343
+  _globals['_LISTRUNSREQUEST']._serialized_end=1390
+  _globals['_RUNSUMMARY']._serialized_start=1393
+  _globals['_RUNSUMMARY']._serialized_end=1576
+  _globals['_LISTRUNSRESPONSE']._serialized_start=1578
+  _globals['_LISTRUNSRESPONSE']._serialized_end=1648
+  _globals['_LISTGENERATIONSREQUEST']._serialized_start=1650
+  _globals['_LISTGENERATIONSREQUEST']._serialized_end=1717
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_start=1719
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_end=1842
+  _globals['_DELETEGENERATIONREQUEST']._serialized_start=1844
+  _globals['_DELETEGENERATIONREQUEST']._serialized_end=1926
+  _globals['_DELETEGENERATIONRESPONSE']._serialized_start=1928
+  _globals['_DELETEGENERATIONRESPONSE']._serialized_end=1975
+  _globals['_CHECKPOINTS']._serialized_start=1978
+  _globals['_CHECKPOINTS']._serialized_end=2693
 # @@protoc_insertion_point(module_scope)

@@ -55,6 +55,11 @@ class CheckpointsStub:
                 request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.WaitGenerationRequest.SerializeToString,
                 response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.FromString,
                 _registered_method=True)
+        self.GetGeneration = channel.unary_unary(
+                '/forebay.v1.Checkpoints/GetGeneration',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.GetGenerationRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.FromString,
+                _registered_method=True)
         self.ResolveGeneration = channel.unary_unary(
                 '/forebay.v1.Checkpoints/ResolveGeneration',
                 request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ResolveGenerationRequest.SerializeToString,
@@ -93,8 +98,9 @@ class CheckpointsServicer:
 
     def BeginPack(self, request, context):
         """One rank plans its pack for a step: reserves space, grants a slot. The first
-        rank's call creates the generation. A second save of a step that this rank
-        already sealed in this attempt fails (ALREADY_EXISTS). A caller that dies
+        rank's call creates the generation, or reopens one that was aborted because
+        the daemon ended. A second save of a step that this rank already sealed in
+        this attempt fails (ALREADY_EXISTS). A caller that dies
         before SealPack leaves a generation that never commits and is reclaimed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -113,6 +119,14 @@ class CheckpointsServicer:
     def WaitGeneration(self, request, context):
         """Waits until a generation reached a durability ("ram", "local", "remote"), or
         failed, or the timeout passed (DEADLINE_EXCEEDED). Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetGeneration(self, request, context):
+        """One generation as it stands, in whatever state. NOT_FOUND if there is none.
+        Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,6 +185,11 @@ def add_CheckpointsServicer_to_server(servicer, server):
             'WaitGeneration': grpc.unary_unary_rpc_method_handler(
                     servicer.WaitGeneration,
                     request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.WaitGenerationRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.SerializeToString,
+            ),
+            'GetGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGeneration,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.GetGenerationRequest.FromString,
                     response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.SerializeToString,
             ),
             'ResolveGeneration': grpc.unary_unary_rpc_method_handler(
@@ -302,6 +321,33 @@ class Checkpoints:
             target,
             '/forebay.v1.Checkpoints/WaitGeneration',
             forebay__wire_dot_v1_dot_checkpoints__pb2.WaitGenerationRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/GetGeneration',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.GetGenerationRequest.SerializeToString,
             forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.FromString,
             options,
             channel_credentials,

@@ -41,8 +41,9 @@ class CheckpointsStub:
     """
     BeginPack: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.BeginPackRequest, _checkpoints_pb2.PackSession]
     """One rank plans its pack for a step: reserves space, grants a slot. The first
-    rank's call creates the generation. A second save of a step that this rank
-    already sealed in this attempt fails (ALREADY_EXISTS). A caller that dies
+    rank's call creates the generation, or reopens one that was aborted because
+    the daemon ended. A second save of a step that this rank already sealed in
+    this attempt fails (ALREADY_EXISTS). A caller that dies
     before SealPack leaves a generation that never commits and is reclaimed.
     """
     SealPack: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.SealPackRequest, _checkpoints_pb2.SealPackResponse]
@@ -53,6 +54,10 @@ class CheckpointsStub:
     WaitGeneration: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.WaitGenerationRequest, _checkpoints_pb2.Generation]
     """Waits until a generation reached a durability ("ram", "local", "remote"), or
     failed, or the timeout passed (DEADLINE_EXCEEDED). Idempotent.
+    """
+    GetGeneration: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.GetGenerationRequest, _checkpoints_pb2.Generation]
+    """One generation as it stands, in whatever state. NOT_FOUND if there is none.
+    Idempotent.
     """
     ResolveGeneration: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.ResolveGenerationRequest, _checkpoints_pb2.Generation]
     """The generation that a selector means: "latest" (the newest committed one on
@@ -82,8 +87,9 @@ class CheckpointsAsyncStub(CheckpointsStub):
     """
     BeginPack: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.BeginPackRequest, _checkpoints_pb2.PackSession]  # type: ignore[assignment]
     """One rank plans its pack for a step: reserves space, grants a slot. The first
-    rank's call creates the generation. A second save of a step that this rank
-    already sealed in this attempt fails (ALREADY_EXISTS). A caller that dies
+    rank's call creates the generation, or reopens one that was aborted because
+    the daemon ended. A second save of a step that this rank already sealed in
+    this attempt fails (ALREADY_EXISTS). A caller that dies
     before SealPack leaves a generation that never commits and is reclaimed.
     """
     SealPack: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.SealPackRequest, _checkpoints_pb2.SealPackResponse]  # type: ignore[assignment]
@@ -94,6 +100,10 @@ class CheckpointsAsyncStub(CheckpointsStub):
     WaitGeneration: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.WaitGenerationRequest, _checkpoints_pb2.Generation]  # type: ignore[assignment]
     """Waits until a generation reached a durability ("ram", "local", "remote"), or
     failed, or the timeout passed (DEADLINE_EXCEEDED). Idempotent.
+    """
+    GetGeneration: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.GetGenerationRequest, _checkpoints_pb2.Generation]  # type: ignore[assignment]
+    """One generation as it stands, in whatever state. NOT_FOUND if there is none.
+    Idempotent.
     """
     ResolveGeneration: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.ResolveGenerationRequest, _checkpoints_pb2.Generation]  # type: ignore[assignment]
     """The generation that a selector means: "latest" (the newest committed one on
@@ -132,8 +142,9 @@ class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_checkpoints_pb2.PackSession, _abc.Awaitable[_checkpoints_pb2.PackSession]]:
         """One rank plans its pack for a step: reserves space, grants a slot. The first
-        rank's call creates the generation. A second save of a step that this rank
-        already sealed in this attempt fails (ALREADY_EXISTS). A caller that dies
+        rank's call creates the generation, or reopens one that was aborted because
+        the daemon ended. A second save of a step that this rank already sealed in
+        this attempt fails (ALREADY_EXISTS). A caller that dies
         before SealPack leaves a generation that never commits and is reclaimed.
         """
 
@@ -156,6 +167,16 @@ class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_checkpoints_pb2.Generation, _abc.Awaitable[_checkpoints_pb2.Generation]]:
         """Waits until a generation reached a durability ("ram", "local", "remote"), or
         failed, or the timeout passed (DEADLINE_EXCEEDED). Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def GetGeneration(
+        self,
+        request: _checkpoints_pb2.GetGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.Generation, _abc.Awaitable[_checkpoints_pb2.Generation]]:
+        """One generation as it stands, in whatever state. NOT_FOUND if there is none.
+        Idempotent.
         """
 
     @_abc_1.abstractmethod

@@ -28,8 +28,11 @@ class TicketGiver(Protocol):
 class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
     """Converts between messages and :class:`Checkpoints`."""
 
-    def __init__(self, checkpoints: Checkpoints, tickets: TicketGiver) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, tickets: TicketGiver, incarnation: str = ""
+    ) -> None:
         self._checkpoints = checkpoints
+        self._incarnation = incarnation
         self._generations = checkpoints.generations
         self._tickets = tickets
 
@@ -56,6 +59,7 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             put_ticket=self._tickets.ticket(
                 "PUT", uid=uid, stop=grant.slot_bytes, session=grant.session
             ),
+            incarnation=self._incarnation,
         )
 
     async def SealPack(self, request: pb.SealPackRequest, context: Any) -> pb.SealPackResponse:
@@ -79,6 +83,10 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             generation, request.durability, request.timeout_seconds
         )
         return _generation(found)
+
+    async def GetGeneration(self, request: pb.GetGenerationRequest, context: Any) -> pb.Generation:
+        generation = GenerationId(request.run, request.attempt, request.step)
+        return _generation(await self._generations.look(generation))
 
     async def ResolveGeneration(
         self, request: pb.ResolveGenerationRequest, context: Any
