@@ -39,7 +39,7 @@ from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import GenerationId
 from forebay_wire.manifest import KIND_GENERATION, GenerationManifest, PackRef
 
-DAEMON_ENDED = "the daemon ended before it was local: save the state again in a new attempt"
+DAEMON_ENDED = "the daemon ended before it was local: save the step again"
 
 
 @dataclass(frozen=True)
@@ -186,14 +186,18 @@ class PackPlan:
 
 
 def check_plan(connection: Connection, plan: PackPlan) -> str | None:
-    """Raise unless the pack may be begun; the session of an unsealed earlier try of this rank."""
+    """Raise unless the pack may be begun; the session of an unsealed earlier try of this rank.
+
+    A generation that the daemon's end aborted may be begun again, by any of its ranks.
+    """
     _check_newest(connection, plan.generation)
     row = connection.execute(select(generations).where(at(plan.generation))).one_or_none()
     if row is None:
         return None
-    if row.state in (GenerationState.ABORTED, GenerationState.FAILED):
+    can_reopen = row.state == GenerationState.ABORTED and row.error == DAEMON_ENDED
+    if row.state in (GenerationState.ABORTED, GenerationState.FAILED) and not can_reopen:
         raise _ended(plan.generation, row)
-    pack = _pack(connection, plan)
+    pack = None if can_reopen else _pack(connection, plan)
     if (pack is not None and pack.state != PackState.OPEN) or row.state == "committed":
         raise AlreadyExists(
             f"step {plan.generation.step} was already saved in attempt {plan.generation.attempt} "
@@ -214,6 +218,10 @@ def insert_pack(connection: Connection, plan: PackPlan, session: str) -> str | N
     """
     replaced = check_plan(connection, plan)
     generation = plan.generation
+    # One that the daemon's end aborted begins anew, with none of its packs: their bytes are gone.
+    connection.execute(
+        delete(generations).where(at(generation), generations.c.state == GenerationState.ABORTED)
+    )
     known = select(generations.c.state).where(at(generation))
     if connection.scalar(known) is None:
         connection.execute(insert(generations).values(**_key(generation), num_ranks=plan.num_ranks))

@@ -535,14 +535,42 @@ async def test_a_restart_aborts_what_had_not_landed_and_keeps_the_rest(tmp_path:
         assert await node.restore(saved) == packs
         with pytest.raises(Conflict, match="the daemon ended before it was local"):
             await node.wait(half)
-        with pytest.raises(Conflict, match="is aborted"):
-            await node.plan(half, 10, rank=1, num_ranks=2)
         await node.settle(COLLECT)
         assert len(node.storage.files()) == 2
         await node.begin((1, 1), num_ranks=2)
         again = await node.save(2, packs, attempt=2)
         await node.wait(again)
         assert await node.latest() == "2/2"
+
+
+async def test_any_rank_reopens_what_the_daemons_end_aborted_and_each_brings_its_pack_anew(
+    tmp_path: Path,
+) -> None:
+    packs = random_packs(2)
+    half = GenerationId(RUN, 1, 1)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin(num_ranks=2)
+        await node.seal(await node.plan(half, 10, rank=0, num_ranks=2), os.urandom(10))
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        with pytest.raises(Conflict, match="was begun with 2 ranks"):
+            await node.plan(half, 10, rank=1, num_ranks=3)
+        for rank in (1, 0):
+            grant = await node.plan(half, len(packs[rank]), rank=rank, num_ranks=2)
+            await node.seal(grant, packs[rank])
+        await node.wait(half)
+        assert await node.restore(half) == packs
+
+
+async def test_what_a_newer_attempt_aborted_stays_aborted(tmp_path: Path) -> None:
+    half = GenerationId(RUN, 1, 1)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin(num_ranks=2)
+        await node.plan(half, 10, rank=0, num_ranks=2)
+        await node.begin(num_ranks=2)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        with pytest.raises(Fenced):
+            await node.plan(half, 10, rank=0, num_ranks=2)
+        assert (await node.checkpoints.generations.look(half)).state == "aborted"
 
 
 async def test_runs_and_generations_are_listed_in_pages(node: CheckpointNode) -> None:
