@@ -114,7 +114,8 @@ class Checkpointer:
         generation is ``ram`` and becomes ``local`` without this process. *metrics* (rank 0's) are
         kept with it, *state* takes values of your own. Raises AlreadyExists if the step was saved
         in this attempt, Fenced if a newer attempt of the run exists, UnsupportedObject naming what
-        cannot be saved, ResourceExhausted without room; then nothing was saved, on any rank.
+        cannot be saved, ResourceExhausted without room; then nothing was saved, on any rank. Only
+        if a rank is gone (DeadlineExceeded) it may have been saved all the same, whole.
         """
         self._check_step(step)
         started = time.monotonic()

@@ -146,18 +146,19 @@ class Saved:
         """
         with self._lock:
             found = self._service.look(self.generation)
-            is_open = found is not None and found.state == "open"
-            if found is not None and not is_open and found.state != "aborted":
+            if found is not None and found.state not in ("open", "aborted"):
                 return  # it changed meanwhile: ask again
-            if is_open and self._upload.is_current and found is not None and not found.error:
-                return  # another thread has offered it, other ranks have not yet
-            if not self._upload.can_offer_again or (is_open and self._upload.is_current):
-                self._fail(error)
+            if self._upload.is_current:
+                if found is not None and found.state == "open" and not found.error:
+                    return  # another thread has offered it, other ranks have not yet
+                self._fail(error)  # deleted, fenced off, or a rank's pack is missing for good
+            if not self._upload.can_offer_again:
+                self._fail(self._upload.lost(error))
             _log.warning("offering generation %s to the daemon again: %s", self.generation, error)
             try:
                 self._upload.offer_again(Deadline(RESTART_SECONDS))
-            except (DaemonUnavailable, NotFound):
-                return  # it restarted once more: the next question finds out
+            except (DaemonUnavailable, DeadlineExceeded, NotFound):
+                return  # it restarted once more, or is slow: the next question finds out
             except ForebayError as refused:
                 self._fail(refused)
 

@@ -159,12 +159,39 @@ class Saver:
             raise
         try:
             # Nobody seals before everybody has copied: a failure leaves nothing half-sealed.
-            self._ranks.together(what, lambda: seal(upload))
-        except BaseException:
+            outcome = self._ranks.attempt(what, lambda: seal(upload))
+        except BaseException:  # a rank is gone: each is on its own from here
             _abort(uploads)
-            self._drop(terms.generation)
+            if not self._ranks.rank:
+                self._is_saved(terms.generation)
             raise
+        if outcome.failures and not self._all_sealed(what, upload):
+            _abort(uploads)
+            outcome.raise_first()
         return upload
+
+    def _all_sealed(self, what: str, upload: PackUpload) -> bool:
+        """Some ranks failed to seal, or did not hear that they had: whether all packs are sealed.
+
+        If not, no rank's is from here on, so that the step can be saved again.
+        """
+        # What is open by now is never sealed: else it could be after rank 0 has looked.
+        self._ranks.attempt(what, upload.end_unsealed)
+        generation = upload.terms.generation
+        return bool(self._ranks.decide(what, lambda: self._is_saved(generation)))
+
+    def _is_saved(self, generation: GenerationId) -> bool:
+        """Whether all ranks have sealed; drops what only some have."""
+        try:
+            found = self._service.look(generation)
+            if found is not None and found.state in ("sealed", "committed"):
+                _log.warning("generation %s was sealed by all ranks: it is saved", generation)
+                return True
+            if found is not None:
+                self._service.delete(generation)
+        except ForebayError as error:
+            _log.warning("could not settle generation %s: %s", generation, error)
+        return False
 
     def _copied(
         self, copy: Callable[[], PackUpload], uploads: list[PackUpload], terms: PackTerms
@@ -176,15 +203,6 @@ class Saver:
             _log.warning("the daemon went away while a pack was copied (%s); copying again", error)
             _abort(uploads)
             return past_restart(self._service, terms, copy, Deadline(RESTART_SECONDS))
-
-    def _drop(self, generation: GenerationId) -> None:
-        """Some ranks may have sealed: without the generation the step can be saved again."""
-        if self._ranks.rank:
-            return
-        try:
-            self._service.delete(generation)
-        except ForebayError as error:
-            _log.warning("could not drop generation %s: %s", generation, error)
 
 
 def seal(upload: PackUpload) -> None:

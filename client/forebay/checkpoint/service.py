@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 from forebay.methods import Blobs, Checkpoints, Method, Request, Response
 from forebay.transfer import Transfer, UploadSlot
-from forebay_wire.errors import ForebayError, IntegrityError
+from forebay_wire.errors import Conflict, ForebayError, IntegrityError, NotFound
 from forebay_wire.ids import GenerationId, new_random_name
-from forebay_wire.limits import MAX_PAGE_ROWS
 from forebay_wire.manifest import GenerationManifest, parse
 from forebay_wire.protocol import DataEndpoint
 from forebay_wire.v1 import blobs_pb2, checkpoints_pb2
@@ -129,10 +128,12 @@ class CheckpointService:
         ).all_sealed
 
     def abort(self, session: str) -> None:
-        """End an upload session if it can be reached; its lease ends it otherwise."""
+        """End an upload session unless it is sealed, or out of reach: its lease ends it then."""
         try:
             request = blobs_pb2.AbortRequest(session=session)
             self._client.channel.call(Blobs.Abort, request, timeout=5.0)
+        except Conflict:
+            return
         except ForebayError as error:
             _log.warning("could not abort upload session %s: %s", session, error)
 
@@ -166,11 +167,16 @@ class CheckpointService:
         )
 
     def look(self, generation: GenerationId) -> checkpoints_pb2.Generation | None:
-        """How a recent generation stands, without waiting; None if there is none."""
-        request = checkpoints_pb2.ListGenerationsRequest(run=self.run, limit=MAX_PAGE_ROWS)
-        page = self._client.channel.call(Checkpoints.ListGenerations, request, timeout=RPC_SECONDS)
-        wanted = (generation.attempt, generation.step)
-        return next((one for one in page.generations if (one.attempt, one.step) == wanted), None)
+        """How a generation stands, without waiting; None if there is none."""
+        request = checkpoints_pb2.GetGenerationRequest(
+            run=self.run, attempt=generation.attempt, step=generation.step
+        )
+        try:
+            return self._client.channel.call(
+                Checkpoints.GetGeneration, request, timeout=RPC_SECONDS
+            )
+        except NotFound:
+            return None
 
     def delete(self, generation: GenerationId) -> None:
         request = checkpoints_pb2.DeleteGenerationRequest(

@@ -15,6 +15,7 @@ from forebay.transfer import UploadSlot
 from forebay.transfer.blob import copy
 from forebay.waiting import Backoff, Deadline
 from forebay_wire.errors import (
+    AlreadyExists,
     Conflict,
     DaemonUnavailable,
     DeadlineExceeded,
@@ -127,7 +128,6 @@ class PackUpload:
         assert self._session is not None
         assert self._copied is not None
         terms = self.terms
-        self._incarnation = self._service.incarnation
         sealed = self._service.seal_pack(
             checkpoints_pb2.SealPackRequest(
                 session=self._session.session,
@@ -145,21 +145,42 @@ class PackUpload:
 
     @property
     def is_current(self) -> bool:
-        """Whether the daemon that took the seal still runs, so that offering again is pointless."""
+        """Whether the daemon that granted the slot still runs: then it has what it was given, and
+        offering it again is pointless."""
         return self._service.incarnation == self._incarnation
 
     @property
     def can_offer_again(self) -> bool:
         """Whether all of the pack still lies in memory that this process maps."""
-        return self._slot is not None and self._copied is not None and not self.was_chunked
+        return self._why_lost is None
+
+    @property
+    def _why_lost(self) -> str | None:
+        if self._slot is None or self._copied is None:
+            return "this process has let go of its bytes"
+        if self.was_chunked:
+            return "its bytes went piece by piece and are not in this process any more"
+        if not self._slot.is_intact:
+            return "a later save has been given the memory that held it"
+        return None
+
+    def lost(self, error: ForebayError) -> ForebayError:
+        """*error*, which offering the pack again would mend, with the reason why it cannot."""
+        return Conflict(
+            f"generation {self.terms.generation} is lost, for its pack cannot be offered to the "
+            f"daemon again: {self._why_lost}; save another step ({error})"
+        )
 
     def offer_again(self, deadline: Deadline) -> None:
         """Give a restarted daemon the pack again, out of the old slot's memory."""
-        past_restart(self._service, self.terms, lambda: self._offer(deadline), deadline)
+        try:
+            past_restart(self._service, self.terms, lambda: self._offer(deadline), deadline)
+        except AlreadyExists:  # an earlier offer arrived, and only its answer was lost
+            self._incarnation = self._service.incarnation
 
     def _offer(self, deadline: Deadline) -> None:
-        assert self._copied is not None
-        old, copied = self._slot, self._copied
+        old, copied, incarnation = self._slot, self._copied, self._incarnation
+        assert copied is not None
         assert old is not None
         self._slot = None
         try:
@@ -178,9 +199,15 @@ class PackUpload:
             self.seal()
         except BaseException:
             self.abort()
-            self._slot = old
+            self._slot, self._incarnation = old, incarnation
             raise
         old.close()
+
+    def end_unsealed(self) -> None:
+        """End the session if it is not sealed; the slot's memory stays mapped. Idempotent."""
+        self._end_lease()
+        if self._session is not None:
+            self._service.abort(self._session.session)
 
     def abort(self) -> None:
         """Drop the session and the slot. Idempotent; a sealed pack is not affected."""
@@ -200,6 +227,7 @@ class PackUpload:
         self._session = self._service.begin_pack(
             self.terms, self.num_bytes, slot_bytes, deadline.remaining
         )
+        self._incarnation = self._session.incarnation
         session, seconds = self._session.session, self._session.lease_seconds
         self._end_lease()
         self._lease = _Lease.hold(self._service, session, seconds)
@@ -237,21 +265,16 @@ class PackUpload:
 def past_restart(
     service: CheckpointService, terms: PackTerms, act: Callable[[], T], deadline: Deadline
 ) -> T:
-    """*act*, which begins a pack, also where a daemon that restarted has aborted the generation.
+    """*act*, which begins a pack, again if the daemon restarts in the middle of it.
 
-    The aborted one stands in the way of its own second try. Rank 0 clears it away, the others wait
-    for that: if each did it, the last would clear away what the first had begun again.
+    The restarted one has aborted the generation; whichever rank begins its pack first reopens it.
     """
     backoff = Backoff()
     while True:
         try:
             return act()
-        except Conflict:
+        except Conflict as error:
             found = service.look(terms.generation)
-            if found is not None and found.state != "aborted":
+            if (found is not None and found.state != "aborted") or not backoff.pause(deadline):
                 raise
-            if found is not None and terms.rank == 0:
-                _log.warning("beginning generation %s again: %s", terms.generation, found.error)
-                service.delete(terms.generation)
-            elif not backoff.pause(deadline):
-                raise
+            _log.warning("beginning generation %s again: %s", terms.generation, error)

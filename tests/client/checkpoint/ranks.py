@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import forebay
 from forebay.checkpoint import ForebayReader, ForebayWriter
+from forebay.checkpoint.service import CheckpointService
 
 HANG_SECONDS = 90.0
 
@@ -353,6 +354,28 @@ def errors(world: World) -> None:
     checkpointer.close()
 
 
+def lost_answer(world: World) -> None:
+    """One rank hears nothing of its seal: saved on all ranks if all have sealed, else on none."""
+    checkpointer = world.checkpointer("silent", world.size, holder=Holder(torch.ones(10)))
+    real = CheckpointService.seal_pack
+
+    def seal_pack(self: CheckpointService, request: Any) -> bool:
+        CheckpointService.seal_pack = real  # type: ignore[method-assign]
+        if is_sealed:
+            real(self, request)
+        raise forebay.DeadlineExceeded("no answer")
+
+    for step, is_sealed in ((1, True), (2, False)):
+        if world.rank == world.size - 1:
+            CheckpointService.seal_pack = seal_pack  # type: ignore[method-assign]
+        if is_sealed:
+            checkpointer.save(step).wait("local")
+        else:
+            assert "no answer" in raised(lambda: checkpointer.save(2), forebay.DeadlineExceeded)
+    checkpointer.save(2).wait("local")
+    checkpointer.close()
+
+
 def lost_rank(world: World) -> None:
     """A rank that dies in the middle of a save is an error for the others, not a hang."""
     checkpointer = world.checkpointer("lost", world.size, holder=Holder(torch.ones(10)))
@@ -410,7 +433,16 @@ def replicated(world: World) -> None:
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (reshard, wrappers, errors, lost_rank, restart, replicated, torch_functions)
+    for scenario in (
+        reshard,
+        wrappers,
+        errors,
+        lost_answer,
+        lost_rank,
+        restart,
+        replicated,
+        torch_functions,
+    )
 }
 
 

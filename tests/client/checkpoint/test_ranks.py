@@ -64,10 +64,11 @@ def test_saved_on_four_ranks_loads_bit_exact_on_any_number(
 
 
 @pytest.mark.timeout(200)
-def test_wrappers_errors_replicas_and_torch_functions(daemon: DaemonProcess, tmp_path: Path) -> None:
-    assert (
-        outcome(start("wrappers,errors,replicated,torch_functions", 3, daemon, tmp_path)) == [0] * 3
-    )
+def test_wrappers_errors_replicas_and_torch_functions(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    scenarios = "wrappers,errors,lost_answer,replicated,torch_functions"
+    assert outcome(start(scenarios, 3, daemon, tmp_path)) == [0] * 3
 
 
 @pytest.mark.parametrize("place", ["after_begin", "after_copy", "after_seal"])
