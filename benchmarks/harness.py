@@ -62,6 +62,11 @@ class Samples:
     def add(self, case: str, number: float) -> None:
         self.by_case.setdefault(case, []).append(number)
 
+    def add_medians(self, rounds: Samples) -> None:
+        """Add each case's median over the *rounds* of one repeat."""
+        for case, numbers in rounds.by_case.items():
+            self.add(case, statistics.median(numbers))
+
     def ratio(self, yardstick: str, case: str) -> list[float]:
         """Repeat by repeat: how many times the yardstick's time the case's would fit into it."""
         pairs = zip(self.by_case[yardstick], self.by_case[case], strict=True)

@@ -33,8 +33,11 @@ from forebay_wire.v1 import admin_pb2, blobs_pb2
 
 PIECE_BYTES = 4 * MIB
 
-ROUNDS = 3
-"""Rounds of yardstick and case on each repeat's blob: a shared machine is noisy."""
+ROUNDS = 11
+"""Interleaved rounds of yardstick and case on each repeat's blob; their medians are compared.
+
+A pass takes a few milliseconds, a time slice that another process takes as many.
+"""
 
 
 def store_random_blob(client: forebay.Client, transfer: Transfer, num_bytes: int) -> str:
@@ -150,11 +153,13 @@ class BlobCases:
         blob_id = store_random_blob(self.files.client, self.transfer, self.files.num_bytes)
         warm_page_cache(self.transfer, blob_id, self.files.buffer)
         path = self.files.newest_file()
+        rounds = Samples()
         for _ in range(ROUNDS):
             numbers = self._read_passes(path, blob_id) | self._map_passes(path, blob_id)
-            if repeat >= 0:
-                for name, number in numbers.items():
-                    self.samples.add(name, number)
+            for name, number in numbers.items():
+                rounds.add(name, number)
+        if repeat >= 0:
+            self.samples.add_medians(rounds)
 
     def _read_passes(self, path: Path, blob_id: str) -> dict[str, float]:
         buffer = self.files.buffer
@@ -238,12 +243,14 @@ def measure_remote(files: Files, repeats: int, report: Report) -> None:
             path = files.newest_file()
             (blob,) = remote.open([blob_id])
             with contextlib.closing(blob):
+                rounds = Samples()
                 for _ in range(ROUNDS):
                     bare = timed(lambda path=path: receive_bare(connection, path, files.buffer))
                     verified = timed(lambda blob=blob: blob.read_into(0, memoryview(files.buffer)))
-                    if repeat >= 0:
-                        samples.add("bare", bare)
-                        samples.add("verified", verified)
+                    rounds.add("bare", bare)
+                    rounds.add("verified", verified)
+            if repeat >= 0:
+                samples.add_medians(rounds)
     report.ratio("remote_read_vs_sendfile", samples.ratio("bare", "verified"), at_least=0.7)
 
 
