@@ -14,7 +14,10 @@ import forebay
 from forebay.transfer.local import LocalTransfer
 from forebay_server.testing.daemon import DaemonProcess
 
-ENVIRONMENT = ("FOREBAY_ADDRESS", "FOREBAY_DATA", "FOREBAY_TOKEN", "FOREBAY_TOKEN_FILE")
+ENVIRONMENT = (
+    *("FOREBAY_ADDRESS", "FOREBAY_DATA", "FOREBAY_TOKEN", "FOREBAY_TOKEN_FILE"),
+    "FOREBAY_NO_LOCAL",
+)
 
 
 @pytest.fixture(autouse=True)
