@@ -77,8 +77,8 @@ STOP_GRACE_SECONDS: Final = 1.0
 IDLE_LOOK_SECONDS: Final = 1.0
 
 
-def open_tiers(config: Config) -> Tiers:
-    """The tiers that *config* names, not started."""
+def open_tiers(config: Config, node: str) -> Tiers:
+    """The tiers that *config* names, not started; local ones are *node*'s."""
     reserve = config.reserve_bytes
     tiers: list[Tier] = []
     if config.ssd_folder is not None:
@@ -89,6 +89,7 @@ def open_tiers(config: Config) -> Tiers:
                 config.ssd_folder,
                 limit_bytes=config.ssd_bytes,
                 reserve_bytes=reserve,
+                node=node,
             )
         )
     if config.hdd_folder is not None:
@@ -99,6 +100,7 @@ def open_tiers(config: Config) -> Tiers:
                 config.hdd_folder,
                 limit_bytes=config.hdd_bytes,
                 reserve_bytes=reserve,
+                node=node,
             )
         )
     if config.object_location is not None:
@@ -171,7 +173,7 @@ class Daemon:
         await self._rpc.set_serving()
 
     async def _open_storage(self, stack: AsyncExitStack) -> None:
-        self._tiers = open_tiers(self._config)
+        self._tiers = open_tiers(self._config, self._node)
         await self._tiers.start()
         stack.push_async_callback(self._tiers.close)
         url = sqlite_url(self._config.data / CATALOG_FILE_NAME)

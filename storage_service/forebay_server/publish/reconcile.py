@@ -19,9 +19,9 @@ from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_damage import mark_missing
 from forebay_server.catalog.queries_settings import get_setting, put_setting
 from forebay_server.catalog.queries_uploads import end_all_uploads
-from forebay_server.tier.directory import VOLUME_FILE
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
+from forebay_server.tier.volume import VOLUME_FILE
 from forebay_wire.errors import StorageError
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,20 +12,19 @@ from forebay_server.tier.publication import (
     PublicationFolder,
     PublicationWriter,
     allocated_bytes,
-    fsync_folder,
     make_folders,
 )
 from forebay_server.tier.space import SpaceLedger, free_in_folder
 from forebay_server.tier.store import FileInfo, Tier, TierReader, TierSpace, from_os_error
-from forebay_wire.errors import InvalidRequest, NotFound, StorageError
-from forebay_wire.ids import check_random_name, new_random_name
+from forebay_server.tier.volume import VOLUME_FILE, Volume
+from forebay_wire.errors import NotFound, StorageError
+from forebay_wire.ids import check_random_name
 from forebay_wire.limits import GIB
 
-VOLUME_FILE: Final = "volume.json"
 FILES_FOLDER: Final = "files"
 UNFINISHED_FOLDER: Final = "tmp"
 OWN_NAMES: Final = frozenset({FILES_FOLDER, UNFINISHED_FOLDER, "lost+found"})
-"""What may lie in a new volume: what we make, and what mkfs makes."""
+"""What may lie in a new volume beside the volume's own: what we make, and what mkfs makes."""
 DEFAULT_RESERVE_BYTES: Final = 1 * GIB
 """Kept free on the device for the catalog and everybody else."""
 
@@ -48,8 +46,10 @@ class DirectoryTier(Tier):
         *,
         limit_bytes: int = 0,
         reserve_bytes: int = DEFAULT_RESERVE_BYTES,
+        node: str = "",
     ) -> None:
-        """*limit_bytes* 0: as much as the device has; *reserve_bytes* stay free on it."""
+        """*limit_bytes* 0: as much as the device has; *reserve_bytes* stay free on it. The volume
+        belongs to *node*, if one is given."""
         self.name = name
         self.kind = kind
         self.location = str(folder)
@@ -59,6 +59,7 @@ class DirectoryTier(Tier):
         self._ledger = SpaceLedger(
             self._where, limit_bytes, reserve_bytes, lambda: free_in_folder(self._folder)
         )
+        self._volume = Volume(self._folder, name, node, OWN_NAMES)
         self._publication = PublicationFolder(
             self._files, self._folder / UNFINISHED_FOLDER, self._where
         )
@@ -66,14 +67,14 @@ class DirectoryTier(Tier):
     def open(self) -> None:
         try:
             make_folders(self._folder)
-            self._check_volume()
+            self._volume.open()
         except OSError as error:
             raise from_os_error(error, "opening the volume", self._where) from error
         self._publication.open()
         self._count()
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        self._volume.close()
 
     def create(self, name: str, expected_bytes: int) -> PublicationWriter:
         return self._publication.create(self._path(name), name, expected_bytes, self._ledger)
@@ -121,7 +122,7 @@ class DirectoryTier(Tier):
     def _check_present(self) -> None:
         """Raise :class:`StorageError` where the whole volume is away: no file of it is gone."""
         self._publication.check_present()
-        if not (self._folder / VOLUME_FILE).exists():
+        if not self._volume.is_there():
             raise StorageError(
                 f"{self._where} is away: it has no {VOLUME_FILE}; is the disk mounted? Nothing in "
                 "it is given up"
@@ -151,43 +152,3 @@ class DirectoryTier(Tier):
                 continue
             num_files += 1
         self._ledger.reset(used_bytes, num_files)
-
-    def _check_volume(self) -> None:
-        """Refuse a folder that is another tier's; write the volume file of a new one."""
-        path = self._folder / VOLUME_FILE
-        try:
-            volume = json.loads(path.read_text())
-            tier = volume["tier"]
-        except FileNotFoundError:
-            self._make_volume(path)
-            return
-        except (ValueError, KeyError, TypeError):
-            raise InvalidRequest(
-                f"{path} is no volume file of Forebay: give tier {self.name} another folder, or "
-                "remove the file if all that lies beside it is this tier's"
-            ) from None
-        if tier != self.name:
-            raise InvalidRequest(
-                f"{self._folder} is a volume of tier {tier}, not of tier {self.name}: "
-                "correct the folder in the configuration"
-            )
-
-    def _make_volume(self, path: Path) -> None:
-        strangers = [
-            entry.name
-            for entry in os.scandir(self._folder)
-            if entry.name not in OWN_NAMES and not entry.name.startswith(f"{VOLUME_FILE}.")
-        ]
-        if strangers:
-            raise InvalidRequest(
-                f"{self._folder} is no volume of tier {self.name} and holds {strangers[0]!r}: "
-                "give the tier a folder of its own"
-            )
-        unfinished = path.with_name(f"{VOLUME_FILE}.{new_random_name()}")
-        with unfinished.open("w") as file:
-            json.dump({"volume": new_random_name(), "tier": self.name}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-        fsync_folder(self._folder)
-        fsync_folder(self._folder.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import subprocess
@@ -57,13 +58,48 @@ def test_files_lie_by_their_first_digits_and_nothing_else_does(tmp_path: Path) -
     tier, name = open_ssd(tmp_path), new_random_name()
     tier.put(name, b"data")
     assert (tmp_path / "files" / name[:2] / name).read_bytes() == b"data"
-    assert all_files(tmp_path) == sorted([name, "volume.json"])
+    assert all_files(tmp_path) == sorted([name, "lock", "volume.json"])
 
 
 def test_a_volume_of_another_tier_is_refused(tmp_path: Path) -> None:
-    open_ssd(tmp_path)
+    open_ssd(tmp_path).close()
     with pytest.raises(InvalidRequest, match="volume of tier ssd, not of tier hdd"):
         DirectoryTier("hdd", "hdd", tmp_path).open()
+
+
+def test_a_folder_is_open_in_one_daemon_at_a_time(tmp_path: Path) -> None:
+    tier = open_ssd(tmp_path)
+    with pytest.raises(InvalidRequest, match=f"{tmp_path} is in use as tier ssd.*own \\(ssd-path"):
+        open_ssd(tmp_path)
+    tier.open()
+    tier.close()
+    open_ssd(tmp_path).close()
+
+
+def open_as(node: str, folder: Path) -> DirectoryTier:
+    tier = DirectoryTier("ssd", "ssd", folder, reserve_bytes=0, node=node)
+    tier.open()
+    return tier
+
+
+def test_another_nodes_volume_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    tier, name = open_as("first", tmp_path), new_random_name()
+    tier.put(name, b"data")
+    tier.close()
+    with pytest.raises(InvalidRequest, match=f"{tmp_path} is the ssd volume of node first"):
+        open_as("second", tmp_path)
+    tier = open_as("first", tmp_path)
+    assert tier.get(name) == b"data"
+    tier.close()
+
+
+def test_a_volume_without_a_node_becomes_its_users(tmp_path: Path) -> None:
+    open_ssd(tmp_path).close()
+    volume = json.loads((tmp_path / "volume.json").read_text())
+    open_as("first", tmp_path).close()
+    assert json.loads((tmp_path / "volume.json").read_text()) == {**volume, "node": "first"}
+    with pytest.raises(InvalidRequest, match="node first"):
+        open_as("second", tmp_path)
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
@@ -125,12 +161,18 @@ def test_a_killed_writer_leaves_only_what_the_next_start_sweeps(
     assert process.stdout.readline() == b"ready\n"
 
     def restart() -> Tier:
-        tier: Tier = RemoteTier("object", f"file://{tmp_path}") if is_object else open_ssd(tmp_path)
+        if not is_object:
+            return open_ssd(tmp_path)
+        tier = RemoteTier("object", f"file://{tmp_path}")
         tier.open()
         return tier
 
-    restart()
-    assert len(all_files(tmp_path / "tmp")) == 1  # it is alive: its file stays
+    if is_object:
+        restart()
+        assert len(all_files(tmp_path / "tmp")) == 1  # it is alive: its file stays
+    else:
+        with pytest.raises(InvalidRequest, match="in use"):
+            restart()
     process.kill()
     process.communicate()
     tier = restart()
@@ -158,7 +200,7 @@ def test_a_file_that_outgrows_the_limit_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ResourceExhausted):
         write_in_pieces(tier, name, [bytes(MIB)] * 20)
     assert tier.space().free_bytes == 10 * MIB
-    assert all_files(tmp_path) == ["volume.json"]
+    assert all_files(tmp_path) == ["lock", "volume.json"]
 
 
 @contextmanager
@@ -191,6 +233,7 @@ def test_a_full_device_refuses_and_keeps_what_is_there(tmp_path: Path) -> None:
         assert all_files(tmp_path / "disk" / "ssd" / "tmp") == []
         tier.delete(name)
         tier.put(new_random_name(), data)
+        tier.close()
 
 
 def test_the_limit_of_file_sizes_is_a_full_device_too(tmp_path: Path) -> None:
@@ -202,7 +245,7 @@ def test_the_limit_of_file_sizes_is_a_full_device_too(tmp_path: Path) -> None:
             tier.put(new_random_name(), bytes(2 * MIB))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert all_files(tmp_path) == ["volume.json"]
+    assert all_files(tmp_path) == ["lock", "volume.json"]
     assert tier.space().reserved_bytes == 0
 
 
@@ -229,7 +272,7 @@ def test_after_a_failed_fsync_the_file_is_given_up(
     assert len(synced) == 1
     with pytest.raises(StorageError):
         writer.publish()
-    assert all_files(tmp_path) == ["volume.json"]
+    assert all_files(tmp_path) == ["lock", "volume.json"]
     assert tier.space().reserved_bytes == 0
     tier.put(name, b"data")
 
@@ -262,7 +305,7 @@ def test_publishing_syncs_the_file_before_its_name_and_then_the_folder(
 
 
 def test_a_read_only_folder_is_named_at_the_start(tmp_path: Path) -> None:
-    open_ssd(tmp_path / "ssd")
+    open_ssd(tmp_path / "ssd").close()
     made = subprocess.run(
         ["mount", "--bind", "-o", "ro", tmp_path / "ssd", tmp_path / "ssd"],
         capture_output=True,
