@@ -23,6 +23,7 @@ from forebay.daemon_folder import find_or_start, find_running, wait
 from forebay.forking import watch
 from forebay.methods import Admin, Method, Request, Response
 from forebay.transfer.connection import DescriptorConnection
+from forebay.transfer.endpoint import succeed_endpoint
 from forebay.waiting import RECONNECT_SECONDS, Backoff, Deadline
 from forebay_wire.errors import (
     DaemonUnavailable,
@@ -153,6 +154,7 @@ class RpcChannel:
         self._opening: Deadline | None = None
         self._is_closed = False
         self._is_reconnect = False
+        self._endpoint: DataEndpoint | None = None
         self._is_inherited = False
         self._attacher: threading.Thread | None = None
         watch(self)
@@ -288,8 +290,11 @@ class RpcChannel:
                 raise InvalidRequest(f"the client of {self.address} is closed: connect again")
             if self._held.live is None:
                 self._opening = Deadline(deadline.remaining)
-                self._held.live = self._open(self._opening)
+                live = self._held.live = self._open(self._opening)
                 self._is_reconnect = True
+                last, self._endpoint = self._endpoint, live.endpoint
+                if last is not None and live.endpoint is not None:
+                    succeed_endpoint(last, live.endpoint)
             return self._held.live
         finally:
             self._lock.release()
@@ -402,20 +407,44 @@ def _stay_attached(channel_ref: weakref.ref[RpcChannel], stop: threading.Event) 
         channel = channel_ref()
         if channel is None:
             return
-        with suppress(grpc.RpcError, ForebayError, ValueError):
+        live: _Live | None = None
+        with suppress(ForebayError, ValueError):
             live = channel._connected(Deadline(CONNECT_SECONDS))
             request = admin_pb2.AttachRequest(name=f"pid {os.getpid()}")
             stream = live.stream(Admin.Attach, request, ATTACH_SECONDS)
             channel._held.attached = stream
             del channel
-            for _ in stream:
+            met_daemon, is_same = _follow(stream, live)
+            if met_daemon:
                 backoff = Backoff(first=0.2, limit=2.0)
+            if is_same:
+                live = None
         channel = channel_ref()
         if channel is None or stop.is_set():
             return
         channel._held.attached = None
+        channel._drop(live)
         del channel
         stop.wait(backoff.next_seconds())
+
+
+def _follow(stream: Any, live: _Live) -> tuple[bool, bool]:
+    """Wait until an Attach stream ends; whether it began, and whether *live* may still be used.
+
+    gRPC connects anew by itself, also to a daemon that was started since: with that one nobody has
+    shaken hands, and its endpoint is another.
+    """
+    known = live.endpoint.incarnation if live.endpoint is not None else ""
+    met_daemon = False
+    try:
+        for event in stream:
+            met_daemon = True
+            if event.incarnation not in ("", known):
+                stream.cancel()
+                return True, False
+    except grpc.RpcError as error:
+        return met_daemon, not _is_connection_lost(error)
+    return met_daemon, True
 
 
 def _release(held: _Held) -> None:

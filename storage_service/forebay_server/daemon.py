@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -34,10 +35,12 @@ from forebay_server.folder import (
     DaemonAddress,
     FolderLock,
     load_node,
+    load_http_port,
     load_secret,
     make_sockets,
     remove_address,
     write_private,
+    save_http_port,
 )
 from forebay_server.locks import NamedLocks
 from forebay_server.move.collect import Collector
@@ -241,10 +244,10 @@ class Daemon:
         self._status = StatusReader(
             self._tiers, self._catalog, self._opener, self._read_daemon_state
         )
-        http_socket = _listen(self._config.http_address)
-        self._http_url = self._config.http_address.url(
-            http_socket.getsockname()[1], self._advertised_host()
-        )
+        http_socket = _listen_again(self._config.http_address, load_http_port(self._config.data))
+        port = http_socket.getsockname()[1]
+        save_http_port(self._config.data, port)
+        self._http_url = self._config.http_address.url(port, self._advertised_host())
         await self._open_descriptors(stack)
         await self._open_http(stack, http_socket)
         await self._open_rpc(stack)
@@ -291,7 +294,7 @@ class Daemon:
                 identity, self._auth, self._attached, self._status.read, lambda: self._state
             ),
             blobs=BlobsService(self._uploads, self._catalog, self._auth),
-            checkpoints=CheckpointsService(self._checkpoints, self._auth),
+            checkpoints=CheckpointsService(self._checkpoints, self._auth, self._incarnation),
             datasets=DatasetsService(self._datasets),
         )
         gate = Gate(self._auth, self._metrics, lambda: self._state != "serving")
@@ -426,6 +429,14 @@ def _listen(address: Address) -> socket.socket:
         raise StorageError(
             f"cannot listen on {address.target}: {error.strerror}; choose another http-listen"
         ) from error
+
+
+def _listen_again(address: Address, last_port: int) -> socket.socket:
+    """:func:`_listen`; where any port will do, on that of the last start if it is free."""
+    if address.port == 0 and last_port:
+        with suppress(StorageError):
+            return _listen(replace(address, port=last_port))
+    return _listen(address)
 
 
 def _tls_context(config: Config) -> ssl.SSLContext:

@@ -29,6 +29,7 @@ from forebay_wire.protocol import (
 SECRET_FILE_NAME: Final = "secret.key"
 TOKEN_FILE_NAME: Final = "token"
 NODE_FILE_NAME: Final = "node.json"
+HTTP_PORT_FILE_NAME: Final = "http-port"
 SECRET_BYTES: Final = 32
 
 LOCK_PATIENCE_SECONDS: Final = 1.0
@@ -192,6 +193,20 @@ def load_node(folder: Path) -> str:
         raise StorageError(
             f"{path} does not name a node: restore it from the catalog's table nodes"
         ) from error
+
+
+def load_http_port(folder: Path) -> int:
+    """The port on which the folder's last daemon served bytes; 0 before the first."""
+    with suppress(OSError, ValueError):
+        port = int((folder / HTTP_PORT_FILE_NAME).read_text(encoding="ascii"))
+        return port if 0 < port < 1 << 16 else 0
+    return 0
+
+
+def save_http_port(folder: Path, port: int) -> None:
+    """Remember the port: readers elsewhere know no other way to find a restarted daemon."""
+    if port != load_http_port(folder):
+        write_private(folder / HTTP_PORT_FILE_NAME, f"{port}\n".encode())
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from forebay.dataset.cache import shard_cache
 from forebay.dataset.gather import Allocate, RowReader, numpy_array
 from forebay.dataset.schema import Column, Schema
+from forebay.transfer import current_endpoint
 from forebay_wire.errors import IntegrityError, InvalidRequest
 from forebay_wire.lazy import lazy
 from forebay_wire.manifest import DatasetManifest, SelectionManifest
@@ -222,7 +223,8 @@ class Dataset:
         return self._open[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_control": None, "_open": None}
+        endpoint = current_endpoint(self.endpoint)  # the daemon may have been restarted since
+        state = {**self.__dict__, "endpoint": endpoint, "_control": None, "_open": None}
         state.pop("schema", None)  # rebuilt from the manifest
         return state
 

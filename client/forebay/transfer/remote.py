@@ -160,15 +160,26 @@ class RemoteTransfer:
             self.post("/v1/release", {"blobs": blobs, "client": self._client}, wait=0.0)
 
     def _look_again(self) -> None:
-        """A restarted daemon may serve bytes on another port: its socket's path stays the same."""
+        """A restarted daemon may serve bytes on another port: its socket's path stays the same.
+
+        Without a socket the port most likely does, and else a control connection tells.
+        """
         if not self.endpoint.descriptor_socket:
             return
         with contextlib.suppress(DaemonUnavailable):
             connection, hello = DescriptorConnection.connect(self.endpoint.descriptor_socket)
             connection.close()
-            self._token = hello.token
-            if hello.http_url != self._pool.url:
-                self._pool = HttpPool(hello.http_url)
+            self._turn_to(hello.http_url, hello.token)
+
+    def follow(self, endpoint: DataEndpoint) -> None:
+        """The daemon has been found at *endpoint*: go on there. Thread-safe."""
+        self.endpoint = endpoint
+        self._turn_to(endpoint.http_url, endpoint.token)
+
+    def _turn_to(self, http_url: str, token: str) -> None:
+        self._token = token
+        if http_url != self._pool.url:
+            self._pool = HttpPool(http_url)
 
     def _unavailable(self, error: Exception, seconds: float) -> DaemonUnavailable:
         return DaemonUnavailable(

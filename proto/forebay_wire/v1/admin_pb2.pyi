@@ -121,7 +121,9 @@ class AttachRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class AttachEvent(_message.Message):
-    __slots__ = ("state",)
+    __slots__ = ("state", "incarnation")
     STATE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     state: str
-    def __init__(self, state: _Optional[str] = ...) -> None: ...
+    incarnation: str
+    def __init__(self, state: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...

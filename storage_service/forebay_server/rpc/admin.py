@@ -135,10 +135,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         with self._attached.hold(
             request.name if peer.startswith("unix:") else f"{peer} {request.name}"
         ):
-            yield admin_pb2.AttachEvent(state=self._read_state())
+            yield self._event()
             while not await self._attached.wait_end(ATTACH_INTERVAL_SECONDS):
-                yield admin_pb2.AttachEvent(state=self._read_state())
-            yield admin_pb2.AttachEvent(state=self._read_state())
+                yield self._event()
+            yield self._event()
+
+    def _event(self) -> admin_pb2.AttachEvent:
+        return admin_pb2.AttachEvent(
+            state=self._read_state(), incarnation=self._identity.incarnation
+        )
 
 
 def convert_status(status: Status, identity: Identity) -> admin_pb2.StatusResponse:
