@@ -34,13 +34,13 @@ from forebay_server.folder import (
     TOKEN_FILE_NAME,
     DaemonAddress,
     FolderLock,
-    load_node,
     load_http_port,
+    load_node,
     load_secret,
     make_sockets,
     remove_address,
-    write_private,
     save_http_port,
+    write_private,
 )
 from forebay_server.locks import NamedLocks
 from forebay_server.move.collect import Collector
@@ -420,6 +420,14 @@ def _raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _listen_again(address: Address, last_port: int) -> socket.socket:
+    """:func:`_listen`; where any port will do, on that of the last start if it is free."""
+    if address.port == 0 and last_port:
+        with suppress(StorageError):
+            return _listen(replace(address, port=last_port))
+    return _listen(address)
+
+
 def _listen(address: Address) -> socket.socket:
     """A listening TCP socket; :class:`StorageError` if the port is taken."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
@@ -429,14 +437,6 @@ def _listen(address: Address) -> socket.socket:
         raise StorageError(
             f"cannot listen on {address.target}: {error.strerror}; choose another http-listen"
         ) from error
-
-
-def _listen_again(address: Address, last_port: int) -> socket.socket:
-    """:func:`_listen`; where any port will do, on that of the last start if it is free."""
-    if address.port == 0 and last_port:
-        with suppress(StorageError):
-            return _listen(replace(address, port=last_port))
-    return _listen(address)
 
 
 def _tls_context(config: Config) -> ssl.SSLContext:
