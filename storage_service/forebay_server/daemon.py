@@ -27,6 +27,7 @@ from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.queries_damage import enqueue_return
 from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, RETURN
 from forebay_server.catalog.queries_objects import enqueue_missing
+from forebay_server.catalog.queries_settings import own_name
 from forebay_server.catalog.queries_status import count_below_local
 from forebay_server.config import Address, Config
 from forebay_server.exit_codes import ExitCode
@@ -63,6 +64,7 @@ from forebay_server.serve.open import Opener
 from forebay_server.serve.status import DaemonState, StatusReader
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.memory import SlotPool
+from forebay_server.tier.owner import Owner, claim
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.remote import RemoteTier
 from forebay_server.tier.store import Tier
@@ -182,6 +184,15 @@ class Daemon:
         url = sqlite_url(self._config.data / CATALOG_FILE_NAME)
         self._catalog = await asyncio.to_thread(Catalog.open, url)
         stack.push_async_callback(asyncio.to_thread, self._catalog.close)
+        await self._claim_objects()
+
+    async def _claim_objects(self) -> None:
+        """Refuse an object tier that another catalog deletes in."""
+        tier = self._tiers.object
+        if tier is not None:
+            name = await self._catalog.write(own_name)
+            owner = Owner(name, self._node, str(self._config.data.resolve()))
+            await self._tiers.run(tier, claim, tier, owner)
 
     async def _open_use_cases(self, stack: AsyncExitStack) -> None:
         self._opener = Opener(self._tiers, self._catalog)

@@ -114,7 +114,39 @@ def test_a_version_with_a_lost_piece_is_left_out_and_named(
     assert f"1/{missing.pop()}" in report
 
 
-def test_an_object_url_that_cannot_be_read_says_so(tmp_path: Path) -> None:
-    done = recover("file:///nowhere/at/all", tmp_path / "new")
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_mistyped_object_url_is_an_error_and_nothing_is_made_there(
+    tmp_path: Path, is_there: bool
+) -> None:
+    wrong = tmp_path / "nowhere" / "at all"
+    if is_there:
+        wrong.mkdir(parents=True)
+    done = recover(f"file://{wrong}", tmp_path / "new")
     assert done.returncode != 0
-    assert "/nowhere/at/all" in done.stderr
+    assert str(wrong) in done.stderr
+    assert "is the URL right" in done.stderr
+    assert not any(wrong.iterdir()) if is_there else not wrong.parent.exists()
+
+
+def test_an_object_url_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    (tmp_path / "manifests").symlink_to(tmp_path / "manifests")
+    done = recover(f"file://{tmp_path}", tmp_path / "new")
+    assert done.returncode != 0
+    assert f"{tmp_path} failed listing manifests/" in done.stderr
+
+
+def test_recovery_fences_the_data_folder_that_had_the_object_tier(tmp_path: Path) -> None:
+    data, objects = tmp_path / "data", tmp_path / "objects"
+    with DaemonProcess(data, "--object-url", f"file://{objects}") as daemon:
+        with forebay.connect(daemon.address()["rpc"]) as client:
+            with client.create_dataset("d", schema={"x": "float32"}) as writer:
+                writer.write(x=1.0)
+            client.wait_version("d", 1, "remote", timeout=60)
+        daemon.terminate()
+        assert recover(f"file://{objects}", tmp_path / "new").returncode == 0
+        with DaemonProcess(tmp_path / "new") as second:
+            daemon.start()
+            assert daemon.wait_exit() != 0
+            assert f"belongs to the data folder {tmp_path / 'new'}" in daemon.log()
+            with forebay.connect(second.address()["rpc"]) as client:
+                assert client.dataset("d").take([0])["x"].tolist() == [1.0]

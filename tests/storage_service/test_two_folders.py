@@ -27,3 +27,12 @@ def test_a_tier_folder_serves_one_data_folder(start_daemon: StartDaemon, tmp_pat
     first.terminate()
     assert "is the ssd volume of node" in refuse(tmp_path / "second", *shared)
     first.start().wait_ready()
+
+
+def test_an_object_tier_is_one_catalogs(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    shared = ("--object-url", f"file://{tmp_path / 'objects'}")
+    first = start_daemon(*shared, data=tmp_path / "first")
+    log = refuse(tmp_path / "second", *shared)
+    assert f"belongs to the data folder {tmp_path / 'first'}" in log
+    assert f"forebay recover file://{tmp_path / 'objects'}" in log
+    first.restart()

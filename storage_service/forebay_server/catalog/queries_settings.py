@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sqlalchemy import Connection, insert, select, update
 
 from forebay_server.catalog.tables import settings
+from forebay_wire.ids import new_random_name
+
+OWN_NAME: Final = "catalog"
 
 
 def get_setting(connection: Connection, key: str) -> str | None:
@@ -18,3 +23,12 @@ def put_setting(connection: Connection, key: str, value: str) -> None:
     changed = connection.execute(update(settings).where(settings.c.key == key).values(value=value))
     if not changed.rowcount:
         connection.execute(insert(settings).values(key=key, value=value))
+
+
+def own_name(connection: Connection) -> str:
+    """The random name of this catalog, which a backup of it shares; made at the first call."""
+    name = get_setting(connection, OWN_NAME)
+    if name is None:
+        name = new_random_name()
+        put_setting(connection, OWN_NAME, name)
+    return name

@@ -18,10 +18,12 @@ from typing import Any, Final, TypeVar
 from forebay_server.catalog import queries_recovery as queries
 from forebay_server.catalog.engine import Catalog, Connection, sqlite_url
 from forebay_server.catalog.queries_objects import enqueue_missing
+from forebay_server.catalog.queries_settings import own_name
 from forebay_server.config import CONFIG_FILE_NAME, load_config
-from forebay_server.folder import FolderLock, write_private
+from forebay_server.folder import FolderLock, load_node, write_private
 from forebay_server.model.extents import ObjectBlob
 from forebay_server.publish.manifests import BLOBS, MANIFESTS
+from forebay_server.tier.owner import Owner, take_over
 from forebay_server.tier.publication import fsync_folder
 from forebay_server.tier.remote import RemoteTier
 from forebay_server.tier.store import FileInfo, Tier
@@ -116,19 +118,23 @@ async def recover(
     """Rebuild the data folder *folder* from the object tier at *url*; durable on return.
 
     The folder has no catalog yet (:class:`AlreadyExists`) and no daemon. Its ``forebay.toml`` will
-    name *url* as the object tier. A recovery that was interrupted is begun again.
+    name *url* as the object tier. A recovery that was interrupted is begun again. The tier is the
+    new catalog's then: the daemon that had it before can no longer open it. :class:`NotFound` if
+    there is nothing to recover; nothing is made there then.
     """
     with FolderLock(folder):
         if (folder / CATALOG_FILE_NAME).exists():
             raise AlreadyExists(
                 f"{folder} holds a catalog: recover into an empty folder, so that nothing is lost"
             )
-        tier = RemoteTier("object", url)
+        tier = RemoteTier("object", url, must_have=MANIFESTS)
         await asyncio.to_thread(tier.open)
         try:
             recovery = _Recovery(tier, Recovered(url, str(folder)), report)
-            await recovery.run(folder)
+            name = await recovery.run(folder)
             _write_settings(folder, url)
+            # Before the catalog has its name: a recovery that ends here can be begun again.
+            await asyncio.to_thread(_take_over, tier, name, folder)
             _publish_catalog(folder / UNFINISHED_FILE_NAME, folder / CATALOG_FILE_NAME)
         finally:
             await asyncio.to_thread(tier.close)
@@ -144,13 +150,15 @@ class _Recovery:
         self._report = report
         self._slots = asyncio.Semaphore(NUM_READERS)
 
-    async def run(self, folder: Path) -> None:
+    async def run(self, folder: Path) -> str:
+        """Fill a new catalog in *folder*, not yet under its final name; the catalog's own name."""
         manifests = await self._read_manifests()
         located = await self._locate({blob for found in manifests for blob in found.blobs})
         unfinished = folder / UNFINISHED_FILE_NAME
         catalog = await asyncio.to_thread(_open_fresh, unfinished)
         try:
             await self._fill(catalog, manifests, located)
+            return await catalog.write(own_name)
         finally:
             # Closing moves the whole write-ahead log into the file.
             await asyncio.to_thread(catalog.close)
@@ -329,6 +337,10 @@ def _write_settings(folder: Path, url: str) -> None:
     # A JSON string is a TOML string.
     text = f"# Written by `forebay recover`.\nobject-url = {json.dumps(url)}\n"
     write_private(path, text.encode())
+
+
+def _take_over(tier: Tier, catalog: str, folder: Path) -> None:
+    take_over(tier, Owner(catalog, load_node(folder), str(folder.resolve())))
 
 
 def _open_fresh(path: Path) -> Catalog:

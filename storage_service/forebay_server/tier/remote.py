@@ -71,14 +71,17 @@ class RemoteTier(Tier):
         limit_bytes: int = 0,
         reserve_bytes: int = 0,
         options: dict[str, Any] | None = None,
+        must_have: str = "",
     ) -> None:
         """*options* go to the fsspec file system; *reserve_bytes* stay free where *url* is a
-        directory."""
+        directory. With *must_have*, a prefix like ``manifests/``: ``open`` makes nothing in a place
+        without such objects and raises :class:`NotFound`."""
         self.name = name
         self.kind = "object"
         self.location = _CREDENTIALS.sub("//", url)
         self._url = url
         self._options = options or {}
+        self._must_have = must_have
         self._where = f"tier {name} at {self.location}"
         self._ledger = SpaceLedger(self._where, limit_bytes, reserve_bytes, self._measure)
         self._file_system: Any = None
@@ -100,6 +103,8 @@ class RemoteTier(Tier):
                 "knows, like file:///some/folder, and install what it needs"
             ) from error
         self._root = root.rstrip("/")
+        if self._must_have:
+            self._check_not_empty()
         if isinstance(self._file_system, LocalFileSystem):
             folder = Path(self._root)
             self._publication = PublicationFolder(folder, folder / UNFINISHED_FOLDER, self._where)
@@ -196,6 +201,22 @@ class RemoteTier(Tier):
             return allocated_bytes(os.stat(self._path(info.name)))
         except FileNotFoundError:
             return 0
+
+    def _check_not_empty(self) -> None:
+        folder = f"{self._root}/{self._must_have.rstrip('/')}"
+        try:
+            if isinstance(self._file_system, LocalFileSystem):
+                is_there = bool(os.listdir(folder))  # fsspec's would hide why not
+            else:
+                is_there = next(self.list(self._must_have), None) is not None
+        except FileNotFoundError:
+            is_there = False
+        except OSError as error:
+            raise from_os_error(error, f"listing {self._must_have}", self._where) from error
+        if not is_there:
+            raise NotFound(
+                f"{self._where} holds no {self._must_have}: is the URL right? Nothing was made"
+            )
 
     def _check_exclusive(self) -> None:
         """Create an object twice: the second time has to fail.
