@@ -246,7 +246,10 @@ def test_child_of_fork_connects_anew(daemon: DaemonProcess) -> None:
         assert isinstance(client.datasets(), list)
 
 
-def test_close_does_not_wait_for_a_daemon_that_is_away(own_daemon: DaemonProcess) -> None:
+def test_close_does_not_wait_for_a_daemon_that_is_away(
+    own_daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay._channel.RESTART_GRACE_SECONDS", 60.0)
     client = forebay.connect(own_daemon.data)
     own_daemon.terminate()
     started = time.monotonic()
