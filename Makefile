@@ -46,8 +46,9 @@ lint: setup  ## formatting, ruff, mypy, layers, generated code
 		"$$fresh/forebay_wire/v1" proto/forebay_wire/v1 \
 		|| { echo 'The generated code is not that of the .proto files: run make proto' >&2; exit 1; }
 
+# Most tests wait for other processes; two at a time, and a file's tests share its daemons.
 test: setup  ## the default tests
-	pytest
+	pytest -n 2 --dist loadfile
 
 proto: setup  ## generate the Python code of the .proto files
 	$(call generate,proto)
