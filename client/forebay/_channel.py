@@ -289,7 +289,7 @@ class RpcChannel:
             if self._is_closed:
                 raise InvalidRequest(f"the client of {self.address} is closed: connect again")
             if self._held.live is None:
-                self._opening = Deadline(deadline.remaining)
+                self._opening = deadline.at_most(deadline.remaining)
                 live = self._held.live = self._open(self._opening)
                 self._is_reconnect = True
                 last, self._endpoint = self._endpoint, live.endpoint
@@ -354,7 +354,7 @@ def _locate(address: Address, deadline: Deadline, *, is_reconnect: bool) -> _Tar
     found = None
     if is_reconnect:
         with suppress(DaemonUnavailable):
-            found = wait(address.folder, Deadline(min(RESTART_GRACE_SECONDS, deadline.remaining)))
+            found = wait(address.folder, deadline.at_most(RESTART_GRACE_SECONDS))
     if found is None:
         look = find_or_start if address.may_start else find_running
         found = look(address.folder, deadline)

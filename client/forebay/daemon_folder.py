@@ -113,7 +113,7 @@ def _start(folder: Path, deadline: Deadline) -> RunningDaemon:
     process: subprocess.Popen[bytes] | None = None
     backoff = Backoff(limit=0.1)
     while (found := find(folder)) is None:
-        if process is None and not _is_locked(folder):
+        if process is None and not deadline.expired and not _is_locked(folder):
             process = _spawn(folder)
         if process is not None and process.poll() is not None:
             if process.returncode != ALREADY_RUNNING:

@@ -13,14 +13,20 @@ RECONNECT_SECONDS: Final = 60.0
 class Deadline:
     """A point in time, *seconds* from its making. Thread-safe."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, within: Deadline | None = None) -> None:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
+        self._within = within
 
     @property
     def remaining(self) -> float:
         """Seconds left, never negative."""
-        return max(0.0, self._end - time.monotonic())
+        left = max(0.0, self._end - time.monotonic())
+        return left if self._within is None else min(left, self._within.remaining)
+
+    def at_most(self, seconds: float) -> Deadline:
+        """A deadline in *seconds*, or with this one if that comes (or is cancelled) earlier."""
+        return Deadline(seconds, self)
 
     def cancel(self) -> None:
         """Expire now: whoever waits until then stops soon."""
