@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    case,
+    delete,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.tables import jobs
@@ -53,19 +64,43 @@ def _job(row: Row[tuple[object, ...]]) -> Job:
 
 
 def enqueue(connection: Connection, kind: str, target: str, *, total_bytes: int = 0) -> str:
-    """The live job of *kind* for *target*: the one that exists, or a new one."""
+    """The live job of *kind* for *target*: the one that exists, or a new one.
+
+    One that is scheduled for later is due now.
+    """
     existing: str | None = connection.scalar(
         select(jobs.c.job).where(
             jobs.c.kind == kind, jobs.c.target == target, jobs.c.state.in_(LIVE)
         )
     )
     if existing is not None:
+        connection.execute(
+            update(jobs).where(jobs.c.job == existing, is_scheduled()).values(not_before=now())
+        )
         return existing
     job = new_random_name()
     connection.execute(
         insert(jobs).values(job=job, kind=kind, target=target, total_bytes=total_bytes)
     )
     return job
+
+
+def schedule(connection: Connection, kind: str, target: str, delay_seconds: float) -> None:
+    """Queue a job of *kind* for *target* that is due in *delay_seconds*, unless one is live."""
+    live = select(jobs.c.job).where(
+        jobs.c.kind == kind, jobs.c.target == target, jobs.c.state.in_(LIVE)
+    )
+    if connection.scalar(live) is None:
+        connection.execute(
+            insert(jobs).values(
+                job=new_random_name(), kind=kind, target=target, not_before=now() + delay_seconds
+            )
+        )
+
+
+def is_scheduled() -> ColumnElement[bool]:
+    """Queued for later, and not because it was tried: nothing waits for such a job."""
+    return and_(jobs.c.state == "queued", jobs.c.tries == 0, jobs.c.not_before > now())
 
 
 def enqueue_collection(connection: Connection) -> None:
@@ -210,21 +245,22 @@ def get_job(connection: Connection, job: str) -> Job | None:
 
 
 def job_of(connection: Connection, kind: str, target: str) -> Job | None:
-    """The newest job of *kind* for *target*, in whatever state."""
+    """The newest job of *kind* for *target*, in whatever state; a scheduled one if there is no
+    other."""
     row = connection.execute(
         select(jobs)
         .where(jobs.c.kind == kind, jobs.c.target == target)
-        .order_by(jobs.c.created.desc(), jobs.c.job)
+        .order_by(case((is_scheduled(), 1), else_=0), jobs.c.created.desc(), jobs.c.job)
         .limit(1)
     ).one_or_none()
     return None if row is None else _job(row)
 
 
 def list_jobs(connection: Connection, limit: int) -> list[Job]:
-    """Live and failed jobs, newest first."""
+    """Live and failed jobs, newest first; without those that are scheduled."""
     rows = connection.execute(
         select(jobs)
-        .where(jobs.c.state != "done")
+        .where(jobs.c.state != "done", ~is_scheduled())
         .order_by(jobs.c.created.desc(), jobs.c.job)
         .limit(limit)
     )
@@ -239,6 +275,12 @@ def seconds_until_due(connection: Connection, kinds: Sequence[str]) -> float | N
     leased = select(jobs.c.expires - now()).where(jobs.c.state == "running", jobs.c.kind.in_(kinds))
     times = [*connection.scalars(waiting), *connection.scalars(leased)]
     return max(0.0, min(times)) if times else None
+
+
+def are_settled(connection: Connection, kinds: Sequence[str]) -> bool:
+    """Whether no job of *kinds* is live, those left out that are only scheduled."""
+    live = select(jobs.c.job).where(jobs.c.kind.in_(kinds), jobs.c.state.in_(LIVE), ~is_scheduled())
+    return connection.scalar(live.limit(1)) is None
 
 
 def drop_finished(connection: Connection, older_than_seconds: float) -> int:

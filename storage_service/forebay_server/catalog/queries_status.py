@@ -7,7 +7,7 @@ from typing import Final
 
 from sqlalchemy import Connection, case, exists, func, select
 
-from forebay_server.catalog.queries_jobs import Job
+from forebay_server.catalog.queries_jobs import Job, is_scheduled
 from forebay_server.catalog.tables import (
     datasets,
     extents,
@@ -39,7 +39,7 @@ class Counts:
     num_quarantined: dict[str, int]
     """Tier to replicas that were found damaged or missing and serve nobody."""
     num_jobs: dict[tuple[str, str], int]
-    """(kind, state) to number of jobs."""
+    """(kind, state) to number of jobs; like the list, without those scheduled for later."""
     jobs: tuple[Job, ...]
 
 
@@ -102,7 +102,9 @@ def _count_quarantined(connection: Connection) -> dict[str, int]:
 
 def _count_jobs(connection: Connection) -> dict[tuple[str, str], int]:
     rows = connection.execute(
-        select(jobs.c.kind, jobs.c.state, func.count()).group_by(jobs.c.kind, jobs.c.state)
+        select(jobs.c.kind, jobs.c.state, func.count())
+        .where(~is_scheduled())
+        .group_by(jobs.c.kind, jobs.c.state)
     )
     return {(kind, state): int(number) for kind, state, number in rows}
 
@@ -120,7 +122,7 @@ def _list_jobs(connection: Connection) -> tuple[Job, ...]:
             jobs.c.tries,
             jobs.c.error,
         )
-        .where(jobs.c.state != "done")
+        .where(jobs.c.state != "done", ~is_scheduled())
         .order_by(turn, jobs.c.not_before)
         .limit(MAX_JOBS)
     )

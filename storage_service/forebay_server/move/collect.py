@@ -54,10 +54,12 @@ class Collector:
         is_open: Callable[[str], bool] = lambda blob: False,
         forget: Callable[[str], object] = lambda blob: None,
         grace_seconds: float = GRACE_SECONDS,
+        repeat_seconds: float = GRACE_SECONDS,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """*locks* are shared with the publisher; *is_open* tells whether a client has a blob in
-        hand; *forget* is told the id of a blob that goes; *clock* answers Unix seconds."""
+        hand; *forget* is told the id of a blob that goes; *repeat_seconds* lie between two searches
+        for stray files; *clock* answers Unix seconds."""
         self._catalog = catalog
         self._tiers = tiers
         self._names = [one.name for one in tiers.all]
@@ -65,6 +67,7 @@ class Collector:
         self._is_open = is_open
         self._forget = forget
         self._grace_seconds = grace_seconds
+        self._repeat_seconds = repeat_seconds
         self._clock = clock
 
     async def delete_manifest(self, progress: Progress) -> None:
@@ -89,10 +92,13 @@ class Collector:
 
     async def collect(self, progress: Progress) -> None:
         """Handles jobs of the kind ``collect``: every orphan, and for the target ``garbage``
-        every stray file. Idempotent. What lies in tiers that this daemon was started without stays.
+        every stray file, again and again: what an interrupted flush leaves is garbage only once it
+        is old. Idempotent. What lies in tiers that this daemon was started without stays.
 
         Blobs that clients have in hand stay; :class:`Conflict` then has the job tried again later.
         """
+        if progress.target == GARBAGE:
+            progress.repeat_after(self._repeat_seconds)
         num_open = await self._collect_orphans(progress)
         if progress.target == GARBAGE:
             for tier in self._tiers.landing:

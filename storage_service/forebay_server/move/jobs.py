@@ -25,6 +25,7 @@ from forebay_server.catalog.queries_jobs import (
     renew,
     requeue_all,
     retry_later,
+    schedule,
     seconds_until_due,
 )
 from forebay_server.model.backoff import delay_seconds
@@ -48,6 +49,7 @@ class Progress:
         self.target = job.target
         self.done_bytes = 0
         self.total_bytes = job.total_bytes
+        self.repeat_seconds: float | None = None
         self._interrupted = ""
 
     def plan(self, total_bytes: int) -> None:
@@ -59,6 +61,10 @@ class Progress:
         if self._interrupted:
             raise DaemonUnavailable(self._interrupted)
         self.done_bytes += num_bytes
+
+    def repeat_after(self, seconds: float) -> None:
+        """Do the same again so long after this job has ended, unless somebody asks for it first."""
+        self.repeat_seconds = seconds
 
     def interrupt(self, reason: str) -> None:
         """Make the next :meth:`advance` raise."""
@@ -199,11 +205,13 @@ class Jobs:
         name, owner = job.job, self._owner
         if outcome is None:
             await self._catalog.write(lambda connection: _finish(connection, name, owner))
+            await self._repeat(job, progress)
             return
         text = str(outcome) or type(outcome).__name__
         if isinstance(outcome, IntegrityError | InvalidRequest):
             logger.error("%s of %s is given up: %s", job.kind, job.target, text)
             await self._catalog.write(lambda connection: fail(connection, name, owner, text))
+            await self._repeat(job, progress)
             return
         delay = delay_seconds(job.tries, random.random())
         if progress.is_interrupted:
@@ -215,6 +223,12 @@ class Jobs:
         await self._catalog.write(
             lambda connection: retry_later(connection, name, owner, text, delay)
         )
+
+    async def _repeat(self, job: Job, progress: Progress) -> None:
+        if (seconds := progress.repeat_seconds) is not None:
+            await self._catalog.write(
+                lambda connection: schedule(connection, job.kind, job.target, seconds)
+            )
 
     async def _renew(self, job: Job, progress: Progress) -> None:
         """Keep the lease and store the progress until cancelled."""

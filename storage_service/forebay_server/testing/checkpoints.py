@@ -12,7 +12,7 @@ from typing import Any
 
 from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_checkpoints import PackPlan
-from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, seconds_until_due
+from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, are_settled
 from forebay_server.catalog.queries_manifests import read_manifest
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_runs import AttemptInfo, GenerationInfo
@@ -143,7 +143,7 @@ class CheckpointNode:
         """Wait until all jobs of these kinds have ended well."""
 
         def ended(connection: Connection) -> bool | None:
-            return True if seconds_until_due(connection, kinds) is None else None
+            return are_settled(connection, kinds) or None
 
         assert await self.storage.catalog.wait_until(ended, 30.0), "jobs go on"
 
@@ -155,6 +155,7 @@ async def open_checkpoints(
     with_object: bool = True,
     run_jobs: bool = True,
     grace_seconds: float = 3600.0,
+    repeat_seconds: float = 3600.0,
     is_open: Any = lambda blob: False,
     **options: Any,
 ) -> AsyncIterator[CheckpointNode]:
@@ -162,7 +163,12 @@ async def open_checkpoints(
     async with open_storage(folder, with_object=with_object, **options) as storage:
         locks = NamedLocks()
         collector = Collector(
-            storage.catalog, storage.tiers, locks, is_open=is_open, grace_seconds=grace_seconds
+            storage.catalog,
+            storage.tiers,
+            locks,
+            is_open=is_open,
+            grace_seconds=grace_seconds,
+            repeat_seconds=repeat_seconds,
         )
         handlers: dict[str, Handler] = {
             COLLECT: collector.collect,

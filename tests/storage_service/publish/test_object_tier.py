@@ -384,6 +384,33 @@ async def test_stray_files_go_after_the_grace_period_and_not_before(tmp_path: Pa
     assert objects(tmp_path, "data") == []
 
 
+async def test_what_becomes_garbage_after_the_start_goes_without_another_one(
+    tmp_path: Path,
+) -> None:
+    async with open_checkpoints(tmp_path, grace_seconds=-1, repeat_seconds=0.2) as node:
+        await node.settle(COLLECT)
+        assert node.storage.tiers.object is not None
+        node.storage.tiers.object.put(f"data/{'1' * 32}", b"what a killed flush left")
+        stray = tmp_path / "object" / "data" / ("1" * 32)
+        async with asyncio.timeout(20):
+            while stray.exists():  # noqa: ASYNC110 - the search runs by a clock
+                await asyncio.sleep(0.02)
+
+
+async def test_a_scheduled_search_is_no_work_to_wait_for_and_can_be_asked_for(
+    tmp_path: Path,
+) -> None:
+    async with open_checkpoints(tmp_path, grace_seconds=-1) as node:
+        await node.settle(COLLECT)
+        catalog = node.storage.catalog
+        assert await catalog.read(lambda connection: list_jobs(connection, 10)) == []
+        node.storage.tiers.landing[0].put("0" * 32, b"stray")
+        await catalog.write(lambda c: enqueue(c, COLLECT, GARBAGE))
+        node.jobs.wake()
+        await node.settle(COLLECT)
+        assert node.storage.files() == []
+
+
 async def test_another_daemons_objects_are_not_stray(tmp_path: Path) -> None:
     async with open_checkpoints(tmp_path / "first") as node:
         await node.begin()
