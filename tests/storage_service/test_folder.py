@@ -5,7 +5,9 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,10 @@ def mode(path: Path) -> int:
 
 
 @pytest.fixture
-def runtime(tmp_path: Path) -> dict[str, str]:
-    """An environment with a runtime folder of its own."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    return {"XDG_RUNTIME_DIR": str(folder)}
+def runtime() -> Iterator[dict[str, str]]:
+    """An environment with a runtime folder of its own, short enough for a socket's path."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield {"XDG_RUNTIME_DIR": folder}
 
 
 def test_lock_of_another_process_is_refused_with_its_pid(tmp_path: Path) -> None:
