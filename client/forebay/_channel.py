@@ -279,7 +279,7 @@ class RpcChannel:
     def _lost(self, error: Exception) -> DaemonUnavailable:
         return DaemonUnavailable(f"the connection to {self.address} was closed ({error})")
 
-    def _connected(self, deadline: Deadline) -> _Live:
+    def _connected(self, deadline: Deadline, *, may_start: bool = True) -> _Live:
         live = self._held.live
         if live is not None:
             return live
@@ -290,7 +290,7 @@ class RpcChannel:
                 raise InvalidRequest(f"the client of {self.address} is closed: connect again")
             if self._held.live is None:
                 self._opening = deadline.at_most(deadline.remaining)
-                live = self._held.live = self._open(self._opening)
+                live = self._held.live = self._open(self._opening, may_start)
                 self._is_reconnect = True
                 last, self._endpoint = self._endpoint, live.endpoint
                 if last is not None and live.endpoint is not None:
@@ -299,13 +299,16 @@ class RpcChannel:
         finally:
             self._lock.release()
 
-    def _open(self, deadline: Deadline) -> _Live:
+    def _open(self, deadline: Deadline, may_start: bool) -> _Live:
         if self._is_inherited:
             self._is_inherited = False
             warnings.warn(_FORK_WARNING, RuntimeWarning, stacklevel=2)
         backoff = Backoff()
         while True:
-            live = _Live(_locate(self.address, deadline, is_reconnect=self._is_reconnect))
+            target = _locate(
+                self.address, deadline, is_reconnect=self._is_reconnect, may_start=may_start
+            )
+            live = _Live(target)
             try:
                 live.endpoint = _shake_hands(live, self.address, deadline)
                 return live
@@ -337,7 +340,9 @@ def _open_grpc(target: _Target) -> grpc.Channel:
     return grpc.secure_channel(target.grpc_target, grpc.ssl_channel_credentials(roots), _OPTIONS)
 
 
-def _locate(address: Address, deadline: Deadline, *, is_reconnect: bool) -> _Target:
+def _locate(
+    address: Address, deadline: Deadline, *, is_reconnect: bool, may_start: bool
+) -> _Target:
     """What to call for *address*: finds or starts a folder's daemon, asks for a token."""
     if isinstance(address, TcpAddress):
         return _Target(address.netloc, address.is_tls, address.token, None)
@@ -352,11 +357,11 @@ def _locate(address: Address, deadline: Deadline, *, is_reconnect: bool) -> _Tar
         connection.close()
         return _Target(f"unix:{address.path}", False, hello.token, socket)
     found = None
-    if is_reconnect:
+    if is_reconnect and may_start:
         with suppress(DaemonUnavailable):
             found = wait(address.folder, deadline.at_most(RESTART_GRACE_SECONDS))
     if found is None:
-        look = find_or_start if address.may_start else find_running
+        look = find_or_start if may_start and address.may_start else find_running
         found = look(address.folder, deadline)
     return _Target(found.rpc, False, found.hello.token, found.descriptor_socket)
 
@@ -409,7 +414,8 @@ def _stay_attached(channel_ref: weakref.ref[RpcChannel], stop: threading.Event) 
             return
         live: _Live | None = None
         with suppress(ForebayError, ValueError):
-            live = channel._connected(Deadline(CONNECT_SECONDS))
+            # A daemon that was stopped is left alone until somebody calls.
+            live = channel._connected(Deadline(CONNECT_SECONDS), may_start=False)
             request = admin_pb2.AttachRequest(name=f"pid {os.getpid()}")
             stream = live.stream(Admin.Attach, request, ATTACH_SECONDS)
             channel._held.attached = stream

@@ -1,16 +1,19 @@
 """Finding a daemon: every form of address, and every way in which nobody is there."""
 
 import os
+import queue
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import forebay
+from forebay import _channel
 from forebay.transfer.local import LocalTransfer
 from forebay_server.testing.daemon import DaemonProcess
 
@@ -277,3 +280,25 @@ def test_errors_of_the_daemon_arrive_as_they_were_raised(daemon: DaemonProcess) 
         client.dataset("no-such-dataset")
     assert type(caught.value) is forebay.NotFound
     assert isinstance(caught.value, LookupError)
+
+
+def test_an_idle_client_leaves_a_daemon_that_was_stopped_alone(
+    own_daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: queue.Queue[None] = queue.Queue()
+    real = _channel.find_running
+
+    def find_running(*arguments: Any) -> Any:
+        looks.put(None)
+        return real(*arguments)
+
+    def find_or_start(*arguments: Any) -> Any:
+        raise AssertionError("nobody called")
+
+    monkeypatch.setattr(_channel, "find_running", find_running)
+    with forebay.connect(own_daemon.data):
+        monkeypatch.setattr(_channel, "find_or_start", find_or_start)
+        own_daemon.terminate()
+        for _ in range(3):
+            looks.get(timeout=30)
+        assert not (own_daemon.data / "daemon.json").exists()
