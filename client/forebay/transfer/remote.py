@@ -38,8 +38,8 @@ from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE, MAX_SEGMENTS_PER_BL
 from forebay_wire.protocol import DataEndpoint
 from forebay_wire.segments import SegmentTable, table_bytes_for
 
-REQUEST_BYTES: Final = 16 * MIB
-"""One range request: long enough to hide its round trip, short enough to repeat."""
+REQUEST_BYTES: Final = 64 * MIB
+"""One range request: long, to hide its round trip. A cut one goes on after its last good segment."""
 
 PUT_BYTES: Final = 64 * MIB
 """One piece of an upload slot."""
