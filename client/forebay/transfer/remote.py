@@ -39,7 +39,7 @@ from forebay_wire.protocol import DataEndpoint
 from forebay_wire.segments import SegmentTable, table_bytes_for
 
 REQUEST_BYTES: Final = 64 * MIB
-"""One range request: long, to hide its round trip; a cut one goes on after the last good segment."""
+"""One range request: long, to hide its round trip; if cut, it goes on after the last segment."""
 
 PUT_BYTES: Final = 64 * MIB
 """One piece of an upload slot."""
