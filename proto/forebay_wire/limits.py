@@ -40,6 +40,12 @@ MAX_MAPS_PER_CLIENT: Final = 8192
 MAX_MESSAGE_BYTES: Final = 4 * MIB
 """One gRPC message; longer lists are paged or streamed."""
 
+MAX_COMMIT_BYTES: Final = 32 * MIB
+"""The message of CommitVersion alone, which is one transaction: MAX_SHARDS_PER_VERSION shards."""
+
+PAGE_BYTES: Final = 1 * MIB
+"""A page of a list ends with the row that passes this, so that it fits one message."""
+
 MANIFEST_CHUNK_BYTES: Final = 1 * MIB
 """One piece of a streamed manifest."""
 
@@ -53,7 +59,10 @@ MAX_SHARDS_PER_VERSION: Final = 100_000
 MAX_TENSORS_PER_PACK: Final = 200_000
 
 MAX_DESCRIPTION_BYTES: Final = 48 * MIB
-"""What one rank says about its pack; all ranks' together must fit MAX_MANIFEST_BYTES."""
+"""What one rank says about its pack."""
+
+MAX_GENERATION_DESCRIPTION_BYTES: Final = MAX_MANIFEST_BYTES - 4 * MIB
+"""What all ranks say; the rest of the manifest is for metrics, position and MAX_RANKS entries."""
 
 MAX_RANKS: Final = 4096
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Row, Select, and_, case, exists, func, select, tuple_
 
@@ -11,6 +11,10 @@ from forebay_server.catalog.tables import attempts, generations, manifest_remote
 from forebay_server.model.lineage import Lineage, Point
 from forebay_server.model.states import GenerationState, PackState, durability_of
 from forebay_wire.ids import GenerationId
+from forebay_wire.limits import PAGE_BYTES
+
+ROW_BYTES: Final = 512
+"""More than a generation takes in a message without its metrics and its error."""
 
 
 @dataclass(frozen=True)
@@ -180,22 +184,33 @@ def _run_info(connection: Connection, run: str) -> RunInfo:
     return RunInfo(run, num_attempts, number, num_bytes or 0, info)
 
 
-def list_attempts(connection: Connection, run: str) -> list[AttemptInfo]:
-    """A run's attempts, newest first."""
-    rows = connection.execute(
-        select(attempts).where(attempts.c.run == run).order_by(attempts.c.attempt.desc())
-    )
-    return [attempt_info(row) for row in rows]
+def list_attempts(
+    connection: Connection, run: str, newest: int | None, limit: int
+) -> list[AttemptInfo]:
+    """A run's attempts, newest first, from *newest* (None: the last one) down."""
+    statement = select(attempts).where(attempts.c.run == run)
+    if newest is not None:
+        statement = statement.where(attempts.c.attempt <= newest)
+    ordered = statement.order_by(attempts.c.attempt.desc())
+    return [attempt_info(row) for row in connection.execute(ordered.limit(limit))]
 
 
 def list_generations(
-    connection: Connection, run: str, before: Point | None, limit: int
-) -> list[GenerationInfo]:
-    """A run's generations from the newest attempt's last step down, those behind *before*."""
-    statement = _generation_rows().where(generations.c.run == run)
+    connection: Connection, run: str, before: Point | None, lowest: int, limit: int
+) -> tuple[list[GenerationInfo], bool]:
+    """``(generations, whether there are more)`` of a run, from the newest attempt's last step down
+    to attempt *lowest*, those behind *before*: at most *limit*, and as many as fit one message."""
+    statement = _generation_rows().where(generations.c.run == run, generations.c.attempt >= lowest)
     if before is not None:
         statement = statement.where(
             tuple_(generations.c.attempt, generations.c.step) < tuple_(before.attempt, before.step)
         )
     ordered = statement.order_by(generations.c.attempt.desc(), generations.c.step.desc())
-    return [_generation_info(row) for row in connection.execute(ordered.limit(limit))]
+    page: list[GenerationInfo] = []
+    num_bytes = 0
+    for row in connection.execute(ordered.limit(limit + 1)):
+        if len(page) == limit or num_bytes > PAGE_BYTES:
+            return page, True
+        page.append(_generation_info(row))
+        num_bytes += ROW_BYTES + len((row.metrics + row.error).encode())
+    return page, False

@@ -193,23 +193,27 @@ class Generations:
     async def list_generations(
         self, run: str, after: str, limit: int
     ) -> tuple[list[AttemptInfo], list[GenerationInfo], str]:
-        """A run's attempts, a page of its generations (both newest first), and where the next page
-        begins (empty: none)."""
+        """A page of a run's generations, of the attempts down to there (both newest first), and
+        where the next page begins (empty: none)."""
         check_name("run", run)
         size = _page(limit)
         before = parse_point(after) if after else None
 
-        def look(connection: Connection) -> tuple[list[AttemptInfo], list[GenerationInfo]]:
-            return list_attempts(connection, run), list_generations(
-                connection, run, before, size + 1
-            )
+        def look(connection: Connection) -> tuple[list[AttemptInfo], list[GenerationInfo], str]:
+            newest = before.attempt if before is not None else None
+            attempts = list_attempts(connection, run, newest, MAX_PAGE_ROWS + 1)
+            lowest = attempts[-1].attempt if len(attempts) > MAX_PAGE_ROWS else 0
+            page, more = list_generations(connection, run, before, lowest, size)
+            if more:
+                last = page[-1].id
+                attempts = [one for one in attempts if one.attempt >= last.attempt]
+                return attempts, page, f"{last.attempt}/{last.step}"
+            return attempts, page, f"{lowest}/0" if lowest else ""
 
-        attempts, found = await self._catalog.read(look)
+        attempts, page, after = await self._catalog.read(look)
         if not attempts:
             raise NotFound(f"there is no run {run}: nothing has been saved under that name")
-        more = len(found) > size
-        last = found[size - 1].id if more else None
-        return attempts, found[:size], f"{last.attempt}/{last.step}" if last else ""
+        return attempts, page, after
 
 
 def parse_point(text: str) -> Point:
