@@ -34,7 +34,7 @@ from forebay_wire.errors import (
     VersionMismatch,
     rebuild,
 )
-from forebay_wire.limits import MAX_MESSAGE_BYTES, check_limit
+from forebay_wire.limits import MAX_COMMIT_BYTES, MAX_MESSAGE_BYTES, check_limit
 from forebay_wire.protocol import (
     ERROR_METADATA,
     PROTOCOL_METADATA,
@@ -76,7 +76,7 @@ _FORK_WARNING: Final = (
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_COMMIT_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 10_000),  # in truth the time that connecting may take
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -190,7 +190,8 @@ class RpcChannel:
         without, DaemonUnavailable comes at once. Raises what the daemon raised.
         """
         size = request.ByteSize()
-        check_limit(f"bytes of {method.name}", size, MAX_MESSAGE_BYTES, "send it in several calls")
+        limit = method.max_request_bytes
+        check_limit(f"bytes of {method.name}", size, limit, "send it in several calls")
         return self._persist(
             method, timeout, wait_for_daemon, lambda live, left: live.invoke(method, request, left)
         )

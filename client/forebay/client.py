@@ -208,6 +208,7 @@ class Client:
             name,
             schema=newest.schema,
             base_version=newest.version,
+            base_shards=len(newest.manifest.shards),
             shard_bytes=shard_bytes,
             batch_bytes=batch_bytes,
             metadata=metadata,

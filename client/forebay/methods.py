@@ -11,6 +11,7 @@ from typing import Final, Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from forebay_wire.limits import MAX_COMMIT_BYTES, MAX_MESSAGE_BYTES
 from forebay_wire.v1 import admin_pb2 as admin
 from forebay_wire.v1 import blobs_pb2 as blobs
 from forebay_wire.v1 import checkpoints_pb2 as checkpoints
@@ -28,6 +29,7 @@ class Method(Generic[Request, Response]):
     """``/package.Service/Method``, as gRPC sends it."""
     request: type[Request]
     response: type[Response]
+    max_request_bytes: int = MAX_MESSAGE_BYTES
 
     @property
     def name(self) -> str:
@@ -50,6 +52,7 @@ class Datasets:
         "/forebay.v1.Datasets/CommitVersion",
         datasets.CommitVersionRequest,
         datasets.DatasetVersion,
+        MAX_COMMIT_BYTES,
     )
     DefineSplits: Final = Method(
         "/forebay.v1.Datasets/DefineSplits", datasets.DefineSplitsRequest, datasets.Dataset

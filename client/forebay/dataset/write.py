@@ -29,13 +29,17 @@ from forebay_wire.errors import (
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import check_name, new_random_name
 from forebay_wire.lazy import lazy
-from forebay_wire.limits import KIB, MAX_SHARDS_PER_VERSION, MIB, check_limit
+from forebay_wire.limits import KIB, MAX_COMMIT_BYTES, MAX_SHARDS_PER_VERSION, MIB, check_limit
 from forebay_wire.v1 import datasets_pb2
 
 SHARD_BYTES: Final = 64 * MIB
 BATCH_BYTES: Final = 2 * MIB
 SMALLEST_SHARD_BYTES: Final = 64 * KIB
 COMMIT_SECONDS: Final = 120.0
+
+SHARD_COMMIT_BYTES: Final = 136
+BATCH_COMMIT_BYTES: Final = 5
+"""The most that a shard, and a record batch of it, adds to the message of a commit."""
 
 
 class DatasetWriter:
@@ -53,11 +57,13 @@ class DatasetWriter:
         *,
         schema: Mapping[str, Any] | pa.Schema | Schema | None = None,
         base_version: int = 0,
+        base_shards: int = 0,
         shard_bytes: int = SHARD_BYTES,
         batch_bytes: int = BATCH_BYTES,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """*base_version* 0 creates the dataset, n appends to version n, which must be the newest.
+        """*base_version* 0 creates the dataset, n appends to version n, which must be the newest
+        and has *base_shards* shards.
 
         A shard is at most *shard_bytes* and so is a sample; record batches, the unit of random
         reads, have about *batch_bytes*. *metadata* is the caller's own JSON object
@@ -72,6 +78,8 @@ class DatasetWriter:
         self._uploads = Uploads(channel, transfer, f"dataset {name}")
         self._schema = None if schema is None else Schema.of(schema)
         self._base_version = base_version
+        self._num_shards = base_shards
+        self._commit_bytes = 0
         self._shard_bytes = _check_bytes("shard_bytes", shard_bytes, SMALLEST_SHARD_BYTES)
         self._batch_bytes = _check_bytes("batch_bytes", batch_bytes, 1)
         self._metadata_json = "" if metadata is None else json.dumps(dict(metadata))
@@ -178,9 +186,6 @@ class DatasetWriter:
                 f"dataset {self.name!r}: no sample was written and no schema given; write at least "
                 "one sample, or create_dataset(schema=...)"
             )
-        check_limit(
-            "shards of a version", len(self._commits), MAX_SHARDS_PER_VERSION, "raise shard_bytes"
-        )
         self._uploads.check()
         failpoint("client.write.before_commit")
         request = datasets_pb2.CommitVersionRequest(
@@ -246,8 +251,22 @@ class DatasetWriter:
         upload, builder = self._shard
         self._shard = None
         content = builder.finish()
+        self._count_shard(content)
         self._await_sealing()
         self._sealing = self._sealer.submit(self._seal, upload, content)
+
+    def _count_shard(self, content: ShardContent) -> None:
+        """Refuse a shard that no commit could name before it is uploaded."""
+        self._num_shards += 1
+        advice = f"write larger shards than shard_bytes={self._shard_bytes}"
+        check_limit("shards of a version", self._num_shards, MAX_SHARDS_PER_VERSION, advice)
+        self._commit_bytes += SHARD_COMMIT_BYTES + BATCH_COMMIT_BYTES * len(content.batch_rows)
+        check_limit(
+            "bytes of a commit's list of shards and record batches",
+            self._commit_bytes,
+            MAX_COMMIT_BYTES - 2 * MIB,  # for schema and metadata
+            f"{advice}, or append the rest as another version",
+        )
 
     def _await_sealing(self) -> None:
         if self._sealing is not None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from forebay.forking import watch
 from forebay.transfer.link import close_all
-from forebay_wire.errors import IntegrityError
+from forebay_wire.errors import IntegrityError, ResourceExhausted
+from forebay_wire.limits import MAX_MAPS_PER_CLIENT
 from forebay_wire.segments import SegmentTable
 
 
@@ -22,6 +26,42 @@ class Extent:
     descriptor: int
     file_offset: int
     length: int
+
+
+class _Maps:
+    """Counts this process's mappings of blobs; each lives until the last view of it is gone."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a mapping may die in a collection that starts inside
+        self.number = 0
+        watch(self)
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Inside, a mapping is made; it is not counted if that fails."""
+        with self._lock:
+            if self.number >= MAX_MAPS_PER_CLIENT:
+                raise ResourceExhausted(
+                    f"{self.number} mapped blobs are in use in this process: let go of batches "
+                    "and arrays that were read, or copy what you keep"
+                )
+            self.number += 1
+        try:
+            yield
+        except BaseException:
+            self.one_less()
+            raise
+
+    def one_less(self) -> None:
+        with self._lock:
+            self.number -= 1
+
+    def forget_parent(self) -> None:
+        """In a child of fork: the mappings are its own, too, but not the lock's holder."""
+        self._lock = threading.RLock()
+
+
+_maps: Final = _Maps()
 
 
 class Replica:
@@ -56,19 +96,22 @@ class Replica:
     def mapped(self) -> memoryview | None:
         """All bytes of the blob as they lie in the page cache; None if they lie in pieces.
 
-        Raises ValueError if the file has become shorter: touching what is missing would be SIGBUS.
+        Raises ValueError if the file has become shorter: touching what is missing would be SIGBUS;
+        ResourceExhausted where this process has as many mappings as it may have.
         """
         if len(self.extents) != 1:
             return None
         extent = self.extents[0]
         skip = extent.file_offset % mmap.ALLOCATIONGRANULARITY
-        memory = mmap.mmap(
-            extent.descriptor,
-            skip + extent.length,
-            flags=mmap.MAP_SHARED,
-            prot=mmap.PROT_READ,
-            offset=extent.file_offset - skip,
-        )
+        with _maps.one_more():
+            memory = mmap.mmap(
+                extent.descriptor,
+                skip + extent.length,
+                flags=mmap.MAP_SHARED,
+                prot=mmap.PROT_READ,
+                offset=extent.file_offset - skip,
+            )
+            weakref.finalize(memory, _maps.one_less).atexit = False
         return memoryview(memory)[skip:]
 
 

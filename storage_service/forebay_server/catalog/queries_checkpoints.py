@@ -37,6 +37,7 @@ from forebay_server.model.states import (
 from forebay_wire.errors import AlreadyExists, Conflict, Fenced, NotFound
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import GenerationId
+from forebay_wire.limits import MAX_GENERATION_DESCRIPTION_BYTES, check_limit
 from forebay_wire.manifest import KIND_GENERATION, GenerationManifest, PackRef
 
 DAEMON_ENDED = "the daemon ended before it was local: save the step again"
@@ -310,6 +311,7 @@ def seal_pack(
             .where(packs.c.session == session)
             .values(state=PackState.SEALED, num_bytes=num_bytes, description=description)
         )
+        _check_descriptions(connection, generation)
     values: dict[str, str] = {}
     if metrics is not None:
         values["metrics"] = metrics
@@ -318,6 +320,17 @@ def seal_pack(
     state = _state_by_packs(connection, generation)
     connection.execute(update(generations).where(at(generation)).values(state=state, **values))
     return state is not GenerationState.OPEN
+
+
+def _check_descriptions(connection: Connection, generation: GenerationId) -> None:
+    """Refuse early what no manifest can hold: when all has landed it would be too late."""
+    lengths = func.coalesce(func.sum(func.length(packs.c.description)), 0)
+    check_limit(
+        f"bytes of the descriptions of generation {generation}",
+        connection.scalar(select(lengths).where(at(generation, packs))) or 0,
+        MAX_GENERATION_DESCRIPTION_BYTES,
+        "save fewer tensors: larger ones, or on fewer ranks",
+    )
 
 
 def land_pack(connection: Connection, session: str, blob: str, num_bytes: int) -> str | None:

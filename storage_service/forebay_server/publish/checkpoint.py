@@ -33,6 +33,7 @@ from forebay_wire.limits import (
     MAX_UPLOAD_SLOT_BYTES,
     check_limit,
 )
+from forebay_wire.manifest import canonical_json
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ class Checkpoints:
         return all_sealed
 
     async def _read_description(self, uid: int, seal: PackSeal) -> bytes:
-        """The JSON object behind the pack's last bytes, checked and as canonical as it came."""
+        """The JSON object behind the pack's last bytes, checked, as the manifest will hold it."""
         data = await self._uploads.peek(seal.session, uid, seal.num_bytes, seal.description_bytes)
         try:
             parsed = await asyncio.to_thread(json.loads, data)
@@ -242,7 +243,7 @@ class Checkpoints:
             raise InvalidRequest(f"the pack's description is no JSON: {error}") from error
         if not isinstance(parsed, dict):
             raise InvalidRequest("the pack's description is no JSON object")
-        return bytes(data)
+        return await asyncio.to_thread(canonical_json, parsed)
 
     # ----------------------------------------------------------------------------------- landing
 

@@ -15,9 +15,11 @@ from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from forebay_server.observe.metrics import Metrics
 from forebay_wire.errors import DaemonUnavailable, ForebayError, Unauthenticated
+from forebay_wire.limits import MAX_COMMIT_BYTES, MAX_MESSAGE_BYTES, check_limit
 from forebay_wire.protocol import (
     ERROR_METADATA,
     PROTOCOL_METADATA,
@@ -29,6 +31,7 @@ from forebay_wire.protocol import (
 logger = logging.getLogger(__name__)
 
 HANDSHAKE: Final = "/forebay.v1.Admin/Handshake"
+COMMIT_VERSION: Final = "/forebay.v1.Datasets/CommitVersion"
 HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
 REFLECTION_PREFIX: Final = "/grpc.reflection."
 
@@ -131,6 +134,7 @@ class Gate(grpc.aio.ServerInterceptor):
     def _wrap_coroutine(self, behaviour: Any, method: str, metadata: Mapping[str, str]) -> Any:
         async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with self._call(method, metadata, context):
+                _check_size(method, request)
                 return await behaviour(request, context)
 
         return answer
@@ -140,6 +144,8 @@ class Gate(grpc.aio.ServerInterceptor):
             request: Any, context: grpc.aio.ServicerContext[Any, Any]
         ) -> AsyncIterator[Any]:
             async with self._call(method, metadata, context):
+                if isinstance(request, Message):
+                    _check_size(method, request)
                 async for response in behaviour(request, context):
                     yield response
 
@@ -212,6 +218,12 @@ class Gate(grpc.aio.ServerInterceptor):
 
     def _uid_if_any(self, metadata: Mapping[str, str]) -> int | None:
         return self._uid(metadata) if TOKEN_METADATA in metadata else None
+
+
+def _check_size(method: str, request: Message) -> None:
+    limit = MAX_COMMIT_BYTES if method == COMMIT_VERSION else MAX_MESSAGE_BYTES
+    name = method.rpartition("/")[2]
+    check_limit(f"bytes of {name}", request.ByteSize(), limit, "send it in several calls")
 
 
 async def _abort(

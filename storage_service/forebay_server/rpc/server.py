@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from forebay_server.config import Address
 from forebay_server.rpc.interceptors import Gate
 from forebay_wire.errors import StorageError
-from forebay_wire.limits import KIB, MAX_MESSAGE_BYTES
+from forebay_wire.limits import KIB, MAX_COMMIT_BYTES, MAX_MESSAGE_BYTES
 from forebay_wire.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -44,7 +44,7 @@ SERVICE_NAMES: Final = tuple(
 """What the server offers, as health and reflection name it."""
 
 _OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_COMMIT_BYTES),  # the gate has a limit for each call
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", 16 * KIB),
     ("grpc.so_reuseport", 0),  # a second daemon on a port must fail, not share it
