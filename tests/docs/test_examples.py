@@ -1,0 +1,73 @@
+"""The script of the first page and the examples run as they stand."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import forebay
+from forebay_server.testing.daemon import DaemonProcess
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path / "data") as process:
+        yield process
+
+
+class ToFloat(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().flatten(1) / 255
+
+
+def test_script_of_the_first_page(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(daemon.data.parent)  # the script connects to "data/"
+    [script] = SCRIPT.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    rng = np.random.default_rng(0)
+    model = torch.nn.Sequential(ToFloat(), torch.nn.Linear(784, 10))
+    names = {
+        "samples": [(rng.integers(0, 256, (28, 28), dtype=np.uint8), i % 10) for i in range(2000)],
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    exec(compile(script, "README.md", "exec"), names)  # noqa: S102 - our own page
+    names["client"].close()
+    assert names["step"] == 39  # 3 epochs of 1,600 samples in batches of 128
+    assert "samples" in capsys.readouterr().out
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        assert [one.step for one in client.checkpoints("mnist-cnn")] == [20]
+
+
+def run_example(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training_example_goes_on_where_it_was(daemon: DaemonProcess) -> None:
+    arguments = ("--data", str(daemon.data), "--epochs", "1")
+    first = run_example("train_mnist.py", *arguments)
+    assert "starting at step 0" in first
+    assert "test accuracy" in first
+    assert "starting at step 20" in run_example("train_mnist.py", *arguments)
+
+
+def test_import_example(daemon: DaemonProcess, tmp_path: Path) -> None:
+    table = tmp_path / "flowers.csv"
+    table.write_text("name,petals\nrose,5\nlily,6\n", encoding="utf-8")
+    run_example("import_csv.py", "flowers", str(table), "--data", str(daemon.data))
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        batch = client.dataset("flowers").take([0, 1])
+        assert batch["name"] == ["rose", "lily"]
+        assert batch["petals"].tolist() == [5, 6]
