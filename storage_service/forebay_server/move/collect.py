@@ -165,12 +165,13 @@ class Collector:
     async def _sweep_objects(self, tier: Tier) -> None:
         """Delete the blob files of the object tier that neither a row nor any extent list names.
 
-        Lists that the catalog does not know are read: they may be another daemon's.
+        Lists that the catalog does not know are read: they may be another daemon's. Rows are looked
+        up last: a flush that takes such a list over meanwhile adds the row of an old file.
         """
         prefix = tier.blob_name("")
         old = await self._tiers.run(tier, self._old_files, tier, prefix)
-        files = await self._unnamed(tier, [info.name.removeprefix(prefix) for info in old])
-        if not files:
+        files = {info.name.removeprefix(prefix) for info in old}
+        if not await self._unnamed(tier, files):
             return
         lists = await self._tiers.run(tier, _names, tier, BLOBS)
         foreign = await self._catalog.read(
@@ -178,6 +179,7 @@ class Collector:
         )
         for blob in foreign:
             files -= await self._tiers.run(tier, _files_of, tier, blob)
+        files = await self._unnamed(tier, files)
         for file in files:
             logger.info("tier %s: stray object %s is deleted", tier.name, file)
             await self._tiers.run(tier, tier.delete, tier.blob_name(file))
@@ -186,9 +188,10 @@ class Collector:
         limit = self._clock() - self._grace_seconds
         return [info for info in tier.list(prefix) if info.modified_unix < limit]
 
-    async def _unnamed(self, tier: Tier, names: list[str]) -> set[str]:
+    async def _unnamed(self, tier: Tier, names: Iterable[str]) -> set[str]:
+        listed = list(names)
         return await self._catalog.read(
-            lambda connection: unnamed_files(connection, tier.name, names)
+            lambda connection: unnamed_files(connection, tier.name, listed)
         )
 
 
