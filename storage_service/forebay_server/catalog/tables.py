@@ -28,13 +28,18 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 metadata: Final = MetaData()
 
 
 def _created() -> Column[Any]:
     return Column("created", Double, nullable=False, default=now())
+
+
+def _begun_ns() -> Column[Any]:
+    """Tells it from an earlier one of the same name; stamped on all its manifests."""
+    return Column("begun_ns", BigInteger, nullable=False)
 
 
 def _one_of(column: str, *values: str) -> CheckConstraint:
@@ -92,6 +97,8 @@ replicas = Table(
     Column("state", String(16), nullable=False, default="live"),
     # Why it was quarantined.
     Column("reason", Text, nullable=False, default=""),
+    # When the last check of every byte ended; 0: none since it was written.
+    Column("verified", Double, nullable=False, default=0.0, server_default="0"),
     _created(),
     _one_of("state", "live", "quarantined"),
     Index("replicas_by_blob", "blob"),
@@ -150,6 +157,7 @@ datasets = Table(
     "datasets",
     metadata,
     Column("name", String(128), primary_key=True),
+    _begun_ns(),
     _created(),
 )
 
@@ -185,6 +193,7 @@ runs = Table(
     "runs",
     metadata,
     Column("run", String(128), primary_key=True),
+    _begun_ns(),
     _created(),
 )
 
@@ -285,6 +294,10 @@ jobs = Table(
     Column("done_bytes", BigInteger, nullable=False, default=0),
     Column("total_bytes", BigInteger, nullable=False, default=0),
     Column("error", Text, nullable=False, default=""),
+    # Higher ones first, among those whose time has come.
+    Column("priority", Integer, nullable=False, default=0, server_default="0"),
+    # JSON that only the kind's handler reads: where a journaled sequence stands.
+    Column("journal", Text, nullable=False, default="", server_default=""),
     # Not taken before: back-off after a failed try.
     Column("not_before", Double, nullable=False, default=now()),
     _created(),
@@ -303,4 +316,80 @@ Index(
     unique=True,
     sqlite_where=text("state IN ('queued', 'running')"),
     postgresql_where=text("state IN ('queued', 'running')"),
+)
+
+# ---------------------------------------------------------------------- movement, and its story
+
+assigned_policies = Table(
+    "assigned_policies",
+    metadata,
+    # "dataset NAME" or "run NAME"; it may be assigned before that exists.
+    Column("owner", String(160), primary_key=True),
+    Column("policy", String(64), nullable=False),
+    _created(),
+)
+
+pins = Table(
+    "pins",
+    metadata,
+    Column("pin", String(32), primary_key=True),
+    # What people named: "dataset NAME@VERSION", "generation RUN@ATTEMPT/STEP".
+    Column("target", String(512), nullable=False),
+    Column("tier", String(128), nullable=False),
+    # A warm hold ends by itself; NULL: until it is unpinned.
+    Column("expires", Double),
+    _created(),
+    Index("pins_by_target", "target"),
+)
+
+pin_blobs = Table(
+    "pin_blobs",
+    metadata,
+    Column("pin", ForeignKey("pins.pin", ondelete="CASCADE"), primary_key=True),
+    # No foreign key: a pin does not keep a deleted blob, `deleted` shows in its answer.
+    Column("blob", String(64), primary_key=True),
+    Index("pin_blobs_by_blob", "blob"),
+)
+
+trash = Table(
+    "trash",
+    metadata,
+    Column("manifest", ForeignKey("manifests.manifest", ondelete="CASCADE"), primary_key=True),
+    # "dataset NAME@VERSION", "generation RUN@ATTEMPT/STEP".
+    Column("target", String(512), nullable=False),
+    # JSON: the rows that bring it back.
+    Column("record", Text, nullable=False),
+    Column("expires", Double, nullable=False),
+    _created(),
+    Index("trash_by_expiry", "expires"),
+)
+
+history = Table(
+    "history",
+    metadata,
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("at", Double, nullable=False, default=now()),
+    # "blob ID", "dataset NAME", "generation RUN@ATTEMPT/STEP", "tier NAME".
+    Column("subject", String(512), nullable=False),
+    # "copied", "evicted", "quarantined", "repaired", "deleted", ...
+    Column("event", String(32), nullable=False),
+    Column("detail", Text, nullable=False, default=""),
+    Index("history_by_subject", "subject", "seq"),
+)
+
+# ------------------------------------------------------------------------------------------ origins
+
+origins = Table(
+    "origins",
+    metadata,
+    # Digest of (URL, size, validator).
+    Column("origin", String(64), primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    # JSON: {"version": ..., "etag": ..., "mtime_ns": ..., "inode": ...}, whatever the place has.
+    Column("validator", Text, nullable=False),
+    # The segment table once every byte was read; NULL before.
+    Column("segments", LargeBinary),
+    _created(),
+    Index("origins_by_url", "url"),
 )

@@ -13,6 +13,8 @@ from typing import Final
 
 from sqlalchemy import Connection
 
+from forebay_server.catalog.migrations import v0002_movement
+
 
 @dataclass(frozen=True)
 class Migration:
@@ -23,5 +25,5 @@ class Migration:
     apply: Callable[[Connection], None]
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = ()
+MIGRATIONS: Final[tuple[Migration, ...]] = (Migration(2, "movement", v0002_movement.apply),)
 """In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""
