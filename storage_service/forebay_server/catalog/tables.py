@@ -37,11 +37,6 @@ def _created() -> Column[Any]:
     return Column("created", Double, nullable=False, default=now())
 
 
-def _begun_ns() -> Column[Any]:
-    """Tells it from an earlier one of the same name; stamped on all its manifests."""
-    return Column("begun_ns", BigInteger, nullable=False)
-
-
 def _one_of(column: str, *values: str) -> CheckConstraint:
     listed = ", ".join(f"'{value}'" for value in values)
     return CheckConstraint(f"{column} IN ({listed})", name=f"{column}_is_known")
@@ -157,7 +152,6 @@ datasets = Table(
     "datasets",
     metadata,
     Column("name", String(128), primary_key=True),
-    _begun_ns(),
     _created(),
 )
 
@@ -193,7 +187,6 @@ runs = Table(
     "runs",
     metadata,
     Column("run", String(128), primary_key=True),
-    _begun_ns(),
     _created(),
 )
 
