@@ -1,0 +1,141 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class OrderParameters(_message.Message):
+    __slots__ = ("manifest", "selection", "shuffle", "seed", "global_batch_size", "last_batch", "rank", "num_ranks", "num_epochs")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    SHUFFLE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAST_BATCH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    manifest: str
+    selection: str
+    shuffle: str
+    seed: int
+    global_batch_size: int
+    last_batch: str
+    rank: int
+    num_ranks: int
+    num_epochs: int
+    def __init__(self, manifest: _Optional[str] = ..., selection: _Optional[str] = ..., shuffle: _Optional[str] = ..., seed: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., last_batch: _Optional[str] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., num_epochs: _Optional[int] = ...) -> None: ...
+
+class RegisterPlanRequest(_message.Message):
+    __slots__ = ("plan", "loader", "order", "epoch", "position")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    LOADER_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    plan: str
+    loader: str
+    order: OrderParameters
+    epoch: int
+    position: int
+    def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., order: _Optional[_Union[OrderParameters, _Mapping]] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+
+class BlobRange(_message.Message):
+    __slots__ = ("blob", "offset", "length")
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    blob: str
+    offset: int
+    length: int
+    def __init__(self, blob: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+
+class AddRangesRequest(_message.Message):
+    __slots__ = ("plan", "page", "ranges")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    plan: str
+    page: int
+    ranges: _containers.RepeatedCompositeFieldContainer[BlobRange]
+    def __init__(self, plan: _Optional[str] = ..., page: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[BlobRange, _Mapping]]] = ...) -> None: ...
+
+class AdvancePlanRequest(_message.Message):
+    __slots__ = ("plan", "epoch", "position")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    plan: str
+    epoch: int
+    position: int
+    def __init__(self, plan: _Optional[str] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+
+class Waits(_message.Message):
+    __slots__ = ("num_waits", "tier_seconds", "queue_seconds", "throttle_seconds", "origin_seconds")
+    NUM_WAITS_FIELD_NUMBER: _ClassVar[int]
+    TIER_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    THROTTLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    num_waits: int
+    tier_seconds: float
+    queue_seconds: float
+    throttle_seconds: float
+    origin_seconds: float
+    def __init__(self, num_waits: _Optional[int] = ..., tier_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., throttle_seconds: _Optional[float] = ..., origin_seconds: _Optional[float] = ...) -> None: ...
+
+class PlanStanding(_message.Message):
+    __slots__ = ("plan", "lease_seconds", "waits")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    plan: str
+    lease_seconds: float
+    waits: Waits
+    def __init__(self, plan: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., waits: _Optional[_Union[Waits, _Mapping]] = ...) -> None: ...
+
+class EndPlanRequest(_message.Message):
+    __slots__ = ("plan",)
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    plan: str
+    def __init__(self, plan: _Optional[str] = ...) -> None: ...
+
+class EndPlanResponse(_message.Message):
+    __slots__ = ("existed",)
+    EXISTED_FIELD_NUMBER: _ClassVar[int]
+    existed: bool
+    def __init__(self, existed: _Optional[bool] = ...) -> None: ...
+
+class ListPlansRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PlanSummary(_message.Message):
+    __slots__ = ("plan", "loader", "dataset", "epoch", "position", "num_samples", "ready_bytes", "rate", "waits")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    LOADER_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    READY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    plan: str
+    loader: str
+    dataset: str
+    epoch: int
+    position: int
+    num_samples: int
+    ready_bytes: int
+    rate: float
+    waits: Waits
+    def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., dataset: _Optional[str] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_samples: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., rate: _Optional[float] = ..., waits: _Optional[_Union[Waits, _Mapping]] = ...) -> None: ...
+
+class ListPlansResponse(_message.Message):
+    __slots__ = ("plans",)
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    plans: _containers.RepeatedCompositeFieldContainer[PlanSummary]
+    def __init__(self, plans: _Optional[_Iterable[_Union[PlanSummary, _Mapping]]] = ...) -> None: ...

@@ -1,0 +1,137 @@
+"""Which shards a loader touches when: its order turned into uses of blobs, a window at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay_wire.errors import InvalidRequest
+from forebay_wire.order import Cut, LastBatch, Order, Shuffle, split_rows
+
+WINDOW_SAMPLES: Final = 1 << 14
+"""Samples that one window looks at: some milliseconds of work and a few hundred kilobytes."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows that a split chooses (see ``SelectionManifest``)."""
+
+    seed: int
+    start: int
+
+
+@dataclass(frozen=True)
+class ReadOrder:
+    """What one rank of one loader is going to read, as parameters."""
+
+    manifest: str
+    """Manifest id of the dataset version."""
+    identity: str
+    """Names the samples and their order: manifest ids of version and selection."""
+    num_samples: int
+    """Of an epoch, on all ranks together."""
+    num_version_rows: int
+    split: Split | None
+    shuffle: Shuffle
+    seed: int
+    global_batch_size: int
+    last_batch: LastBatch
+    rank: int
+    num_ranks: int
+    num_epochs: int = 0
+    """0: nobody knows when it ends."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.num_ranks:
+            raise InvalidRequest(f"rank {self.rank} of {self.num_ranks}: ranks count from 0")
+        Cut(self.num_samples, self.global_batch_size, self.last_batch)  # raises
+
+    def time(self, epoch: int, position: int) -> int:
+        """A place in the endless row of epochs as one number."""
+        return epoch * self.num_samples + position
+
+
+@dataclass(frozen=True)
+class Window:
+    """The uses of a stretch of an order, in order: each shard once a step."""
+
+    times: NDArray[np.int64]
+    """When the step begins that uses the shard (:meth:`ReadOrder.time`)."""
+    shards: NDArray[np.int64]
+    stop: int
+    """All uses before this time are in this window or an earlier one."""
+
+
+def windows(
+    order: ReadOrder,
+    shard_starts: NDArray[np.int64],
+    epoch: int,
+    position: int,
+    window_samples: int = WINDOW_SAMPLES,
+) -> Iterator[Window]:
+    """The uses from *position* of *epoch* on, through this and the following epochs.
+
+    *shard_starts*: the first row of each shard and, last, the number of rows. Costs O(window) of
+    time and memory for each window, whatever the size of an epoch. Ends only after the last epoch,
+    if that is known, and where there is nothing to read.
+    """
+    if order.num_samples == 0:
+        return
+    first = position
+    while not order.num_epochs or epoch < order.num_epochs:
+        cut = Cut(order.num_samples, order.global_batch_size, order.last_batch, first)
+        if cut.num_steps == 0 and first == 0:
+            return  # a batch larger than the dataset, and short ones are dropped
+        samples = Order(order.num_samples, order.shuffle, order.seed, epoch, order.identity)
+        own = max(1, order.global_batch_size // order.num_ranks)
+        steps_at_once = max(1, window_samples // own)
+        for start in range(0, cut.num_steps, steps_at_once):
+            stop = min(start + steps_at_once, cut.num_steps)
+            steps, positions = _positions(order, cut, start, stop)
+            rows = _rows(order, samples.at(positions))
+            shards = np.searchsorted(shard_starts, rows, side="right") - 1
+            num_shards = len(shard_starts) - 1
+            keys = np.unique(steps * num_shards + shards)
+            base = order.time(epoch, cut.position)
+            times = base + keys // num_shards * order.global_batch_size
+            end = order.time(epoch + 1, 0)
+            if stop < cut.num_steps:
+                end = base + stop * order.global_batch_size
+            yield Window(times, keys % num_shards, end)
+        epoch, first = epoch + 1, 0
+
+
+def _positions(
+    order: ReadOrder, cut: Cut, start: int, stop: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(step, position) of each sample that the rank reads in the steps [start, stop)."""
+    size = order.global_batch_size
+    full = min(stop, (cut.num_samples - cut.position) // size)
+    steps: list[NDArray[np.int64]] = []
+    positions: list[NDArray[np.int64]] = []
+    if full > start:  # all alike
+        part = cut.part(start, order.rank, order.num_ranks)
+        numbers = np.arange(start, full, dtype=np.int64)
+        own = np.arange(part.start, part.stop + part.num_padding, dtype=np.int64)
+        steps.append(np.repeat(numbers, len(own)))
+        shifted = own[None, :] + ((numbers - start) * size)[:, None]
+        positions.append(shifted.reshape(-1) % cut.num_samples)  # padding repeats from the start
+    for step in range(max(start, full), stop):  # the short one
+        part = cut.part(step, order.rank, order.num_ranks)
+        own = part.positions(cut.num_samples)
+        steps.append(np.full(len(own), step, dtype=np.int64))
+        positions.append(own)
+    return np.concatenate(steps), np.concatenate(positions)
+
+
+def _rows(order: ReadOrder, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of the version at these places of the selection."""
+    if order.split is None:
+        return samples
+    return split_rows(
+        order.manifest, order.num_version_rows, order.split.seed, samples + order.split.start
+    )
