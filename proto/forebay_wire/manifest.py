@@ -1,8 +1,10 @@
 """Manifests: the list of blobs that makes one version of something, and its canonical bytes.
 
-A manifest is a frame (magic, version, kind, length, digest) around canonical JSON, so that it can
-be read with any tool and checked with one digest. Its id is that digest: BLAKE3 under a domain key.
-Byte table: ``docs/formats/manifest.md``.
+A manifest is a frame (magic, version, kind, length, digest, stamp) around canonical JSON, so that
+it can be read with any tool and checked with one digest. Its id is that digest: BLAKE3 under a
+domain key. The stamp says when it was committed; it is no part of the id, so that equal content has
+an equal id, and with it equal orders and splits, whenever it is written. Byte table:
+``docs/formats/manifest.md``.
 """
 
 from __future__ import annotations
@@ -22,19 +24,34 @@ from forebay_wire.limits import (
     MAX_SHARDS_PER_VERSION,
     check_limit,
 )
-from forebay_wire.segments import MANIFEST_KEY
+from forebay_wire.segments import MANIFEST_KEY, xxh3
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 MAGIC: Final = b"FBMANIF1"
-FRAME: Final = struct.Struct("<8sIIQ32s")
-"""magic, version u32, kind u32, payload length u64, BLAKE3 of kind and payload (32 bytes)."""
+HEAD: Final = struct.Struct("<8sIIQ32sQQ")
+"""magic, version u32, kind u32, payload length u64, BLAKE3 of kind and payload (32 bytes), begun_ns
+u64, committed_ns u64."""
+CHECK: Final = struct.Struct("<Q")
+"""XXH3-64 of the head, behind it."""
+FRAME_BYTES: Final = HEAD.size + CHECK.size
 
-VERSION: Final = 1
+VERSION: Final = 2
 KIND_DATASET: Final = 1
 KIND_SELECTION: Final = 2
 KIND_GENERATION: Final = 3
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """When a manifest came to be, in Unix nanoseconds that one catalog gives out but once and only
+    upwards: of two stamps of one catalog the larger one is later, whatever the clocks did."""
+
+    begun_ns: int = 0
+    """When the first manifest of its dataset or run was committed: tells a dataset or run from an
+    earlier one of the same name, which was deleted."""
+    committed_ns: int = 0
 
 
 def canonical_json(value: Any) -> bytes:
@@ -53,11 +70,27 @@ def _digest(kind: int, payload: bytes) -> bytes:
 
 
 def encode(kind: int, payload: Mapping[str, Any]) -> tuple[str, bytes]:
-    """``(manifest id in hex, the manifest's bytes)`` of a JSON-able *payload*."""
+    """``(manifest id in hex, the manifest's bytes)`` of a JSON-able *payload*; not yet stamped."""
     body = canonical_json(payload)
     check_limit("manifest bytes", len(body), MAX_MANIFEST_BYTES, "use fewer shards or tensors")
     digest = _digest(kind, body)
-    return digest.hex(), FRAME.pack(MAGIC, VERSION, kind, len(body), digest) + body
+    return digest.hex(), _head(kind, len(body), digest, Stamp()) + body
+
+
+def _head(kind: int, length: int, digest: bytes, stamp: Stamp) -> bytes:
+    head = HEAD.pack(MAGIC, VERSION, kind, length, digest, stamp.begun_ns, stamp.committed_ns)
+    return head + CHECK.pack(xxh3(head))
+
+
+def put_stamp(data: bytes, stamp: Stamp) -> bytes:
+    """The same manifest, stamped."""
+    _, _, kind, length, digest, _, _ = HEAD.unpack_from(data)
+    return _head(kind, length, digest, stamp) + data[FRAME_BYTES:]
+
+
+def read_stamp(data: Buffer) -> Stamp:
+    """The stamp of a manifest that :func:`decode` has verified."""
+    return Stamp(*HEAD.unpack_from(data)[5:])
 
 
 def decode(data: Buffer, where: str, manifest_id: str | None = None) -> tuple[int, dict[str, Any]]:
@@ -66,12 +99,14 @@ def decode(data: Buffer, where: str, manifest_id: str | None = None) -> tuple[in
     Raises :class:`IntegrityError` for anything that is not exactly what was written.
     """
     raw = bytes(data)
-    if len(raw) < FRAME.size:
+    if len(raw) < FRAME_BYTES:
         raise IntegrityError(f"manifest is cut short ({where})")
-    magic, version, kind, length, digest = FRAME.unpack_from(raw)
-    body = raw[FRAME.size :]
+    magic, version, kind, length, digest, _, _ = HEAD.unpack_from(raw)
+    body = raw[FRAME_BYTES:]
     if magic != MAGIC or version != VERSION:
         raise IntegrityError(f"no manifest of version {VERSION} ({where})")
+    if CHECK.unpack_from(raw, HEAD.size)[0] != xxh3(raw[: HEAD.size]):
+        raise IntegrityError(f"the head of the manifest is damaged ({where})")
     if len(body) != length or _digest(kind, body) != digest:
         raise IntegrityError(f"manifest does not match its digest ({where}); it is damaged")
     if manifest_id is not None and digest.hex() != manifest_id:

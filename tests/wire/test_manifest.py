@@ -8,17 +8,20 @@ from hypothesis import strategies as st
 
 from forebay_wire.errors import IntegrityError, InvalidRequest
 from forebay_wire.manifest import (
-    FRAME,
+    FRAME_BYTES,
     KIND_DATASET,
     DatasetManifest,
     GenerationManifest,
     PackRef,
     SelectionManifest,
     ShardRef,
+    Stamp,
     canonical_json,
     decode,
     encode,
     parse,
+    put_stamp,
+    read_stamp,
 )
 
 BLOB = "ab" * 32
@@ -133,5 +136,14 @@ def test_rows_and_blobs_of_a_version_add_up_over_its_shards():
     assert GENERATION.blobs() == [BLOB, BLOB]
 
 
-def test_the_frame_is_56_bytes():
-    assert FRAME.size == 56
+def test_the_frame_is_80_bytes():
+    assert FRAME_BYTES == 80
+
+
+def test_a_stamp_changes_neither_the_id_nor_what_the_manifest_says():
+    manifest_id, data = DATASET.encode()
+    stamped = put_stamp(data, Stamp(5, (1 << 63) - 1))
+    assert stamped != data
+    assert parse(stamped, "here", manifest_id) == DATASET
+    assert read_stamp(stamped) == Stamp(5, (1 << 63) - 1)
+    assert read_stamp(data) == Stamp(0, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from sqlalchemy import (
 )
 
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
-from forebay_server.catalog.queries_manifests import insert_manifest
+from forebay_server.catalog.queries_manifests import commit_manifest
 from forebay_server.catalog.queries_runs import AttemptInfo, at, attempt_info, parent_of
 from forebay_server.catalog.tables import (
     attempts,
@@ -41,6 +41,8 @@ from forebay_wire.limits import MAX_GENERATION_DESCRIPTION_BYTES, check_limit
 from forebay_wire.manifest import KIND_GENERATION, GenerationManifest, PackRef
 
 DAEMON_ENDED = "the daemon ended before it was local: save the step again"
+
+NOTHING_IN_SLOTS: Mapping[str, tuple[str, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def open_attempt(
 
 def _check_parent(connection: Connection, run: str, parent: Point) -> None:
     state = connection.scalar(select(generations.c.state).where(at(GenerationId(run, *parent))))
-    if state != GenerationState.COMMITTED:
+    if state not in (GenerationState.COMMITTED, GenerationState.SEALED):  # or restored from memory
         raise NotFound(
             f"run {run} has no committed generation {parent} that a new attempt could stand on: "
             "restore 'latest' again and begin the attempt with what it names"
@@ -351,7 +353,12 @@ def land_pack(connection: Connection, session: str, blob: str, num_bytes: int) -
     failpoint("generation.before_commit")
     manifest = _manifest_of(connection, generation)
     identity, data = manifest.encode()
-    insert_manifest(connection, identity, KIND_GENERATION, data, manifest.blobs())
+    sibling = connection.scalar(
+        select(generations.c.manifest)
+        .where(generations.c.run == generation.run, generations.c.manifest.is_not(None))
+        .limit(1)
+    )
+    commit_manifest(connection, identity, KIND_GENERATION, data, manifest.blobs(), sibling)
     connection.execute(
         update(generations)
         .where(at(generation))
@@ -372,7 +379,32 @@ def _state_by_packs(connection: Connection, generation: GenerationId) -> Generat
     )
 
 
-def _manifest_of(connection: Connection, generation: GenerationId) -> GenerationManifest:
+def sessions_in_slots(connection: Connection, generation: GenerationId) -> list[str]:
+    """The upload sessions of the packs of *generation* that are sealed and have not landed."""
+    is_sealed = packs.c.state == PackState.SEALED
+    return list(connection.scalars(select(packs.c.session).where(at(generation, packs), is_sealed)))
+
+
+def manifest_of_sealed(
+    connection: Connection, generation: GenerationId, in_slots: Mapping[str, tuple[str, int]]
+) -> GenerationManifest | None:
+    """The manifest that a generation which all ranks have sealed is going to have.
+
+    *in_slots*: upload session to (blob, bytes) of packs that have not landed. None if that is not
+    all of them, or the generation is not sealed.
+    """
+    state = connection.scalar(select(generations.c.state).where(at(generation)))
+    missing = set(sessions_in_slots(connection, generation)) - set(in_slots)
+    if state != GenerationState.SEALED or missing:
+        return None
+    return _manifest_of(connection, generation, in_slots)
+
+
+def _manifest_of(
+    connection: Connection,
+    generation: GenerationId,
+    in_slots: Mapping[str, tuple[str, int]] = NOTHING_IN_SLOTS,
+) -> GenerationManifest:
     row = connection.execute(select(generations).where(at(generation))).one()
     attempt = connection.execute(
         select(attempts).where(
@@ -380,9 +412,11 @@ def _manifest_of(connection: Connection, generation: GenerationId) -> Generation
         )
     ).one()
     rows = connection.execute(select(packs).where(at(generation, packs)).order_by(packs.c.rank))
-    refs = tuple(
-        PackRef(pack.rank, pack.blob, pack.num_bytes, json.loads(pack.description)) for pack in rows
-    )
+    refs = []
+    for pack in rows:
+        landed = pack.blob is not None
+        blob, num_bytes = (pack.blob, pack.num_bytes) if landed else in_slots[pack.session]
+        refs.append(PackRef(pack.rank, blob, num_bytes, json.loads(pack.description)))
     return GenerationManifest(
         run=generation.run,
         attempt=generation.attempt,
@@ -391,7 +425,7 @@ def _manifest_of(connection: Connection, generation: GenerationId) -> Generation
         num_ranks=row.num_ranks,
         metrics=json.loads(row.metrics) if row.metrics else {},
         dataset=json.loads(row.dataset) if row.dataset else None,
-        packs=refs,
+        packs=tuple(refs),
         created_unix=row.created,
     )
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, Select, delete, func, insert, select
 
 from forebay_server.catalog.queries_blobs import batches
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
-from forebay_server.catalog.queries_manifests import insert_manifest
+from forebay_server.catalog.queries_manifests import commit_manifest
 from forebay_server.catalog.tables import (
     blobs,
     datasets,
@@ -188,9 +188,11 @@ def insert_version(
 
     Version 1 creates the dataset. Whoever commits queues the flush (:func:`enqueue_flush`).
     """
-    insert_manifest(connection, manifest_id, KIND_DATASET, data, manifest.blobs())
     name = manifest.dataset
-    if connection.scalar(select(datasets.c.name).where(datasets.c.name == name)) is None:
+    base = find_version(connection, name, 0)
+    sibling = base.manifest if base is not None else None
+    commit_manifest(connection, manifest_id, KIND_DATASET, data, manifest.blobs(), sibling)
+    if base is None:
         connection.execute(insert(datasets).values(name=name))
     connection.execute(
         insert(versions).values(
@@ -212,7 +214,7 @@ def insert_selection(
     connection: Connection, manifest: SelectionManifest, manifest_id: str, data: bytes
 ) -> None:
     """Make one selection of a known version visible. Whoever defines it queues the flush."""
-    insert_manifest(connection, manifest_id, KIND_SELECTION, data, ())
+    commit_manifest(connection, manifest_id, KIND_SELECTION, data, (), manifest.dataset_manifest)
     connection.execute(
         insert(selections).values(
             dataset=manifest.dataset,

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, LargeBinary, func, insert, select
 
 from forebay_server.catalog.queries_jobs import DELETE, job_of
+from forebay_server.catalog.queries_settings import next_moment
 from forebay_server.catalog.tables import manifest_blobs, manifests
 from forebay_wire.errors import Conflict
+from forebay_wire.manifest import FRAME_BYTES, Stamp, put_stamp, read_stamp
+
+
+def commit_manifest(
+    connection: Connection,
+    manifest: str,
+    kind: int,
+    data: bytes,
+    blobs: Iterable[str],
+    sibling: str | None,
+) -> None:
+    """Stamp a new manifest, then :func:`insert_manifest`.
+
+    *sibling* is any other manifest of the same dataset or run; None: this is what it begins with.
+    """
+    moment = next_moment(connection)
+    begun_ns = moment if sibling is None else _stamp_of(connection, sibling).begun_ns
+    insert_manifest(connection, manifest, kind, put_stamp(data, Stamp(begun_ns, moment)), blobs)
 
 
 def insert_manifest(
     connection: Connection, manifest: str, kind: int, data: bytes, blobs: Iterable[str]
 ) -> None:
-    """Store a manifest with what it names: from here on these blobs are kept.
+    """Store a stamped manifest with what it names: from here on these blobs are kept.
 
     :class:`Conflict` if the very same manifest is still being deleted.
     """
@@ -28,6 +47,11 @@ def insert_manifest(
     named = [{"manifest": manifest, "blob": blob} for blob in dict.fromkeys(blobs)]
     if named:
         connection.execute(insert(manifest_blobs), named)
+
+
+def _stamp_of(connection: Connection, manifest: str) -> Stamp:
+    head = select(func.substr(manifests.c.data, 1, FRAME_BYTES, type_=LargeBinary))
+    return read_stamp(connection.scalars(head.where(manifests.c.manifest == manifest)).one())
 
 
 def read_manifest(connection: Connection, manifest: str) -> bytes | None:

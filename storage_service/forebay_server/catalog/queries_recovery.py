@@ -33,6 +33,7 @@ from forebay_wire.manifest import (
     DatasetManifest,
     GenerationManifest,
     SelectionManifest,
+    read_stamp,
 )
 
 
@@ -63,7 +64,7 @@ def restore_blob(connection: Connection, blob: str, tier: str, found: ObjectBlob
 
 
 def restore_version(
-    connection: Connection, identity: str, data: bytes, found: DatasetManifest, created: float
+    connection: Connection, identity: str, data: bytes, found: DatasetManifest
 ) -> None:
     """Make a dataset version visible again; its blobs are known."""
     insert_manifest(connection, identity, KIND_DATASET, data, found.blobs())
@@ -78,13 +79,13 @@ def restore_version(
             num_bytes=sum(shard.num_bytes for shard in found.shards),
             num_shards=len(found.shards),
             request=new_random_name(),
-            created=created,
+            created=read_stamp(data).committed_ns / 1e9,
         )
     )
 
 
 def restore_selection(
-    connection: Connection, identity: str, data: bytes, found: SelectionManifest, created: float
+    connection: Connection, identity: str, data: bytes, found: SelectionManifest
 ) -> None:
     """Make a selection visible again. :class:`Conflict` without the version that it selects of."""
     of = connection.scalar(
@@ -103,7 +104,7 @@ def restore_selection(
             name=found.name,
             manifest=identity,
             num_rows=found.num_rows,
-            created=created,
+            created=read_stamp(data).committed_ns / 1e9,
         )
     )
 

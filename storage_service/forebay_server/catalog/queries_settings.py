@@ -6,10 +6,12 @@ from typing import Final
 
 from sqlalchemy import Connection, insert, select, update
 
+from forebay_server.catalog.clock import now
 from forebay_server.catalog.tables import settings
 from forebay_wire.ids import new_random_name
 
 OWN_NAME: Final = "catalog"
+LAST_MOMENT: Final = "last_moment_ns"
 
 
 def get_setting(connection: Connection, key: str) -> str | None:
@@ -32,3 +34,20 @@ def own_name(connection: Connection) -> str:
         name = new_random_name()
         put_setting(connection, OWN_NAME, name)
     return name
+
+
+def next_moment(connection: Connection) -> int:
+    """Unix nanoseconds by the catalog's clock, larger than any that it has given out before."""
+    clock = int((connection.scalar(select(now())) or 0.0) * 1e9)
+    moment = max(clock, _last_moment(connection) + 1)
+    put_setting(connection, LAST_MOMENT, str(moment))
+    return moment
+
+
+def pass_moment(connection: Connection, moment: int) -> None:
+    """Give out only moments after *moment* from here on."""
+    put_setting(connection, LAST_MOMENT, str(max(moment, _last_moment(connection))))
+
+
+def _last_moment(connection: Connection) -> int:
+    return int(get_setting(connection, LAST_MOMENT) or 0)

@@ -204,7 +204,7 @@ class ObjectPublisher:
         """Publish a small object and read it back; one that is there already has to be equal.
 
         A damaged one is replaced if nothing can rely on it: for a manifest that is always so, its
-        name is its digest.
+        name is its digest. So is one that another catalog stamped.
         """
         try:
             self._tier.put(name, data)
@@ -213,7 +213,7 @@ class ObjectPublisher:
                 return
             if not name.startswith(MANIFESTS):
                 raise
-            logger.warning("object %s is damaged and published again", name)
+            logger.warning("object %s is damaged, or was stamped by another catalog", name)
             self._tier.delete(name)
             self._tier.put(name, data)
         if self._tier.get(name) != data:

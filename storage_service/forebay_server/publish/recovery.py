@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,9 +18,10 @@ from typing import Any, Final, TypeVar
 from forebay_server.catalog import queries_recovery as queries
 from forebay_server.catalog.engine import Catalog, Connection, sqlite_url
 from forebay_server.catalog.queries_objects import enqueue_missing
-from forebay_server.catalog.queries_settings import own_name
+from forebay_server.catalog.queries_settings import own_name, pass_moment
 from forebay_server.config import CONFIG_FILE_NAME, load_config
 from forebay_server.folder import FolderLock, load_node, write_private
+from forebay_server.model.chains import choose
 from forebay_server.model.extents import ObjectBlob
 from forebay_server.publish.manifests import BLOBS, MANIFESTS
 from forebay_server.tier.owner import Owner, take_over
@@ -42,7 +43,9 @@ from forebay_wire.manifest import (
     DatasetManifest,
     GenerationManifest,
     SelectionManifest,
+    Stamp,
     parse,
+    read_stamp,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,7 +100,7 @@ class _Found:
     identity: str
     data: bytes
     manifest: AnyManifest
-    modified_unix: float
+    stamp: Stamp
 
     @property
     def what(self) -> str:
@@ -119,8 +122,9 @@ async def recover(
 
     The folder has no catalog yet (:class:`AlreadyExists`) and no daemon. Its ``forebay.toml`` will
     name *url* as the object tier. A recovery that was interrupted is begun again. The tier is the
-    new catalog's then: the daemon that had it before can no longer open it. :class:`NotFound` if
-    there is nothing to recover; nothing is made there then.
+    new catalog's then: the daemon that had it before can no longer open it. Of what was deleted and
+    made again under the same name the newer one is taken. :class:`NotFound` if there is nothing to
+    recover; nothing is made there then.
     """
     with FolderLock(folder):
         if (folder / CATALOG_FILE_NAME).exists():
@@ -182,7 +186,7 @@ class _Recovery:
             check_id("manifest", identity)
             data = self._tier.get(info.name)
             where = f"tier {self._tier.name}, file {info.name}"
-            return _Found(identity, data, parse(data, where, identity), info.modified_unix)
+            return _Found(identity, data, parse(data, where, identity), read_stamp(data))
         except BAD as error:
             self._leave_out(f"manifest {identity}", error)
             return None
@@ -218,23 +222,30 @@ class _Recovery:
     async def _fill(
         self,
         catalog: Catalog,
-        manifests: Iterable[_Found],
+        manifests: Sequence[_Found],
         located: Mapping[str, ObjectBlob | ForebayError],
     ) -> None:
-        ordered = sorted(manifests, key=_turn)
-        for number, found in enumerate(ordered, 1):
-            damaged = [one for blob in found.blobs if isinstance(one := located[blob], Exception)]
-            if damaged:
-                self._leave_out(found.what, damaged[0])
-            else:
-                try:
-                    await catalog.write(self._restoring(found, located))
-                    self._count(found.manifest)
-                except Conflict as error:
-                    self._leave_out(found.what, error)
-            self._report("rows", number, len(ordered))
+        latest = max((found.stamp.committed_ns for found in manifests), default=0)
+        await catalog.write(lambda connection: pass_moment(connection, latest))
+        choice = choose([found for found in manifests if self._is_whole(found, located)])
+        for older, reason in choice.left_out:
+            self._leave_out(older.what, reason)
+        for number, found in enumerate(choice.kept, 1):
+            try:
+                await catalog.write(self._restoring(found, located))
+                self._count(found.manifest)
+            except Conflict as error:
+                self._leave_out(found.what, error)
+            self._report("rows", number, len(choice.kept))
         await catalog.write(enqueue_missing)
         await self._count_all(catalog)
+
+    def _is_whole(self, found: _Found, located: Mapping[str, ObjectBlob | ForebayError]) -> bool:
+        for blob in found.blobs:
+            if isinstance(place := located[blob], Exception):
+                self._leave_out(found.what, place)
+                return False
+        return True
 
     def _restoring(
         self, found: _Found, located: Mapping[str, ObjectBlob | ForebayError]
@@ -265,9 +276,9 @@ class _Recovery:
 
     # ----------------------------------------------------------------------------------- helpers
 
-    def _leave_out(self, what: str, error: Exception) -> None:
-        logger.error("%s is left out: %s", what, error)
-        self.result.left_out.append(LeftOut(what, str(error)))
+    def _leave_out(self, what: str, reason: Exception | str) -> None:
+        logger.error("%s is left out: %s", what, reason)
+        self.result.left_out.append(LeftOut(what, str(reason)))
 
     async def _each(self, step: str, items: list[Any], read: Callable[[Any], T]) -> list[T]:
         """What *read* gives for each of *items*, a few at a time, in order."""
@@ -292,26 +303,11 @@ class _Recovery:
 def _restore(connection: Connection, found: _Found) -> None:
     manifest = found.manifest
     if isinstance(manifest, DatasetManifest):
-        queries.restore_version(
-            connection, found.identity, found.data, manifest, found.modified_unix
-        )
+        queries.restore_version(connection, found.identity, found.data, manifest)
     elif isinstance(manifest, SelectionManifest):
-        queries.restore_selection(
-            connection, found.identity, found.data, manifest, found.modified_unix
-        )
+        queries.restore_selection(connection, found.identity, found.data, manifest)
     else:
         queries.restore_generation(connection, found.identity, found.data, manifest)
-
-
-def _turn(found: _Found) -> tuple[int, str, int, float, str]:
-    """Versions before the selections of them; of two generations with one name (one was deleted
-    and its manifest not yet removed) the newer one first."""
-    manifest = found.manifest
-    if isinstance(manifest, DatasetManifest):
-        return (0, manifest.dataset, manifest.version, 0.0, found.identity)
-    if isinstance(manifest, SelectionManifest):
-        return (1, manifest.dataset, manifest.version, 0.0, found.identity)
-    return (2, manifest.run, manifest.attempt, -manifest.created_unix, found.identity)
 
 
 def _describe(manifest: AnyManifest) -> str:

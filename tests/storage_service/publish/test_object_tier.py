@@ -113,8 +113,8 @@ async def test_what_an_earlier_catalog_left_damaged_is_published_again(
         stored.unlink()
     shutil.move(tmp_path / "first" / "object", tmp_path / "second" / "object")
     async with open_checkpoints(tmp_path / "second") as node:
-        await node.begin()
-        await save_remote(node, 7, data)
+        await node.begin(run="another")
+        await node.wait(await node.save(7, [data], run="another"), "remote")
     found = await rebuild(tmp_path / "second", tmp_path / "third")
     assert (found.num_generations, found.left_out) == (2, [])
 
