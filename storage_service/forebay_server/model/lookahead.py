@@ -1,0 +1,200 @@
+"""What a loader reads next, and when a blob's turn comes: bounded looks into the future.
+
+Both classes are plan views of ``model/nextuse.py``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay_server.model.uses import ReadOrder, Window, windows
+from forebay_wire.errors import InvalidRequest, LimitExceeded
+
+MAX_USES: Final = 1 << 17
+"""Uses that one plan's look into the future holds: about 20 MB."""
+
+MAX_EPOCHS: Final = 2
+"""Epochs that it reaches ahead, however small they are."""
+
+MAX_RANGES: Final = 1 << 18
+"""Ranges that a foreign reader may tell ahead of its position."""
+
+
+class OrderView:
+    """The future of a loader that reads in an order. Not thread-safe.
+
+    Positions are those of :meth:`ReadOrder.time`. What lies beyond the look is expected in the
+    middle of the epoch after it.
+    """
+
+    def __init__(
+        self, order: ReadOrder, blobs: Sequence[str], shard_rows: Sequence[int], start: int
+    ) -> None:
+        """*blobs* and *shard_rows*: the version's shards; *start*: where reading stands."""
+        self._order = order
+        self._blobs = blobs
+        self._numbers = {blob: number for number, blob in enumerate(blobs)}
+        starts: NDArray[np.int64] = np.zeros(len(blobs) + 1, dtype=np.int64)
+        np.cumsum(np.array(shard_rows, dtype=np.int64), out=starts[1:])
+        epoch, position = divmod(start, max(1, order.num_samples))
+        self._source: Iterator[Window] = windows(order, starts, epoch, position)
+        self._windows: deque[Window] = deque()
+        self._times: dict[int, deque[int]] = {}
+        """Shard to its known uses."""
+        self._num_uses = 0
+        self._stop = start
+        """All uses before this time are known."""
+        self._is_whole = False
+        """Whether there is nothing after that."""
+
+    @property
+    def seconds_per_position(self) -> float | None:
+        return None
+
+    @property
+    def num_blobs(self) -> int:
+        """Different blobs that the version has."""
+        return len(self._numbers)
+
+    def knows(self, blob: str) -> bool:
+        """Whether *blob* is one of the version's."""
+        return blob in self._numbers
+
+    def next_position(self, blob: str, start: int) -> float | None:
+        """See ``PlanView``; exact inside the look."""
+        number = self._numbers.get(blob)
+        if number is None:
+            return None
+        found = self._known(number, start)
+        while found is None and self._look_further(start):
+            found = self._known(number, start)
+        if found is not None or self._is_whole:
+            return found
+        return max(self._stop, start) + self._order.num_samples / 2
+
+    def uses(self, start: int) -> Iterator[tuple[int, str]]:
+        """See ``PlanView``; ends where the look does."""
+        index = 0
+        while index < len(self._windows) or self._look_further(start):
+            window = self._windows[index]
+            index += 1
+            if window.stop <= start:
+                continue
+            first = int(np.searchsorted(window.times, start))
+            for time, shard in zip(
+                window.times[first:].tolist(), window.shards[first:].tolist(), strict=True
+            ):
+                yield time, self._blobs[shard]
+
+    def forget_before(self, position: int) -> None:
+        """Nobody asks about uses before *position* any more."""
+        while self._windows and self._windows[0].stop <= position:
+            window = self._windows.popleft()
+            self._num_uses -= len(window.times)
+            for shard in window.shards.tolist():
+                times = self._times[shard]
+                times.popleft()
+                if not times:
+                    del self._times[shard]
+
+    def _known(self, number: int, start: int) -> int | None:
+        times = self._times.get(number)
+        if not times or times[-1] < start:
+            return None
+        if times[0] >= start:
+            return times[0]
+        return times[bisect_left(times, start)]
+
+    def _look_further(self, start: int) -> bool:
+        """Make one more window known, if there is one and room for it."""
+        reach = start + MAX_EPOCHS * self._order.num_samples
+        if self._is_whole or self._num_uses >= MAX_USES or self._stop >= reach:
+            return False
+        window = next(self._source, None)
+        if window is None:
+            self._is_whole = True
+            return False
+        self._windows.append(window)
+        self._num_uses += len(window.times)
+        self._stop = window.stop
+        for time, shard in zip(window.times.tolist(), window.shards.tolist(), strict=True):
+            self._times.setdefault(shard, deque()).append(time)
+        return True
+
+
+class RangesView:
+    """The future of a foreign reader, told in pages. Positions count its ranges."""
+
+    def __init__(self) -> None:
+        self._blobs: deque[str] = deque()
+        self._first = 0
+        """Position of the first of them."""
+        self._positions: dict[str, deque[int]] = {}
+        self._num_pages = 0
+
+    @property
+    def seconds_per_position(self) -> float | None:
+        return None
+
+    @property
+    def num_blobs(self) -> int:
+        """Different blobs that it knows to come."""
+        return len(self._positions)
+
+    @property
+    def stop(self) -> int:
+        """The position after the last range."""
+        return self._first + len(self._blobs)
+
+    def knows(self, blob: str) -> bool:
+        """Whether *blob* is to come."""
+        return blob in self._positions
+
+    def add_page(self, page: int, blobs: Sequence[str]) -> None:
+        """Append the blobs of a page's ranges; a page that came before changes nothing.
+
+        :class:`InvalidRequest` if one in between is missing, :class:`LimitExceeded` if too much
+        lies ahead of the reader.
+        """
+        if page < self._num_pages:
+            return
+        if page > self._num_pages:
+            raise InvalidRequest(
+                f"page {page} of the plan comes before page {self._num_pages}: send them in order"
+            )
+        if len(self._blobs) + len(blobs) > MAX_RANGES:
+            raise LimitExceeded(
+                f"a plan holds at most {MAX_RANGES} ranges ahead of its position: send the next "
+                "pages when reading has advanced"
+            )
+        for blob in blobs:
+            self._positions.setdefault(blob, deque()).append(self.stop)
+            self._blobs.append(blob)
+        self._num_pages += 1
+
+    def next_position(self, blob: str, start: int) -> float | None:
+        """See ``PlanView``."""
+        positions = self._positions.get(blob)
+        if not positions or positions[-1] < start:
+            return None
+        return positions[bisect_left(positions, start)]
+
+    def uses(self, start: int) -> Iterator[tuple[int, str]]:
+        """See ``PlanView``."""
+        for index in range(max(start - self._first, 0), len(self._blobs)):
+            yield self._first + index, self._blobs[index]
+
+    def forget_before(self, position: int) -> None:
+        """Nobody asks about uses before *position* any more."""
+        while self._blobs and self._first < position:
+            blob = self._blobs.popleft()
+            self._first += 1
+            self._positions[blob].popleft()
+            if not self._positions[blob]:
+                del self._positions[blob]

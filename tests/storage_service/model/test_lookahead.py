@@ -1,0 +1,90 @@
+"""Looks into the future: exact where they reach, bounded, and honest about the rest."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forebay_server.model import lookahead
+from forebay_server.model.lookahead import OrderView, RangesView
+from forebay_server.model.nextuse import NextUse
+from forebay_server.model.uses import ReadOrder
+from forebay_wire.errors import InvalidRequest, LimitExceeded
+
+MANIFEST = "cd" * 32
+
+
+def order(samples: int, batch: int = 4, *, shuffle="full", num_epochs: int = 0) -> ReadOrder:
+    return ReadOrder(
+        MANIFEST, "x/", samples, samples, None, shuffle, 7, batch, "keep", 0, 1, num_epochs
+    )
+
+
+def view(samples: int, rows: int, **options) -> OrderView:
+    sizes = [min(rows, samples - start) for start in range(0, samples, rows)]
+    blobs = [f"blob{number}" for number in range(len(sizes))]
+    return OrderView(order(samples, **options), blobs, sizes, 0)
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, lookahead.MAX_EPOCHS), st.data())
+def test_the_next_position_is_the_first_use_from_there_on(samples, rows, epochs, data):
+    seen = view(samples, rows, num_epochs=epochs)
+    uses = list(view(samples, rows, num_epochs=epochs).uses(0))
+    start = 0
+    for start in sorted(data.draw(st.lists(st.integers(0, samples * epochs), max_size=4))):
+        for blob in {blob for _, blob in uses}:
+            following = [time for time, one in uses if one == blob and time >= start]
+            assert seen.next_position(blob, start) == (following[0] if following else None)
+        assert list(seen.uses(start)) == [use for use in uses if use[0] >= start]
+        seen.forget_before(start)
+
+
+def test_beyond_the_look_a_blob_is_expected_later_than_all_that_is_seen(monkeypatch):
+    monkeypatch.setattr(lookahead, "MAX_USES", 100)
+    seen = view(100_000, 1, batch=1)
+    known = {blob: time for time, blob in seen.uses(0)}
+    unknown = next(f"blob{number}" for number in range(100_000) if f"blob{number}" not in known)
+    assert seen.next_position(unknown, 0) > max(known.values())
+    assert seen.next_position("another dataset's", 0) is None
+
+
+def test_a_plan_without_end_goes_on_into_the_next_epochs():
+    seen = view(10, 5, batch=10)
+    assert list(islice(seen.uses(0), 4)) == [
+        (0, "blob0"),
+        (0, "blob1"),
+        (10, "blob0"),
+        (10, "blob1"),
+    ]
+    assert seen.next_position("blob0", 11) == 20
+    assert max(time for time, _ in seen.uses(0)) <= 10 * (1 + lookahead.MAX_EPOCHS)
+
+
+def test_the_farthest_next_use_goes_first():
+    plans = NextUse()
+    seen = view(40, 4, batch=4, shuffle="none")
+    plans.add_plan("p", seen, 0, 0.0)
+    for number in range(5):
+        plans.stored(f"blob{number}", 1, 0.0)
+    assert plans.victims(2) == ["blob4", "blob3"]
+    plans.advance("p", 4, 1.0)
+    assert plans.victims(1) == ["blob0"]
+
+
+def test_ranges_come_in_pages_each_once():
+    seen = RangesView()
+    seen.add_page(0, ["a", "b"])
+    seen.add_page(0, ["a", "b"])
+    seen.add_page(1, ["a"])
+    assert list(seen.uses(1)) == [(1, "b"), (2, "a")]
+    assert seen.next_position("a", 1) == 2
+    seen.forget_before(2)
+    assert seen.next_position("b", 2) is None
+    with pytest.raises(InvalidRequest, match="page 5 of the plan comes before page 2"):
+        seen.add_page(5, ["a"])
+    with pytest.raises(LimitExceeded, match="when reading has advanced"):
+        seen.add_page(2, ["a"] * lookahead.MAX_RANGES)
+    assert seen.stop == 3
