@@ -38,8 +38,11 @@ class DaemonProcess:
         data: Path,
         *arguments: str,
         environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
+        """*prefix* are words before the command: a program that watches it as its child."""
         self.data = data
+        self.prefix = prefix
         self.arguments: Sequence[str] = arguments
         self.environment = dict(environment or {})
         self.process: subprocess.Popen[bytes] | None = None
@@ -79,7 +82,7 @@ class DaemonProcess:
         command = [sys.executable, "-m", "forebay_server", "serve", "--data", str(self.data)]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, *self.arguments],
+                [*self.prefix, *command, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
