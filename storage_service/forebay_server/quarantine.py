@@ -9,6 +9,7 @@ from collections.abc import Callable
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import Replica
 from forebay_server.catalog.queries_damage import quarantine, return_to_service
+from forebay_server.tier.encode import open_plain
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.verify import verify_file
 from forebay_wire.errors import ForebayError, IntegrityError, NotFound
@@ -37,19 +38,21 @@ class Quarantine:
         self._bad: set[str] = set()
         self._returns: dict[str, asyncio.Task[bool]] = {}
 
-    async def verify(self, blob: str, tier: str, file: str, *, is_landing: bool = False) -> None:
-        """Read the whole blob file *file* of *tier*; it is good if this returns.
+    async def verify(
+        self, blob: str, tier: str, file: str, encoding: str, *, is_landing: bool = False
+    ) -> None:
+        """Read the whole blob file *file* of *tier*, which lies there in *encoding*; it is good if
+        this returns.
 
         *is_landing*: on the threads that land bytes, as part of that. :class:`IntegrityError`,
         :class:`NotFound`; :class:`StorageError` says nothing about the file.
         """
         found = self._tiers.get(tier)
         run = self._tiers.run_landing if is_landing else self._tiers.run
-        await run(found, self._verify, blob, tier, file)
+        await run(found, self._verify, blob, tier, file, encoding)
 
-    def _verify(self, blob: str, tier: str, file: str) -> None:
-        found = self._tiers.get(tier)
-        with found.read(found.blob_name(file)) as reader:
+    def _verify(self, blob: str, tier: str, file: str, encoding: str) -> None:
+        with open_plain(self._tiers.get(tier), file, encoding, blob) as reader:
             verify_file(reader, blob)
 
     async def condemn(
@@ -109,7 +112,7 @@ class Quarantine:
     async def _return(self, blob: str, replica: Replica) -> bool:
         replica_id, tier, file = replica.replica_id, replica.tier, replica.extents[0].file
         try:
-            await self.verify(blob, tier, file)
+            await self.verify(blob, tier, file, replica.encoding)
         except IntegrityError:
             self._bad.add(replica_id)
             return False

@@ -40,6 +40,8 @@ class Replica:
     tier: str
     state: str
     extents: tuple[Extent, ...]
+    encoding: str = "raw"
+    """How its bytes lie there: a key of ``forebay_server.model.encodings.CODES``."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def _replicas_of(connection: Connection, ids: Sequence[str]) -> dict[str, list[R
     copies: dict[str, list[Replica]] = {}
     ordered = select(replicas).where(replicas.c.blob.in_(ids)).order_by(replicas.c.replica)
     for row in connection.execute(ordered):
-        copy = Replica(row.replica, row.tier, row.state, tuple(pieces.get(row.replica, ())))
+        found = tuple(pieces.get(row.replica, ()))
+        copy = Replica(row.replica, row.tier, row.state, found, row.encoding)
         copies.setdefault(row.blob, []).append(copy)
     return copies
 
@@ -124,8 +127,9 @@ def insert_replica(
     file_bytes: int,
     *,
     node: str = "",
+    encoding: str = "raw",
 ) -> str:
-    """Record that *file* of *tier* holds all of *blob*; the new replica's id.
+    """Record that *file* of *tier* holds all of *blob*, in *encoding*; the new replica's id.
 
     The file is durable already. A second live replica in the same tier and node is refused
     (Conflict): ask :func:`live_replica` first.
@@ -133,7 +137,9 @@ def insert_replica(
     insert_blob(connection, blob, num_bytes, num_segments)
     connection.execute(insert(files).values(file=file, tier=tier, num_bytes=file_bytes))
     replica = new_random_name()
-    connection.execute(insert(replicas).values(replica=replica, blob=blob, tier=tier, node=node))
+    connection.execute(
+        insert(replicas).values(replica=replica, blob=blob, tier=tier, node=node, encoding=encoding)
+    )
     connection.execute(
         insert(extents).values(
             replica=replica, seq=0, blob_offset=0, file=file, file_offset=0, num_bytes=num_bytes

@@ -184,7 +184,9 @@ def insert_object_replica(connection: Connection, blob: str, tier: str, found: O
     table = found.table
     insert_blob(connection, blob, table.total_bytes, table.num_segments)
     replica = new_random_name()
-    connection.execute(insert(replicas).values(replica=replica, blob=blob, tier=tier))
+    connection.execute(
+        insert(replicas).values(replica=replica, blob=blob, tier=tier, encoding=found.encoding)
+    )
     known = set(_known_files(connection, tier, [one.file for one in found.extents]))
     for seq, one in enumerate(found.extents):
         if one.file not in known:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from blake3 import blake3
 
+from forebay_server.model.encodings import CODES, RAW, name_of
 from forebay_wire.errors import IntegrityError
 from forebay_wire.segments import SegmentTable
 
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 MAGIC: Final = b"FBEXTENT"
-VERSION: Final = 1
-ENCODING_RAW: Final = 0
-"""The bytes lie as they are."""
-
+VERSION: Final = 2
 HEADER: Final = struct.Struct("<8sIIIIQ32s")
 """magic, version u32, encoding u32, num_extents u32, reserved u32 (0), table_length u64,
-BLAKE3 of everything behind the header (32 bytes)."""
+BLAKE3 of everything else (32 bytes)."""
+DIGEST_OFFSET: Final = 32
 
 EXTENT: Final = struct.Struct("<QQQQ16s")
 """blob_offset u64, file_offset u64, num_bytes u64, file_bytes u64, file (16 bytes)."""
@@ -38,6 +37,7 @@ class ObjectExtent:
     blob_offset: int
     file_offset: int
     num_bytes: int
+    """Of the blob, however many that are in the object."""
     file_bytes: int
     """Size in bytes of the whole object, for a check that needs no reading."""
     file: str
@@ -50,6 +50,8 @@ class ObjectBlob:
 
     table: SegmentTable
     extents: tuple[ObjectExtent, ...]
+    encoding: str = RAW
+    """How the bytes lie in the objects; other than raw ones lie in one object."""
 
     def encode(self) -> bytes:
         """The bytes that lie under the blob's id."""
@@ -62,10 +64,10 @@ class ObjectBlob:
         )  # fmt: skip
         table = self.table.encoded
         body += table
-        head = HEADER.pack(
-            MAGIC, VERSION, ENCODING_RAW, len(self.extents), 0, len(table), blake3(body).digest()
-        )
-        return head + body
+        code = CODES[self.encoding]
+        head = HEADER.pack(MAGIC, VERSION, code, len(self.extents), 0, len(table), bytes(32))
+        head = head[:DIGEST_OFFSET]
+        return head + blake3(head + body).digest() + body
 
     def single(self, where: str) -> ObjectExtent:
         """The only extent: a whole blob file. :class:`IntegrityError` if there are several."""
@@ -82,29 +84,39 @@ class ObjectBlob:
         view = memoryview(data).cast("B")
         if len(view) < HEADER.size:
             raise IntegrityError(f"extent list of blob {blob} is cut short ({where})")
-        magic, version, encoding, count, reserved, table_length, digest = HEADER.unpack_from(view)
-        if magic != MAGIC or version != VERSION or encoding != ENCODING_RAW or reserved:
+        magic, version, code, count, reserved, table_length, digest = HEADER.unpack_from(view)
+        if magic != MAGIC or version != VERSION or reserved:
             raise IntegrityError(f"no extent list of version {VERSION} for blob {blob} ({where})")
         body = view[HEADER.size :]
-        if len(body) != count * EXTENT.size + table_length or blake3(body).digest() != digest:
+        found = blake3(view[:DIGEST_OFFSET]).update(body).digest()
+        if len(body) != count * EXTENT.size + table_length or found != digest:
             raise IntegrityError(
                 f"extent list of blob {blob} does not match its digest ({where}); it is damaged"
+            )
+        encoding = name_of(code)
+        if encoding is None:
+            raise IntegrityError(
+                f"blob {blob} is stored in encoding number {code} ({where}), which this Forebay "
+                "does not know: upgrade it"
             )
         table = SegmentTable.decode(body[count * EXTENT.size :], where, blob)
         extents = tuple(
             ObjectExtent(start, offset, length, size, name.hex())
             for start, offset, length, size, name in EXTENT.iter_unpack(body[: count * EXTENT.size])
         )
-        _check_cover(extents, table.total_bytes, blob, where)
-        return cls(table, extents)
+        _check_cover(extents, encoding, table.total_bytes, blob, where)
+        return cls(table, extents, encoding)
 
 
 def _check_cover(
-    extents: tuple[ObjectExtent, ...], total_bytes: int, blob: str, where: str
+    extents: tuple[ObjectExtent, ...], encoding: str, total_bytes: int, blob: str, where: str
 ) -> None:
+    if encoding != RAW and (len(extents) != 1 or extents[0].file_offset):
+        raise IntegrityError(f"blob {blob} lies encoded in pieces ({where})")
     position = 0
     for one in extents:
-        if one.blob_offset != position or one.file_offset + one.num_bytes > one.file_bytes:
+        reaches = one.file_offset + one.num_bytes if encoding == RAW else 0
+        if one.blob_offset != position or reaches > one.file_bytes:
             raise IntegrityError(f"extents of blob {blob} leave a gap or reach too far ({where})")
         position += one.num_bytes
     if not extents or position != total_bytes:

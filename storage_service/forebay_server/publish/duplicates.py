@@ -35,7 +35,9 @@ class Duplicates:
                 continue
             file = replica.extents[0].file
             try:
-                await self._quarantine.verify(blob, replica.tier, file, is_landing=True)
+                await self._quarantine.verify(
+                    blob, replica.tier, file, replica.encoding, is_landing=True
+                )
             except (IntegrityError, NotFound) as error:
                 await self._quarantine.condemn(blob, replica.replica_id, replica.tier, file, error)
             except StorageError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import BlobLocation, Replica
@@ -17,15 +17,13 @@ from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_objects import ManifestRecord, insert_object_replica
 from forebay_server.locks import NamedLocks
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
+from forebay_server.tier.encode import encode_into, open_plain
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import Tier, TierWriter
-from forebay_server.tier.verify import copy_bytes, copy_verified, read_table, verify_file
+from forebay_server.tier.store import Tier
+from forebay_server.tier.verify import verify_file
 from forebay_wire.errors import AlreadyExists, IntegrityError, NotFound, StorageError
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import new_random_name
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +125,7 @@ class ObjectPublisher:
         try:
             found = ObjectBlob.decode(self._tier.get(BLOBS + blob), self._where(blob), blob)
             extent = found.single(self._where(blob))
-            with self._tier.read(self._tier.blob_name(extent.file)) as reader:
+            with open_plain(self._tier, extent.file, found.encoding, blob) as reader:
                 verify_file(reader, blob)
         except NotFound:
             if self._tier.head(BLOBS + blob) is None:
@@ -147,14 +145,14 @@ class ObjectPublisher:
             if replica.tier not in names:
                 continue
             try:
-                extent = await self._tiers.run(
+                made = await self._tiers.run(
                     self._tier, self._copy_file, location.blob, replica, progress
                 )
             except (IntegrityError, NotFound) as error:
                 await self._quarantine(location, replica, str(error))
                 continue
             failpoint("flush.after_blob")
-            found = await self._tiers.run(self._tier, self._put_list, location.blob, extent)
+            found = await self._tiers.run(self._tier, self._put_list, location.blob, made)
             failpoint("flush.after_extents")
             return found
         if away:
@@ -167,30 +165,28 @@ class ObjectPublisher:
             "into the object tier; delete it, or restore the lost tier"
         )
 
-    def _copy_file(self, blob: str, replica: Replica, progress: Progress) -> ObjectExtent:
-        source = self._tiers.get(replica.tier)
-        file = new_random_name()
-        name = self._tier.blob_name(file)
-        with source.read(source.blob_name(replica.extents[0].file)) as reader:
-            table = read_table(reader, blob)
-            with self._tier.create(name, copy_bytes(table)) as writer:
-                copy_verified(reader, _Counting(writer, progress), blob)
-                writer.publish()
-        return ObjectExtent(0, 0, table.total_bytes, copy_bytes(table), file)
+    def _copy_file(self, blob: str, replica: Replica, progress: Progress) -> ObjectBlob:
+        source, file = self._tiers.get(replica.tier), new_random_name()
+        with open_plain(source, replica.extents[0].file, replica.encoding, blob) as reader:
+            stored = encode_into(
+                reader, self._tier, file, self._tier.encoding, blob, advance=progress.advance
+            )
+        extent = ObjectExtent(0, 0, stored.table.total_bytes, stored.num_bytes, file)
+        return ObjectBlob(stored.table, (extent,), stored.encoding)
 
-    def _put_list(self, blob: str, extent: ObjectExtent) -> ObjectBlob:
+    def _put_list(self, blob: str, made: ObjectBlob) -> ObjectBlob:
         """Read the copy back, then publish the blob's extent list; somebody else's, if that came
         first."""
-        name = self._tier.blob_name(extent.file)
+        file = made.extents[0].file
+        name = self._tier.blob_name(file)
         try:
-            with self._tier.read(name) as reader:
-                table = verify_file(reader, blob)
+            with open_plain(self._tier, file, made.encoding, blob) as reader:
+                verify_file(reader, blob)
         except (IntegrityError, NotFound) as error:
             self._tier.delete(name)
             raise StorageError(
                 f"what was just written into the object tier reads back wrong: {error}"
             ) from error
-        made = ObjectBlob(table, (extent,))
         try:
             self._put(BLOBS + blob, made.encode())
         except AlreadyExists:
@@ -221,15 +217,3 @@ class ObjectPublisher:
 
     def _where(self, blob: str) -> str:
         return f"tier {self._tier.name}, file {BLOBS}{blob}"
-
-
-class _Counting:
-    """A writer that tells how much was written."""
-
-    def __init__(self, writer: TierWriter, progress: Progress) -> None:
-        self._writer = writer
-        self._progress = progress
-
-    def write(self, buffer: ReadableBuffer) -> None:
-        self._writer.write(buffer)
-        self._progress.advance(memoryview(buffer).nbytes)

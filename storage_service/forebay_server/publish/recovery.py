@@ -24,6 +24,7 @@ from forebay_server.folder import FolderLock, load_node, write_private
 from forebay_server.model.chains import choose
 from forebay_server.model.extents import ObjectBlob
 from forebay_server.publish.manifests import BLOBS, MANIFESTS
+from forebay_server.tier.encode import open_plain
 from forebay_server.tier.owner import Owner, take_over
 from forebay_server.tier.publication import fsync_folder
 from forebay_server.tier.remote import RemoteTier
@@ -204,12 +205,13 @@ class _Recovery:
         try:
             found = ObjectBlob.decode(self._tier.get(BLOBS + blob), where, blob)
             extent = found.single(where)
-            with self._tier.read(self._tier.blob_name(extent.file)) as reader:
-                if reader.size_bytes != extent.file_bytes:
-                    raise IntegrityError(
-                        f"file of blob {blob} has {reader.size_bytes} bytes and not "
-                        f"{extent.file_bytes} ({reader.where})"
-                    )
+            with open_plain(
+                self._tier,
+                extent.file,
+                found.encoding,
+                blob,
+                stored_bytes=extent.file_bytes,
+            ) as reader:
                 read_table(reader, blob)
         except NotFound as error:
             return IntegrityError(f"a piece of blob {blob} is missing: {error}")

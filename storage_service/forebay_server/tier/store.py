@@ -67,6 +67,9 @@ class Tier(ABC):
     kind: TierKind
     location: str
     """Folder or URL, for people."""
+    encoding: str = "raw"
+    """What copies that come here for keeping are encoded as, or ``auto``: one of
+    ``forebay_server.model.encodings.SETTINGS``. New bytes land raw."""
 
     @abstractmethod
     def open(self) -> None:

@@ -24,6 +24,7 @@ class TierWrapper(Tier):
         self.name = inner.name
         self.kind = inner.kind
         self.location = inner.location
+        self.encoding = inner.encoding
 
     @contextmanager
     def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:

@@ -1,0 +1,86 @@
+"""How bytes may lie in a tier, and which way pays for a blob.
+
+Names, numbers and the choice only; the codecs are in ``forebay_server.tier.codecs``. The numbers
+are part of the formats in ``docs/formats/encoding.md`` and ``docs/formats/blob-extents.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+RAW: Final = "raw"
+"""As they are: the only ones that can be mapped."""
+LZ4: Final = "lz4"
+SHUFFLE_LZ4: Final = "shuffle-lz4"
+AUTO: Final = "auto"
+"""A setting, not an encoding: whatever pays most for the blob."""
+
+CODES: Final[dict[str, int]] = {RAW: 0, LZ4: 1, SHUFFLE_LZ4: 2}
+"""Encoding to its number in files."""
+SETTINGS: Final = (AUTO, *CODES)
+"""What a tier may be told."""
+
+LARGEST_SHARE: Final = 15 / 16
+"""A blob stays raw unless its samples shrink to this share or less: below that, decoding at every
+fetch costs more than the room and the transfer that it saves."""
+
+
+class Method(IntEnum):
+    """What was done to one segment."""
+
+    RAW = 0
+    LZ4 = 1
+    SHUFFLE_BYTES = 2
+    """First bytes of all elements, then second ones, ...; then LZ4."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method with the width of the elements that it shuffles, in bytes."""
+
+    method: Method
+    width: int = 1
+
+
+RAW_WAY: Final = Way(Method.RAW)
+
+_LZ4_WAYS: Final = (Way(Method.LZ4),)
+_SHUFFLE_WAYS: Final[tuple[Way, ...]] = ()
+
+_WAYS: Final[dict[str, tuple[Way, ...]]] = {
+    RAW: (),
+    LZ4: _LZ4_WAYS,
+    SHUFFLE_LZ4: _SHUFFLE_WAYS,
+    AUTO: (*_LZ4_WAYS, *_SHUFFLE_WAYS),
+}
+
+
+def ways_to_try(setting: str) -> tuple[Way, ...]:
+    """What a tier with *setting* may do to a blob, beside leaving it raw."""
+    return _WAYS[setting]
+
+
+def choose_way(plain_bytes: int, encoded_bytes: Mapping[Way, int]) -> Way:
+    """The way for a blob of whose samples *plain_bytes* became *encoded_bytes* in each way.
+
+    The smallest result, of equal ones the first, if it is small enough to pay.
+    """
+    best = min(encoded_bytes, key=lambda way: encoded_bytes[way], default=RAW_WAY)
+    if best is RAW_WAY or encoded_bytes[best] > plain_bytes * LARGEST_SHARE:
+        return RAW_WAY
+    return best
+
+
+def encoding_of(way: Way) -> str:
+    """The encoding of a blob whose segments are treated in *way*."""
+    if way.method is Method.RAW:
+        return RAW
+    return LZ4 if way.method is Method.LZ4 else SHUFFLE_LZ4
+
+
+def name_of(code: int) -> str | None:
+    """The encoding with the number *code*, None if this version knows none."""
+    return next((name for name, number in CODES.items() if number == code), None)
