@@ -14,6 +14,7 @@ from typing import Final
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import BlobLocation
+from forebay_server.model.encodings import RAW
 from forebay_server.model.landing import reading_order
 from forebay_server.quarantine import Quarantine
 from forebay_server.serve.holds import Hold, Holds
@@ -216,7 +217,7 @@ class Opener:
 
     async def _check(self, place: Place) -> bool:
         try:
-            await self._quarantine.verify(place.blob, place.tier, place.file)
+            await self._quarantine.verify(place.blob, place.tier, place.file, place.encoding)
         except (IntegrityError, NotFound) as error:
             await self._condemn(place, error)
             return False
@@ -334,7 +335,7 @@ class Opener:
 
     async def _open_copy(self, client: str, place: Place) -> OpenedBlob:
         tier = self._tiers.get(place.tier)
-        if tier.kind == "object":
+        if tier.kind == "object" or place.encoding != RAW:
             return await self._open_fetched(client, place)
         opened = await self._tiers.run(tier, self._open_checked, place)
         return self._keep(client, place, opened)

@@ -12,7 +12,9 @@ from forebay_server.catalog.queries_blobs import (
     live_replica,
     locate_blobs,
 )
+from forebay_server.model.encodings import RAW
 from forebay_server.model.landing import Room, choose_landing
+from forebay_server.tier.encode import open_plain
 from forebay_server.tier.memory import Window
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
@@ -35,9 +37,11 @@ class Place:
     tier: str
     file: str
     """As the catalog calls it."""
+    encoding: str = RAW
 
     @property
     def file_bytes(self) -> int:
+        """Size of the raw file."""
         return file_bytes_for(self.num_bytes, self.num_segments)
 
 
@@ -55,7 +59,11 @@ class Promoter:
         sealed window that the caller closes. :class:`IntegrityError` if the source is damaged,
         :class:`ResourceExhausted` if there is neither room nor memory.
         """
-        rooms = [Room(tier.name, tier.space().free_bytes) for tier in self._tiers.landing]
+        rooms = [
+            Room(tier.name, tier.space().free_bytes)
+            for tier in self._tiers.landing
+            if tier.name != source.tier
+        ]
         for name in choose_landing(source.file_bytes, rooms):
             try:
                 return await self._promote_into(source, self._tiers.get(name))
@@ -86,7 +94,7 @@ class Promoter:
     def _copy(self, source: Place, tier: Tier, file: str) -> None:
         origin = self._tiers.get(source.tier)
         with (
-            origin.read(origin.blob_name(source.file)) as reader,
+            open_plain(origin, source.file, source.encoding, source.blob) as reader,
             tier.create(tier.blob_name(file), source.file_bytes) as writer,
         ):
             copy_verified(reader, writer, source.blob)
@@ -96,7 +104,7 @@ class Promoter:
         origin = self._tiers.get(source.tier)
         window = self._tiers.slots.window(source.file_bytes)
         try:
-            with origin.read(origin.blob_name(source.file)) as reader:
+            with open_plain(origin, source.file, source.encoding, source.blob) as reader:
                 copy_verified(reader, window, source.blob)
             window.seal()
         except BaseException:
@@ -115,6 +123,7 @@ def places_of(location: BlobLocation) -> list[Place]:
             replica.replica_id,
             replica.tier,
             replica.extents[0].file,
+            replica.encoding,
         )
         for replica in location.live()
         if len(replica.extents) == 1 and replica.extents[0].file_offset == 0
