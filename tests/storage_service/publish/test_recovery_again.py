@@ -173,6 +173,38 @@ async def test_what_an_older_copy_of_the_catalog_commits_last_is_the_chain(tmp_p
     assert await versions_in(tmp_path / "new") == [first, last]
 
 
+async def test_a_lost_version_is_not_replaced_by_one_of_another_chain(tmp_path: Path) -> None:
+    """The catalog is restored from a backup; then version 2 as it was made again is lost."""
+    tier = Tier(tmp_path)
+    async with open_checkpoints(tmp_path) as node:
+        first = await write(node, 0)
+        await node.settle(FLUSH)
+    shutil.copy(tmp_path / "catalog.sqlite", tmp_path / "backup")
+    async with open_checkpoints(tmp_path) as node:
+        await write(node, 1)
+        await node.settle(FLUSH)
+    shutil.copy(tmp_path / "backup", tmp_path / "catalog.sqlite")
+    async with open_checkpoints(tmp_path) as node:
+        second, third = await write(node, 1), await write(node, 2)
+        await node.settle(FLUSH)
+    tier.manifest(second).unlink()
+    found = await rebuild(tier, tmp_path / "new")
+    assert [one.what for one in found.left_out] == ["version 2 of dataset d"]
+    assert await versions_in(tmp_path / "new") == [first, third]
+
+
+async def test_a_manifest_under_the_name_of_another_is_left_out(tmp_path: Path) -> None:
+    tier = Tier(tmp_path)
+    async with open_checkpoints(tmp_path) as node:
+        made = [await write(node, base) for base in (0, 1)]
+        await node.settle(FLUSH)
+    tier.manifest(made[1]).rename(tier.manifest("0" * 64))
+    found = await rebuild(tier, tmp_path / "new")
+    assert [one.what for one in found.left_out] == [f"manifest {'0' * 64}"]
+    assert f"this is manifest {made[1]}" in found.left_out[0].reason
+    assert await versions_in(tmp_path / "new") == made[:1]
+
+
 async def test_of_two_runs_with_one_name_the_newer_one_comes_back(tmp_path: Path) -> None:
     tier = Tier(tmp_path)
     async with open_checkpoints(tmp_path) as node:
