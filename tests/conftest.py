@@ -2,10 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from forebay_server.catalog.engine import sqlite_url
+from forebay_server.testing.postgresql import PostgresqlServer
 
 # Debian keeps these off PATH.
 EXTRA_FOLDERS = ("/usr/sbin", "/sbin", *map(str, Path("/usr/lib/postgresql").glob("*/bin")))
@@ -32,3 +36,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresqlServer]:
+    """A PostgreSQL server for all tests of this process."""
+    with PostgresqlServer() as server:
+        yield server
+
+
+CATALOGS = (
+    "sqlite",
+    pytest.param("postgresql", marks=pytest.mark.needs("initdb", "postgres", package="postgresql")),
+)
+
+
+@pytest.fixture(params=CATALOGS)
+def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a catalog that does not exist yet: each test runs on both engines."""
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path / "catalog.sqlite")
+    server: PostgresqlServer = request.getfixturevalue("postgresql")
+    return server.new_database()

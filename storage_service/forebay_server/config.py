@@ -143,6 +143,13 @@ class Config:
     data: Path = _option(
         Path("data"), _parse_path, "folder", "Holds the catalog, the lock and the default tiers."
     )
+    catalog: str = _option(
+        "",
+        _parse_text,
+        "URL",
+        "Where the catalog lies: postgresql://USER@HOST:PORT/DATABASE, without a password; empty: "
+        "in an SQLite file of the data folder.",
+    )
     listen: tuple[str, ...] = _option(
         (),
         _parse_texts,

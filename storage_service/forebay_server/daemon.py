@@ -181,8 +181,9 @@ class Daemon:
         self._tiers = open_tiers(self._config, self._node)
         await self._tiers.start()
         stack.push_async_callback(self._tiers.close)
-        url = sqlite_url(self._config.data / CATALOG_FILE_NAME)
-        self._catalog = await asyncio.to_thread(Catalog.open, url)
+        url = self._config.catalog or sqlite_url(self._config.data / CATALOG_FILE_NAME)
+        self._catalog = await asyncio.to_thread(Catalog.open, url, owner=f"node {self._node}")
+        self._catalog.listen_failure(_end_at_once)
         stack.push_async_callback(asyncio.to_thread, self._catalog.close)
         await self._claim_objects()
 
@@ -422,6 +423,16 @@ class Daemon:
     def _crash(self) -> None:
         self._has_crashed = True
         self._stopping.set()
+
+
+def _end_at_once(error: BaseException) -> None:
+    """Nobody knows any more what the catalog holds: end before anybody is answered or acts on it.
+
+    The next start reads what is durable, and recovers as after SIGKILL.
+    """
+    logger.critical("the catalog failed, the daemon ends at once: %s", error)
+    logging.shutdown()
+    os._exit(ExitCode.FAILURE)
 
 
 def _raise_open_files() -> None:

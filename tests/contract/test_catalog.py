@@ -1,15 +1,11 @@
-"""What the catalog promises: durable answers, whole changes, snapshots, its own rules."""
+"""What the catalog promises on each engine: durable answers, whole changes, its own rules."""
 
 import asyncio
-import os
 import signal
-import sqlite3
-import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, func, insert, select
@@ -20,7 +16,7 @@ from forebay_server.catalog import (
     queries_jobs,
     queries_uploads,
 )
-from forebay_server.catalog.engine import Catalog, sqlite_url
+from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.migrations import Migration
 from forebay_server.catalog.queries_settings import get_setting, put_setting
 from forebay_server.catalog.tables import (
@@ -30,28 +26,22 @@ from forebay_server.catalog.tables import (
     generations,
     jobs,
     manifest_blobs,
+    manifests,
     runs,
     settings,
 )
 from forebay_wire.errors import (
     Conflict,
     DaemonUnavailable,
-    IntegrityError,
     InvalidRequest,
-    ResourceExhausted,
     StorageError,
     VersionMismatch,
 )
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "catalog.sqlite"
-
-
-@pytest.fixture
-def catalog(path: Path) -> Iterator[Catalog]:
-    opened = Catalog.open(sqlite_url(path))
+def catalog(catalog_url: str) -> Iterator[Catalog]:
+    opened = Catalog.open(catalog_url)
     yield opened
     opened.close()
 
@@ -103,20 +93,14 @@ async def test_a_failing_request_takes_back_its_own_changes_only(catalog: Catalo
 
 
 async def test_requests_that_wait_share_one_commit(catalog: Catalog) -> None:
-    def wal_bytes() -> int:
-        return catalog.path.with_name(catalog.path.name + "-wal").stat().st_size
-
     gate = threading.Event()
     first = asyncio.create_task(catalog.write(lambda connection: gate.wait(10)))
     await asyncio.sleep(0)
-    pending = asyncio.gather(*(catalog.write(put(f"k{i}")) for i in range(100)))
+    pending = asyncio.gather(*(catalog.write(Connection.get_transaction) for _ in range(100)))
     await asyncio.sleep(0)
-    before = wal_bytes()
     gate.set()
     await first
-    await pending
-    # 100 commits of their own would log at least 100 pages.
-    assert wal_bytes() - before < 50 * 4096
+    assert len(set(await pending)) < 5
 
 
 async def test_a_request_that_waits_can_be_taken_back(catalog: Catalog) -> None:
@@ -157,7 +141,7 @@ async def test_a_reader_sees_one_snapshot_while_the_writer_goes_on(catalog: Cata
 
 
 async def test_a_reader_cannot_write(catalog: Catalog) -> None:
-    with pytest.raises(StorageError, match="readonly"):
+    with pytest.raises(StorageError, match=r"read-?only"):
         await catalog.read(put("a"))
 
 
@@ -172,8 +156,8 @@ async def test_wait_until_answers_at_the_commit_that_makes_it_true(catalog: Cata
     assert await catalog.wait_until(get("never"), 0.05) is None
 
 
-async def test_a_closed_catalog_refuses_and_has_applied_what_was_queued(path: Path) -> None:
-    catalog = Catalog.open(sqlite_url(path))
+async def test_a_closed_catalog_refuses_and_has_applied_what_was_queued(catalog_url: str) -> None:
+    catalog = Catalog.open(catalog_url)
     writes = [asyncio.create_task(catalog.write(put(f"k{i}"))) for i in range(50)]
     await asyncio.sleep(0)
     await asyncio.to_thread(catalog.close)
@@ -183,44 +167,9 @@ async def test_a_closed_catalog_refuses_and_has_applied_what_was_queued(path: Pa
     with pytest.raises(DaemonUnavailable):
         await catalog.read(get("k0"))
     catalog.close()
-    reopened = Catalog.open(sqlite_url(path))
+    reopened = Catalog.open(catalog_url)
     assert reopened.read_now(get("k49")) == "x"
     reopened.close()
-
-
-async def test_a_full_disk_refuses_the_change_and_the_catalog_lives(catalog: Catalog) -> None:
-    await catalog.write(put("before"))
-
-    def limit_pages(extra: int):
-        def change(connection: Connection) -> None:
-            pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-            connection.exec_driver_sql(f"PRAGMA max_page_count={pages + extra}").close()
-
-        return change
-
-    await catalog.write(limit_pages(2))
-    with pytest.raises(ResourceExhausted, match="is full"):
-        await catalog.write(put("big", "x" * (1 << 20)))
-    assert await catalog.read(get("big")) is None
-    await catalog.write(limit_pages(1 << 20))
-    await catalog.write(put("big", "x" * (1 << 20)))
-    assert await catalog.read(get("before")) == "x"
-
-
-async def test_work_beside_a_full_disk_is_answered_with_an_error_or_kept(catalog: Catalog) -> None:
-    def limit_pages(connection: Connection) -> None:
-        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-        connection.exec_driver_sql(f"PRAGMA max_page_count={pages + 4}").close()
-
-    await catalog.write(limit_pages)
-    big = "x" * (1 << 20)
-    work = [catalog.write(put(f"k{i}", big if i % 3 == 1 else "x")) for i in range(30)]
-    answers = await asyncio.gather(*work, return_exceptions=True)
-    for number, answer in enumerate(answers):
-        stored = await catalog.read(get(f"k{number}"))
-        assert (stored is not None) == (answer is None)
-        assert answer is None or isinstance(answer, ResourceExhausted | StorageError)
-    assert any(isinstance(answer, ResourceExhausted) for answer in answers)
 
 
 # ----------------------------------------------------------------------------------- its rules
@@ -242,7 +191,7 @@ async def test_a_blob_that_a_manifest_names_cannot_be_deleted(catalog: Catalog) 
     await catalog.write(add_blob(1))
 
     def name(connection: Connection) -> None:
-        connection.exec_driver_sql("INSERT INTO manifests VALUES ('m', 1, x'00', 0)")
+        connection.execute(insert(manifests).values(manifest="m", kind=1, data=b""))
         connection.execute(insert(manifest_blobs).values(manifest="m", blob=f"{1:064x}"))
 
     await catalog.write(name)
@@ -337,57 +286,18 @@ async def test_a_lease_runs_by_the_catalogs_clock(catalog: Catalog) -> None:
 # --------------------------------------------------------------------------------- opening it
 
 
-def test_the_files_are_readable_for_their_owner_only(catalog: Catalog) -> None:
-    catalog.write_now(put("a"))
-    found = sorted(catalog.path.parent.iterdir())
-    assert [file.name for file in found] == [
-        "catalog.sqlite",
-        "catalog.sqlite-shm",
-        "catalog.sqlite-wal",
-    ]
-    assert {stat.S_IMODE(file.stat().st_mode) for file in found} == {0o600}
+@pytest.mark.parametrize("url", ["mysql://nowhere", "sqlite:///", "nothing", ""])
+def test_another_kind_of_url_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="sqlite:///PATH or postgresql://"):
+        Catalog.open(url)
 
 
-def test_closing_leaves_one_file(path: Path) -> None:
-    catalog = Catalog.open(sqlite_url(path))
-    catalog.write_now(put("a"))
-    catalog.read_now(get("a"))
-    catalog.close()
-    assert [file.name for file in path.parent.iterdir()] == ["catalog.sqlite"]
-
-
-def test_another_kind_of_url_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="sqlite:///PATH"):
-        Catalog.open("mysql://nowhere")
-
-
-def test_a_file_that_is_no_catalog_is_refused(path: Path) -> None:
-    path.write_bytes(b"something else" * 1000)
-    with pytest.raises(IntegrityError, match="damaged"):
-        Catalog.open(sqlite_url(path))
-
-
-def test_damage_is_found_after_an_unclean_end(path: Path) -> None:
-    catalog = Catalog.open(sqlite_url(path))
-    for number in range(300):
-        catalog.write_now(add_blob(number))
-    catalog.close()
-    with path.open("r+b") as file:
-        file.seek(5 * 4096)
-        file.write(os.urandom(3 * 4096))
-    path.with_name("catalog.sqlite-wal").write_bytes(b"left over by a crash" * 10)
-    with pytest.raises(IntegrityError, match="damaged"):
-        Catalog.open(sqlite_url(path))
-
-
-def test_a_newer_schema_is_refused_and_left_alone(path: Path) -> None:
-    catalog = Catalog.open(sqlite_url(path))
+def test_a_newer_schema_is_refused(catalog_url: str) -> None:
+    catalog = Catalog.open(catalog_url)
     catalog.write_now(put("schema_version", str(SCHEMA_VERSION + 1)))
     catalog.close()
-    before = path.read_bytes()
     with pytest.raises(VersionMismatch, match="upgrade this one"):
-        Catalog.open(sqlite_url(path))
-    assert path.read_bytes() == before
+        Catalog.open(catalog_url)
 
 
 def _add_column(connection: Connection) -> None:
@@ -398,11 +308,11 @@ NEXT = SCHEMA_VERSION + 1
 STEP = Migration(NEXT, "nodes have an address", _add_column)
 
 
-def test_an_older_schema_is_migrated_after_a_backup(path: Path) -> None:
-    catalog = Catalog.open(sqlite_url(path))
+def test_an_older_schema_is_migrated(catalog_url: str) -> None:
+    catalog = Catalog.open(catalog_url)
     catalog.write_now(put("kept", "yes"))
     catalog.close()
-    migrated = Catalog.open(sqlite_url(path), schema_version=NEXT, migrations=[STEP])
+    migrated = Catalog.open(catalog_url, schema_version=NEXT, migrations=[STEP])
     try:
         assert migrated.read_now(get("kept")) == "yes"
         assert migrated.read_now(get("schema_version")) == str(NEXT)
@@ -410,49 +320,40 @@ def test_an_older_schema_is_migrated_after_a_backup(path: Path) -> None:
         assert migrated.read_now(lambda c: c.exec_driver_sql(columns).all()) == []
     finally:
         migrated.close()
-    backup = path.with_name(f"catalog-backup-v{SCHEMA_VERSION}.sqlite")
-    assert stat.S_IMODE(backup.stat().st_mode) == 0o600
-    with sqlite3.connect(backup) as connection:
-        rows = dict(connection.execute("SELECT key, value FROM settings"))
-    connection.close()
-    assert (rows["kept"], rows["schema_version"]) == ("yes", str(SCHEMA_VERSION))
 
 
-def test_a_failing_migration_leaves_the_old_schema(path: Path) -> None:
-    Catalog.open(sqlite_url(path)).close()
+def test_a_failing_migration_leaves_the_old_schema(catalog_url: str) -> None:
+    Catalog.open(catalog_url).close()
 
     def fail(connection: Connection) -> None:
         _add_column(connection)
         raise ValueError("half-way")
 
     with pytest.raises(ValueError, match="half-way"):
-        Catalog.open(
-            sqlite_url(path), schema_version=NEXT, migrations=[Migration(NEXT, "bad", fail)]
-        )
-    catalog = Catalog.open(sqlite_url(path))
+        Catalog.open(catalog_url, schema_version=NEXT, migrations=[Migration(NEXT, "bad", fail)])
+    catalog = Catalog.open(catalog_url)
     try:
         assert catalog.read_now(get("schema_version")) == str(SCHEMA_VERSION)
     finally:
         catalog.close()
 
 
-def test_a_gap_between_migrations_is_refused(path: Path) -> None:
-    Catalog.open(sqlite_url(path)).close()
+def test_a_gap_between_migrations_is_refused(catalog_url: str) -> None:
+    Catalog.open(catalog_url).close()
     with pytest.raises(VersionMismatch, match="older Forebay"):
-        Catalog.open(sqlite_url(path), schema_version=NEXT + 1, migrations=[STEP])
+        Catalog.open(catalog_url, schema_version=NEXT + 1, migrations=[STEP])
 
 
 # ------------------------------------------------------------------------------------ kill -9
 
 WRITER = """
 import sys
-from pathlib import Path
-from forebay_server.catalog.engine import Catalog, sqlite_url
+from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_settings import put_setting
 import asyncio
 
 async def main():
-    catalog = Catalog.open(sqlite_url(Path(sys.argv[1])))
+    catalog = Catalog.open(sys.argv[1], owner="writer")
     async def one(number):
         while True:
             key = f"{sys.argv[2]}-{number}"
@@ -465,11 +366,11 @@ asyncio.run(main())
 """
 
 
-def test_every_answered_commit_survives_kill_9(path: Path) -> None:
+def test_every_answered_commit_survives_kill_9(catalog_url: str) -> None:
     acknowledged: list[str] = []
     for round_number in range(3):
         process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path), str(round_number)],
+            [sys.executable, "-c", WRITER, catalog_url, str(round_number)],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -480,8 +381,7 @@ def test_every_answered_commit_survives_kill_9(path: Path) -> None:
         process.wait()
         process.stdout.close()
         acknowledged += [line.strip() for line in lines if line.endswith("\n")]
-        assert path.with_name("catalog.sqlite-wal").stat().st_size > 0
-        catalog = Catalog.open(sqlite_url(path))
+        catalog = Catalog.open(catalog_url, owner="reader")
         try:
             stored = set(catalog.read_now(lambda c: c.scalars(select(settings.c.key)).all()))
         finally:

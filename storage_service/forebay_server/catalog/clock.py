@@ -24,4 +24,4 @@ def _sqlite_now(element: now, compiler: Any, **options: Any) -> str:
 
 @compiles(now, "postgresql")
 def _postgresql_now(element: now, compiler: Any, **options: Any) -> str:
-    return "extract(epoch from clock_timestamp())"
+    return "CAST(extract(epoch from clock_timestamp()) AS DOUBLE PRECISION)"

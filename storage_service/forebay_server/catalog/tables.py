@@ -33,6 +33,11 @@ SCHEMA_VERSION: Final = 2
 metadata: Final = MetaData()
 
 
+def _name(length: int) -> String:
+    """Text that is compared byte by byte on every engine: paging goes by its order."""
+    return String(length).with_variant(String(length, collation="C"), "postgresql")
+
+
 def _created() -> Column[Any]:
     return Column("created", Double, nullable=False, default=now())
 
@@ -45,14 +50,14 @@ def _one_of(column: str, *values: str) -> CheckConstraint:
 settings = Table(
     "settings",
     metadata,
-    Column("key", String(128), primary_key=True),
+    Column("key", _name(128), primary_key=True),
     Column("value", Text, nullable=False),
 )
 
 nodes = Table(
     "nodes",
     metadata,
-    Column("node", String(32), primary_key=True),
+    Column("node", _name(32), primary_key=True),
     _created(),
 )
 
@@ -61,11 +66,11 @@ nodes = Table(
 files = Table(
     "files",
     metadata,
-    Column("file", String(32), primary_key=True),
-    Column("tier", String(128), nullable=False),
+    Column("file", _name(32), primary_key=True),
+    Column("tier", _name(128), nullable=False),
     Column("num_bytes", BigInteger, nullable=False),
     # 'missing': the row's file was not there at a start; its replicas are quarantined.
-    Column("state", String(16), nullable=False, default="live"),
+    Column("state", _name(16), nullable=False, default="live"),
     _created(),
     _one_of("state", "live", "missing"),
     Index("files_by_tier", "tier"),
@@ -74,7 +79,7 @@ files = Table(
 blobs = Table(
     "blobs",
     metadata,
-    Column("blob", String(64), primary_key=True),
+    Column("blob", _name(64), primary_key=True),
     Column("num_bytes", BigInteger, nullable=False),
     Column("num_segments", BigInteger, nullable=False),
     _created(),
@@ -83,13 +88,13 @@ blobs = Table(
 replicas = Table(
     "replicas",
     metadata,
-    Column("replica", String(32), primary_key=True),
+    Column("replica", _name(32), primary_key=True),
     Column("blob", ForeignKey("blobs.blob"), nullable=False),
-    Column("tier", String(128), nullable=False),
+    Column("tier", _name(128), nullable=False),
     # '' where the catalog serves one node, and for tiers that all nodes share.
-    Column("node", String(32), nullable=False, default=""),
-    Column("encoding", String(16), nullable=False, default="raw"),
-    Column("state", String(16), nullable=False, default="live"),
+    Column("node", _name(32), nullable=False, default=""),
+    Column("encoding", _name(16), nullable=False, default="raw"),
+    Column("state", _name(16), nullable=False, default="live"),
     # Why it was quarantined.
     Column("reason", Text, nullable=False, default=""),
     # When the last check of every byte ended; 0: none since it was written.
@@ -126,7 +131,7 @@ extents = Table(
 manifests = Table(
     "manifests",
     metadata,
-    Column("manifest", String(64), primary_key=True),
+    Column("manifest", _name(64), primary_key=True),
     Column("kind", Integer, nullable=False),
     Column("data", LargeBinary, nullable=False),
     _created(),
@@ -151,7 +156,7 @@ manifest_remote = Table(
 datasets = Table(
     "datasets",
     metadata,
-    Column("name", String(128), primary_key=True),
+    Column("name", _name(128), primary_key=True),
     _created(),
 )
 
@@ -165,16 +170,16 @@ versions = Table(
     Column("num_bytes", BigInteger, nullable=False),
     Column("num_shards", Integer, nullable=False),
     # The commit's random name: the same request is applied once.
-    Column("request", String(64), nullable=False, unique=True),
+    Column("request", _name(64), nullable=False, unique=True),
     _created(),
 )
 
 selections = Table(
     "selections",
     metadata,
-    Column("dataset", String(128), primary_key=True),
+    Column("dataset", _name(128), primary_key=True),
     Column("version", Integer, primary_key=True, autoincrement=False),
-    Column("name", String(128), primary_key=True),
+    Column("name", _name(128), primary_key=True),
     Column("manifest", ForeignKey("manifests.manifest"), nullable=False),
     Column("num_rows", BigInteger, nullable=False),
     _created(),
@@ -186,7 +191,7 @@ selections = Table(
 runs = Table(
     "runs",
     metadata,
-    Column("run", String(128), primary_key=True),
+    Column("run", _name(128), primary_key=True),
     _created(),
 )
 
@@ -199,17 +204,17 @@ attempts = Table(
     Column("parent_step", BigInteger),
     Column("num_ranks", Integer, nullable=False),
     # The opening call's random name: the same request opens one attempt.
-    Column("request", String(64), nullable=False, unique=True),
+    Column("request", _name(64), nullable=False, unique=True),
     _created(),
 )
 
 generations = Table(
     "generations",
     metadata,
-    Column("run", String(128), primary_key=True),
+    Column("run", _name(128), primary_key=True),
     Column("attempt", Integer, primary_key=True, autoincrement=False),
     Column("step", BigInteger, primary_key=True, autoincrement=False),
-    Column("state", String(16), nullable=False, default="open"),
+    Column("state", _name(16), nullable=False, default="open"),
     Column("num_ranks", Integer, nullable=False),
     Column("manifest", ForeignKey("manifests.manifest")),
     # JSON of rank 0: {"name": number}; dataset, version, selection and position.
@@ -228,13 +233,13 @@ generations = Table(
 packs = Table(
     "packs",
     metadata,
-    Column("run", String(128), primary_key=True),
+    Column("run", _name(128), primary_key=True),
     Column("attempt", Integer, primary_key=True, autoincrement=False),
     Column("step", BigInteger, primary_key=True, autoincrement=False),
     Column("rank", Integer, primary_key=True, autoincrement=False),
-    Column("state", String(16), nullable=False, default="open"),
+    Column("state", _name(16), nullable=False, default="open"),
     # No foreign key: the upload session ends when the pack has landed.
-    Column("session", String(32), nullable=False, unique=True),
+    Column("session", _name(32), nullable=False, unique=True),
     Column("blob", ForeignKey("blobs.blob")),
     Column("num_bytes", BigInteger, nullable=False),
     # Canonical JSON, UTF-8: what the rank wrote where; known from the seal on.
@@ -255,13 +260,13 @@ packs = Table(
 uploads = Table(
     "uploads",
     metadata,
-    Column("session", String(32), primary_key=True),
-    Column("owner", String(512), nullable=False),
+    Column("session", _name(32), primary_key=True),
+    Column("owner", _name(512), nullable=False),
     Column("uid", BigInteger, nullable=False),
-    Column("tier", String(128), nullable=False),
+    Column("tier", _name(128), nullable=False),
     # The file that it will become; not in `files` before it landed.
-    Column("file", String(32), nullable=False, unique=True),
-    Column("state", String(16), nullable=False, default="open"),
+    Column("file", _name(32), nullable=False, unique=True),
+    Column("state", _name(16), nullable=False, default="open"),
     # What landed: no ON DELETE, so a live session keeps its blob.
     Column("blob", ForeignKey("blobs.blob")),
     Column("expires", Double, nullable=False),
@@ -276,12 +281,12 @@ uploads = Table(
 jobs = Table(
     "jobs",
     metadata,
-    Column("job", String(32), primary_key=True),
-    Column("kind", String(32), nullable=False),
-    Column("target", String(512), nullable=False),
-    Column("state", String(16), nullable=False, default="queued"),
+    Column("job", _name(32), primary_key=True),
+    Column("kind", _name(32), nullable=False),
+    Column("target", _name(512), nullable=False),
+    Column("state", _name(16), nullable=False, default="queued"),
     # Who runs it, and until when unless renewed; both empty while queued.
-    Column("owner", String(64)),
+    Column("owner", _name(64)),
     Column("expires", Double),
     Column("tries", Integer, nullable=False, default=0),
     Column("done_bytes", BigInteger, nullable=False, default=0),
@@ -317,18 +322,18 @@ assigned_policies = Table(
     "assigned_policies",
     metadata,
     # "dataset NAME" or "run NAME"; it may be assigned before that exists.
-    Column("owner", String(160), primary_key=True),
-    Column("policy", String(64), nullable=False),
+    Column("owner", _name(160), primary_key=True),
+    Column("policy", _name(64), nullable=False),
     _created(),
 )
 
 pins = Table(
     "pins",
     metadata,
-    Column("pin", String(32), primary_key=True),
+    Column("pin", _name(32), primary_key=True),
     # What people named: "dataset NAME@VERSION", "generation RUN@ATTEMPT/STEP".
-    Column("target", String(512), nullable=False),
-    Column("tier", String(128), nullable=False),
+    Column("target", _name(512), nullable=False),
+    Column("tier", _name(128), nullable=False),
     # A warm hold ends by itself; NULL: until it is unpinned.
     Column("expires", Double),
     _created(),
@@ -340,7 +345,7 @@ pin_blobs = Table(
     metadata,
     Column("pin", ForeignKey("pins.pin", ondelete="CASCADE"), primary_key=True),
     # No foreign key: a pin does not keep a deleted blob, `deleted` shows in its answer.
-    Column("blob", String(64), primary_key=True),
+    Column("blob", _name(64), primary_key=True),
     Index("pin_blobs_by_blob", "blob"),
 )
 
@@ -349,7 +354,7 @@ trash = Table(
     metadata,
     Column("manifest", ForeignKey("manifests.manifest", ondelete="CASCADE"), primary_key=True),
     # "dataset NAME@VERSION", "generation RUN@ATTEMPT/STEP".
-    Column("target", String(512), nullable=False),
+    Column("target", _name(512), nullable=False),
     # JSON: the rows that bring it back.
     Column("record", Text, nullable=False),
     Column("expires", Double, nullable=False),
@@ -363,9 +368,9 @@ history = Table(
     Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
     Column("at", Double, nullable=False, default=now()),
     # "blob ID", "dataset NAME", "generation RUN@ATTEMPT/STEP", "tier NAME".
-    Column("subject", String(512), nullable=False),
+    Column("subject", _name(512), nullable=False),
     # "copied", "evicted", "quarantined", "repaired", "deleted", ...
-    Column("event", String(32), nullable=False),
+    Column("event", _name(32), nullable=False),
     Column("detail", Text, nullable=False, default=""),
     Index("history_by_subject", "subject", "seq"),
 )
@@ -376,7 +381,7 @@ origins = Table(
     "origins",
     metadata,
     # Digest of (URL, size, validator).
-    Column("origin", String(64), primary_key=True),
+    Column("origin", _name(64), primary_key=True),
     Column("url", Text, nullable=False),
     Column("num_bytes", BigInteger, nullable=False),
     # JSON: {"version": ..., "etag": ..., "mtime_ns": ..., "inode": ...}, whatever the place has.

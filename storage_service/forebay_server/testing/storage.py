@@ -51,6 +51,7 @@ async def open_storage(
     limit_bytes: int = 0,
     ram_bytes: int = 256 * MIB,
     with_object: bool = False,
+    catalog_url: str = "",
 ) -> AsyncIterator[Storage]:
     """The storage in *folder*, as a start of the daemon opens and reconciles it."""
     tiers: list[Tier] = [
@@ -61,7 +62,7 @@ async def open_storage(
         tiers.append(RemoteTier("object", f"file://{folder / 'object'}"))
     opened = Tiers(tiers, SlotPool(ram_bytes, 0))
     await opened.start()
-    catalog = Catalog.open(sqlite_url(folder / "catalog.sqlite"))
+    catalog = Catalog.open(catalog_url or sqlite_url(folder / "catalog.sqlite"), owner="test")
     try:
         await reconcile(catalog, opened)
         uploads = Uploads(catalog, opened, lease_seconds=lease_seconds)
