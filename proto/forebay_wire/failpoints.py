@@ -47,12 +47,30 @@ CLIENT_SAVE: Final = (
     "client.save.after_begin",
     "client.save.after_copy",
     "client.save.after_seal",
+MOVE: Final = (
+    "copy.before_file",
+    "copy.after_file",
+    "copy.after_row",
+    "migrate.before_remove",
+    "migrate.inside_remove",
+    "migrate.after_remove",
+    "migrate.after_unlink",
+)
+"""Failpoints of moving a blob from one tier to another, in the order in which it passes them."""
+
+EVICT: Final = (
+    "evict.before_row",
+    "evict.after_row",
+    "evict.after_file",
+)
+"""Failpoints of giving a copy up that another tier has, too."""
+
     "client.write.after_shard",
     "client.write.before_commit",
 )
 """Failpoints of the writing client."""
 
-ALL: Final = frozenset(DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + CLIENT_SAVE)
+ALL: Final = frozenset(DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + MOVE + EVICT + CLIENT_SAVE)
 
 _lock = threading.Lock()
 

@@ -210,6 +210,27 @@ class Config:
         "bytes",
         "Bytes that the daemon leaves free on every file system it writes to.",
     )
+    ssd_move_bytes_per_second: int = _option(
+        0,
+        parse_size,
+        "bytes per second",
+        "Most that background work moves through the ssd tier; 0: no limit. It steps back while "
+        "readers wait for the tier in any case.",
+    )
+    hdd_move_bytes_per_second: int = _option(
+        0,
+        parse_size,
+        "bytes per second",
+        "Most that background work moves through the hdd tier; 0: no limit. It steps back while "
+        "readers wait for the tier in any case.",
+    )
+    object_move_bytes_per_second: int = _option(
+        0,
+        parse_size,
+        "bytes per second",
+        "Most that background work moves through the object tier; 0: no limit. It steps back while "
+        "readers wait for the tier in any case.",
+    )
     lease_seconds: float = _option(
         60.0,
         _parse_seconds,
@@ -256,6 +277,15 @@ class Config:
         if self.object_url == NONE:
             return None
         return self.object_url or f"file://{self.data.resolve() / 'object'}"
+
+    @property
+    def move_rates(self) -> dict[str, float]:
+        """Tier to the bytes per second that background work may move through it; 0: no limit."""
+        return {
+            "ssd": self.ssd_move_bytes_per_second,
+            "hdd": self.hdd_move_bytes_per_second,
+            "object": self.object_move_bytes_per_second,
+        }
 
     @property
     def certificate(self) -> tuple[Path, Path] | None:

@@ -25,7 +25,15 @@ from forebay_server.bulk.ranges import make_app
 from forebay_server.bulk.tickets import Auth
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.queries_damage import enqueue_return
-from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, RETURN
+from forebay_server.catalog.queries_jobs import (
+    COLLECT,
+    COPY,
+    DELETE,
+    FLUSH,
+    MIGRATE,
+    RETURN,
+    SLOW_KINDS,
+)
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_settings import own_name
 from forebay_server.catalog.queries_status import count_below_local
@@ -45,9 +53,12 @@ from forebay_server.folder import (
 )
 from forebay_server.locks import NamedLocks
 from forebay_server.move.collect import Collector
+from forebay_server.move.budget import Budget
 from forebay_server.move.flush import Flush
+from forebay_server.move.copy import Copier
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.move.returns import Returns
+from forebay_server.move.migrate import Migrator
 from forebay_server.observe.metrics import Metrics
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
@@ -196,7 +207,8 @@ class Daemon:
             await self._tiers.run(tier, claim, tier, owner)
 
     async def _open_use_cases(self, stack: AsyncExitStack) -> None:
-        self._opener = Opener(self._tiers, self._catalog)
+        self._budget = Budget(self._config.move_rates)
+        self._opener = Opener(self._tiers, self._catalog, foreground=self._budget.foreground)
         stack.push_async_callback(self._opener.close)
         self._uploads = Uploads(
             self._catalog,
@@ -204,10 +216,14 @@ class Daemon:
             lease_seconds=self._config.lease_seconds,
             forget=self._opener.forget,
         )
-        self._jobs = Jobs(self._catalog, self._incarnation, self._make_handlers())
+        self._jobs = Jobs(
+            self._catalog, self._incarnation, self._make_handlers(), slow_kinds=SLOW_KINDS
+        )
         self._opener.listen(self._jobs.wake)
         self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs)
         self._uploads.listen(self._checkpoints.session_ended)
+        self._ahead = Ahead(self._tiers, self._catalog, self._opener, is_busy=self._budget.is_busy)
+        self._jobs.listen(lambda _: self._ahead.evictor.expect_more())
         stack.push_async_callback(self._checkpoints.close)
         self._datasets = Datasets(self._catalog, self._uploads, self._jobs)
         stack.push_async_callback(self._uploads.close)
@@ -220,14 +236,24 @@ class Daemon:
         )
         handlers: dict[str, Handler] = {
             COLLECT: collector.collect,
+        copier = Copier(opener.bringer, self._budget, locks)
             DELETE: collector.delete_manifest,
             RETURN: Returns(catalog, opener.return_good),
+            COPY: copier,
         }
+            MIGRATE: Migrator(
+                catalog,
+                self._tiers,
+                copier,
+                locks,
+                is_open=opener.is_open,
+                forget=opener.forget,
+            ),
         if self._tiers.object is not None:
             publisher = ObjectPublisher(
                 catalog, self._tiers, self._tiers.object, locks, forget=opener.forget
             )
-            handlers[FLUSH] = Flush(catalog, publisher, locks)
+            handlers[FLUSH] = Flush(catalog, publisher, locks, self._budget)
         return handlers
 
     async def _recover(self) -> None:

@@ -65,7 +65,7 @@ class TierStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., location: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., dirty_bytes: _Optional[int] = ..., open_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., num_files: _Optional[int] = ..., health: _Optional[str] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("job", "kind", "target", "state", "done_bytes", "total_bytes", "tries", "error")
+    __slots__ = ("job", "kind", "target", "state", "done_bytes", "total_bytes", "tries", "error", "priority", "created_unix", "due_unix")
     JOB_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,9 @@ class JobStatus(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRIES_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CREATED_UNIX_FIELD_NUMBER: _ClassVar[int]
+    DUE_UNIX_FIELD_NUMBER: _ClassVar[int]
     job: str
     kind: str
     target: str
@@ -82,7 +85,10 @@ class JobStatus(_message.Message):
     total_bytes: int
     tries: int
     error: str
-    def __init__(self, job: _Optional[str] = ..., kind: _Optional[str] = ..., target: _Optional[str] = ..., state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., tries: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    priority: int
+    created_unix: float
+    due_unix: float
+    def __init__(self, job: _Optional[str] = ..., kind: _Optional[str] = ..., target: _Optional[str] = ..., state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., tries: _Optional[int] = ..., error: _Optional[str] = ..., priority: _Optional[int] = ..., created_unix: _Optional[float] = ..., due_unix: _Optional[float] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
     __slots__ = ("server_version", "node", "incarnation", "data_folder", "started_unix", "tiers", "num_datasets", "num_runs", "num_clients", "num_uploads", "jobs", "state", "addresses")

@@ -106,6 +106,19 @@ def _replicas_of(connection: Connection, ids: Sequence[str]) -> dict[str, list[R
     return copies
 
 
+def blobs_in_tier(connection: Connection, tier: str, after: str, limit: int) -> list[str]:
+    """Blobs behind *after* with a live replica in *tier*, in order, at most *limit*."""
+    return list(
+        connection.scalars(
+            select(replicas.c.blob)
+            .where(replicas.c.tier == tier, replicas.c.state == "live", replicas.c.blob > after)
+            .distinct()
+            .order_by(replicas.c.blob)
+            .limit(limit)
+        )
+    )
+
+
 # ------------------------------------------------------------------------------------ change
 
 

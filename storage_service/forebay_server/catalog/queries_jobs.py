@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
@@ -34,6 +35,13 @@ COLLECT = "collect"
 GARBAGE = "garbage"
 RETURN = "return"
 """Look at the replicas that are out of service, and have the good ones serve again."""
+COPY = "copy"
+"""Bring a blob into a tier; the target is ``BLOB TIER``."""
+MIGRATE = "migrate"
+"""Bring a blob into a tier and take it out of another; the target is ``BLOB FROM TO``."""
+SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE})
+"""Kinds that move many bytes for nobody who waits: they have workers of their own, so that what
+makes data safe (:data:`FLUSH`) never stands behind them."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,16 @@ class Job:
     done_bytes: int
     total_bytes: int
     error: str
+    priority: int = 0
+    journal: str = ""
+    """What the kind's handler wrote there: how far a sequence of steps is."""
+    created_unix: float = 0.0
+    due_unix: float = 0.0
+    """Not started before."""
 
 
-def _job(row: Row[tuple[object, ...]]) -> Job:
+def job_from(row: Row[Any]) -> Job:
+    """The job in a row of the table."""
     return Job(
         row.job,
         row.kind,
@@ -60,13 +75,25 @@ def _job(row: Row[tuple[object, ...]]) -> Job:
         row.done_bytes,
         row.total_bytes,
         row.error,
+        row.priority,
+        row.journal,
+        row.created,
+        row.not_before,
     )
 
 
-def enqueue(connection: Connection, kind: str, target: str, *, total_bytes: int = 0) -> str:
+def enqueue(
+    connection: Connection,
+    kind: str,
+    target: str,
+    *,
+    total_bytes: int = 0,
+    priority: int = 0,
+    journal: str = "",
+) -> str:
     """The live job of *kind* for *target*: the one that exists, or a new one.
 
-    One that is scheduled for later is due now.
+    One that is scheduled for later is due now; one of a lower priority is raised to *priority*.
     """
     existing: str | None = connection.scalar(
         select(jobs.c.job).where(
@@ -77,10 +104,22 @@ def enqueue(connection: Connection, kind: str, target: str, *, total_bytes: int 
         connection.execute(
             update(jobs).where(jobs.c.job == existing, is_scheduled()).values(not_before=now())
         )
+        connection.execute(
+            update(jobs)
+            .where(jobs.c.job == existing, jobs.c.priority < priority)
+            .values(priority=priority)
+        )
         return existing
     job = new_random_name()
     connection.execute(
-        insert(jobs).values(job=job, kind=kind, target=target, total_bytes=total_bytes)
+        insert(jobs).values(
+            job=job,
+            kind=kind,
+            target=target,
+            total_bytes=total_bytes,
+            priority=priority,
+            journal=journal,
+        )
     )
     return job
 
@@ -122,11 +161,14 @@ def _may_start() -> ColumnElement[bool]:
 def claim(
     connection: Connection, owner: str, lease_seconds: float, kinds: Sequence[str]
 ) -> Job | None:
-    """The next job of one of *kinds*, now leased to *owner*; None if none is due."""
+    """The next job of one of *kinds*, now leased to *owner*; None if none is due.
+
+    *owner* names one worker: another one of the same daemon is somebody else.
+    """
     chosen = connection.scalar(
         select(jobs.c.job)
         .where(_may_start(), jobs.c.kind.in_(kinds))
-        .order_by(jobs.c.not_before, jobs.c.created, jobs.c.job)
+        .order_by(jobs.c.priority.desc(), jobs.c.not_before, jobs.c.created, jobs.c.job)
         .limit(1)
     )
     if chosen is None:
@@ -149,9 +191,19 @@ def _held(job: str, owner: str) -> ColumnElement[bool]:
     )
 
 
-def is_held(connection: Connection, job: str, owner: str) -> bool:
-    """Whether *owner* still holds the job: asked inside a transaction that acts for it."""
-    return connection.scalar(select(jobs.c.job).where(_held(job, owner))) is not None
+def hold(connection: Connection, job: str, owner: str) -> bool:
+    """Whether *owner* still holds the job: asked inside a transaction that acts for it.
+
+    The row stays locked until that transaction ends: nobody takes the job over meanwhile.
+    """
+    held = update(jobs).where(_held(job, owner)).values(expires=jobs.c.expires)
+    return connection.execute(held).rowcount > 0
+
+
+def set_journal(connection: Connection, job: str, owner: str, journal: str) -> bool:
+    """Store how far the job is, in the transaction that makes it so; False if not held."""
+    changed = update(jobs).where(_held(job, owner)).values(journal=journal)
+    return connection.execute(changed).rowcount > 0
 
 
 def renew(
@@ -236,12 +288,12 @@ def running(connection: Connection, kind: str, targets: Sequence[str]) -> list[J
             jobs.c.expires >= now(),
         )
     )
-    return [_job(row) for row in rows]
+    return [job_from(row) for row in rows]
 
 
 def get_job(connection: Connection, job: str) -> Job | None:
     row = connection.execute(select(jobs).where(jobs.c.job == job)).one_or_none()
-    return None if row is None else _job(row)
+    return None if row is None else job_from(row)
 
 
 def job_of(connection: Connection, kind: str, target: str) -> Job | None:
@@ -253,7 +305,7 @@ def job_of(connection: Connection, kind: str, target: str) -> Job | None:
         .order_by(case((is_scheduled(), 1), else_=0), jobs.c.created.desc(), jobs.c.job)
         .limit(1)
     ).one_or_none()
-    return None if row is None else _job(row)
+    return None if row is None else job_from(row)
 
 
 def list_jobs(connection: Connection, limit: int) -> list[Job]:
@@ -264,7 +316,7 @@ def list_jobs(connection: Connection, limit: int) -> list[Job]:
         .order_by(jobs.c.created.desc(), jobs.c.job)
         .limit(limit)
     )
-    return [_job(row) for row in rows]
+    return [job_from(row) for row in rows]
 
 
 def seconds_until_due(connection: Connection, kinds: Sequence[str]) -> float | None:

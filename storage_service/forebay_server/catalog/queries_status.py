@@ -7,7 +7,7 @@ from typing import Final
 
 from sqlalchemy import Connection, case, exists, func, select
 
-from forebay_server.catalog.queries_jobs import Job, is_scheduled
+from forebay_server.catalog.queries_jobs import Job, is_scheduled, job_from
 from forebay_server.catalog.tables import (
     datasets,
     extents,
@@ -112,18 +112,9 @@ def _count_jobs(connection: Connection) -> dict[tuple[str, str], int]:
 def _list_jobs(connection: Connection) -> tuple[Job, ...]:
     turn = case({"running": 0, "failed": 1}, value=jobs.c.state, else_=2)
     rows = connection.execute(
-        select(
-            jobs.c.job,
-            jobs.c.kind,
-            jobs.c.target,
-            jobs.c.state,
-            jobs.c.done_bytes,
-            jobs.c.total_bytes,
-            jobs.c.tries,
-            jobs.c.error,
-        )
+        select(jobs)
         .where(jobs.c.state != "done", ~is_scheduled())
         .order_by(turn, jobs.c.not_before)
         .limit(MAX_JOBS)
     )
-    return tuple(Job(**row._mapping) for row in rows)
+    return tuple(job_from(row) for row in rows)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import FileRef, orphan_blobs, remove_orphan
+from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import GARBAGE, enqueue_collection
 from forebay_server.catalog.queries_objects import (
     OBJECT_TIER,
@@ -86,7 +87,9 @@ class Collector:
             ):
                 logger.warning("manifest %s stays until the object tier is back", manifest)
                 return
-            kept = await self._catalog.write(lambda connection: _remove(connection, manifest))
+            kept = await self._catalog.write(
+                lambda connection: _remove(connection, manifest, progress)
+            )
         if kept is None:
             raise Conflict(f"manifest {manifest} is still in use and cannot be deleted")
 
@@ -119,7 +122,7 @@ class Collector:
             if not fresh:
                 return len(kept)
             for blob in fresh:
-                if self._is_open(blob) or not await self._collect_blob(blob):
+                if self._is_open(blob) or not await self._collect_blob(blob, progress):
                     kept.add(blob)
                 progress.advance(0)
 
@@ -128,21 +131,21 @@ class Collector:
             lambda connection: orphan_blobs(connection, limit, tiers=self._names)
         )
 
-    async def _collect_blob(self, blob: str) -> bool:
+    async def _collect_blob(self, blob: str, progress: Progress) -> bool:
         """Remove one orphan from everywhere; False if something names it by now."""
         async with self._locks.hold(blob):
             tier = self._tiers.object
             if tier is not None:
                 name = tier.name
                 objects = await self._catalog.write(
-                    lambda connection: take_out_of_tier(connection, blob, name)
+                    lambda connection: _take_out(connection, blob, name, progress)
                 )
                 if objects is None:
                     return False
                 self._forget(blob)
                 await self._tiers.run(tier, _delete_objects, tier, blob, objects)
             gone = await self._catalog.write(
-                lambda connection: remove_orphan(connection, blob, self._names)
+                lambda connection: _forget(connection, blob, self._names, progress)
             )
             self._forget(blob)
             await self._delete(gone)
@@ -195,11 +198,32 @@ class Collector:
         )
 
 
-def _remove(connection: Connection, manifest: str) -> list[str] | None:
+def _remove(connection: Connection, manifest: str, progress: Progress) -> list[str] | None:
+    progress.guard(connection)
     kept = remove_manifest(connection, manifest)
     if kept:
         enqueue_collection(connection)
     return kept
+
+
+def _take_out(
+    connection: Connection, blob: str, tier: str, progress: Progress
+) -> list[FileRef] | None:
+    progress.guard(connection)
+    gone = take_out_of_tier(connection, blob, tier)
+    if gone:
+        record(connection, f"blob {blob}", "deleted", f"{tier}: nothing names it any more")
+    return gone
+
+
+def _forget(
+    connection: Connection, blob: str, tiers: Sequence[str], progress: Progress
+) -> list[FileRef]:
+    progress.guard(connection)
+    gone = remove_orphan(connection, blob, tiers)
+    for ref in gone:
+        record(connection, f"blob {blob}", "deleted", f"{ref.tier}: nothing names it any more")
+    return gone
 
 
 def _delete_objects(tier: Tier, blob: str, files: Iterable[FileRef]) -> None:

@@ -8,11 +8,12 @@ transaction that makes it necessary and calls :meth:`Jobs.wake` after the commit
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_jobs import (
@@ -21,15 +22,23 @@ from forebay_server.catalog.queries_jobs import (
     drop_finished,
     fail,
     finish,
+    hold,
     job_of,
     renew,
     requeue_all,
     retry_later,
     schedule,
     seconds_until_due,
+    set_journal,
 )
 from forebay_server.model.backoff import delay_seconds
-from forebay_wire.errors import DaemonUnavailable, ForebayError, IntegrityError, InvalidRequest
+from forebay_wire.errors import (
+    Conflict,
+    DaemonUnavailable,
+    ForebayError,
+    IntegrityError,
+    InvalidRequest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +49,23 @@ KEEP_DONE_SECONDS: Final = 600.0
 """How long a finished job can still be asked for."""
 NUM_WORKERS: Final = 2
 """Jobs at a time: enough to hide one slow object store call behind another job's copying."""
+NUM_SLOW_WORKERS: Final = 2
+"""Jobs of slow kinds at a time, beside the others."""
 
 
 class Progress:
-    """How far one running job is. Thread-safe: copying threads report into it."""
+    """One running job: how far it is, and whether it is still this worker's.
 
-    def __init__(self, job: Job) -> None:
+    Thread-safe: copying threads report into it.
+    """
+
+    def __init__(self, job: Job, owner: str = "") -> None:
+        """*owner* is the worker that holds the lease."""
+        self.job = job.job
+        self.owner = owner
         self.target = job.target
+        self.tries = job.tries
+        self._journal = job.journal
         self.done_bytes = 0
         self.total_bytes = job.total_bytes
         self.repeat_seconds: float | None = None
@@ -65,6 +84,27 @@ class Progress:
     def repeat_after(self, seconds: float) -> None:
         """Do the same again so long after this job has ended, unless somebody asks for it first."""
         self.repeat_seconds = seconds
+
+    @property
+    def journal(self) -> dict[str, Any]:
+        """What earlier tries have noted; empty at first."""
+        found = json.loads(self._journal or "{}")
+        assert isinstance(found, dict)
+        return found
+
+    def guard(self, connection: Connection) -> None:
+        """To be called in each transaction that acts for the job: :class:`Conflict` if its lease
+        ran out, as somebody else may be doing the same by now. Nothing of the transaction stays
+        then."""
+        if not hold(connection, self.job, self.owner):
+            raise Conflict(f"the job for {self.target} was taken over: this worker was too slow")
+
+    def note(self, connection: Connection, journal: Mapping[str, Any]) -> None:
+        """Store in the same transaction how far the job is: :meth:`guard`, then the journal."""
+        text = json.dumps(journal)
+        if not set_journal(connection, self.job, self.owner, text):
+            self.guard(connection)
+        self._journal = text
 
     def interrupt(self, reason: str) -> None:
         """Make the next :meth:`advance` raise."""
@@ -88,14 +128,20 @@ class Jobs:
         owner: str,
         handlers: Mapping[str, Handler],
         *,
+        slow_kinds: Collection[str] = (),
         num_workers: int = NUM_WORKERS,
+        num_slow_workers: int = NUM_SLOW_WORKERS,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
-        """*owner* is this incarnation of the daemon; *handlers* maps a job's kind to its work."""
+        """*owner* is this incarnation of the daemon; *handlers* maps a job's kind to its work;
+        *slow_kinds* have workers of their own."""
         self._catalog = catalog
         self._owner = owner
         self._handlers = handlers
-        self._num_workers = num_workers
+        self._lanes = [
+            *[tuple(kind for kind in handlers if kind not in slow_kinds)] * num_workers,
+            *[tuple(kind for kind in handlers if kind in slow_kinds)] * num_slow_workers,
+        ]
         self._lease_seconds = lease_seconds
         self._woken = asyncio.Event()
         self._stopping = False
@@ -115,8 +161,10 @@ class Jobs:
     async def run(self) -> None:
         """Work until :meth:`stop`; an error of a job never ends it."""
         async with asyncio.TaskGroup() as group:
-            for number in range(self._num_workers):
-                group.create_task(self._work(), name=f"jobs-{number}")
+            for number, kinds in enumerate(self._lanes):
+                if kinds:
+                    owner = f"{self._owner}-{number}"
+                    group.create_task(self._work(owner, kinds), name=f"jobs-{number}")
 
     def stop(self) -> None:
         """Take no more work and interrupt what runs: it goes back into the queue."""
@@ -148,16 +196,16 @@ class Jobs:
 
     # ------------------------------------------------------------------------------- workers
 
-    async def _work(self) -> None:
-        failures, kinds = 0, tuple(self._handlers)
+    async def _work(self, owner: str, kinds: Sequence[str]) -> None:
+        failures = 0
         while not self._stopping:
             woken = self._woken
             try:
                 job = await self._catalog.write(
-                    lambda connection: claim(connection, self._owner, self._lease_seconds, kinds)
+                    lambda connection: claim(connection, owner, self._lease_seconds, kinds)
                 )
                 if job is not None:
-                    await self._run(job)
+                    await self._run(job, owner)
                 else:
                     await self._sleep(woken, await self._seconds_until_due(kinds))
                 failures = 0
@@ -176,8 +224,8 @@ class Jobs:
             async with asyncio.timeout(seconds):
                 await woken.wait()
 
-    async def _run(self, job: Job) -> None:
-        progress = Progress(job)
+    async def _run(self, job: Job, owner: str) -> None:
+        progress = Progress(job, owner)
         self._running[job.job] = progress
         try:
             async with asyncio.TaskGroup() as group:
@@ -202,7 +250,7 @@ class Jobs:
 
     async def _settle(self, job: Job, progress: Progress, outcome: Exception | None) -> None:
         """Store how the try ended."""
-        name, owner = job.job, self._owner
+        name, owner = job.job, progress.owner
         if outcome is None:
             await self._catalog.write(lambda connection: _finish(connection, name, owner))
             await self._repeat(job, progress)
@@ -239,7 +287,7 @@ class Jobs:
                     lambda connection: renew(
                         connection,
                         job.job,
-                        self._owner,
+                        progress.owner,
                         self._lease_seconds,
                         progress.done_bytes,
                         progress.total_bytes,

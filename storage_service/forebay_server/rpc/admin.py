@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 import grpc.aio
 
+from forebay_server.catalog.queries_jobs import Job
 from forebay_server.rpc.interceptors import current_caller
 from forebay_server.serve.status import Status
 from forebay_wire.errors import DaemonUnavailable
@@ -159,7 +160,24 @@ def convert_status(status: Status, identity: Identity) -> admin_pb2.StatusRespon
         num_runs=status.counts.num_runs,
         num_clients=status.num_clients,
         num_uploads=status.counts.num_uploads,
-        jobs=[admin_pb2.JobStatus(**vars(job)) for job in status.counts.jobs],
+        jobs=[convert_job(job) for job in status.counts.jobs],
         state=status.state,
         addresses=status.addresses,
+    )
+
+
+def convert_job(job: Job) -> admin_pb2.JobStatus:
+    """The message of a job."""
+    return admin_pb2.JobStatus(
+        job=job.job,
+        kind=job.kind,
+        target=job.target,
+        state=job.state,
+        done_bytes=job.done_bytes,
+        total_bytes=job.total_bytes,
+        tries=job.tries,
+        error=job.error,
+        priority=job.priority,
+        created_unix=job.created_unix,
+        due_unix=job.due_unix,
     )

@@ -17,8 +17,16 @@ from forebay_server.catalog.queries_blobs import BlobLocation
 from forebay_server.model.encodings import RAW
 from forebay_server.model.landing import reading_order
 from forebay_server.quarantine import Quarantine
+from forebay_server.serve.bring import Bringer
 from forebay_server.serve.holds import Hold, Holds
-from forebay_server.serve.promote import Place, Promoter, places_of
+from forebay_server.serve.promote import (
+    CachePolicy,
+    Foreground,
+    Place,
+    Promoter,
+    nobody,
+    places_of,
+)
 from forebay_server.tier.memory import Window
 from forebay_server.tier.publication import DescriptorReader
 from forebay_server.tier.registry import Tiers
@@ -80,11 +88,18 @@ class Opener:
     ``close`` ends running fetches.
     """
 
-    def __init__(self, tiers: Tiers, catalog: Catalog, holds: Holds | None = None) -> None:
+    def __init__(
+        self,
+        tiers: Tiers,
+        catalog: Catalog,
+        holds: Holds | None = None,
+        foreground: Foreground = nobody,
+    ) -> None:
+        """*foreground* surrounds what a client waits for."""
         self._tiers = tiers
         self._catalog = catalog
         self._holds = holds or Holds()
-        self._promoter = Promoter(tiers, catalog)
+        self._promoter = Promoter(tiers, catalog, foreground)
         self._names = frozenset(tier.name for tier in tiers.all)
         self._listeners: list[Callable[[], object]] = []
         self._quarantine = Quarantine(
@@ -112,6 +127,8 @@ class Opener:
         for held in windows:
             held.window.close()
 
+        self.bringer = Bringer(tiers, catalog, self._promoter, self._quarantine)
+        """Copies blobs for background work."""
     # ------------------------------------------------------------------------------------- open
 
     def open_cached(self, client: str, blobs: Sequence[str]) -> list[OpenedBlob] | None:

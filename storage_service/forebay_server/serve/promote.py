@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import (
@@ -14,16 +17,25 @@ from forebay_server.catalog.queries_blobs import (
 )
 from forebay_server.model.encodings import RAW
 from forebay_server.model.landing import Room, choose_landing
-from forebay_server.tier.encode import open_plain
+from forebay_server.tier.encode import StoredFile, encode_into, open_plain
 from forebay_server.tier.memory import Window
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
-from forebay_server.tier.verify import copy_verified
-from forebay_wire.errors import NotFound, ResourceExhausted
+from forebay_server.tier.verify import copy_verified, verify_file
+from forebay_wire.errors import IntegrityError, NotFound, ResourceExhausted, StorageError
+from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import new_random_name
 from forebay_wire.segments import file_bytes_for
 
 logger = logging.getLogger(__name__)
+
+Foreground = Callable[[str], AbstractContextManager[None]]
+"""Given a tier: a ``with`` block in which somebody waits for bytes of it."""
+
+
+def nobody(tier: str) -> AbstractContextManager[None]:
+    """A :data:`Foreground` that tells nobody."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -45,44 +57,136 @@ class Place:
         return file_bytes_for(self.num_bytes, self.num_segments)
 
 
-class Promoter:
-    """Fetches blobs. Belongs to the event loop; holds no state."""
+class CachePolicy(Protocol):
+    """Which fetched blobs are kept, and where."""
 
-    def __init__(self, tiers: Tiers, catalog: Catalog) -> None:
+    async def tiers_for(self, source: Place) -> list[Tier]:
+        """The landing tiers that take a copy of the blob at *source*, best first."""
+        ...
+
+    def entered(self, place: Place) -> None:
+        """A copy that was made is in the catalog."""
+        ...
+
+
+class KeepWhatFits:
+    """Keeps every blob that some faster tier has free room for."""
+
+    def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
-        self._catalog = catalog
 
-    async def promote(self, source: Place) -> Place | Window:
-        """Copy the blob at *source*, verified by BLAKE3, into the best landing tier with room.
-
-        A replica of the blob on return, durable and in the catalog; where no tier has room, a
-        sealed window that the caller closes. :class:`IntegrityError` if the source is damaged,
-        :class:`ResourceExhausted` if there is neither room nor memory.
-        """
+    async def tiers_for(self, source: Place) -> list[Tier]:
         rooms = [
             Room(tier.name, tier.space().free_bytes)
             for tier in self._tiers.landing
             if tier.name != source.tier
         ]
-        for name in choose_landing(source.file_bytes, rooms):
-            try:
-                return await self._promote_into(source, self._tiers.get(name))
-            except ResourceExhausted as error:
-                logger.info("blob %s is not promoted to %s: %s", source.blob, name, error)
-        from_tier = self._tiers.get(source.tier)
-        return await self._tiers.run(from_tier, self._fill_window, source)
+        return [self._tiers.get(name) for name in choose_landing(source.file_bytes, rooms)]
 
-    async def _promote_into(self, source: Place, tier: Tier) -> Place:
+    def entered(self, place: Place) -> None:
+        pass
+
+
+class Promoter:
+    """Fetches blobs. Belongs to the event loop; holds no state."""
+
+    def __init__(self, tiers: Tiers, catalog: Catalog, foreground: Foreground = nobody) -> None:
+        """*foreground* surrounds what somebody waits for, with the tier that it is read from:
+        background work steps back meanwhile."""
+        self._tiers = tiers
+        self._catalog = catalog
+        self._foreground = foreground
+        self.policy: CachePolicy = KeepWhatFits(tiers)
+
+    async def promote(self, source: Place) -> Place | Window:
+        """Copy the blob at *source*, verified by BLAKE3, into the best tier that the policy names.
+
+        A replica of the blob on return, durable and in the catalog; where no tier takes it, a
+        sealed window that the caller closes. :class:`IntegrityError` if the source is damaged,
+        :class:`ResourceExhausted` if there is neither room nor memory.
+        """
+        with self._foreground(source.tier):
+            for tier in await self.policy.tiers_for(source):
+                try:
+                    found = await self.promote_into(source, tier)
+                    if found.encoding == RAW:  # else somebody has just put one there for keeping
+                        return found
+                except ResourceExhausted as error:
+                    logger.info("blob %s is not promoted to %s: %s", source.blob, tier.name, error)
+            from_tier = self._tiers.get(source.tier)
+            return await self._tiers.run(from_tier, self._fill_window, source)
+
+    async def copy_into(
+        self,
+        source: Place,
+        tier: Tier,
+        progress: Callable[[int], object] = lambda num_bytes: None,
+        guard: Callable[[Connection], object] = lambda connection: None,
+    ) -> Place:
+        """Copy the blob at *source* into *tier*, for somebody who does not wait for its bytes.
+
+        Checked by BLAKE3 on both sides; durable and in the catalog on return. *progress* is told on
+        a thread how many bytes were written; it may wait, or raise to end the copy. *guard* is
+        called in the transaction that adds the row, and may raise to prevent it.
+        :class:`IntegrityError` if the source is damaged, :class:`ResourceExhausted` without room.
+        """
         file = new_random_name()
-        await self._tiers.run(self._tiers.get(source.tier), self._copy, source, tier, file)
-        target = Place(source.blob, source.num_bytes, source.num_segments, "", tier.name, file)
+        failpoint("copy.before_file")
+        origin = self._tiers.get(source.tier)
+        stored = await self._tiers.run_moving(
+            origin, self._copy, source, tier, file, tier.encoding, progress
+        )
+        failpoint("copy.after_file")
         try:
-            replica_id = await self._catalog.write(lambda connection: _record(connection, target))
+            await self._tiers.run_moving(tier, _read_back, source.blob, tier, file, stored.encoding)
         except BaseException:
+            await self._tiers.run(tier, tier.delete, tier.blob_name(file))
+            raise
+        placed = await self._enter(source, tier, file, stored, guard)
+        failpoint("copy.after_row")
+        return placed
+
+    async def promote_into(self, source: Place, tier: Tier) -> Place:
+        """Copy the blob at *source* into *tier*, checked by BLAKE3; durable and in the catalog on
+        return."""
+        file = new_random_name()
+        origin = self._tiers.get(source.tier)
+        stored = await self._tiers.run(origin, self._copy, source, tier, file, RAW, _no_progress)
+        return await self._enter(source, tier, file, stored, _no_guard)
+
+    async def _enter(
+        self,
+        source: Place,
+        tier: Tier,
+        file: str,
+        stored: StoredFile,
+        guard: Callable[[Connection], object],
+    ) -> Place:
+        """Add the row of a copy that lies in *file* by now; the copy of somebody else if that came
+        first."""
+        target = Place(
+            source.blob,
+            source.num_bytes,
+            source.num_segments,
+            "",
+            tier.name,
+            file,
+            stored.encoding,
+        )
+
+        def enter(connection: Connection) -> str | None:
+            guard(connection)
+            return _record(connection, target, stored.num_bytes)
+
+        try:
+            replica_id = await self._catalog.write(enter)
+        except Exception:  # after a cancellation the row may still come: at worst it is garbage
             await self._tiers.run(tier, tier.delete, file)
             raise
         if replica_id is not None:
-            return Place(**{**vars(target), "replica_id": replica_id})
+            placed = Place(**{**vars(target), "replica_id": replica_id})
+            self.policy.entered(placed)
+            return placed
         # Somebody else brought the blob to this tier meanwhile: that copy serves.
         await self._tiers.run(tier, tier.delete, file)
         found = (await self._catalog.locate([source.blob])).get(source.blob)
@@ -91,14 +195,17 @@ class Promoter:
                 return place
         raise NotFound(f"blob {source.blob} was deleted while it was fetched")
 
-    def _copy(self, source: Place, tier: Tier, file: str) -> None:
+    def _copy(
+        self,
+        source: Place,
+        tier: Tier,
+        file: str,
+        setting: str,
+        progress: Callable[[int], object],
+    ) -> StoredFile:
         origin = self._tiers.get(source.tier)
-        with (
-            open_plain(origin, source.file, source.encoding, source.blob) as reader,
-            tier.create(tier.blob_name(file), source.file_bytes) as writer,
-        ):
-            copy_verified(reader, writer, source.blob)
-            writer.publish()
+        with open_plain(origin, source.file, source.encoding, source.blob) as reader:
+            return encode_into(reader, tier, file, setting, source.blob, advance=progress)
 
     def _fill_window(self, source: Place) -> Window:
         origin = self._tiers.get(source.tier)
@@ -111,6 +218,24 @@ class Promoter:
             window.close()
             raise
         return window
+
+
+def _no_progress(num_bytes: int) -> None:
+    pass
+
+
+def _no_guard(connection: Connection) -> None:
+    pass
+
+
+def _read_back(blob: str, tier: Tier, file: str, encoding: str) -> None:
+    try:
+        with open_plain(tier, file, encoding, blob) as reader:
+            verify_file(reader, blob)
+    except (IntegrityError, NotFound) as error:
+        raise StorageError(
+            f"what was just written into tier {tier.name} reads back wrong: {error}"
+        ) from error
 
 
 def places_of(location: BlobLocation) -> list[Place]:
@@ -130,7 +255,7 @@ def places_of(location: BlobLocation) -> list[Place]:
     ]
 
 
-def _record(connection: Connection, target: Place) -> str | None:
+def _record(connection: Connection, target: Place, stored_bytes: int) -> str | None:
     """The new replica's id, None if the tier has the blob already."""
     if not locate_blobs(connection, [target.blob]):
         raise NotFound(f"blob {target.blob} was deleted while it was fetched")
@@ -143,5 +268,6 @@ def _record(connection: Connection, target: Place) -> str | None:
         target.num_segments,
         target.tier,
         target.file,
-        target.file_bytes,
+        stored_bytes,
+        encoding=target.encoding,
     )

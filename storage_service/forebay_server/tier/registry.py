@@ -22,6 +22,10 @@ LANDING_THREADS: Final = 4
 and what is short (a reservation, an open) must not wait for it."""
 
 _LANDING_ORDER: Final[dict[TierKind, int]] = {"ssd": 0, "hdd": 1}
+MOVING_THREADS: Final = 2
+"""Background copies from, or checks in, one tier at a time. They have threads of their own as they
+wait for their turn: no reader may stand behind them."""
+
 
 
 class Tiers:
@@ -48,11 +52,14 @@ class Tiers:
 
     async def start(self) -> None:
         """Open all tiers, in parallel. The first error ends the others' use too."""
+        self._moving_threads: dict[str, ThreadPoolExecutor] = {}
         for tier in self.all:
             self._threads[tier.name] = ThreadPoolExecutor(THREADS[tier.kind], f"tier-{tier.name}")
         for tier in self.landing:
             name = f"landing-{tier.name}"
             self._landing_threads[tier.name] = ThreadPoolExecutor(LANDING_THREADS, name)
+            name = f"moving-{tier.name}"
+            self._moving_threads[tier.name] = ThreadPoolExecutor(MOVING_THREADS, name)
         self._threads[self.slots.name] = ThreadPoolExecutor(THREADS["ram"], "tier-ram")
         try:
             async with asyncio.TaskGroup() as group:
@@ -64,8 +71,10 @@ class Tiers:
 
     async def close(self) -> None:
         """Wait for running calls, then let go of everything. Idempotent."""
-        for threads in (*self._landing_threads.values(), *self._threads.values()):
-            await asyncio.to_thread(threads.shutdown)
+        for pools in (self._moving_threads, self._landing_threads, self._threads):
+            for threads in pools.values():
+                await asyncio.to_thread(threads.shutdown)
+        self._moving_threads.clear()
         self._landing_threads.clear()
         self._threads.clear()
         for tier in self.all:
@@ -93,4 +102,11 @@ class Tiers:
     ) -> T:
         """Like :meth:`run`, for a *call* that lands bytes in one of :attr:`landing`."""
         threads = self._landing_threads[tier.name]
+        return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))
+
+    async def run_moving(
+        self, tier: Tier, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Like :meth:`run`, for a *call* that moves bytes in the background and may wait."""
+        threads = self._moving_threads[tier.name]
         return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))

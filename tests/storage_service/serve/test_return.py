@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from forebay_server.catalog.queries_damage import mark_missing
-from forebay_server.catalog.queries_jobs import COLLECT, RETURN, Job
+from forebay_server.catalog.queries_jobs import COLLECT, RETURN, claim, enqueue
 from forebay_server.locks import NamedLocks
 from forebay_server.move.collect import Collector
 from forebay_server.move.jobs import Progress
@@ -42,8 +42,12 @@ async def read_one(opener: Opener, blob: str) -> tuple[str, bytes]:
         return opened.tier, file.read(opened.length)
 
 
-def job(kind: str, target: str) -> Progress:
-    return Progress(Job("0" * 32, kind, target, "running", 1, 0, 0, ""))
+async def job(node: StorageNode, kind: str, target: str) -> Progress:
+    """A job that was queued and taken."""
+    await node.catalog.write(lambda c: enqueue(c, kind, target))
+    taken = await node.catalog.write(lambda c: claim(c, "me", 60, [kind]))
+    assert taken is not None
+    return Progress(taken, "me")
 
 
 @pytest.fixture
@@ -119,7 +123,7 @@ async def test_the_start_returns_what_is_good_and_only_that(node: StorageNode) -
     path.write_bytes(content)
     files = [(await node.locate(one.blob_id)).replicas[0].extents[0].file for one in (good, bad)]
     await node.catalog.write(lambda connection: mark_missing(connection, files, "gone"))
-    await Returns(node.catalog, node.opener.return_good)(job(RETURN, "quarantined"))
+    await Returns(node.catalog, node.opener.return_good)(await job(node, RETURN, "quarantined"))
     assert len((await node.locate(good.blob_id)).live()) == 1
     assert (await node.locate(bad.blob_id)).live() == ()
     with pytest.raises(IntegrityError, match="no undamaged replica"):
@@ -176,12 +180,12 @@ async def test_collecting_leaves_a_dropped_tiers_replicas_until_it_is_back(
         path = await node.path_of(both.blob_id, "object")
     async with await reopen(tmp_path) as node:
         collector = Collector(node.catalog, node.tiers, NamedLocks())
-        await collector.collect(job(COLLECT, "some"))
+        await collector.collect(await job(node, COLLECT, "some"))
         assert node.tiers.get("ssd").space().num_files == 0
         assert [one.tier for one in (await node.locate(both.blob_id)).live()] == ["object"]
     assert path.exists()
     async with StorageNode(tmp_path) as node:
         collector = Collector(node.catalog, node.tiers, NamedLocks())
-        await collector.collect(job(COLLECT, "some"))
+        await collector.collect(await job(node, COLLECT, "more"))
         assert not await node.catalog.locate([both.blob_id])
     assert not path.exists()

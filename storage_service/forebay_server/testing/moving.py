@@ -1,0 +1,110 @@
+"""A storage node whose background work moves blobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forebay_server.catalog.engine import Connection
+from forebay_server.catalog.queries_jobs import (
+    COPY,
+    MIGRATE,
+    SLOW_KINDS,
+    Job,
+    are_settled,
+    enqueue,
+    job_of,
+)
+from forebay_server.locks import NamedLocks
+from forebay_server.move.budget import Budget
+from forebay_server.move.copy import Copier
+from forebay_server.move.jobs import Handler, Jobs
+from forebay_server.move.migrate import Migrator
+from forebay_server.testing.node import StorageNode
+
+
+@dataclass(frozen=True)
+class MovingNode:
+    """A node with jobs that copy and migrate."""
+
+    node: StorageNode
+    jobs: Jobs
+    copier: Copier
+    migrator: Migrator
+
+    async def queue(self, kind: str, target: str, **options: Any) -> str:
+        """Queue a job and wake the workers."""
+        job = await self.node.catalog.write(
+            lambda connection: enqueue(connection, kind, target, **options)
+        )
+        self.jobs.wake()
+        return job
+
+    async def wait(self, kind: str, target: str) -> Job:
+        """The job once it has ended."""
+        found = await self.jobs.wait(kind, target, 30.0)
+        assert found is not None, "the job goes on"
+        return found
+
+    async def look(self, kind: str, target: str) -> Job:
+        """The job as it stands."""
+
+        def find(connection: Connection) -> Job | None:
+            return job_of(connection, kind, target)
+
+        found = await self.node.catalog.read(find)
+        assert found is not None
+        return found
+
+    async def tiers_of(self, blob: str) -> list[str]:
+        """The tiers with a live copy of *blob*."""
+        return sorted(one.tier for one in (await self.node.locate(blob)).live())
+
+    def files(self, tier: str) -> list[str]:
+        """The names of all files in *tier*."""
+        return sorted(info.name for info in self.node.tiers.get(tier).list())
+
+    async def settle(self, *kinds: str) -> None:
+        """Wait until no job of *kinds* is live."""
+
+        def ended(connection: Connection) -> bool | None:
+            return are_settled(connection, kinds) or None
+
+        assert await self.node.catalog.wait_until(ended, 30.0), "jobs go on"
+
+
+@asynccontextmanager
+async def open_moving(
+    folder: Path,
+    *,
+    is_open: Any = lambda blob: False,
+    budget: Budget | None = None,
+    run_jobs: bool = True,
+    more: Any = lambda node: {},
+    **options: Any,
+) -> AsyncIterator[MovingNode]:
+    """A node in *folder*; *more* makes further handlers of it."""
+    async with StorageNode(folder) as node:
+        locks = NamedLocks()
+        copier = Copier(node.opener.bringer, budget or Budget({}), locks)
+        migrator = Migrator(
+            node.catalog,
+            node.tiers,
+            copier,
+            locks,
+            is_open=is_open,
+            forget=node.opener.forget,
+        )
+        handlers: dict[str, Handler] = {COPY: copier, MIGRATE: migrator, **more(node)}
+        jobs = Jobs(node.catalog, "me", handlers, slow_kinds=SLOW_KINDS, **options)
+        working = asyncio.create_task(jobs.run()) if run_jobs else None
+        try:
+            yield MovingNode(node, jobs, copier, migrator)
+        finally:
+            jobs.stop()
+            if working is not None:
+                await working
