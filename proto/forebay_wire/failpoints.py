@@ -43,10 +43,6 @@ REMOTE_FLUSH: Final = (
 )
 """Failpoints of publishing a version or generation into the object tier."""
 
-CLIENT_SAVE: Final = (
-    "client.save.after_begin",
-    "client.save.after_copy",
-    "client.save.after_seal",
 MOVE: Final = (
     "copy.before_file",
     "copy.after_file",
@@ -65,6 +61,10 @@ EVICT: Final = (
 )
 """Failpoints of giving a copy up that another tier has, too."""
 
+CLIENT_SAVE: Final = (
+    "client.save.after_begin",
+    "client.save.after_copy",
+    "client.save.after_seal",
     "client.write.after_shard",
     "client.write.before_commit",
 )

@@ -52,13 +52,13 @@ from forebay_server.folder import (
     write_private,
 )
 from forebay_server.locks import NamedLocks
-from forebay_server.move.collect import Collector
 from forebay_server.move.budget import Budget
-from forebay_server.move.flush import Flush
+from forebay_server.move.collect import Collector
 from forebay_server.move.copy import Copier
+from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
-from forebay_server.move.returns import Returns
 from forebay_server.move.migrate import Migrator
+from forebay_server.move.returns import Returns
 from forebay_server.observe.metrics import Metrics
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
@@ -220,10 +220,10 @@ class Daemon:
             self._catalog, self._incarnation, self._make_handlers(), slow_kinds=SLOW_KINDS
         )
         self._opener.listen(self._jobs.wake)
-        self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs)
-        self._uploads.listen(self._checkpoints.session_ended)
         self._ahead = Ahead(self._tiers, self._catalog, self._opener, is_busy=self._budget.is_busy)
         self._jobs.listen(lambda _: self._ahead.evictor.expect_more())
+        self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs)
+        self._uploads.listen(self._checkpoints.session_ended)
         stack.push_async_callback(self._checkpoints.close)
         self._datasets = Datasets(self._catalog, self._uploads, self._jobs)
         stack.push_async_callback(self._uploads.close)
@@ -234,13 +234,11 @@ class Daemon:
         collector = Collector(
             catalog, self._tiers, locks, is_open=opener.is_open, forget=opener.forget
         )
+        copier = Copier(opener.bringer, self._budget, locks)
         handlers: dict[str, Handler] = {
             COLLECT: collector.collect,
-        copier = Copier(opener.bringer, self._budget, locks)
-            DELETE: collector.delete_manifest,
-            RETURN: Returns(catalog, opener.return_good),
             COPY: copier,
-        }
+            DELETE: collector.delete_manifest,
             MIGRATE: Migrator(
                 catalog,
                 self._tiers,
@@ -249,6 +247,8 @@ class Daemon:
                 is_open=opener.is_open,
                 forget=opener.forget,
             ),
+            RETURN: Returns(catalog, opener.return_good),
+        }
         if self._tiers.object is not None:
             publisher = ObjectPublisher(
                 catalog, self._tiers, self._tiers.object, locks, forget=opener.forget

@@ -105,6 +105,8 @@ class Opener:
         self._quarantine = Quarantine(
             tiers, catalog, forget=self.forget, changed=self._tell_changed
         )
+        self.bringer = Bringer(tiers, catalog, self._promoter, self._quarantine)
+        """Copies blobs for background work."""
         self._lock = threading.Lock()
         self._places: OrderedDict[str, Place] = OrderedDict()
         self._windows: dict[str, _HeldWindow] = {}
@@ -127,8 +129,6 @@ class Opener:
         for held in windows:
             held.window.close()
 
-        self.bringer = Bringer(tiers, catalog, self._promoter, self._quarantine)
-        """Copies blobs for background work."""
     # ------------------------------------------------------------------------------------- open
 
     def open_cached(self, client: str, blobs: Sequence[str]) -> list[OpenedBlob] | None:

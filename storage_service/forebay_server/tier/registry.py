@@ -21,11 +21,11 @@ LANDING_THREADS: Final = 4
 """Blobs that land in one tier at a time. They have threads of their own: a landing takes seconds,
 and what is short (a reservation, an open) must not wait for it."""
 
-_LANDING_ORDER: Final[dict[TierKind, int]] = {"ssd": 0, "hdd": 1}
 MOVING_THREADS: Final = 2
 """Background copies from, or checks in, one tier at a time. They have threads of their own as they
 wait for their turn: no reader may stand behind them."""
 
+_LANDING_ORDER: Final[dict[TierKind, int]] = {"ssd": 0, "hdd": 1}
 
 
 class Tiers:
@@ -49,17 +49,17 @@ class Tiers:
         self._by_name = {tier.name: tier for tier in tiers}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._landing_threads: dict[str, ThreadPoolExecutor] = {}
+        self._moving_threads: dict[str, ThreadPoolExecutor] = {}
 
     async def start(self) -> None:
         """Open all tiers, in parallel. The first error ends the others' use too."""
-        self._moving_threads: dict[str, ThreadPoolExecutor] = {}
         for tier in self.all:
             self._threads[tier.name] = ThreadPoolExecutor(THREADS[tier.kind], f"tier-{tier.name}")
+            name = f"moving-{tier.name}"
+            self._moving_threads[tier.name] = ThreadPoolExecutor(MOVING_THREADS, name)
         for tier in self.landing:
             name = f"landing-{tier.name}"
             self._landing_threads[tier.name] = ThreadPoolExecutor(LANDING_THREADS, name)
-            name = f"moving-{tier.name}"
-            self._moving_threads[tier.name] = ThreadPoolExecutor(MOVING_THREADS, name)
         self._threads[self.slots.name] = ThreadPoolExecutor(THREADS["ram"], "tier-ram")
         try:
             async with asyncio.TaskGroup() as group:
