@@ -10,7 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 STAMP := .venv/.setup-stamp
 PROTOS := $(sort $(wildcard proto/forebay_wire/v1/*.proto))
-BENCHMARKS := $(filter-out benchmarks/harness.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 

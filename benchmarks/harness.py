@@ -98,6 +98,8 @@ class Report:
     title: str
     ratios: dict[str, float | None] = field(default_factory=dict)
     values: dict[str, float | None] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else the JSON is to hold: tables behind the ratios."""
     _spread: dict[str, tuple[float, float]] = field(default_factory=dict)
     _bounds: dict[str, tuple[str, float]] = field(default_factory=dict)
 
@@ -174,6 +176,7 @@ class Report:
                 "bounds": {name: list(bound) for name, bound in self._bounds.items()},
                 "machine": machine(),
                 "versions": versions(),
+                **self.details,
             },
         }
 

@@ -10,6 +10,7 @@ as C. Waldspurger et al., "Cache modeling and optimization using miniature simul
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class ReactiveCache:
     def access(self, blob: str, num_bytes: int) -> bool:
         """Somebody reads *blob*; whether the cache has it."""
         self._now += num_bytes
-        decay = 0.5 ** (num_bytes / self._half_life())
+        decay = math.exp2(-num_bytes / self._half_life())
         for candidate in self._candidates:
             shadow = candidate.shadow
             hit = shadow.access(blob, num_bytes, self._now)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -90,8 +91,9 @@ class S3FifoShadow:
         self.evicted: list[str] = []
         self._capacity = capacity_bytes
         self._held: dict[str, _Queued] = {}
-        self._small: deque[str] = deque()
-        self._main: deque[str] = deque()
+        # What was forgotten stays in them until it comes to the front.
+        self._small: deque[tuple[str, _Queued]] = deque()
+        self._main: deque[tuple[str, _Queued]] = deque()
         self._small_bytes = 0
         self._main_bytes = 0
         self._ghosts: OrderedDict[str, int] = OrderedDict()
@@ -108,22 +110,16 @@ class S3FifoShadow:
         self._shrink(self._capacity - num_bytes)
         ghost = self._ghosts.pop(blob, None)
         self._ghost_bytes -= ghost or 0
-        self._held[blob] = _Queued(num_bytes)
-        self._enqueue(blob, to_main=ghost is not None)
+        self._held[blob] = queued = _Queued(num_bytes)
+        self._enqueue(blob, queued, to_main=ghost is not None)
         return False
 
     def forget(self, blob: str) -> None:
         """See :class:`Shadow`."""
         self._ghost_bytes -= self._ghosts.pop(blob, 0)
         queued = self._held.pop(blob, None)
-        if queued is None:
-            return
-        if queued.in_main:
-            self._main.remove(blob)
-            self._main_bytes -= queued.num_bytes
-        else:
-            self._small.remove(blob)
-            self._small_bytes -= queued.num_bytes
+        if queued is not None:
+            self._leave(queued)
 
     def resize(self, capacity_bytes: int) -> None:
         """See :class:`Shadow`."""
@@ -133,46 +129,50 @@ class S3FifoShadow:
     def __contains__(self, blob: str) -> bool:
         return blob in self._held
 
-    def _enqueue(self, blob: str, *, to_main: bool) -> None:
-        queued = self._held[blob]
+    def _enqueue(self, blob: str, queued: _Queued, *, to_main: bool) -> None:
         queued.in_main = to_main
         if to_main:
-            self._main.append(blob)
+            self._main.append((blob, queued))
             self._main_bytes += queued.num_bytes
         else:
-            self._small.append(blob)
+            self._small.append((blob, queued))
             self._small_bytes += queued.num_bytes
+
+    def _leave(self, queued: _Queued) -> None:
+        if queued.in_main:
+            self._main_bytes -= queued.num_bytes
+        else:
+            self._small_bytes -= queued.num_bytes
 
     def _shrink(self, target_bytes: int) -> None:
         while self._small_bytes + self._main_bytes > target_bytes:
-            if self._small and (self._small_bytes >= self.SMALL * self._capacity or not self._main):
-                self._leave_small()
+            is_small_full = self._small_bytes >= self.SMALL * self._capacity
+            from_small = self._small_bytes > 0 and (is_small_full or not self._main_bytes)
+            blob, queued = (self._small if from_small else self._main).popleft()
+            if self._held.get(blob) is not queued:
+                continue  # forgotten
+            self._leave(queued)
+            if from_small:
+                self._leave_small(blob, queued)
             else:
-                self._leave_main()
+                self._leave_main(blob, queued)
 
-    def _leave_small(self) -> None:
-        blob = self._small.popleft()
-        queued = self._held[blob]
-        self._small_bytes -= queued.num_bytes
+    def _leave_small(self, blob: str, queued: _Queued) -> None:
         if queued.uses > 1:
             queued.uses = 0
-            self._enqueue(blob, to_main=True)
+            self._enqueue(blob, queued, to_main=True)
             return
         self._ghosts[blob] = queued.num_bytes
         self._ghost_bytes += queued.num_bytes
-        while self._ghost_bytes > (1 - self.SMALL) * self._capacity or (
-            len(self._ghosts) > MAX_GHOSTS
-        ):
+        most_bytes = (1 - self.SMALL) * self._capacity
+        while self._ghost_bytes > most_bytes or len(self._ghosts) > MAX_GHOSTS:
             self._ghost_bytes -= self._ghosts.popitem(last=False)[1]
         self._drop(blob)
 
-    def _leave_main(self) -> None:
-        blob = self._main.popleft()
-        queued = self._held[blob]
-        self._main_bytes -= queued.num_bytes
+    def _leave_main(self, blob: str, queued: _Queued) -> None:
         if queued.uses > 0:
             queued.uses -= 1
-            self._enqueue(blob, to_main=True)
+            self._enqueue(blob, queued, to_main=True)
             return
         self._drop(blob)
 
@@ -270,7 +270,7 @@ class KeepShadow:
         if not self._longest:
             return 0.0
         halvings = (now - self._longest_at) / (self.MEMORY * self._longest)
-        return self._longest * 0.5**halvings
+        return self._longest * math.exp2(-halvings)
 
     def _learn(self, known: _Known, now: float) -> None:
         interval, known.last = now - known.last, now
