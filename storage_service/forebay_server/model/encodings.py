@@ -34,7 +34,9 @@ class Method(IntEnum):
     RAW = 0
     LZ4 = 1
     SHUFFLE_BYTES = 2
-    """First bytes of all elements, then second ones, ...; then LZ4."""
+    """The first bytes of all elements, then the second ones, and so on; then LZ4."""
+    SHUFFLE_BITS = 3
+    """The same with bits."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class Way:
 RAW_WAY: Final = Way(Method.RAW)
 
 _LZ4_WAYS: Final = (Way(Method.LZ4),)
-_SHUFFLE_WAYS: Final[tuple[Way, ...]] = ()
+_SHUFFLE_WAYS: Final = (
+    *(Way(Method.SHUFFLE_BITS, width) for width in (1, 2, 4, 8)),
+    *(Way(Method.SHUFFLE_BYTES, width) for width in (2, 4, 8)),
+)
 
 _WAYS: Final[dict[str, tuple[Way, ...]]] = {
     RAW: (),

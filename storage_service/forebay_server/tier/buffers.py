@@ -73,6 +73,13 @@ class BufferPool:
         """A buffer, waiting until one is free; :meth:`give_back` it. A thread that holds one may
         not wait for a second: all threads doing so would wait for ever."""
         self._available.acquire()
+        return self._take()
+
+    def take_if_free(self) -> memoryview | None:
+        """A buffer if one is free now, also for a thread that holds others already."""
+        return self._take() if self._available.acquire(blocking=False) else None
+
+    def _take(self) -> memoryview:
         try:
             with self._lock:
                 if self._free:
@@ -99,3 +106,7 @@ class BufferPool:
 
 SEGMENT_BUFFERS: Final = BufferPool(32)
 """For one segment each, shared by all tiers of the process: at most 128 MiB."""
+
+PLAIN_BUFFERS: Final = BufferPool(16)
+"""For segments of which only a part is wanted. Taken by threads that may hold any others; whoever
+holds one of these waits for nothing."""

@@ -5,7 +5,9 @@ Identity and digests stay those of the plain bytes; what decodes wrong is never 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -14,36 +16,34 @@ import numpy as np
 from forebay_server.model.encodings import (
     RAW,
     RAW_WAY,
-    Method,
     Way,
     choose_way,
     encoding_of,
     ways_to_try,
 )
-from forebay_server.tier.buffers import BufferPool
-from forebay_server.tier.codecs import decode_segment, encode_segment
+from forebay_server.tier.buffers import PLAIN_BUFFERS, SEGMENT_BUFFERS
+from forebay_server.tier.codecs import CODEC_THREADS, encode_segment, shares
 from forebay_server.tier.encoded import (
     ENTRY_DTYPE,
     EncodedIndex,
     encoded_bytes_for,
     read_index,
 )
+from forebay_server.tier.encoded_reader import EncodedReader
 from forebay_server.tier.store import Tier, TierReader, TierWriter
-from forebay_server.tier.verify import checked_segments, copy_bytes, copy_verified, read_table
+from forebay_server.tier.verify import copy_bytes, copy_verified, read_table, segment_groups
 from forebay_wire.errors import IntegrityError
-from forebay_wire.segments import SegmentTable, encode_trailer, file_bytes_for, xxh3
+from forebay_wire.segments import SegmentTable, xxh3
 
 if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
-
-STORED_BUFFERS: Final = BufferPool(16)
-"""For what was read and is not decoded yet. Taken by threads that may hold a segment buffer."""
-PLAIN_BUFFERS: Final = BufferPool(16)
-"""For segments of which only a part is wanted. Taken by threads that may hold both others."""
+    from _typeshed import ReadableBuffer
 
 NUM_SAMPLES: Final = 8
 SAMPLE_BYTES: Final = 64 << 10
 """What is tried of a blob: so much of the middle of so many segments."""
+
+NUM_AHEAD: Final = 4
+"""Buffers of segments that one copy has in work at a time, where so many are free."""
 
 Advance = Callable[[int], object]
 
@@ -106,7 +106,7 @@ def encode_into(
             writer.publish()
         return StoredFile(RAW, copy_bytes(table), table)
     with tier.create(name, encoded_bytes_for(table.total_bytes, table.num_segments)) as writer:
-        entries = _write_segments(reader, table, way, writer, advance)
+        entries = _Pipeline(reader, table, way).write_all(writer, advance)
         index = EncodedIndex(table, np.array(entries, dtype=ENTRY_DTYPE))
         writer.write(index.encode(encoding_of(way)))
         writer.publish()
@@ -121,129 +121,111 @@ def _choose(reader: TierReader, table: SegmentTable, setting: str) -> Way:
         return RAW_WAY
     plain_bytes = 0
     encoded = dict.fromkeys(ways, 0)
-    for start, stop in _sample_ranges(table.offsets.tolist()):
-        sample = memoryview(bytearray(stop - start))
-        reader.read_into(start, sample)
-        plain_bytes += len(sample)
-        for way in ways:
-            encoded[way] += min(_num_bytes(encode_segment(way, sample)), len(sample))
+    with PLAIN_BUFFERS.borrow() as buffer:
+        for start, stop in _sample_ranges(table.offsets.tolist()):
+            sample = buffer[: stop - start]
+            reader.read_into(start, sample)
+            plain_bytes += len(sample)
+            for way in ways:
+                stored = min(len(encode_segment(way, sample)), len(sample))
+                encoded[way] += stored + ENTRY_DTYPE.itemsize
     return choose_way(plain_bytes, encoded)
 
 
 def _sample_ranges(offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Parts of segments that are spread over the blob."""
+    """Parts of segments that are spread over the blob: a sixteenth of it, at most 512 KiB."""
     count = len(offsets) - 1
-    picked = sorted({count * (2 * one + 1) // (2 * NUM_SAMPLES) for one in range(NUM_SAMPLES)})
+    wanted = min(max(offsets[-1] // (16 * SAMPLE_BYTES), 1), NUM_SAMPLES)
+    picked = sorted({count * (2 * one + 1) // (2 * wanted) for one in range(wanted)})
     for index in picked:
         start, stop = offsets[index], offsets[index + 1]
-        # From a multiple of 64: elements are aligned to the segment.
+        # A multiple of 64 from the segment's start: its elements begin there.
         start += max(0, stop - start - SAMPLE_BYTES) // 2 // 64 * 64
         yield start, min(stop, start + SAMPLE_BYTES)
 
 
-def _write_segments(
-    reader: TierReader, table: SegmentTable, way: Way, writer: TierWriter, advance: Advance
-) -> list[tuple[int, int, int, int, int]]:
-    """Write all segments of a blob; their entries in the index."""
-    entries: list[tuple[int, int, int, int, int]] = []
-    for piece in checked_segments(reader, table):
-        stored = encode_segment(way, piece)
-        used = way
-        if _num_bytes(stored) >= len(piece):
-            stored, used = piece, RAW_WAY
-        writer.write(stored)
-        entries.append((_num_bytes(stored), int(used.method), used.width, 0, xxh3(stored)))
-        advance(len(piece))
-    return entries
+Entry = tuple[int, int, int, int, int]
+_Encoded = tuple[list[memoryview], list[Entry]]
+
+
+class _Pipeline:
+    """Encodes the segments of one blob on the codec threads, a few buffers ahead of the writer."""
+
+    def __init__(self, reader: TierReader, table: SegmentTable, way: Way) -> None:
+        self._reader = reader
+        self._table = table
+        self._way = way
+        self._offsets: list[int] = table.offsets.tolist()
+        self._running: deque[tuple[memoryview, list[Future[_Encoded]]]] = deque()
+
+    def write_all(self, writer: TierWriter, advance: Advance) -> list[Entry]:
+        """Write all segments in order; their entries in the index."""
+        entries: list[Entry] = []
+        try:
+            for group in segment_groups(self._offsets, SEGMENT_BUFFERS.buffer_bytes):
+                while (buffer := self._next_buffer()) is None:
+                    self._write_first(writer, advance, entries)
+                self._begin(buffer, group)
+            while self._running:
+                self._write_first(writer, advance, entries)
+        finally:
+            self._give_up()
+        return entries
+
+    def _next_buffer(self) -> memoryview | None:
+        """Waits only where nothing is held."""
+        if not self._running:
+            return SEGMENT_BUFFERS.take()
+        return SEGMENT_BUFFERS.take_if_free() if len(self._running) < NUM_AHEAD else None
+
+    def _begin(self, buffer: memoryview, group: range) -> None:
+        """Read a group of segments and have them encoded."""
+        futures: list[Future[_Encoded]] = []
+        self._running.append((buffer, futures))
+        start = self._offsets[group.start]
+        piece = buffer[: self._offsets[group.stop] - start]
+        self._reader.read_into(start, piece)
+        futures.extend(
+            CODEC_THREADS.submit(self._encode, part, piece, start)
+            for part in shares(group, len(piece))
+        )
+
+    def _encode(self, part: range, piece: memoryview, start: int) -> _Encoded:
+        """On a codec thread: check and encode the segments *part* of *piece*."""
+        stored: list[memoryview] = []
+        entries: list[Entry] = []
+        for index in part:
+            plain = piece[self._offsets[index] - start : self._offsets[index + 1] - start]
+            self._table.check_identity(index, plain, self._reader.where)
+            encoded, used = encode_segment(self._way, plain), self._way
+            if len(encoded) >= len(plain):
+                encoded, used = plain, RAW_WAY
+            stored.append(encoded)
+            entries.append((len(encoded), int(used.method), used.width, 0, xxh3(encoded)))
+        return stored, entries
+
+    def _write_first(self, writer: TierWriter, advance: Advance, entries: list[Entry]) -> None:
+        buffer, futures = self._running[0]
+        for future in futures:
+            stored, made = future.result()
+            for piece in stored:
+                writer.write(piece)
+            first = len(entries)
+            entries.extend(made)
+            advance(int(self._offsets[len(entries)] - self._offsets[first]))
+        self._running.popleft()
+        SEGMENT_BUFFERS.give_back(buffer)
+
+    def _give_up(self) -> None:
+        """Nobody uses the buffers any more when they go back."""
+        for buffer, futures in self._running:
+            wait(futures)
+            SEGMENT_BUFFERS.give_back(buffer)
+        self._running.clear()
 
 
 def _num_bytes(buffer: ReadableBuffer) -> int:
     return memoryview(buffer).nbytes
-
-
-class EncodedReader(TierReader):
-    """An encoded blob file as its raw image. Thread-safe, except for ``close``."""
-
-    def __init__(self, inner: TierReader, index: EncodedIndex) -> None:
-        """Takes *inner* over."""
-        table = index.table
-        self.size_bytes = file_bytes_for(table.total_bytes, table.num_segments)
-        self.where = inner.where
-        self._inner = inner
-        self._index = index
-        self._table = table
-        self._starts: list[int] = table.offsets.tolist()
-
-    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
-        view = memoryview(buffer).cast("B")
-        stop = offset + len(view)
-        if stop > self.size_bytes:
-            raise IntegrityError(
-                f"file is cut short: it ends before byte {stop} ({self.where}); another replica or "
-                "generation has to serve"
-            )
-        total = self._table.total_bytes
-        data_bytes = max(0, min(stop, total) - offset)
-        if data_bytes:
-            self._read_data(offset, view[:data_bytes])
-        if data_bytes < len(view):
-            end = self._table.encoded + encode_trailer(total, len(self._table.encoded))
-            start = max(0, offset - total)
-            view[data_bytes:] = end[start : stop - total]
-
-    def fileno(self) -> None:
-        return None
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def _read_data(self, offset: int, view: memoryview) -> None:
-        """Fill *view*, which lies inside the data, with what starts at *offset*."""
-        wanted = self._table.covering(offset, len(view))
-        with STORED_BUFFERS.borrow() as buffer:
-            for group in self._groups(wanted, len(buffer)):
-                start = self._index.offsets[group.start]
-                stored = buffer[: self._index.offsets[group.stop] - start]
-                self._inner.read_into(start, stored)
-                for index in group:
-                    first, last = self._index.offsets[index] - start, self._index.offsets[index + 1]
-                    self._decode(index, stored[first : last - start], offset, view)
-
-    def _groups(self, wanted: range, limit: int) -> Iterator[range]:
-        """Consecutive segments that are read in one call."""
-        offsets = self._index.offsets
-        first = wanted.start
-        for index in wanted:
-            if offsets[index + 1] - offsets[first] > limit:
-                yield range(first, index)
-                first = index
-        yield range(first, wanted.stop)
-
-    def _decode(self, index: int, stored: memoryview, offset: int, view: memoryview) -> None:
-        """Put the part of segment *index* that *view* wants, from blob offset *offset*, there."""
-        start, stop = self._starts[index], self._starts[index + 1]
-        if offset <= start and stop <= offset + len(view):
-            self._decode_whole(index, stored, view[start - offset : stop - offset])
-            return
-        first, last = max(start, offset), min(stop, offset + len(view))
-        with PLAIN_BUFFERS.borrow() as buffer:
-            plain = buffer[: stop - start]
-            self._decode_whole(index, stored, plain)
-            target = np.frombuffer(view[first - offset : last - offset], np.uint8)
-            np.copyto(target, np.frombuffer(plain[first - start : last - start], np.uint8))
-
-    def _decode_whole(self, index: int, stored: memoryview, target: memoryview) -> None:
-        way = self._index.way(index)
-        if way.method is not Method.RAW and xxh3(stored) != int(self._index.entries["xxh3"][index]):
-            raise IntegrityError(
-                f"stored segment {index} of blob {self._table.blob_id} does not match its digest "
-                f"({self.where}); another replica or generation has to serve"
-            )
-        try:
-            decode_segment(way, stored, target)
-        except IntegrityError as error:
-            raise IntegrityError(f"segment {index}: {error.message} ({self.where})") from error
-        self._table.check(index, target, self.where)
 
 
 class _Telling:

@@ -84,23 +84,11 @@ def copy_bytes(table: SegmentTable) -> int:
     return file_bytes_for(table.total_bytes, table.num_segments)
 
 
-def checked_segments(reader: TierReader, table: SegmentTable) -> Iterator[memoryview]:
-    """Each segment of a blob in order, checked by BLAKE3, in pooled buffers: valid until the next
-    is asked for. :class:`IntegrityError` names the first that does not match."""
-    lengths = table.entries["length"].tolist()
-    index = 0
-    for piece in _checked_pieces(reader, table):
-        start = 0
-        while start < len(piece):
-            yield piece[start : start + lengths[index]]
-            start, index = start + lengths[index], index + 1
-
-
 def _checked_pieces(reader: TierReader, table: SegmentTable) -> Iterator[memoryview]:
     """The blob's data in order, in pooled buffers, each valid until the next is asked for."""
     offsets = table.offsets.tolist()
     with SEGMENT_BUFFERS.borrow() as buffer:
-        for group in _groups(offsets, len(buffer)):
+        for group in segment_groups(offsets, len(buffer)):
             start = offsets[group.start]
             piece = buffer[: offsets[group.stop] - start]
             reader.read_into(start, piece)
@@ -110,7 +98,7 @@ def _checked_pieces(reader: TierReader, table: SegmentTable) -> Iterator[memoryv
             yield piece
 
 
-def _groups(offsets: list[int], limit: int) -> Iterator[range]:
+def segment_groups(offsets: list[int], limit: int) -> Iterator[range]:
     """Ranges of consecutive segments of at most *limit* bytes together."""
     first = 0
     for index in range(1, len(offsets)):
