@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from forebay_server.catalog.engine import sqlite_url
 from forebay_server.testing.postgresql import PostgresqlServer
+from forebay_server.testing.s3 import S3Bucket, missing_s3, open_bucket
 
 # Debian keeps these off PATH.
 EXTRA_FOLDERS = ("/usr/sbin", "/sbin", *map(str, Path("/usr/lib/postgresql").glob("*/bin")))
@@ -58,3 +59,15 @@ def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return sqlite_url(tmp_path / "catalog.sqlite")
     server: PostgresqlServer = request.getfixturevalue("postgresql")
     return server.new_database()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Bucket]:
+    """A bucket on a real S3 server, one for all tests of this process."""
+    missing = missing_s3()
+    if missing is not None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
+    with open_bucket(tmp_path_factory.mktemp("s3")) as bucket:
+        yield bucket

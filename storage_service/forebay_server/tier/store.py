@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal, Protocol, Self
 
 from forebay_wire.errors import (
     ForebayError,
@@ -53,6 +53,20 @@ class TierSpace:
     free_bytes: int
     """What a new reservation may have: the smaller of limit and device, minus all promises."""
     num_files: int
+
+
+class RoomPromise(Protocol):
+    """Room of a tier that nobody else gets."""
+
+    num_bytes: int
+
+    def shrink(self, num_bytes: int) -> None:
+        """Give so many bytes of it back, at most all."""
+        ...
+
+    def release(self) -> None:
+        """Give all of it back. Idempotent."""
+        ...
 
 
 class Tier(ABC):
@@ -128,6 +142,18 @@ class Tier(ABC):
     def space(self) -> TierSpace:
         """Room now. Cheap: counts are kept in memory."""
 
+    def sweep(self) -> None:  # noqa: B027 - most tiers have nothing to sweep
+        """Remove what writers that died long ago left unfinished; what is younger stays. Cheap
+        enough for every hour."""
+
+    def reserve(self, num_bytes: int) -> RoomPromise:
+        """A promise of *num_bytes* for files that are made later. Landing tiers only.
+
+        :class:`ResourceExhausted` (bytes needed, bytes free, what holds the space) if there is no
+        room. In memory: it ends with the process.
+        """
+        raise NotImplementedError(f"tier {self.name} makes no promises of room")
+
     def put(self, name: str, data: ReadableBuffer) -> None:
         """Publish the whole file *name*, create-only and durable on return.
 
@@ -151,6 +177,9 @@ class TierWriter(ABC):
 
     num_bytes: int
     """Bytes written so far."""
+    is_proven: bool = False
+    """After :meth:`publish`: the place has compared what it keeps with a checksum of what was
+    written, so that reading it back tells nothing new."""
 
     @abstractmethod
     def write(self, buffer: ReadableBuffer) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from forebay_server.tier.store import FileInfo, Tier, TierReader, TierSpace, TierWriter
+from forebay_server.tier.store import FileInfo, RoomPromise, Tier, TierReader, TierSpace, TierWriter
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -45,6 +45,9 @@ class TierWrapper(Tier):
         with self.around("create", name, 0):
             return _Writer(self, name, self.inner.create(name, expected_bytes))
 
+    def reserve(self, num_bytes: int) -> RoomPromise:
+        return self.inner.reserve(num_bytes)
+
     def read(self, name: str) -> TierReader:
         with self.around("read", name, 0):
             return _Reader(self, name, self.inner.read(name))
@@ -63,6 +66,10 @@ class TierWrapper(Tier):
 
     def space(self) -> TierSpace:
         return self.inner.space()
+
+    def sweep(self) -> None:
+        with self.around("sweep", "", 0):
+            self.inner.sweep()
 
 
 class MeteredTier(TierWrapper):
@@ -112,6 +119,7 @@ class _Writer(TierWriter):
     def publish(self) -> None:
         with self._tier.around("publish", self._name, 0):
             self._inner.publish()
+        self.is_proven = self._inner.is_proven
 
     def abort(self) -> None:
         self._inner.abort()

@@ -1,0 +1,162 @@
+"""Objects in a store that creates them exclusively."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Final
+
+from forebay_server.tier.fsspec_client import FsspecClient
+from forebay_server.tier.parts import MAX_WHOLE_BYTES, ObjectReader, ObjectWriter, PartSender
+from forebay_server.tier.place import UNFINISHED_FOLDER, Place
+from forebay_server.tier.retry import Retrier
+from forebay_server.tier.space import UNBOUNDED, SpaceLedger
+from forebay_server.tier.store import FileInfo, TierReader, TierWriter
+from forebay_server.tier.store_client import (
+    ObjectInfo,
+    PartStoreClient,
+    StoreClient,
+    StoreFault,
+)
+from forebay_wire.errors import NotFound
+from forebay_wire.ids import new_random_name
+from forebay_wire.limits import check_limit
+
+logger = logging.getLogger(__name__)
+
+LEFT_OVER_SECONDS: Final = 24 * 3600.0
+"""Age at which an unfinished upload is a dead writer's: longer than any upload takes."""
+
+
+class StorePlace(Place):
+    """A store behind a client. Thread-safe."""
+
+    def __init__(
+        self, tier: str, client: StoreClient, where: str, left_over_seconds: float
+    ) -> None:
+        self._client = client
+        self._where = where
+        self._left_over_seconds = left_over_seconds
+        self._retrier = Retrier(where)
+        self._parts = PartSender(tier, client)
+
+    def connect(self) -> None:
+        doing = "opening it"
+        try:
+            self._retrier.attempt(doing, self._client.open)
+        except StoreFault as fault:
+            raise self._retrier.refusal(doing, fault) from None
+
+    def has_any(self, prefix: str) -> bool:
+        return next(self.list(prefix), None) is not None
+
+    def open(self) -> None:
+        doing = "checking that objects can be created only if they do not exist"
+        try:
+            self._retrier.attempt(doing, self._probe)
+        except StoreFault as fault:
+            raise self._retrier.refusal(doing, fault) from None
+        self.sweep()
+
+    def close(self) -> None:
+        self._parts.close()
+        self._client.close()
+
+    def create(self, name: str, expected_bytes: int, ledger: SpaceLedger) -> TierWriter:
+        if not isinstance(self._client, PartStoreClient):
+            check_limit(
+                f"bytes of object {name}",
+                expected_bytes,
+                MAX_WHOLE_BYTES,
+                "write smaller blobs, or use S3 or a directory as the object tier",
+            )
+        reservation = ledger.reserve(expected_bytes)
+        return ObjectWriter(self._parts, self._retrier, self._where, name, reservation)
+
+    def read(self, name: str, where: str) -> TierReader:
+        info = self._look_up(name)
+        if info is None:
+            raise NotFound(f"there is no such file ({where})")
+        return ObjectReader(self._client, self._retrier, info, where)
+
+    def head(self, name: str) -> int | None:
+        info = self._look_up(name)
+        return None if info is None else info.size_bytes
+
+    def delete(self, name: str) -> int | None:
+        info = self._look_up(name)
+        if info is None:
+            return None
+        self._retrier.run(f"deleting file {name}", lambda: self._client.delete(name))
+        return info.size_bytes
+
+    def list(self, prefix: str) -> Iterator[FileInfo]:
+        after = ""
+        while True:
+            infos, after = self._retrier.run(
+                "listing files", partial(self._client.list_page, prefix, after)
+            )
+            for info in infos:
+                if not info.key.startswith(f"{UNFINISHED_FOLDER}/"):
+                    yield FileInfo(info.key, info.size_bytes, info.modified_unix)
+            if not after:
+                return
+
+    def sweep(self) -> None:
+        client = self._client
+        if not isinstance(client, PartStoreClient):
+            return
+        found = self._retrier.run("listing unfinished uploads", client.unfinished)
+        for one in found:
+            if one.age_seconds < self._left_over_seconds or self._parts.is_alive(one.upload):
+                continue
+            logger.info("dropping the upload of %s that ended unfinished", one.key)
+            self._retrier.run(
+                f"aborting the unfinished upload of {one.key}",
+                partial(client.abort, one.key, one.upload),
+            )
+
+    def held_bytes(self, info: FileInfo) -> int:
+        """Of a store nobody knows more than an object's size."""
+        return info.size_bytes
+
+    def free_bytes(self) -> int:
+        return UNBOUNDED
+
+    def _look_up(self, name: str) -> ObjectInfo | None:
+        def look() -> ObjectInfo | None:
+            info = self._client.head(name)
+            if info is None:
+                self._client.check_place()  # in one that is gone, no object is gone
+            return info
+
+        return self._retrier.run(f"looking up file {name}", look)
+
+    def _probe(self) -> None:
+        """Create an object twice: the second time has to fail."""
+        client, probe = self._client, f"probe-{new_random_name()}"
+        if isinstance(client, FsspecClient) and not client.may_create_exclusively:
+            raise _not_exclusive()
+        try:
+            client.put(probe, memoryview(b"probe"), probe)
+            try:
+                client.put(probe, memoryview(b"again"), probe)
+            except StoreFault as fault:
+                if fault.kind != "taken":
+                    raise
+            else:
+                raise _not_exclusive()
+        finally:
+            with contextlib.suppress(StoreFault):
+                client.delete(probe)
+        client.proves_writes = client.refuses_damage(probe)
+
+
+def _not_exclusive() -> StoreFault:
+    return StoreFault(
+        "misconfigured",
+        "the store cannot create an object only if it does not exist, so it cannot be the object "
+        "tier and give anybody remote: use an S3 with conditional writes or file:///some/folder",
+    )
