@@ -53,6 +53,7 @@ from forebay_server.folder import (
 )
 from forebay_server.locks import NamedLocks
 from forebay_server.move.budget import Budget
+from forebay_server.model.encodings import RAW
 from forebay_server.move.collect import Collector
 from forebay_server.move.copy import Copier
 from forebay_server.move.flush import Flush
@@ -121,6 +122,9 @@ def open_tiers(config: Config, node: str) -> Tiers:
         )
     if config.object_location is not None:
         tiers.append(RemoteTier("object", config.object_location, reserve_bytes=reserve))
+    encodings = {"hdd": config.hdd_encoding, "object": config.object_encoding}
+    for tier in tiers:
+        tier.encoding = encodings.get(tier.name, RAW)
     return Tiers(tiers, SlotPool(config.ram_bytes or default_ram_bytes()))
 
 
