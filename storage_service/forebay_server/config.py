@@ -16,8 +16,10 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from forebay_server.model.encodings import AUTO, SETTINGS
+from forebay_server.object_options import ObjectOptions
 from forebay_wire.errors import InvalidRequest
 
 ENVIRONMENT_PREFIX: Final = "FOREBAY_SERVER_"
@@ -117,7 +119,8 @@ class Option:
         try:
             parsed = self.parse(value)
         except ValueError as error:
-            raise InvalidRequest(f"{self.name} = {value!r} from {origin}: {error}") from error
+            shown = "..." if self.parse == ObjectOptions.parse else repr(value)
+            raise InvalidRequest(f"{self.name} = {shown} from {origin}: {error}") from error
         if self.choices and parsed not in self.choices:
             raise InvalidRequest(
                 f"{self.name} = {value!r} from {origin}: choose one of {', '.join(self.choices)}"
@@ -197,12 +200,43 @@ class Config:
     hdd_bytes: int = _option(
         0, parse_size, "bytes", "Most bytes in the hdd tier; 0: only the file system limits it."
     )
+    hdd_encoding: str = _option(
+        AUTO,
+        _parse_text,
+        "",
+        "How copies are kept in the hdd tier; new bytes land there raw. auto: as each blob gets "
+        "smallest, and raw where that saves less than a sixteenth.",
+        SETTINGS,
+    )
     object_url: str = _option(
         "",
         _parse_text,
         "fsspec URL",
         'Where the object tier lies; empty: file://DATA/object; "none": no object tier, and '
         "nothing ever becomes remote.",
+    )
+    object_client: Literal["s3fs", "obstore"] = _option(
+        "s3fs",
+        _parse_text,
+        "",
+        "Who speaks with S3: s3fs, or obstore, which reads faster (install forebay[obstore]).",
+        ("s3fs", "obstore"),
+    )
+    object_options: ObjectOptions = _option(
+        ObjectOptions(),
+        ObjectOptions.parse,
+        "name=value,…",
+        "Options of the object store: for S3 endpoint_url, region, key, secret, token, profile, "
+        "addressing_style and ca_file; else those of the fsspec file system. In the file a table. "
+        "What is not given comes from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and so on.",
+    )
+    object_encoding: str = _option(
+        AUTO,
+        _parse_text,
+        "",
+        "How blobs are kept in the object tier; auto as for hdd-encoding. What is there already "
+        "stays as it is.",
+        SETTINGS,
     )
     reserve_bytes: int = _option(
         256 << 20,
