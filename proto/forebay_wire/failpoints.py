@@ -1,14 +1,18 @@
-"""Named places where a test may kill the process that passes them.
+"""Named places where a test may kill the process that passes them, or hold it up.
 
-``FOREBAY_FAILPOINTS=name`` kills at the first passing of *name*, ``name:3`` at the third, several
-are separated by commas. Without the variable a passing costs one dictionary look-up.
+``FOREBAY_FAILPOINTS=name`` kills at the first passing of *name*, ``name:3`` at the third;
+``name@PATH`` holds every passing up while the FIFO at *PATH* is open for writing, and does nothing
+where there is none. Several are separated by commas. Without the variable a passing costs two
+dictionary look-ups.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import Final
 
 VARIABLE: Final = "FOREBAY_FAILPOINTS"
@@ -70,29 +74,40 @@ CLIENT_SAVE: Final = (
 )
 """Failpoints of the writing client."""
 
-ALL: Final = frozenset(DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + MOVE + EVICT + CLIENT_SAVE)
+ALL: Final = frozenset(
+    DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + MOVE + EVICT + CLIENT_SAVE
+)
 
 _lock = threading.Lock()
 
 
-def _parse(text: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
+def _parse(text: str) -> tuple[dict[str, int], dict[str, Path]]:
+    """Failpoint to the passing that kills, and to the FIFO that holds up."""
+    kills: dict[str, int] = {}
+    holds: dict[str, Path] = {}
     for part in filter(None, text.split(",")):
-        name, _, count = part.partition(":")
+        place, _, fifo = part.partition("@")
+        name, _, count = place.partition(":")
         if name not in ALL:
             raise ValueError(f"{VARIABLE} names {name!r}, which is no failpoint")
-        counts[name] = int(count or 1)
-    return counts
+        if fifo:
+            holds[name] = Path(fifo)
+        else:
+            kills[name] = int(count or 1)
+    return kills, holds
 
 
-_armed: dict[str, int] = _parse(os.environ.get(VARIABLE, ""))
+_kills, _holds = _parse(os.environ.get(VARIABLE, ""))
 
 
 def failpoint(name: str) -> None:
-    """Kill this process with SIGKILL here if the environment asked for it."""
-    if name not in _armed:
+    """Kill this process with SIGKILL here, or wait here, if the environment asked for it."""
+    if name in _holds:
+        with contextlib.suppress(FileNotFoundError):
+            _holds[name].read_bytes()  # ends with the last writer
+    if name not in _kills:
         return
     with _lock:
-        _armed[name] -= 1
-        if _armed[name] == 0:
+        _kills[name] -= 1
+        if _kills[name] == 0:
             os.kill(os.getpid(), signal.SIGKILL)

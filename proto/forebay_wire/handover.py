@@ -15,6 +15,13 @@ Operations (request -> answer):
 ``report``   {blob, tier, segment, message} -> {blob, healthy}   the client found damage: the daemon
              reads that replica again, quarantines it if it is bad, and says so
 ``slot``     {session} -> {capacity} and one writable descriptor of the upload session's slot
+``plan``     {plan, loader, order: {manifest, selection, shuffle, seed, global_batch_size,
+             last_batch, rank, num_ranks, num_epochs}, epoch, position} -> standing
+``position`` {plan, epoch, position} -> standing: {plan, lease_seconds, waits}; what it means is in
+             ``plans.proto``. A plan ends with the connection that registered it
+``end_plan`` {plan} -> {existed}
+The answers to ``open`` and to the operations of plans may also carry {wanted_back: [id]}: blobs
+that this connection has open and whose room the daemon needs for what is read sooner.
 An answer {error, message} stands for an exception of ``forebay_wire.errors``.
 """
 

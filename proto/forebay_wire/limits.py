@@ -28,6 +28,9 @@ MAX_BLOB_BYTES: Final = 1 << 42
 MAX_DESCRIPTORS_PER_MESSAGE: Final = 64
 """Linux refuses more than 253 descriptors a message (SCM_MAX_FD); 64 keeps frames small."""
 
+MAX_BLOBS_PER_OPEN: Final = MAX_DESCRIPTORS_PER_MESSAGE // 2
+"""What always fits one answer: a blob's table may come in a descriptor of its own."""
+
 MAX_OPEN_BLOBS_PER_CLIENT: Final = 512
 """Soft RLIMIT_NOFILE is often 1024; a client keeps half of it for others."""
 

@@ -19,6 +19,7 @@ from typing import Final
 
 from aiohttp import web
 
+from forebay_server.ahead import Ahead
 from forebay_server.background import Background
 from forebay_server.bulk.descriptors import DescriptorServer
 from forebay_server.bulk.ranges import make_app
@@ -71,6 +72,7 @@ from forebay_server.rpc.blobs import BlobsService
 from forebay_server.rpc.checkpoints import CheckpointsService
 from forebay_server.rpc.datasets import DatasetsService
 from forebay_server.rpc.interceptors import Gate
+from forebay_server.rpc.plans import PlansService
 from forebay_server.rpc.server import RpcServer, Services
 from forebay_server.serve.open import Opener
 from forebay_server.serve.status import DaemonState, StatusReader
@@ -121,7 +123,15 @@ def open_tiers(config: Config, node: str) -> Tiers:
             )
         )
     if config.object_location is not None:
-        tiers.append(RemoteTier("object", config.object_location, reserve_bytes=reserve))
+        tiers.append(
+            RemoteTier(
+                "object",
+                config.object_location,
+                reserve_bytes=reserve,
+                client=config.object_client,
+                options=config.object_options.as_dict(),
+            )
+        )
     encodings = {"hdd": config.hdd_encoding, "object": config.object_encoding}
     for tier in tiers:
         tier.encoding = encodings.get(tier.name, RAW)
@@ -278,6 +288,7 @@ class Daemon:
         stack.push_async_callback(self._background.close)
         await self._uploads.start()
         self._jobs_task = self._background.start("jobs", self._jobs.run())
+        self._background.start("ahead", self._ahead.run())
 
     async def _open_edges(self, stack: AsyncExitStack) -> None:
         """Descriptor socket, HTTP, gRPC: the handshake comes last, as it names the others."""
@@ -303,6 +314,7 @@ class Daemon:
             node=self._node,
             incarnation=self._incarnation,
             http_url=self._http_url,
+            plans=self._ahead.plans,
         )
         await self._descriptors.start()
         stack.push_async_callback(self._descriptors.close)
@@ -314,6 +326,7 @@ class Daemon:
             auth=self._auth,
             render_metrics=self._render_metrics,
             is_serving=lambda: self._state == "serving",
+            plans=self._ahead.plans,
         )
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_GRACE_SECONDS)
         await runner.setup()
@@ -335,9 +348,15 @@ class Daemon:
             admin=AdminService(
                 identity, self._auth, self._attached, self._status.read, lambda: self._state
             ),
-            blobs=BlobsService(self._uploads, self._catalog, self._auth),
+            blobs=BlobsService(
+                self._uploads,
+                self._catalog,
+                self._auth,
+                self._checkpoints.generations.manifest_in_memory,
+            ),
             checkpoints=CheckpointsService(self._checkpoints, self._auth, self._incarnation),
             datasets=DatasetsService(self._datasets),
+            plans=PlansService(self._ahead.plans),
         )
         gate = Gate(self._auth, self._metrics, lambda: self._state != "serving")
         reflection = self._config.reflection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from forebay.dataset.dataset import Dataset
 from forebay.dataset.ranks import find_rank
+from forebay.transfer.wanted import reading_for
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import (
     Cut,
@@ -65,6 +67,8 @@ class BatchSource:
         self._include_ids = include_ids
         self._rank = (rank, world_size)
         self._bound: tuple[int, int] | None = None
+        self.plan = ""
+        """Name of the plan that the daemon knows this reading by."""
         dataset.columns(columns)  # raises for a name that does not exist
         if min(size for size in self._sizes if size is not None) < 1:
             raise InvalidRequest("a batch holds at least one sample")
@@ -98,6 +102,31 @@ class BatchSource:
         rows = max(1, sum(shard.num_rows for shard in self.dataset.manifest.shards))
         return math.ceil(self.dataset.num_bytes / rows * self.global_batch_size / world_size)
 
+    def order_parameters(self, num_epochs: int = 0) -> dict[str, Any]:
+        """What a plan says of the order (see ``plans.proto``); *num_epochs* 0: nobody knows."""
+        rank, num_ranks = self.bind()
+        return {
+            "manifest": self.dataset.manifest_id,
+            "selection": self.dataset.selection_id,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "last_batch": self.last_batch,
+            "rank": rank,
+            "num_ranks": num_ranks,
+            "num_epochs": num_epochs,
+        }
+
+    @property
+    def title(self) -> str:
+        """Whose reading this is, for people."""
+        rank, num_ranks = self.bind()
+        split = f" split {self.dataset.split}" if self.dataset.split else ""
+        return (
+            f"{self.dataset.name} v{self.dataset.version}{split}, rank {rank} of {num_ranks}, "
+            f"pid {os.getpid()}"
+        )
+
     def order(self, epoch: int) -> Order:
         """The order of *epoch*: the same on all ranks."""
         dataset = self.dataset
@@ -113,7 +142,8 @@ class BatchSource:
         part = cut.part(step, rank, world_size)
         indices = order.at(part.positions(self.dataset.num_rows))
         rows = self.dataset.rows_at(indices)
-        arrays = self.dataset.read(rows, self._columns, _torch_memory)
+        with reading_for(self.plan):
+            arrays = self.dataset.read(rows, self._columns, _torch_memory)
         batch = {name: _as_tensors(values) for name, values in arrays.items()}
         num_bytes = sum(_bytes_of(values) for values in batch.values())
         if self._include_ids:

@@ -57,6 +57,7 @@ class ShardCache:
         self._shards: OrderedDict[str, ShardReader] = OrderedDict()
         self._batches: OrderedDict[tuple[str, int], BatchColumns] = OrderedDict()
         self._held_bytes = 0
+        transfer.wanted_back.listen(self.give_back)
 
     @property
     def num_shards(self) -> int:
@@ -116,6 +117,13 @@ class ShardCache:
             while self._held_bytes > self._batch_bytes and len(self._batches) > 1:
                 self._held_bytes -= self._batches.popitem(last=False)[1].num_bytes
         return parsed
+
+    def give_back(self, blobs: Sequence[str]) -> None:
+        """Close these shards, as soon as the last reader lets go of them."""
+        with self._lock:
+            for blob in blobs:
+                if self._shards.pop(blob, None) is not None:
+                    self._forget(blob)
 
     def _forget(self, blob: str) -> None:
         for key in [key for key in self._batches if key[0] == blob]:

@@ -25,8 +25,8 @@ NUMBERS: Final = ("scalar", "array")
 """Kinds of columns that come as one array; the others come as lists."""
 
 GROUPS_AT_ONCE: Final = MAX_DESCRIPTORS_PER_MESSAGE
-"""Record batches that a read holds at a time: their shards open in one message, and a batch over
-thousands of shards stays within the limit of open ones."""
+"""Record batches that a read holds at a time: their shards open in a message or two, and a batch
+over thousands of shards stays within the limit of open ones."""
 
 
 def numpy_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

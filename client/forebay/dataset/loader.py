@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import weakref
@@ -15,6 +16,7 @@ import torch
 
 from forebay.dataset.batches import Batch, BatchSource, Transform
 from forebay.dataset.dataset import Dataset
+from forebay.dataset.plan import PlanReporter
 from forebay.dataset.report import LoaderReport, Meter
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import GIB
@@ -85,6 +87,8 @@ class DataLoader:
         self._position = 0
         self._turn = 0
         self._closed = False
+        self._num_epochs = 0
+        self._plan: PlanReporter | None = None
 
     def __len__(self) -> int:
         """Steps of a whole epoch, on every rank."""
@@ -95,6 +99,10 @@ class DataLoader:
 
         The first one goes on where the loader stands; one that is left early counts as done.
         """
+        if self._plan is not None and self._num_epochs != num_epochs:
+            self._plan.end()
+            self._plan = None
+        self._num_epochs = num_epochs
         while self._epoch < num_epochs:
             number = self._epoch
             yield Epoch(self, number)
@@ -135,6 +143,8 @@ class DataLoader:
     def _start_epoch(self, epoch: int, position: int) -> None:
         self._turn += 1  # an iterator that still runs stops with an error instead of mixing epochs
         self._epoch, self._position = epoch, position
+        if self._plan is not None:
+            self._plan.stand(epoch, position)
 
     def remaining_steps(self) -> int:
         """Steps to the end of the current epoch."""
@@ -150,6 +160,7 @@ class DataLoader:
         self._source.bind()
         self._turn += 1
         turn = self._turn
+        plan = self._planned()
         cut = self._source.cut(self._position)
         batches = self._prefetched(epoch, cut)
         try:
@@ -161,12 +172,22 @@ class DataLoader:
                 self._meter.read(num_bytes)
                 self._meter.handed_out(samples, handed_out - asked)
                 self._position = cut.bounds(step)[1]
+                plan.stand(epoch, self._position)
                 yield batch
                 self._meter.computed(time.perf_counter() - handed_out)
                 self._check_turn(turn)
             self._start_epoch(epoch + 1, 0)
         finally:
             batches.close()
+
+    def _planned(self) -> PlanReporter:
+        """The plan that the daemon has of this loader, standing where it stands."""
+        if self._plan is None:
+            make_order = functools.partial(self._source.order_parameters, self._num_epochs)
+            self._plan = PlanReporter(self.dataset.endpoint, self._source.title, make_order)
+        self._plan.stand(self._epoch, self._position)
+        self._source.plan = self._plan.plan
+        return self._plan
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -227,6 +248,8 @@ class DataLoader:
         """End the threads, and with them a running iteration. Idempotent."""
         self._closed = True
         self._turn += 1
+        if self._plan is not None:
+            self._plan.end()
         if self._threads is not None and self._threads[0] == os.getpid():
             self._threads[1].shutdown(wait=True, cancel_futures=True)
         self._threads = None

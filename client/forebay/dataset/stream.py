@@ -15,6 +15,7 @@ import torch.utils.data
 
 from forebay.dataset.batches import Batch, BatchSource, Transform
 from forebay.dataset.dataset import Dataset
+from forebay.dataset.plan import PlanReporter
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import worker_steps
 
@@ -66,6 +67,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         # Persistent workers read it at the start of each iteration, so that a new epoch or a
         # restored position reaches them.
         self._shared = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self._plan: PlanReporter | None = None
 
     def __len__(self) -> int:
         """Steps of a whole epoch, on every rank."""
@@ -81,13 +83,29 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         if worker is not None:
             self._shared[_WORKERS_READ] = 1
             steps = worker_steps(cut.num_steps, worker.id, worker.num_workers)
+        plan = self._planned() if worker is None or worker.id == 0 else None
+        if plan is not None:
+            plan.stand(epoch, position)
         for step in steps:
             batch, _, _ = self._source.read(order, cut, step)
             after = cut.bounds(step)[1]
             batch["_position"] = torch.tensor([epoch, after])
             if worker is None:
                 self._shared[_POSITION] = after
+            if plan is not None:
+                plan.stand(epoch, after)
             yield batch
+        if plan is not None:
+            plan.stand(epoch + 1, 0)
+
+    def _planned(self) -> PlanReporter:
+        """The plan of all workers of this rank: the first one tells it, as they read in turn."""
+        if self._plan is None:
+            self._plan = PlanReporter(
+                self.dataset.endpoint, self._source.title, self._source.order_parameters
+            )
+        self._source.plan = self._plan.plan
+        return self._plan
 
     def set_epoch(self, epoch: int) -> None:
         """Stand at the start of *epoch*, in persistent workers too from their next iteration on."""
@@ -124,7 +142,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         self._source.bind()  # a spawned worker knows nothing of torch.distributed
-        return self.__dict__
+        return {**self.__dict__, "_plan": None}
 
 
 def _position_of(batch: Mapping[str, Any]) -> tuple[int, int]:

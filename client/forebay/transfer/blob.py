@@ -7,10 +7,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 import numpy as np
 
+from forebay.transfer.wanted import WantedBack
 from forebay.transfer.window import POOL
 from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound
 from forebay_wire.segments import SegmentTable, xxh3
@@ -104,6 +105,18 @@ class Transfer(Protocol):
 
     def report(self, blob: str, tier: str, segment: int, message: str) -> bool:
         """Tell the daemon of damage found here; True if it reads that replica as healthy."""
+        ...
+
+    @property
+    def wanted_back(self) -> WantedBack:
+        """Who listens there is told which open blobs the daemon needs the room of."""
+        ...
+
+    def plan(self, operation: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer to ``plan``, ``position`` or ``end_plan`` (see ``handover``), tried once.
+
+        DaemonUnavailable, NotFound (register again), InvalidRequest.
+        """
         ...
 
     def close(self) -> None:

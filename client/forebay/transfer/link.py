@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from forebay.forking import watch
 from forebay.transfer.connection import HELLO_SECONDS, DescriptorConnection, Hello
+from forebay.transfer.wanted import WantedBack
 from forebay.waiting import RECONNECT_SECONDS, Backoff, Deadline
 from forebay_wire.errors import DaemonUnavailable, ForebayError
 from forebay_wire.handover import raise_if_error
@@ -32,6 +33,7 @@ class DescriptorLink:
         self._serial = 0
         self._releases: deque[tuple[int, str]] = deque()
         self._num_opens = 0
+        self.wanted_back = WantedBack()
         watch(self)
         weakref.finalize(self, _close_connections, self._open)
 
@@ -52,6 +54,7 @@ class DescriptorLink:
                 if not backoff.pause(deadline):
                     raise self._unavailable(error, wait_seconds) from error
                 continue
+            self.wanted_back.tell(answer)
             try:
                 return serial, raise_if_error(answer), descriptors
             except DaemonUnavailable as error:  # it is draining

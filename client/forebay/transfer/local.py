@@ -17,9 +17,10 @@ from forebay.transfer.blob import NO_SEGMENT, REOPENS, Blob, Checks, Damage, Pie
 from forebay.transfer.link import DescriptorLink, close_all
 from forebay.transfer.populate import populate_read, populate_write
 from forebay.transfer.replica import Handover, Replica
+from forebay.transfer.wanted import current_plan
 from forebay.transfer.window import POOL
 from forebay_wire.errors import IntegrityError, StorageError, rebuild
-from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE, MIB
+from forebay_wire.limits import MAX_BLOBS_PER_OPEN, MIB
 from forebay_wire.protocol import DataEndpoint
 from forebay_wire.segments import xxh3, xxh3_running
 
@@ -81,6 +82,7 @@ class LocalTransfer:
         assert endpoint.descriptor_socket, "no descriptor socket in the endpoint"
         self.endpoint = endpoint
         self._link = DescriptorLink(endpoint.descriptor_socket)
+        self.wanted_back = self._link.wanted_back
         self._lock = threading.Lock()
         self._slots: list[_SlotMemory] = []
         watch(self)
@@ -88,8 +90,8 @@ class LocalTransfer:
     def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:
         opened: list[Blob] = []
         try:
-            for start in range(0, len(blobs), MAX_DESCRIPTORS_PER_MESSAGE):
-                ids = blobs[start : start + MAX_DESCRIPTORS_PER_MESSAGE]
+            for start in range(0, len(blobs), MAX_BLOBS_PER_OPEN):
+                ids = blobs[start : start + MAX_BLOBS_PER_OPEN]
                 for serial, replica in open_replicas(self._link, ids, context):
                     blob = blobs[len(opened)]
                     opened.append(LocalBlob(self._link, serial, blob, replica, context))
@@ -121,6 +123,11 @@ class LocalTransfer:
 
     def report(self, blob: str, tier: str, segment: int, message: str) -> bool:
         return report(self._link, blob, tier, segment, message)
+
+    def plan(self, operation: str, body: dict[str, Any]) -> dict[str, Any]:
+        _, answer, descriptors = self._link.request({"op": operation, **body}, wait_seconds=0.0)
+        close_all(descriptors)
+        return answer
 
     def close(self) -> None:
         with self._lock:
@@ -315,7 +322,7 @@ def report(link: DescriptorLink, blob: str, tier: str, segment: int, message: st
 def open_replicas(
     link: DescriptorLink, blobs: Sequence[str], context: str
 ) -> list[tuple[int, Replica]]:
-    """``(serial of the connection, replica)`` of each of up to 64 *blobs*; all or an exception.
+    """``(serial of the connection, replica)`` of each of up to 32 *blobs*; all or an exception.
 
     A replica that is damaged already in length or table is reported and opened anew.
     """
@@ -324,7 +331,7 @@ def open_replicas(
     wanted = list(range(len(blobs)))
     for _ in range(REOPENS + 1):
         serial, answer, descriptors = link.request(
-            {"op": "open", "blobs": [blobs[index] for index in wanted]}
+            {"op": "open", "blobs": [blobs[index] for index in wanted], **current_plan()}
         )
         problems = {}
         handover = Handover(descriptors)

@@ -22,6 +22,7 @@ from forebay.transfer.http import (
     read_exactly,
     read_json,
 )
+from forebay.transfer.wanted import WantedBack, current_plan
 from forebay.transfer.window import POOL
 from forebay.waiting import RECONNECT_SECONDS, Backoff, Deadline
 from forebay_wire.errors import (
@@ -60,6 +61,7 @@ class RemoteTransfer:
         self._releases: deque[str] = deque()
         self._client = new_random_name()
         self._num_opens = 0
+        self.wanted_back = WantedBack()
         watch(self)
 
     def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:
@@ -89,6 +91,11 @@ class RemoteTransfer:
         body = {"blob": blob, "tier": tier, "segment": segment, "message": message}
         return bool(self.post("/v1/report", body)["healthy"])
 
+    def plan(self, operation: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self.post(f"/v1/plans/{operation}", {**body, "client": self._client}, wait=0.0)
+        self.wanted_back.tell(answer)
+        return answer
+
     def close(self) -> None:
         self._flush_releases(1)
         self._pool.close()
@@ -103,8 +110,10 @@ class RemoteTransfer:
 
     def open_entries(self, blobs: Sequence[str], context: str) -> list[dict[str, Any]]:
         """The daemon's entries for *blobs*, or the first one's exception."""
-        body = {"blobs": list(blobs), "client": self._client}
-        entries: list[dict[str, Any]] = self.post("/v1/open", body)["blobs"]
+        body = {"blobs": list(blobs), "client": self._client, **current_plan()}
+        answer = self.post("/v1/open", body)
+        self.wanted_back.tell(answer)
+        entries: list[dict[str, Any]] = answer["blobs"]
         self._num_opens += sum("error" not in entry for entry in entries)
         for entry in entries:
             if "error" in entry:

@@ -17,19 +17,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from forebay_server.bulk.plan_requests import PLAN_OPERATIONS, answer_plan
 from forebay_server.bulk.tickets import Auth
 from forebay_server.serve.open import OpenedBlob, Opener
+from forebay_server.serve.plans import Plans
 from forebay_server.tier.memory import Slot
 from forebay_wire.errors import (
     DaemonUnavailable,
     ForebayError,
     InvalidRequest,
+    LimitExceeded,
     PermissionDenied,
     ResourceExhausted,
 )
 from forebay_wire.handover import HEADER, decode_body, decode_header, encode_frame
 from forebay_wire.ids import check_id, check_random_name
-from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE, check_limit
+from forebay_wire.limits import MAX_BLOBS_PER_OPEN, MAX_DESCRIPTORS_PER_MESSAGE, check_limit
 from forebay_wire.protocol import agree, protocol_range
 
 logger = logging.getLogger(__name__)
@@ -117,6 +120,7 @@ class DescriptorServer:
         node: str,
         incarnation: str,
         http_url: str,
+        plans: Plans | None = None,
     ) -> None:
         """*path*: the socket, in a folder that only this user may enter."""
         self._path = Path(path)
@@ -126,6 +130,7 @@ class DescriptorServer:
         self._node = node
         self._incarnation = incarnation
         self._http_url = http_url
+        self._plans = plans
         self._connections: set[_Connection] = set()
         self._numbers = itertools.count()
         self._finished: deque[tuple[_Connection, Answer]] = deque()
@@ -289,6 +294,9 @@ class DescriptorServer:
         if connection.answer is not None:
             connection.answer.close()
         self._opener.close_client(connection.client)
+        if self._plans is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._plans.end_owner, connection.client)
 
     # --------------------------------------------------------------------------------- requests
 
@@ -307,11 +315,11 @@ class DescriptorServer:
         operation = request.get("op")
         if operation == "open":
             opened = self._opener.open_cached(connection.client, _blobs(request))
-            return None if opened is None else _hand_over(opened)
+            return None if opened is None else self._hand_over(connection.client, opened)
         if operation == "release":
             self._opener.release(connection.client, _texts(request, "blobs"))
             return Answer({})
-        if operation == "report":
+        if operation == "report" or (operation in PLAN_OPERATIONS and self._plans is not None):
             return None
         if operation == "hello":
             return self._hello(connection, request)
@@ -335,8 +343,15 @@ class DescriptorServer:
             }
         )
 
-    async def _answer_slowly(self, client: str, request: dict[str, Any]) -> Answer:
-        if request["op"] == "report":
+    async def _answer_slowly(self, connection: _Connection, request: dict[str, Any]) -> Answer:
+        client, operation = connection.client, request["op"]
+        if operation in PLAN_OPERATIONS:
+            assert self._plans is not None, "else it was refused"
+            body = await answer_plan(
+                self._plans, operation, request, uid=connection.uid, owner=client
+            )
+            return Answer(body | self._wanted_back(client))
+        if operation == "report":
             blob = check_id("blob", _text(request, "blob"))
             healthy = await self._opener.report(
                 blob,
@@ -346,7 +361,29 @@ class DescriptorServer:
             )
             return Answer({"blob": blob, "healthy": healthy})
         blobs = [check_id("blob", blob) for blob in _blobs(request)]
-        return _hand_over(await self._opener.open(client, blobs), blobs)
+        return self._hand_over(client, await self._opener.open(client, blobs), blobs)
+
+    def _hand_over(
+        self, client: str, results: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] = ()
+    ) -> Answer:
+        """The answer to ``open``, unless it takes more descriptors than a message has room for."""
+        opened = [one for one in results if isinstance(one, OpenedBlob)]
+        if sum(len(one.descriptors) for one in opened) > MAX_DESCRIPTORS_PER_MESSAGE:
+            for one in opened:
+                one.close()
+            self._opener.release(client, [one.blob for one in opened])
+            raise LimitExceeded(
+                f"these {len(opened)} blobs come with more than {MAX_DESCRIPTORS_PER_MESSAGE} "
+                f"descriptors: open at most {MAX_BLOBS_PER_OPEN} at once"
+            )
+        answer = _entries(results, blobs)
+        answer.body.update(self._wanted_back(client))
+        return answer
+
+    def _wanted_back(self, client: str) -> dict[str, Any]:
+        """What goes into an answer where the daemon needs the room of what *client* has open."""
+        asked = self._opener.asked_back(client)
+        return {"wanted_back": asked} if asked else {}
 
     # ------------------------------------------------------------------- what the loop works on
 
@@ -366,7 +403,7 @@ class DescriptorServer:
         """On the loop: get an answer, whatever happens, and give it to the server's thread."""
         answer = Answer(_error_body(DaemonUnavailable("the daemon is stopping: connect again")))
         try:
-            answer = await self._answer_slowly(connection.client, request)
+            answer = await self._answer_slowly(connection, request)
         except ForebayError as error:
             answer = Answer(_error_body(error))
         except Exception as error:
@@ -403,7 +440,7 @@ class DescriptorServer:
             self._wake_sender.send(b"w")
 
 
-def _hand_over(opened: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] = ()) -> Answer:
+def _entries(opened: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] = ()) -> Answer:
     """The answer to ``open``: an entry for each blob, and the descriptors they speak of."""
     entries: list[dict[str, Any]] = []
     descriptors: list[int] = []
@@ -412,13 +449,13 @@ def _hand_over(opened: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str]
             entries.append({"blob": blobs[index], **_error_body(one)})
             continue
         number = len(descriptors)
-        descriptors.append(one.fd)
+        descriptors.extend(one.descriptors)
         entries.append(
             {
                 "blob": one.blob,
                 "length": one.length,
                 "tier": one.tier,
-                "table": [number, one.table_offset, one.table_length],
+                "table": [len(descriptors) - 1, one.table_offset, one.table_length],
                 "extents": [
                     [blob_offset, number, file_offset, length]
                     for blob_offset, file_offset, length in one.extents

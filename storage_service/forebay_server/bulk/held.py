@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -118,4 +117,4 @@ class HeldOpens:
 
     def _close_if_done(self, held: _Held) -> None:
         if held.is_retired and not held.num_users:
-            os.close(held.opened.fd)
+            held.opened.close()

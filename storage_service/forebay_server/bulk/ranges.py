@@ -15,9 +15,11 @@ from aiohttp import web
 
 from forebay_server.bulk.descriptors import UploadSlots
 from forebay_server.bulk.held import HeldOpens
+from forebay_server.bulk.plan_requests import PLAN_OPERATIONS, answer_plan
 from forebay_server.bulk.sending import FilePiece, FileSender
 from forebay_server.bulk.tickets import Auth, Method, Ticket
 from forebay_server.serve.open import OpenedBlob, Opener
+from forebay_server.serve.plans import Plans
 from forebay_wire.errors import (
     HTTP_STATUS,
     DeadlineExceeded,
@@ -73,15 +75,19 @@ def make_app(
     auth: Auth,
     render_metrics: Callable[[], Awaitable[bytes]],
     is_serving: Callable[[], bool],
+    plans: Plans | None = None,
 ) -> web.Application:
     """The application; whoever runs it cleans it up, which releases what clients hold open."""
-    handlers = _Handlers(HeldOpens(opener), opener, uploads, auth, render_metrics, is_serving)
+    handlers = _Handlers(
+        HeldOpens(opener), opener, uploads, auth, render_metrics, is_serving, plans
+    )
     app = web.Application(middlewares=[_answer_errors])
     app.add_routes(
         [
             web.post("/v1/open", handlers.open),
             web.post("/v1/release", handlers.release),
             web.post("/v1/report", handlers.report),
+            web.post("/v1/plans/{operation}", handlers.plan),
             web.get("/v1/blobs/{blob}", handlers.get_data),
             web.get("/v1/tables/{blob}", handlers.get_table),
             web.put("/v1/uploads/{session}", handlers.put),
@@ -104,8 +110,10 @@ class _Handlers:
         auth: Auth,
         render_metrics: Callable[[], Awaitable[bytes]],
         is_serving: Callable[[], bool],
+        plans: Plans | None,
     ) -> None:
         self._held = held
+        self._plans = plans
         self._sender = FileSender()
         self._opener = opener
         self._uploads = uploads
@@ -137,7 +145,21 @@ class _Handlers:
             else self._entry(uid, client, one)
             for blob, one in zip(blobs, results, strict=True)
         ]
-        return web.json_response({"blobs": entries})
+        return web.json_response({"blobs": entries} | self._wanted_back(client))
+
+    async def plan(self, request: web.Request) -> web.Response:
+        """``plan``, ``position`` and ``end_plan``, as on the descriptor socket."""
+        uid, body = await self._admit(request)
+        operation = request.match_info["operation"]
+        if self._plans is None or operation not in PLAN_OPERATIONS:
+            raise NotFound(f"there is no {request.path}: upgrade the daemon")
+        answer = await answer_plan(self._plans, operation, body, uid=uid, owner="")
+        return web.json_response(answer | self._wanted_back(_client(uid, body)))
+
+    def _wanted_back(self, client: str) -> dict[str, Any]:
+        """What goes into an answer where the daemon needs the room of what *client* has open."""
+        asked = self._opener.asked_back(client)
+        return {"wanted_back": asked} if asked else {}
 
     async def release(self, request: web.Request) -> web.Response:
         """{blobs, client} -> {}: one open less for each."""
@@ -175,15 +197,16 @@ class _Handlers:
             response = web.StreamResponse(status=206 if wanted else 200)
             if wanted:
                 response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{opened.length}"
-            return await self._send(request, response, opened, start, stop - start)
+            piece = FilePiece(opened.fd, start, stop - start)
+            return await self._send(request, response, piece)
 
     async def get_table(self, request: web.Request) -> web.StreamResponse:
         """The blob's segment table."""
         blob, ticket = self._ticket_for_blob(request)
         async with self._held.use(ticket.client, blob) as opened:
-            return await self._send(
-                request, web.StreamResponse(), opened, opened.table_offset, opened.table_length
-            )
+            file = opened.descriptors[-1]
+            piece = FilePiece(file, opened.table_offset, opened.table_length)
+            return await self._send(request, web.StreamResponse(), piece)
 
     async def put(self, request: web.Request) -> web.Response:
         """Write the body at *offset* of the session's slot; on return the slot holds it."""
@@ -220,27 +243,22 @@ class _Handlers:
     # --------------------------------------------------------------------------------- helpers
 
     async def _send(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        opened: OpenedBlob,
-        offset: int,
-        count: int,
+        self, request: web.Request, response: web.StreamResponse, piece: FilePiece
     ) -> web.StreamResponse:
-        """Send *count* bytes from *offset* of the blob's file; the kernel moves them.
+        """Send a piece of one of the blob's files; the kernel moves it.
 
         An error in the middle can only be told by closing the connection.
         """
         response.content_type = "application/octet-stream"
-        response.content_length = count
+        response.content_length = piece.count
         response.headers["Accept-Ranges"] = "bytes"
         await response.prepare(request)
         transport = request.transport
-        if request.method != "HEAD" and count:
+        if request.method != "HEAD" and piece.count:
             if transport is None:
                 raise ConnectionResetError("the client went away")
             try:
-                await self._sender.send(response, transport, FilePiece(opened.fd, offset, count))
+                await self._sender.send(response, transport, piece)
             except BaseException:
                 transport.abort()
                 raise

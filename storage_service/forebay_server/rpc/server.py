@@ -27,6 +27,8 @@ from forebay_wire.v1 import (
     checkpoints_pb2_grpc,
     datasets_pb2,
     datasets_pb2_grpc,
+    plans_pb2,
+    plans_pb2_grpc,
 )
 
 MAX_CONCURRENT_CALLS: Final = 8192
@@ -39,6 +41,7 @@ SERVICE_NAMES: Final = tuple(
         (blobs_pb2, "Blobs"),
         (checkpoints_pb2, "Checkpoints"),
         (datasets_pb2, "Datasets"),
+        (plans_pb2, "Plans"),
     )
 )
 """What the server offers, as health and reflection name it."""
@@ -53,12 +56,13 @@ _OPTIONS: Final = (
 
 @dataclass(frozen=True)
 class Services:
-    """The four servicers."""
+    """The servicers."""
 
     admin: admin_pb2_grpc.AdminServicer
     blobs: blobs_pb2_grpc.BlobsServicer
     checkpoints: checkpoints_pb2_grpc.CheckpointsServicer
     datasets: datasets_pb2_grpc.DatasetsServicer
+    plans: plans_pb2_grpc.PlansServicer
 
 
 class RpcServer:
@@ -117,6 +121,7 @@ class RpcServer:
         blobs_pb2_grpc.add_BlobsServicer_to_server(self._services.blobs, server)
         checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(self._services.checkpoints, server)
         datasets_pb2_grpc.add_DatasetsServicer_to_server(self._services.datasets, server)
+        plans_pb2_grpc.add_PlansServicer_to_server(self._services.plans, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._reflection_enabled:
             names = (*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from forebay_wire.errors import LimitExceeded
 from forebay_wire.limits import MAX_OPEN_BLOBS_PER_CLIENT, MAX_OPEN_BYTES_PER_CLIENT
+
+MAX_ASKED_BACK: Final = 256
+"""Ids in one answer: 18 KB."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class Hold:
     blob: str
     tier: str
     num_bytes: int
+    let_go: Callable[[], None] | None = None
+    """To be called by whoever removes the hold."""
 
 
 @dataclass
@@ -25,6 +31,7 @@ class _Client:
     holds: dict[str, list[Hold]] = field(default_factory=dict)
     num_blobs: int = 0
     num_bytes: int = 0
+    asked_back: set[str] = field(default_factory=set)
 
 
 class Holds:
@@ -87,6 +94,22 @@ class Holds:
             if held is None:
                 return []
             return [self._drop(held, hold) for opens in held.holds.values() for hold in opens]
+
+    def ask_back(self, blobs: Sequence[str]) -> None:
+        """Note that whoever holds any of *blobs* is to release it, if it can."""
+        wanted = set(blobs)
+        with self._lock:
+            for held in self._clients.values():
+                held.asked_back |= wanted & held.holds.keys()
+
+    def asked_back(self, client: str) -> list[str]:
+        """What *client* is to release and still holds; told once."""
+        with self._lock:
+            held = self._clients.get(client)
+            if held is None or not held.asked_back:
+                return []
+            asked, held.asked_back = held.asked_back, set()
+            return sorted(asked & held.holds.keys())[:MAX_ASKED_BACK]
 
     def is_open(self, blob: str) -> bool:
         with self._lock:

@@ -7,10 +7,10 @@ import contextlib
 import logging
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import BlobLocation
@@ -30,8 +30,15 @@ from forebay_server.serve.promote import (
 from forebay_server.tier.memory import Window
 from forebay_server.tier.publication import DescriptorReader
 from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier
 from forebay_server.tier.verify import read_table, verify_file
-from forebay_wire.errors import ForebayError, IntegrityError, NotFound, StorageError
+from forebay_wire.errors import (
+    ForebayError,
+    IntegrityError,
+    NotFound,
+    ResourceExhausted,
+    StorageError,
+)
 from forebay_wire.segments import table_bytes_for
 
 logger = logging.getLogger(__name__)
@@ -44,9 +51,9 @@ WINDOW_TIER: Final = "ram"
 
 @dataclass(frozen=True)
 class OpenedBlob:
-    """A blob that was opened for a client; whoever gets it closes ``fd``.
+    """A blob that was opened for a client; whoever gets it calls ``close``.
 
-    It counts as open until it is released, whatever becomes of the descriptor.
+    It counts as open until it is released, whatever becomes of the descriptors.
     """
 
     blob: str
@@ -54,14 +61,29 @@ class OpenedBlob:
     """Bytes of data."""
     tier: str
     fd: int
-    """Read-only; data, then the segment table."""
+    """Read-only; data, and the segment table unless that has a file of its own."""
     table_offset: int
     table_length: int
+    table_fd: int = -1
+    """Read-only; the file that holds the segment table if it is another one."""
+    let_go: Callable[[], None] | None = None
+    """What ends the open, beside its count."""
 
     @property
     def extents(self) -> tuple[tuple[int, int, int], ...]:
         """``(blob offset, file offset, length)`` of each piece."""
         return ((0, 0, self.length),) if self.length else ()
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """``fd``, and ``table_fd`` if there is one."""
+        return (self.fd,) if self.table_fd < 0 else (self.fd, self.table_fd)
+
+    def close(self) -> None:
+        """Close the descriptors. Once."""
+        for descriptor in self.descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 @dataclass
@@ -112,10 +134,15 @@ class Opener:
         self._windows: dict[str, _HeldWindow] = {}
         self._fetches: dict[str, _Fetch] = {}
         self._checks: dict[Place, asyncio.Task[bool]] = {}
+        self._num_opening: Counter[str] = Counter()
 
     def listen(self, listener: Callable[[], object]) -> None:
         """Have *listener* called when damage that was found may have queued jobs."""
         self._listeners.append(listener)
+
+    def follow(self, policy: CachePolicy) -> None:
+        """Have *policy* say which fetched blobs are kept."""
+        self._promoter.policy = policy
 
     async def close(self) -> None:
         """Cancel running fetches and let windows go. Idempotent."""
@@ -141,6 +168,9 @@ class Opener:
         try:
             with self._lock:
                 for blob in blobs:
+                    if (sealed := self._open_sealed(blob)) is not None:
+                        opened.append(sealed)
+                        continue
                     held = self._windows.get(blob)
                     if held is not None:
                         opened.append(self._open_window(held))
@@ -181,7 +211,7 @@ class Opener:
                 task.cancel()
             for result in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(result, OpenedBlob):
-                    os.close(result.fd)
+                    result.close()
                     self.release(client, [result.blob])
             raise
 
@@ -193,13 +223,21 @@ class Opener:
         """End all opens of *client*. Idempotent."""
         self._let_go(self._holds.remove_client(client))
 
+    def ask_back(self, blobs: Sequence[str]) -> None:
+        """Have the next answers to the clients that hold any of *blobs* open ask for them."""
+        self._holds.ask_back(blobs)
+
+    def asked_back(self, client: str) -> list[str]:
+        """What *client* is to release soon, if it can; told once."""
+        return self._holds.asked_back(client)
+
     def open_bytes(self) -> dict[str, int]:
         """Tier to bytes of blobs that are open."""
         return self._holds.open_bytes()
 
     def is_open(self, blob: str) -> bool:
-        """Whether any client has *blob* open."""
-        return self._holds.is_open(blob)
+        """Whether any client has *blob* open, or is about to."""
+        return self._holds.is_open(blob) or blob in self._fetches or self._num_opening[blob] > 0
 
     def forget(self, blob: str) -> None:
         """Ask the catalog again at the next open: a replica came, moved or goes."""
@@ -218,7 +256,8 @@ class Opener:
             "client reports damage: blob %s, tier %s, segment %d: %s", blob, tier, segment, message
         )
         if tier == WINDOW_TIER:
-            return await self._check_window(blob)
+            in_slot = self._tiers.run(self._tiers.slots, self._tiers.sealed.check, blob)
+            return await in_slot or await self._check_window(blob)
         location = (await self._catalog.locate([blob])).get(blob)
         places = places_of(location) if location is not None else []
         healthy = [await self._check_once(place) for place in places if place.tier == tier]
@@ -354,15 +393,17 @@ class Opener:
         tier = self._tiers.get(place.tier)
         if tier.kind == "object" or place.encoding != RAW:
             return await self._open_fetched(client, place)
-        opened = await self._tiers.run(tier, self._open_checked, place)
-        return self._keep(client, place, opened)
+        self._num_opening[place.blob] += 1
+        try:
+            opened = await self._tiers.run(tier, self._open_checked, place)
+            return self._keep(client, place, opened)
+        finally:
+            self._num_opening[place.blob] -= 1
+            if not self._num_opening[place.blob]:
+                del self._num_opening[place.blob]
 
     async def _open_fetched(self, client: str, source: Place) -> OpenedBlob:
-        fetch = self._fetches.get(source.blob)
-        if fetch is None:
-            task = asyncio.create_task(self._fetch(source), name=f"fetch-{source.blob}")
-            fetch = self._fetches[source.blob] = _Fetch(task)
-            task.add_done_callback(lambda _: self._end_fetch(source.blob))
+        fetch = self._fetches.get(source.blob) or self._begin_fetch(source, self._fetch(source))
         fetch.num_waiting += 1
         try:
             found = await asyncio.shield(fetch.task)
@@ -375,6 +416,27 @@ class Opener:
         finally:
             fetch.num_waiting -= 1
             self._end_fetch(source.blob)
+
+    def _begin_fetch(self, source: Place, work: Coroutine[Any, Any, Place | _HeldWindow]) -> _Fetch:
+        task = asyncio.create_task(work, name=f"fetch-{source.blob}")
+        fetch = self._fetches[source.blob] = _Fetch(task)
+        task.add_done_callback(lambda _: self._end_fetch(source.blob))
+        return fetch
+
+    async def bring_ahead(self, source: Place, tier: Tier) -> None:
+        """Have the blob at *source* in *tier* before anybody asks for it; who asks meanwhile waits
+        for this. Nothing if it is being fetched already."""
+        if source.blob not in self._fetches:
+            fetch = self._begin_fetch(source, self._fetch_ahead(source, tier))
+            await asyncio.shield(fetch.task)
+
+    async def _fetch_ahead(self, source: Place, tier: Tier) -> Place | _HeldWindow:
+        try:
+            return await self._promoter.promote_into(source, tier)
+        except ResourceExhausted:
+            if not self._fetches[source.blob].num_waiting:
+                raise
+            return await self._fetch(source)
 
     async def _open_promoted(self, client: str, place: Place) -> OpenedBlob:
         try:
@@ -425,9 +487,25 @@ class Opener:
             with DescriptorReader(os.dup(opened.fd), where) as reader:
                 read_table(reader, place.blob)
         except BaseException:
-            os.close(opened.fd)
+            opened.close()
             raise
         return opened
+
+    def _open_sealed(self, blob: str) -> OpenedBlob | None:
+        """A blob that has not landed yet, in the slot that it was sealed in."""
+        found = self._tiers.sealed.open(blob)
+        if found is None:
+            return None
+        return OpenedBlob(
+            blob,
+            found.num_bytes,
+            WINDOW_TIER,
+            found.data,
+            0,
+            found.table_bytes,
+            found.table,
+            found.release,
+        )
 
     def _open_window(self, held: _HeldWindow) -> OpenedBlob:
         return _opened(held.place, WINDOW_TIER, held.window.open_read_only())
@@ -445,18 +523,23 @@ class Opener:
         try:
             self._hold(client, [opened])
         except BaseException:
-            os.close(opened.fd)
+            opened.close()
             raise
 
     def _hold(self, client: str, opened: Sequence[OpenedBlob]) -> None:
         """Count; the lock is held, so that no window goes between opening and counting."""
-        self._holds.add(client, [Hold(one.blob, one.tier, one.length) for one in opened])
+        self._holds.add(
+            client, [Hold(one.blob, one.tier, one.length, one.let_go) for one in opened]
+        )
         for one in opened:
-            if one.tier == WINDOW_TIER and one.blob in self._windows:
+            if one.let_go is None and one.tier == WINDOW_TIER and one.blob in self._windows:
                 self._windows[one.blob].num_holders += 1
 
     def _let_go(self, holds: Sequence[Hold]) -> None:
         for hold in holds:
+            if hold.let_go is not None:
+                hold.let_go()
+                continue
             if hold.tier != WINDOW_TIER:
                 continue
             with self._lock:
@@ -475,8 +558,9 @@ class Opener:
     @staticmethod
     def _give_up(opened: Sequence[OpenedBlob]) -> None:
         for one in opened:
-            with contextlib.suppress(OSError):
-                os.close(one.fd)
+            one.close()
+            if one.let_go is not None:
+                one.let_go()
 
 
 def _opened(place: Place, tier: str, descriptor: int) -> OpenedBlob:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ class CachePolicy(Protocol):
         """The landing tiers that take a copy of the blob at *source*, best first."""
         ...
 
+    def promise(self, tier: Tier, source: Place) -> AbstractContextManager[None]:
+        """A ``with`` block in which room in *tier* is kept for a copy."""
+        ...
+
     def entered(self, place: Place) -> None:
         """A copy that was made is in the catalog."""
         ...
@@ -83,6 +88,9 @@ class KeepWhatFits:
         ]
         return [self._tiers.get(name) for name in choose_landing(source.file_bytes, rooms)]
 
+    def promise(self, tier: Tier, source: Place) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def entered(self, place: Place) -> None:
         pass
 
@@ -97,6 +105,8 @@ class Promoter:
         self._catalog = catalog
         self._foreground = foreground
         self.policy: CachePolicy = KeepWhatFits(tiers)
+        self.fetched_bytes: Counter[str] = Counter()
+        """Tier to bytes that were read there for readers, or ahead of them."""
 
     async def promote(self, source: Place) -> Place | Window:
         """Copy the blob at *source*, verified by BLAKE3, into the best tier that the policy names.
@@ -114,7 +124,9 @@ class Promoter:
                 except ResourceExhausted as error:
                     logger.info("blob %s is not promoted to %s: %s", source.blob, tier.name, error)
             from_tier = self._tiers.get(source.tier)
-            return await self._tiers.run(from_tier, self._fill_window, source)
+            window = await self._tiers.run(from_tier, self._fill_window, source)
+            self.fetched_bytes[source.tier] += source.file_bytes
+            return window
 
     async def copy_into(
         self,
@@ -151,7 +163,11 @@ class Promoter:
         return."""
         file = new_random_name()
         origin = self._tiers.get(source.tier)
-        stored = await self._tiers.run(origin, self._copy, source, tier, file, RAW, _no_progress)
+        with self.policy.promise(tier, source):
+            stored = await self._tiers.run(
+                origin, self._copy, source, tier, file, RAW, _no_progress
+            )
+        self.fetched_bytes[source.tier] += source.file_bytes
         return await self._enter(source, tier, file, stored, _no_guard)
 
     async def _enter(

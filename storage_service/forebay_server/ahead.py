@@ -1,0 +1,54 @@
+"""Puts together what looks ahead: plans, prefetching, what is kept and what goes for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from forebay_server.catalog.engine import Catalog
+from forebay_server.model.watermarks import Watermarks
+from forebay_server.move.evict import Evictor
+from forebay_server.serve.cache import Cache
+from forebay_server.serve.foresight import Foresight
+from forebay_server.serve.open import Opener
+from forebay_server.serve.plans import Plans
+from forebay_server.serve.prefetch import Prefetcher
+from forebay_server.tier.registry import Tiers
+
+
+class Ahead:
+    """Belongs to the event loop; :meth:`run` it in the background."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        catalog: Catalog,
+        opener: Opener,
+        *,
+        is_busy: Callable[[str], bool] = lambda tier: False,
+        marks: Watermarks | None = None,
+    ) -> None:
+        """*is_busy* answers whether a reader waits for bytes of a tier."""
+        self.foresight = Foresight(tier.name for tier in tiers.landing)
+        self.evictor = Evictor(
+            catalog,
+            tiers,
+            self.foresight,
+            is_open=opener.is_open,
+            forget=opener.forget,
+            marks=marks,
+        )
+        self.cache = Cache(tiers, self.foresight, self.evictor, opener.ask_back)
+        self.prefetcher = Prefetcher(
+            tiers, catalog, self.foresight, self.cache, opener.bring_ahead, is_busy=is_busy
+        )
+        self.plans = Plans(catalog, self.foresight, changed=self.prefetcher.wake)
+        opener.follow(self.cache)
+        self.evictor.listen(self.prefetcher.forget)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.evictor.run())
+            group.create_task(self.plans.run())
+            group.create_task(self.prefetcher.run())

@@ -1,0 +1,71 @@
+"""Plans as loaders tell them without gRPC: the same few JSON objects on both byte endpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any, Final
+
+from forebay_server.serve.plans import OrderParameters, Plan, Plans
+from forebay_wire.errors import InvalidRequest
+
+PLAN_OPERATIONS: Final = frozenset({"plan", "position", "end_plan"})
+
+_KINDS: Final[dict[str, type]] = {
+    part.name: str if part.type == "str" else int for part in fields(OrderParameters)
+}
+
+
+async def answer_plan(
+    plans: Plans, operation: str, body: dict[str, Any], *, uid: int, owner: str
+) -> dict[str, Any]:
+    """The answer to a plan *operation*; the plan is *owner*'s, as long as that is connected."""
+    plan = _text(body, "plan")
+    if operation == "end_plan":
+        return {"existed": plans.end(plan, uid=uid)}
+    epoch, position = _number(body, "epoch"), _number(body, "position")
+    if operation == "position":
+        return _standing(plans, plans.advance(plan, epoch, position, uid=uid))
+    made = await plans.register(
+        plan,
+        _text(body, "loader"),
+        _order(body.get("order")),
+        epoch,
+        position,
+        uid=uid,
+        owner=owner,
+    )
+    return _standing(plans, made)
+
+
+def _standing(plans: Plans, plan: Plan) -> dict[str, Any]:
+    return {
+        "plan": plan.name,
+        "lease_seconds": plans.lease_seconds,
+        "waits": asdict(plan.waits),
+    }
+
+
+def _order(value: object) -> OrderParameters:
+    if not isinstance(value, dict):
+        raise InvalidRequest("a plan needs an object 'order'")
+    unknown = sorted(value.keys() - _KINDS.keys())
+    if unknown:
+        raise InvalidRequest(f"an order has no parameter {unknown[0]!r}: upgrade the daemon")
+    for name, found in value.items():
+        if type(found) is not _KINDS[name]:
+            raise InvalidRequest(f"order parameter {name!r}: {found!r} is of the wrong kind")
+    return OrderParameters(**value)
+
+
+def _text(body: dict[str, Any], key: str) -> str:
+    value = body.get(key)
+    if not isinstance(value, str):
+        raise InvalidRequest(f"a plan needs a text {key!r}")
+    return value
+
+
+def _number(body: dict[str, Any], key: str) -> int:
+    value = body.get(key)
+    if type(value) is not int:
+        raise InvalidRequest(f"a plan needs a number {key!r}")
+    return value

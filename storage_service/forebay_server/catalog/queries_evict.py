@@ -1,0 +1,59 @@
+"""Which copies of the landing tiers could go, as another tier has their blobs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, exists, or_, select
+
+from forebay_server.catalog.clock import now
+from forebay_server.catalog.tables import extents, files, pin_blobs, pins, replicas
+
+PAGE_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A copy that may go."""
+
+    blob: str
+    num_bytes: int
+    """Of its file."""
+
+
+def spare_replicas(
+    connection: Connection, tier: str, among: Collection[str], after: str = "", *, node: str = ""
+) -> list[Spare]:
+    """A page of the live copies in *tier* whose blobs lie in another of the tiers *among*, too, and
+    that nothing pins; in the order of blobs, those after the blob *after*."""
+    other = replicas.alias("other")
+    elsewhere = exists().where(
+        other.c.blob == replicas.c.blob,
+        other.c.replica != replicas.c.replica,
+        other.c.state == "live",
+        other.c.tier.in_(sorted(set(among) - {tier})),
+    )
+    pinned = exists().where(
+        pin_blobs.c.blob == replicas.c.blob,
+        pin_blobs.c.pin == pins.c.pin,
+        pins.c.tier == tier,
+        or_(pins.c.expires.is_(None), pins.c.expires > now()),
+    )
+    statement = (
+        select(replicas.c.blob, files.c.num_bytes)
+        .join(extents, extents.c.replica == replicas.c.replica)
+        .join(files, files.c.file == extents.c.file)
+        .where(
+            replicas.c.tier == tier,
+            replicas.c.node == node,
+            replicas.c.state == "live",
+            replicas.c.blob > after,
+            extents.c.seq == 0,
+            elsewhere,
+            ~pinned,
+        )
+        .order_by(replicas.c.blob)
+        .limit(PAGE_ROWS)
+    )
+    return [Spare(row.blob, row.num_bytes) for row in connection.execute(statement)]

@@ -1,0 +1,95 @@
+"""The Plans service: converts between messages and the plans that the daemon keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc.aio
+
+from forebay_server.rpc.interceptors import caller_uid
+from forebay_server.serve.plans import OrderParameters, Plan, Plans
+from forebay_wire.v1 import plans_pb2 as messages
+from forebay_wire.v1 import plans_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class PlansService(plans_pb2_grpc.PlansServicer):
+    """What each call promises stands in ``plans.proto``."""
+
+    def __init__(self, plans: Plans) -> None:
+        self._plans = plans
+
+    async def RegisterPlan(
+        self, request: messages.RegisterPlanRequest, context: Context
+    ) -> messages.PlanStanding:
+        order = None
+        if request.HasField("order"):
+            given = request.order
+            order = OrderParameters(
+                manifest=given.manifest,
+                selection=given.selection,
+                shuffle=given.shuffle,
+                seed=given.seed,
+                global_batch_size=given.global_batch_size,
+                last_batch=given.last_batch,
+                rank=given.rank,
+                num_ranks=given.num_ranks,
+                num_epochs=given.num_epochs,
+            )
+        made = await self._plans.register(
+            request.plan,
+            request.loader,
+            order,
+            request.epoch,
+            request.position,
+            uid=caller_uid(),
+        )
+        return self._standing(made)
+
+    async def AddRanges(
+        self, request: messages.AddRangesRequest, context: Context
+    ) -> messages.PlanStanding:
+        blobs = [one.blob for one in request.ranges]
+        return self._standing(
+            self._plans.add_ranges(request.plan, request.page, blobs, uid=caller_uid())
+        )
+
+    async def AdvancePlan(
+        self, request: messages.AdvancePlanRequest, context: Context
+    ) -> messages.PlanStanding:
+        return self._standing(
+            self._plans.advance(request.plan, request.epoch, request.position, uid=caller_uid())
+        )
+
+    async def EndPlan(
+        self, request: messages.EndPlanRequest, context: Context
+    ) -> messages.EndPlanResponse:
+        return messages.EndPlanResponse(existed=self._plans.end(request.plan, uid=caller_uid()))
+
+    async def ListPlans(
+        self, request: messages.ListPlansRequest, context: Context
+    ) -> messages.ListPlansResponse:
+        return messages.ListPlansResponse(plans=[_summary(plan) for plan in self._plans.all])
+
+    def _standing(self, plan: Plan) -> messages.PlanStanding:
+        return messages.PlanStanding(
+            plan=plan.name, lease_seconds=self._plans.lease_seconds, waits=_waits(plan)
+        )
+
+
+def _summary(plan: Plan) -> messages.PlanSummary:
+    return messages.PlanSummary(
+        plan=plan.name,
+        loader=plan.loader,
+        dataset=plan.dataset,
+        epoch=plan.epoch,
+        position=plan.position,
+        num_samples=plan.num_samples,
+        rate=plan.rate,
+        waits=_waits(plan),
+    )
+
+
+def _waits(plan: Plan) -> messages.Waits:
+    return messages.Waits(**vars(plan.waits))

@@ -1,0 +1,143 @@
+"""Which fetched blobs are kept, where, and what goes for them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from forebay_server.serve.foresight import Foresight
+from forebay_server.serve.promote import Place
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.space import in_blocks
+from forebay_server.tier.store import Tier
+
+ASK_SECONDS: Final = 0.05
+"""How often clients are asked for open blobs at most."""
+
+ASK_SHARE: Final = 0.125
+"""Of a tier is asked back at a time, so that it need not be done for each blob."""
+
+
+class Evictor(Protocol):
+    """What is needed of :class:`forebay_server.move.evict.Evictor`."""
+
+    def fill_room(self, tier: Tier, promised_bytes: int) -> int:
+        """Bytes that the cache may still add before something goes, beside those promised."""
+        ...
+
+    def may_go(self, tier: str, blob: str) -> bool:
+        """Whether a copy may go as far as clients are concerned."""
+        ...
+
+    async def evict(self, tier: Tier, blobs: list[str]) -> int:
+        """Take copies away, those that may go; the bytes given back."""
+        ...
+
+
+class Cache:
+    """Belongs to the event loop."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        foresight: Foresight,
+        evictor: Evictor,
+        ask_back: Callable[[Sequence[str]], object] = lambda blobs: None,
+    ) -> None:
+        """*ask_back* tells clients which blobs that they have open somebody else needs room of."""
+        self._tiers = tiers
+        self._foresight = foresight
+        self._evictor = evictor
+        self._ask_back = ask_back
+        self._ask_at = 0.0
+        self._promised: Counter[tuple[str, str, int]] = Counter()
+        """Tier, blob and its bytes, of fetches that have begun."""
+
+    def entered(self, place: Place) -> None:
+        """A copy of a blob that another tier has, too, is in the landing tier of *place* now."""
+        if any(tier.name == place.tier for tier in self._tiers.landing):
+            self._foresight.stored(place.tier, place.blob, in_blocks(place.file_bytes))
+
+    async def tiers_for(self, source: Place) -> list[Tier]:
+        """The landing tiers that take a blob which somebody has just asked for, best first, with
+        room made in the first; empty: it is not kept.
+
+        A blob that a plan reads again takes the room of those that are needed later. One that no
+        plan knows takes only what is free: else every scan would wash the cache out.
+        """
+        return [tier for tier in self._better(source) if await self.make_room(tier, source)]
+
+    async def make_room(self, tier: Tier, source: Place) -> bool:
+        """Whether *tier* has room for the blob at *source* now, or its room is worth others'."""
+        needed = in_blocks(source.file_bytes)
+        room = self._room(tier)
+        if needed <= room:
+            return True
+        verdict = self._foresight.should_admit(
+            tier.name,
+            source.blob,
+            needed,
+            room,
+            lambda blob: self._evictor.may_go(tier.name, blob),
+        )
+        if not verdict.admit:
+            self._want_back(tier, source, needed)
+            return False
+        await self._evictor.evict(tier, list(verdict.victims))
+        return needed <= self._room(tier)
+
+    def has_room(self, tier: Tier, source: Place) -> bool:
+        """Whether *tier* has room for the blob at *source* without taking others'."""
+        return in_blocks(source.file_bytes) <= self._room(tier)
+
+    @contextmanager
+    def promise(self, tier: Tier, source: Place) -> Iterator[None]:
+        """Inside, room for the blob at *source* is kept: fetches that begin together must not count
+        on the same."""
+        self.keep_room(tier, source)
+        try:
+            yield
+        finally:
+            self.let_room_go(tier, source)
+
+    def keep_room(self, tier: Tier, source: Place) -> None:
+        """Promise room until :meth:`let_room_go`; for one blob it counts once, however often."""
+        self._promised[tier.name, source.blob, in_blocks(source.file_bytes)] += 1
+
+    def let_room_go(self, tier: Tier, source: Place) -> None:
+        """The copy counts by itself now, or will not come."""
+        key = (tier.name, source.blob, in_blocks(source.file_bytes))
+        self._promised[key] -= 1
+        if not self._promised[key]:
+            del self._promised[key]
+
+    def _room(self, tier: Tier) -> int:
+        promised = sum(num_bytes for name, _, num_bytes in self._promised if name == tier.name)
+        return self._evictor.fill_room(tier, promised)
+
+    def _want_back(self, tier: Tier, source: Place, num_bytes: int) -> None:
+        """Ask clients for what they hold open and need later than the blob at *source*."""
+        now = self._foresight.clock()
+        if now < self._ask_at or not self._foresight.is_needed(source.blob):
+            return
+        self._ask_at = now + ASK_SECONDS
+        space = tier.space()
+        share = int((space.used_bytes + space.free_bytes) * ASK_SHARE)
+        verdict = self._foresight.should_admit(
+            tier.name, source.blob, num_bytes, num_bytes - max(num_bytes, share), lambda _: True
+        )
+        victims = (
+            verdict.victims
+            or self._foresight.should_admit(
+                tier.name, source.blob, num_bytes, 0, lambda _: True
+            ).victims
+        )
+        self._ask_back(victims)
+
+    def _better(self, source: Place) -> list[Tier]:
+        """The landing tiers that are faster than the one where the blob lies."""
+        names = [tier.name for tier in self._tiers.landing]
+        stop = names.index(source.tier) if source.tier in names else len(names)
+        return list(self._tiers.landing[:stop])

@@ -1,0 +1,114 @@
+"""What each landing tier holds that may go, beside what all plans are going to read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+from forebay_server.model.lookahead import OrderView, RangesView
+from forebay_server.model.nextuse import Admission, NextUse, Use
+
+View = OrderView | RangesView
+
+MAX_LOOK: Final = 20_000
+"""Uses that one search for the next needed blobs looks at: some milliseconds."""
+
+
+class Foresight:
+    """Belongs to the event loop; its own clock, so that all speak of the same time.
+
+    Only copies that may go are reported as stored (another tier has the blob, nothing pins it).
+    """
+
+    def __init__(self, tiers: Iterable[str], clock: Callable[[], float] = time.monotonic) -> None:
+        """*tiers*: the names of the landing tiers."""
+        self.clock = clock
+        self._tiers = {name: NextUse() for name in tiers}
+        self._views: dict[str, View] = {}
+
+    # -------------------------------------------------------------------------------- plans
+
+    @property
+    def has_plans(self) -> bool:
+        return bool(self._views)
+
+    def add_plan(self, plan: str, view: View, position: int) -> None:
+        """A loader registered, standing at *position*."""
+        self._views[plan] = view
+        for known in self._tiers.values():
+            known.add_plan(plan, view, position, self.clock())
+
+    def remove_plan(self, plan: str) -> None:
+        """It ended. Idempotent."""
+        self._views.pop(plan, None)
+        for known in self._tiers.values():
+            known.remove_plan(plan)
+
+    def advance(self, plan: str, position: int) -> None:
+        """A loader stands at *position*, not before the last one."""
+        for known in self._tiers.values():
+            known.advance(plan, position, self.clock())
+        self._views[plan].forget_before(position)
+
+    def is_needed(self, blob: str) -> bool:
+        """Whether any plan reads *blob* again."""
+        return any(known.next_use(blob) is not None for known in self._first())
+
+    def seconds_until(self, blob: str) -> float | None:
+        """How long until some plan needs *blob*; None: no plan does."""
+        for known in self._first():
+            at = known.next_use(blob)
+            return None if at is None else at - self.clock()
+        return None
+
+    def upcoming(self, limit: int, wanted: Callable[[str], bool]) -> list[Use]:
+        """The first use of each of the next *limit* blobs that are *wanted*, earliest first."""
+        found: dict[str, Use] = {}
+        seen: set[str] = set()
+        num_known = sum(view.num_blobs for view in self._views.values())
+        for looked, use in enumerate(self._deadlines()):
+            if looked >= MAX_LOOK or len(found) >= limit or len(seen) >= num_known:
+                break
+            if use.blob in seen:
+                continue
+            seen.add(use.blob)
+            if wanted(use.blob):
+                found[use.blob] = use
+        return list(found.values())
+
+    # ---------------------------------------------------------------------------- the tiers
+
+    def stored(self, tier: str, blob: str, num_bytes: int) -> None:
+        """*tier* holds *blob*, in a file of *num_bytes*, and it may go."""
+        self._tiers[tier].stored(blob, num_bytes, self.clock())
+
+    def touched(self, blob: str) -> None:
+        """Somebody opened *blob*."""
+        for known in self._tiers.values():
+            known.touched(blob, self.clock())
+
+    def removed(self, tier: str, blob: str) -> None:
+        """*tier* holds *blob* no more. Idempotent."""
+        self._tiers[tier].removed(blob)
+
+    def holds(self, blob: str) -> bool:
+        """Whether a landing tier holds *blob* as something that may go."""
+        return any(blob in known for known in self._tiers.values())
+
+    def victims(self, tier: str, num_bytes: int, may_go: Callable[[str], bool]) -> list[str]:
+        """What *tier* gives up first, of together at least *num_bytes*."""
+        return self._tiers[tier].victims(num_bytes, may_go)
+
+    def should_admit(
+        self, tier: str, blob: str, num_bytes: int, room_bytes: int, may_go: Callable[[str], bool]
+    ) -> Admission:
+        """Whether *blob* is worth its room in *tier*, and what goes for it."""
+        return self._tiers[tier].should_admit(blob, num_bytes, room_bytes, may_go)
+
+    def _first(self) -> Iterator[NextUse]:
+        yield from list(self._tiers.values())[:1]
+
+    def _deadlines(self) -> Iterator[Use]:
+        for known in self._first():
+            yield from known.deadlines()

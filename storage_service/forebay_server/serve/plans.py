@@ -1,0 +1,329 @@
+"""The plans of all loaders: who reads what, where they stand, and how long they wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.queries_objects import wanted_manifest
+from forebay_server.model.lookahead import OrderView, RangesView
+from forebay_server.model.uses import ReadOrder, Split
+from forebay_server.serve.foresight import Foresight
+from forebay_wire.errors import InvalidRequest, LimitExceeded, NotFound
+from forebay_wire.ids import check_id, check_random_name
+from forebay_wire.manifest import DatasetManifest, SelectionManifest, parse
+from forebay_wire.order import check_last_batch, check_shuffle
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS: Final = 30.0
+"""A plan whose loader says nothing for this long is of a dead loader."""
+
+LOOK_SECONDS: Final = 2.0
+
+MAX_PLANS: Final = 4096
+
+MAX_LOADER_CHARACTERS: Final = 200
+
+Reason = Literal["tier", "queue", "throttle", "origin"]
+
+
+@dataclass(frozen=True)
+class OrderParameters:
+    """What a loader says about its order; the field names are those of the message."""
+
+    manifest: str
+    selection: str = ""
+    shuffle: str = "none"
+    seed: int = 0
+    global_batch_size: int = 1
+    last_batch: str = "keep"
+    rank: int = 0
+    num_ranks: int = 1
+    num_epochs: int = 0
+
+
+@dataclass
+class Waits:
+    """How long readers of a plan waited for bytes, and why, in seconds."""
+
+    num_waits: int = 0
+    tier_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    throttle_seconds: float = 0.0
+    origin_seconds: float = 0.0
+
+    def add(self, parts: dict[Reason, float]) -> None:
+        """One more wait, made up of *parts*."""
+        self.num_waits += 1
+        for reason, seconds in parts.items():
+            name = f"{reason}_seconds"
+            setattr(self, name, getattr(self, name) + seconds)
+
+
+@dataclass
+class Plan:
+    """One loader's plan."""
+
+    name: str
+    loader: str
+    dataset: str
+    """``NAME@VERSION``; empty for explicit ranges."""
+    uid: int
+    owner: str
+    """The connection whose end is the plan's; empty: it ends by its lease only."""
+    num_samples: int
+    """Of an epoch; 0 for explicit ranges."""
+    view: OrderView | RangesView
+    expires: float
+    epoch: int = 0
+    position: int = 0
+    waits: Waits = field(default_factory=Waits)
+    rate: float = 0.0
+    """Samples a second, lately."""
+    advanced_at: float = 0.0
+
+    def time(self, epoch: int, position: int) -> int:
+        """A place in the row of epochs, or of ranges, as one number."""
+        return epoch * self.num_samples + position
+
+
+class Plans:
+    """Belongs to the event loop. Plans live in memory: a loader registers again if need be."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        foresight: Foresight,
+        *,
+        changed: Callable[[], object] = lambda: None,
+        lease_seconds: float = LEASE_SECONDS,
+    ) -> None:
+        """*changed* is called whenever something else may be needed next."""
+        self._catalog = catalog
+        self._foresight = foresight
+        self._changed = changed
+        self._lease_seconds = lease_seconds
+        self._plans: dict[str, Plan] = {}
+
+    @property
+    def lease_seconds(self) -> float:
+        return self._lease_seconds
+
+    @property
+    def all(self) -> Sequence[Plan]:
+        return tuple(self._plans.values())
+
+    async def run(self) -> None:
+        """Expire the plans of dead loaders, until cancelled."""
+        while True:
+            await asyncio.sleep(min(LOOK_SECONDS, self._lease_seconds / 4))
+            self.expire()
+
+    # ------------------------------------------------------------------------------- requests
+
+    async def register(
+        self,
+        plan: str,
+        loader: str,
+        order: OrderParameters | None,
+        epoch: int,
+        position: int,
+        *,
+        uid: int = 0,
+        owner: str = "",
+    ) -> Plan:
+        """Register a plan in the place of the one of that name, if there is one.
+
+        :class:`NotFound` for a version or split that is deleted or never was,
+        :class:`InvalidRequest` for parameters that make no order.
+        """
+        check_random_name("plan", plan)
+        self._check_number("epoch", epoch)
+        self._check_number("position", position)
+        self._check_owner(plan, uid)
+        if order is None:
+            made = Plan(plan, loader, "", uid, owner, 0, RangesView(), 0.0)
+            if epoch or position:
+                raise InvalidRequest("a plan of explicit ranges begins at its first range")
+        else:
+            made = await self._make(plan, loader, order, epoch, position, uid, owner)
+        self._check_owner(plan, uid)
+        if plan not in self._plans and len(self._plans) >= MAX_PLANS:
+            raise LimitExceeded(f"{MAX_PLANS} plans are registered already: end some loaders")
+        before = self._plans.pop(plan, None)
+        if before is not None:
+            self._foresight.remove_plan(plan)
+            made.waits = before.waits
+        made.loader = loader[:MAX_LOADER_CHARACTERS]
+        made.epoch, made.position = epoch, position
+        made.advanced_at = self._foresight.clock()
+        self._renew(made)
+        self._plans[plan] = made
+        self._foresight.add_plan(plan, made.view, made.time(epoch, position))
+        self._changed()
+        return made
+
+    def add_ranges(self, plan: str, page: int, blobs: Sequence[str], *, uid: int = 0) -> Plan:
+        """Append a page of a plan of explicit ranges."""
+        found = self._find(plan, uid)
+        if not isinstance(found.view, RangesView):
+            raise InvalidRequest(f"plan {plan} has an order: it takes no ranges")
+        found.view.add_page(page, [check_id("blob", blob) for blob in blobs])
+        self._renew(found)
+        self._changed()
+        return found
+
+    def advance(self, plan: str, epoch: int, position: int, *, uid: int = 0) -> Plan:
+        """The loader has read everything before *position* of *epoch*.
+
+        :class:`NotFound`: register again. :class:`InvalidRequest` for a position before the last
+        one, which stays.
+        """
+        found = self._find(plan, uid)
+        self._check_number("epoch", epoch)
+        self._check_number("position", position)
+        before, after = found.time(found.epoch, found.position), found.time(epoch, position)
+        if after < before or epoch < found.epoch:
+            raise InvalidRequest(
+                f"plan {plan} stands at position {found.position} of epoch {found.epoch} and "
+                f"cannot go back to position {position} of epoch {epoch}: to read from there, "
+                "register the plan again"
+            )
+        self._renew(found)
+        if after == before:
+            return found
+        now = self._foresight.clock()
+        took = now - found.advanced_at
+        if took > 0:
+            speed = (after - before) / took
+            found.rate = speed if not found.rate else 0.7 * found.rate + 0.3 * speed
+        found.advanced_at = now
+        found.epoch, found.position = epoch, position
+        self._foresight.advance(plan, after)
+        self._changed()
+        return found
+
+    def end(self, plan: str, *, uid: int = 0) -> bool:
+        """End a plan; whether there was one."""
+        found = self._plans.get(plan)
+        if found is None:
+            return False
+        self._check_owner(plan, uid)
+        self._drop(found)
+        return True
+
+    def end_owner(self, owner: str) -> None:
+        """The connection *owner* closed: its loaders are gone."""
+        for plan in [plan for plan in self._plans.values() if owner and plan.owner == owner]:
+            self._drop(plan)
+
+    def waited(self, plan: str, parts: dict[Reason, float]) -> None:
+        """A reader of *plan* waited; unknown plans are left out."""
+        found = self._plans.get(plan)
+        if found is not None:
+            found.waits.add(parts)
+
+    def expire(self) -> None:
+        """End the plans whose lease ran out."""
+        now = self._foresight.clock()
+        for plan in [plan for plan in self._plans.values() if plan.expires <= now]:
+            logger.info("plan %s of %s has expired", plan.name, plan.loader)
+            self._drop(plan)
+
+    # ---------------------------------------------------------------------------------- parts
+
+    async def _make(
+        self,
+        plan: str,
+        loader: str,
+        order: OrderParameters,
+        epoch: int,
+        position: int,
+        uid: int,
+        owner: str,
+    ) -> Plan:
+        version = await self._read(order.manifest, "dataset version")
+        if not isinstance(version, DatasetManifest):
+            raise InvalidRequest(f"manifest {order.manifest} is not that of a dataset version")
+        split, num_samples = None, version.num_rows
+        if order.selection:
+            selection = await self._read(order.selection, "split")
+            if not isinstance(selection, SelectionManifest):
+                raise InvalidRequest(f"manifest {order.selection} is not that of a split")
+            if selection.dataset_manifest != order.manifest:
+                raise InvalidRequest(
+                    f"split {selection.name!r} is one of {selection.dataset} version "
+                    f"{selection.version}, not of {version.dataset} version {version.version}"
+                )
+            split = Split(int(selection.rule["seed"]), int(selection.rule["start"]))
+            num_samples = selection.num_rows
+        if position > num_samples:
+            raise InvalidRequest(
+                f"position {position} is outside an epoch of {num_samples} samples"
+            )
+        reading = ReadOrder(
+            manifest=order.manifest,
+            identity=f"{order.manifest}/{order.selection}",
+            num_samples=num_samples,
+            num_version_rows=version.num_rows,
+            split=split,
+            shuffle=check_shuffle(order.shuffle),
+            seed=order.seed,
+            global_batch_size=order.global_batch_size,
+            last_batch=check_last_batch(order.last_batch),
+            rank=order.rank,
+            num_ranks=order.num_ranks,
+            num_epochs=order.num_epochs,
+        )
+        shards = version.shards
+        view = OrderView(
+            reading,
+            [shard.blob for shard in shards],
+            [shard.num_rows for shard in shards],
+            reading.time(epoch, position),
+        )
+        dataset = f"{version.dataset}@{version.version}"
+        return Plan(plan, loader, dataset, uid, owner, num_samples, view, 0.0)
+
+    async def _read(self, manifest: str, what: str) -> object:
+        check_id("manifest", manifest)
+        record = await self._catalog.read(lambda connection: wanted_manifest(connection, manifest))
+        if record is None:
+            raise NotFound(
+                f"there is no {what} with manifest {manifest}: it was deleted, or never "
+                "committed; open the dataset again"
+            )
+        return await asyncio.to_thread(parse, record.data, f"{what} of a plan", manifest)
+
+    def _find(self, plan: str, uid: int) -> Plan:
+        found = self._plans.get(plan)
+        if found is None:
+            raise NotFound(
+                f"plan {plan} is not known (any more): its lease ran out, it was ended, or the "
+                "daemon was restarted; register it again"
+            )
+        self._check_owner(plan, uid)
+        return found
+
+    def _check_owner(self, plan: str, uid: int) -> None:
+        found = self._plans.get(plan)
+        if found is not None and found.uid != uid and uid != 0:
+            raise InvalidRequest(f"plan {plan} is another user's: choose another random name")
+
+    @staticmethod
+    def _check_number(name: str, value: int) -> None:
+        if type(value) is not int or not 0 <= value < 1 << 62:
+            raise InvalidRequest(f"{name} {value!r} is no number from 0 to 2^62")
+
+    def _renew(self, plan: Plan) -> None:
+        plan.expires = self._foresight.clock() + self._lease_seconds
+
+    def _drop(self, plan: Plan) -> None:
+        del self._plans[plan.name]
+        self._foresight.remove_plan(plan.name)
+        self._changed()

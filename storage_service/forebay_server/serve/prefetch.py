@@ -1,0 +1,210 @@
+"""Fetches what plans are going to read before they do, the most urgent first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from forebay_server.catalog.engine import Catalog
+from forebay_server.serve.cache import Cache
+from forebay_server.serve.foresight import Foresight
+from forebay_server.serve.promote import Place, places_of
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier
+from forebay_wire.errors import ForebayError, NotFound, ResourceExhausted
+
+logger = logging.getLogger(__name__)
+
+STREAMS: Final = {"object": 6, "hdd": 1}
+"""Fetches at a time by the kind of tier where they come from: fewer than the tier has threads, so
+that there is one for whoever waits. A disk reads one file after the other."""
+
+LOOK: Final = 64
+"""Needed blobs that one search finds, so many that it runs rarely."""
+
+MARGIN: Final = 2.0
+"""Room of others is taken for what is needed within this many times the duration of a fetch: later
+more is known about what can go."""
+
+SOONEST_SECONDS: Final = 0.25
+
+YIELD_SECONDS: Final = 0.02
+"""After so long it looks again whether readers still wait."""
+
+RETRY_SECONDS: Final = 5.0
+"""A blob that could not be fetched is left to its readers for this long."""
+
+MAX_KNOWN: Final = 1 << 16
+
+Bring = Callable[[Place, Tier], Awaitable[None]]
+"""Copies a blob into a tier, once however many want it."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the catalog said about a blob: where to fetch it from, None if there is no need."""
+
+    source: Place | None
+
+
+class Prefetcher:
+    """Belongs to the event loop; :meth:`run` it in the background."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        catalog: Catalog,
+        foresight: Foresight,
+        cache: Cache,
+        bring: Bring,
+        *,
+        is_busy: Callable[[str], bool] = lambda tier: False,
+    ) -> None:
+        """*is_busy* answers whether a reader waits for bytes of a tier: then no fetch from there is
+        begun."""
+        self._tiers = tiers
+        self._catalog = catalog
+        self._foresight = foresight
+        self._cache = cache
+        self._bring = bring
+        self._is_busy = is_busy
+        self._woken = asyncio.Event()
+        self._known: dict[str, _Known] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._num_running = dict.fromkeys(STREAMS, 0)
+        self._failed: dict[str, float] = {}
+        self._fetch_seconds = SOONEST_SECONDS
+        self.num_fetched = 0
+        self.fetched_bytes = 0
+
+    def wake(self) -> None:
+        """Something else may be needed, or fit, now."""
+        self._woken.set()
+
+    def forget(self, blob: str) -> None:
+        """The blob's copies changed."""
+        self._known.pop(blob, None)
+
+    async def run(self) -> None:
+        """Fetch ahead, until cancelled; running fetches are cancelled, too."""
+        try:
+            while True:
+                await self._woken.wait()
+                self._woken.clear()
+                try:
+                    await self._start_some()
+                except ForebayError as error:
+                    logger.warning("nothing is prefetched now: %s", error)
+                    await asyncio.sleep(1.0)
+                    self.wake()
+        finally:
+            tasks = list(self._running.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------- choosing
+
+    async def _start_some(self) -> None:
+        """Begin fetches until all streams are busy, or nothing more is worth it now."""
+        if not self._foresight.has_plans or all(
+            self._num_running[kind] >= limit for kind, limit in STREAMS.items()
+        ):
+            return
+        uses = self._foresight.upcoming(LOOK, self._may_be_missing)
+        await self._locate([use.blob for use in uses])
+        now = self._foresight.clock()
+        sources = []
+        for use in uses:
+            known = self._known.get(use.blob)
+            if known is not None and known.source is not None:
+                sources.append((use.time - now, known.source))
+        is_held_up = False
+        for seconds, source in sources:
+            kind = self._tiers.get(source.tier).kind
+            if self._num_running[kind] >= STREAMS[kind] or source.blob in self._running:
+                continue
+            if self._is_busy(source.tier):
+                is_held_up = True
+                continue
+            if not await self._begin(source, seconds):
+                break
+        if is_held_up:
+            asyncio.get_running_loop().call_later(YIELD_SECONDS, self.wake)
+
+    def _may_be_missing(self, blob: str) -> bool:
+        if blob in self._running or self._foresight.holds(blob):
+            return False
+        if self._failed.get(blob, 0.0) > time.monotonic():
+            return False
+        known = self._known.get(blob)
+        return known is None or known.source is not None
+
+    async def _locate(self, blobs: list[str]) -> None:
+        unknown = [blob for blob in blobs if blob not in self._known]
+        if not unknown:
+            return
+        located = await self._catalog.locate(unknown)
+        if len(self._known) > MAX_KNOWN:
+            self._known.clear()
+        for blob in unknown:
+            found = located.get(blob)
+            places = places_of(found) if found is not None else []
+            self._known[blob] = _Known(self._source(places))
+
+    def _source(self, places: list[Place]) -> Place | None:
+        """The copy to fetch from, None where the best tier has the blob, or nobody."""
+        best = self._tiers.landing[0]
+        if any(place.tier == best.name for place in places):
+            return None
+        names = {tier.name for tier in self._tiers.all}
+        here = [place for place in places if place.tier in names]
+        here.sort(key=lambda place: self._tiers.get(place.tier).kind != "hdd")
+        return here[0] if here else None
+
+    async def _begin(self, source: Place, seconds: float) -> bool:
+        """Begin to fetch one blob that is needed in *seconds*; False: there is no room for it, nor
+        for what is needed later."""
+        tier = self._tiers.landing[0]
+        soon = max(SOONEST_SECONDS, MARGIN * self._fetch_seconds)
+        if not self._cache.has_room(tier, source) and (
+            seconds > soon or not await self._cache.make_room(tier, source)
+        ):
+            return False
+        kind = self._tiers.get(source.tier).kind
+        self._num_running[kind] += 1
+        self._cache.keep_room(tier, source)
+        task = asyncio.create_task(self._fetch(source, tier), name=f"prefetch-{source.blob}")
+        self._running[source.blob] = task
+        task.add_done_callback(lambda _: self._end(source, tier, kind))
+        return True
+
+    # ------------------------------------------------------------------------------- fetching
+
+    async def _fetch(self, source: Place, tier: Tier) -> None:
+        started = time.monotonic()
+        try:
+            await self._bring(source, tier)
+        except ResourceExhausted:
+            return  # somebody else took the room: looked at again with the next change
+        except ForebayError as error:
+            self._failed[source.blob] = time.monotonic() + RETRY_SECONDS
+            level = logging.DEBUG if isinstance(error, NotFound) else logging.INFO
+            logger.log(level, "blob %s is not prefetched: %s", source.blob, error)
+            return
+        took = time.monotonic() - started
+        self._fetch_seconds += 0.2 * (took - self._fetch_seconds)
+        self._failed.pop(source.blob, None)
+        self.num_fetched += 1
+        self.fetched_bytes += source.num_bytes
+
+    def _end(self, source: Place, tier: Tier, kind: str) -> None:
+        self._num_running[kind] -= 1
+        self._cache.let_room_go(tier, source)
+        self._running.pop(source.blob, None)
+        self._known.pop(source.blob, None)
+        self.wake()
