@@ -181,7 +181,7 @@ def check(path: Path) -> None:
     try:
         row_digests.register(connection)
         found = _find_damage(connection)
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         if is_sqlite_io_error(error):
             raise
         found = str(error)

@@ -389,8 +389,12 @@ async def test_a_start_removes_what_no_row_names_and_keeps_what_one_does(tmp_pat
         kept = await node.upload(os.urandom(MIB))
 
         def name_it(connection: Connection) -> None:
-            connection.exec_driver_sql("INSERT INTO manifests VALUES ('m', 1, x'00', 0)")
-            connection.exec_driver_sql("INSERT INTO manifest_blobs VALUES ('m', ?)", (kept.blob,))
+            connection.exec_driver_sql(
+                "INSERT INTO manifests (manifest, kind, data, created) VALUES ('m', 1, x'00', 0)"
+            )
+            connection.exec_driver_sql(
+                "INSERT INTO manifest_blobs (manifest, blob) VALUES ('m', ?)", (kept.blob,)
+            )
 
         await node.catalog.write(name_it)
         uncommitted = await node.upload(os.urandom(MIB))
@@ -406,9 +410,13 @@ async def test_a_start_takes_cut_and_missing_files_out_of_service(tmp_path: Path
         blobs = [(await node.upload(os.urandom(MIB))).blob for _ in range(2)]
 
         def name_them(connection: Connection) -> None:
-            connection.exec_driver_sql("INSERT INTO manifests VALUES ('m', 1, x'00', 0)")
+            connection.exec_driver_sql(
+                "INSERT INTO manifests (manifest, kind, data, created) VALUES ('m', 1, x'00', 0)"
+            )
             for blob in blobs:
-                connection.exec_driver_sql("INSERT INTO manifest_blobs VALUES ('m', ?)", (blob,))
+                connection.exec_driver_sql(
+                    "INSERT INTO manifest_blobs (manifest, blob) VALUES ('m', ?)", (blob,)
+                )
 
         await node.catalog.write(name_them)
         located = await node.catalog.locate(blobs)
