@@ -53,7 +53,7 @@ def exit_code(error: ForebayError) -> ExitCode:
 
 def _flag(option: Option) -> Decorator:
     """The click option of one setting; nothing given stays None, so that other sources count."""
-    shown = "" if option.default in ((), "", None) else f" Default: {option.default}."
+    shown = "" if str(option.default) in ("()", "", "None") else f" Default: {option.default}."
     text = f"{option.meaning}{shown}"
     if option.is_flag:
         return click.option(
@@ -138,6 +138,8 @@ def _print_config(configured: Configured, *, as_json: bool) -> None:
 @commands.command("recover")
 @click.argument("url")
 @_flag(OPTIONS["data"])
+@_flag(OPTIONS["object-client"])
+@_flag(OPTIONS["object-options"])
 @click.option("--json", "as_json", is_flag=True, help="Print progress and result as JSON lines.")
 def recover_command(url: str, as_json: bool, **given: Any) -> int:
     """Rebuild an empty data folder from the object tier at URL.
@@ -150,7 +152,15 @@ def recover_command(url: str, as_json: bool, **given: Any) -> int:
     config = load_config(arguments, os.environ).config
     configure_logs(config.log_level, config.log_format)
     report = _JsonReport() if as_json else _LineReport()
-    result = asyncio.run(recover(_absolute(url), config.data, report=report))
+    result = asyncio.run(
+        recover(
+            _absolute(url),
+            config.data,
+            client=config.object_client,
+            options=config.object_options,
+            report=report,
+        )
+    )
     report.finish(result)
     return ExitCode.FAILURE if result.left_out else ExitCode.OK
 

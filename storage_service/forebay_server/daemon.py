@@ -53,8 +53,8 @@ from forebay_server.folder import (
     write_private,
 )
 from forebay_server.locks import NamedLocks
-from forebay_server.move.budget import Budget
 from forebay_server.model.encodings import RAW
+from forebay_server.move.budget import Budget
 from forebay_server.move.collect import Collector
 from forebay_server.move.copy import Copier
 from forebay_server.move.flush import Flush

@@ -23,11 +23,12 @@ from forebay_server.config import CONFIG_FILE_NAME, load_config
 from forebay_server.folder import FolderLock, load_node, write_private
 from forebay_server.model.chains import choose
 from forebay_server.model.extents import ObjectBlob
+from forebay_server.object_options import ObjectOptions
 from forebay_server.publish.manifests import BLOBS, MANIFESTS
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.owner import Owner, take_over
 from forebay_server.tier.publication import fsync_folder
-from forebay_server.tier.remote import RemoteTier
+from forebay_server.tier.remote import ObjectClientName, RemoteTier
 from forebay_server.tier.store import FileInfo, Tier
 from forebay_server.tier.verify import read_table
 from forebay_wire.errors import (
@@ -50,6 +51,8 @@ from forebay_wire.manifest import (
 )
 
 logger = logging.getLogger(__name__)
+
+NO_OPTIONS: Final = ObjectOptions()
 
 T = TypeVar("T")
 
@@ -117,9 +120,13 @@ async def recover(
     url: str,
     folder: Path,
     *,
+    client: ObjectClientName = "s3fs",
+    options: ObjectOptions = NO_OPTIONS,
     report: Report = lambda step, done, total: None,
 ) -> Recovered:
     """Rebuild the data folder *folder* from the object tier at *url*; durable on return.
+
+    *client* and *options* say how to speak with an object store.
 
     The folder has no catalog yet (:class:`AlreadyExists`) and no daemon. Its ``forebay.toml`` will
     name *url* as the object tier. A recovery that was interrupted is begun again. The tier is the
@@ -132,12 +139,14 @@ async def recover(
             raise AlreadyExists(
                 f"{folder} holds a catalog: recover into an empty folder, so that nothing is lost"
             )
-        tier = RemoteTier("object", url, must_have=MANIFESTS)
+        tier = RemoteTier(
+            "object", url, client=client, options=options.as_dict(), must_have=MANIFESTS
+        )
         await asyncio.to_thread(tier.open)
         try:
             recovery = _Recovery(tier, Recovered(url, str(folder)), report)
             name = await recovery.run(folder)
-            _write_settings(folder, url)
+            _write_settings(folder, url, client, options)
             # Before the catalog has its name: a recovery that ends here can be begun again.
             await asyncio.to_thread(_take_over, tier, name, folder)
             _publish_catalog(folder / UNFINISHED_FILE_NAME, folder / CATALOG_FILE_NAME)
@@ -321,8 +330,13 @@ def _describe(manifest: AnyManifest) -> str:
     return text
 
 
-def _write_settings(folder: Path, url: str) -> None:
-    """Have the folder's daemons use the recovered object tier, unless its file says so already."""
+def _write_settings(
+    folder: Path, url: str, client: ObjectClientName, options: ObjectOptions
+) -> None:
+    """Have the folder's daemons use the recovered object tier, unless its file says so already.
+
+    Credentials are not written: the daemon gets them as it got them before.
+    """
     path = folder / CONFIG_FILE_NAME
     if path.exists():
         told = load_config({}, {}, path).config.object_url
@@ -333,8 +347,13 @@ def _write_settings(folder: Path, url: str) -> None:
             )
         return
     # A JSON string is a TOML string.
-    text = f"# Written by `forebay recover`.\nobject-url = {json.dumps(url)}\n"
-    write_private(path, text.encode())
+    lines = ["# Written by `forebay recover`.", f"object-url = {json.dumps(url)}"]
+    if client != "s3fs":
+        lines.append(f"object-client = {json.dumps(client)}")
+    if shown := options.without_credentials():
+        lines.append("[object-options]")
+        lines += [f"{name} = {json.dumps(value)}" for name, value in shown.items()]
+    write_private(path, ("\n".join(lines) + "\n").encode())
 
 
 def _take_over(tier: Tier, catalog: str, folder: Path) -> None:
