@@ -39,7 +39,9 @@ COPY = "copy"
 """Bring a blob into a tier; the target is ``BLOB TIER``."""
 MIGRATE = "migrate"
 """Bring a blob into a tier and take it out of another; the target is ``BLOB FROM TO``."""
-SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE})
+PIN = "pin"
+"""Bring what a pin, the target, holds into its tier, verified."""
+SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE, PIN})
 """Kinds that move many bytes for nobody who waits: they have workers of their own, so that what
 makes data safe (:data:`FLUSH`) never stands behind them."""
 

@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import random
+import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -70,6 +71,7 @@ class Progress:
         self.total_bytes = job.total_bytes
         self.repeat_seconds: float | None = None
         self._interrupted = ""
+        self._lock = threading.Lock()
 
     def plan(self, total_bytes: int) -> None:
         """There are so many bytes to move in all."""
@@ -79,7 +81,8 @@ class Progress:
         """So many more bytes are moved; raises if the job has to end here, to go on later."""
         if self._interrupted:
             raise DaemonUnavailable(self._interrupted)
-        self.done_bytes += num_bytes
+        with self._lock:
+            self.done_bytes += num_bytes
 
     def repeat_after(self, seconds: float) -> None:
         """Do the same again so long after this job has ended, unless somebody asks for it first."""

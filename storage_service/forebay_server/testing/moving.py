@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forebay_server.catalog.engine import Connection
+from forebay_server.catalog.queries_datasets import insert_version
 from forebay_server.catalog.queries_jobs import (
     COPY,
     MIGRATE,
+    PIN,
     SLOW_KINDS,
     Job,
     are_settled,
@@ -24,7 +27,11 @@ from forebay_server.move.budget import Budget
 from forebay_server.move.copy import Copier
 from forebay_server.move.jobs import Handler, Jobs
 from forebay_server.move.migrate import Migrator
+from forebay_server.move.pins import Pins
 from forebay_server.testing.node import StorageNode
+from forebay_server.tier.store import Tier
+from forebay_wire.ids import new_random_name
+from forebay_wire.manifest import DatasetManifest, ShardRef
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,24 @@ class MovingNode:
     jobs: Jobs
     copier: Copier
     migrator: Migrator
+    pins: Pins
+
+    async def add_dataset(self, name: str, *sizes: int, tiers: Sequence[str] = ("object",)) -> Any:
+        """A dataset with a shard of each size, in *tiers*; the ids of its blobs."""
+        tables = [await self.node.add_blob([os.urandom(size)], *tiers) for size in sizes]
+        shards = tuple(
+            ShardRef(blob=one.blob_id, num_bytes=one.total_bytes, num_rows=1, batch_rows=(1,))
+            for one in tables
+        )
+        manifest = DatasetManifest(
+            dataset=name, version=1, parent=None, schema="", shards=shards, metadata={}
+        )
+        identity, data = manifest.encode()
+        request = new_random_name()
+        await self.node.catalog.write(
+            lambda connection: insert_version(connection, manifest, identity, data, request)
+        )
+        return [one.blob_id for one in tables]
 
     async def queue(self, kind: str, target: str, **options: Any) -> str:
         """Queue a job and wake the workers."""
@@ -84,11 +109,13 @@ async def open_moving(
     is_open: Any = lambda blob: False,
     budget: Budget | None = None,
     run_jobs: bool = True,
+    make_room: Any = None,
+    tiers: Sequence[Tier] | None = None,
     more: Any = lambda node: {},
     **options: Any,
 ) -> AsyncIterator[MovingNode]:
     """A node in *folder*; *more* makes further handlers of it."""
-    async with StorageNode(folder) as node:
+    async with StorageNode(folder, tiers) as node:
         locks = NamedLocks()
         copier = Copier(node.opener.bringer, budget or Budget({}), locks)
         migrator = Migrator(
@@ -99,11 +126,17 @@ async def open_moving(
             is_open=is_open,
             forget=node.opener.forget,
         )
-        handlers: dict[str, Handler] = {COPY: copier, MIGRATE: migrator, **more(node)}
+        pins = Pins(node.catalog, node.tiers, node.opener.bringer, copier, make_room=make_room)
+        handlers: dict[str, Handler] = {
+            COPY: copier,
+            MIGRATE: migrator,
+            PIN: pins.fetch,
+            **more(node),
+        }
         jobs = Jobs(node.catalog, "me", handlers, slow_kinds=SLOW_KINDS, **options)
         working = asyncio.create_task(jobs.run()) if run_jobs else None
         try:
-            yield MovingNode(node, jobs, copier, migrator)
+            yield MovingNode(node, jobs, copier, migrator, pins)
         finally:
             jobs.stop()
             if working is not None:

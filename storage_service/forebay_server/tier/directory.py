@@ -15,7 +15,14 @@ from forebay_server.tier.publication import (
     make_folders,
 )
 from forebay_server.tier.space import SpaceLedger, free_in_folder
-from forebay_server.tier.store import FileInfo, Tier, TierReader, TierSpace, from_os_error
+from forebay_server.tier.store import (
+    FileInfo,
+    RoomPromise,
+    Tier,
+    TierReader,
+    TierSpace,
+    from_os_error,
+)
 from forebay_server.tier.volume import VOLUME_FILE, Volume
 from forebay_wire.errors import NotFound, StorageError
 from forebay_wire.ids import check_random_name
@@ -118,6 +125,9 @@ class DirectoryTier(Tier):
 
     def space(self) -> TierSpace:
         return self._ledger.space()
+
+    def reserve(self, num_bytes: int) -> RoomPromise:
+        return self._ledger.reserve(num_bytes)
 
     def _check_present(self) -> None:
         """Raise :class:`StorageError` where the whole volume is away: no file of it is gone."""

@@ -21,7 +21,7 @@ LANDING_THREADS: Final = 4
 """Blobs that land in one tier at a time. They have threads of their own: a landing takes seconds,
 and what is short (a reservation, an open) must not wait for it."""
 
-MOVING_THREADS: Final = 2
+MOVING_THREADS: Final[dict[TierKind, int]] = {"ram": 1, "ssd": 3, "hdd": 2, "object": 6}
 """Background copies from, or checks in, one tier at a time. They have threads of their own as they
 wait for their turn: no reader may stand behind them."""
 
@@ -56,7 +56,7 @@ class Tiers:
         for tier in self.all:
             self._threads[tier.name] = ThreadPoolExecutor(THREADS[tier.kind], f"tier-{tier.name}")
             name = f"moving-{tier.name}"
-            self._moving_threads[tier.name] = ThreadPoolExecutor(MOVING_THREADS, name)
+            self._moving_threads[tier.name] = ThreadPoolExecutor(MOVING_THREADS[tier.kind], name)
         for tier in self.landing:
             name = f"landing-{tier.name}"
             self._landing_threads[tier.name] = ThreadPoolExecutor(LANDING_THREADS, name)

@@ -155,6 +155,14 @@ class Reservation:
             ledger._allocated_bytes += self.num_bytes - self._allocated_bytes
         self._allocated_bytes = self.num_bytes
 
+    def shrink(self, num_bytes: int) -> None:
+        """Take up to *num_bytes* off a promise that nothing was allocated for."""
+        ledger = self._ledger
+        with ledger._lock:
+            less = min(num_bytes, self.num_bytes - self._allocated_bytes) if self._open else 0
+            self.num_bytes -= less
+            ledger._reserved_bytes -= less
+
     def settle(self, num_bytes: int) -> None:
         """The promise became a published file (or slot) of *num_bytes* allocated bytes."""
         self._end(num_bytes, 1)
