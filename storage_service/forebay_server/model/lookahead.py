@@ -19,6 +19,9 @@ from forebay_wire.errors import InvalidRequest, LimitExceeded
 MAX_USES: Final = 1 << 17
 """Uses that one plan's look into the future holds: about 20 MB."""
 
+PART_USES: Final = 256
+"""Uses made into Python numbers at once: most callers want a few."""
+
 MAX_EPOCHS: Final = 2
 """Epochs that it reaches ahead, however small they are."""
 
@@ -87,10 +90,11 @@ class OrderView:
             if window.stop <= start:
                 continue
             first = int(np.searchsorted(window.times, start))
-            for time, shard in zip(
-                window.times[first:].tolist(), window.shards[first:].tolist(), strict=True
-            ):
-                yield time, self._blobs[shard]
+            for part in range(first, len(window.times), PART_USES):
+                times = window.times[part : part + PART_USES].tolist()
+                shards = window.shards[part : part + PART_USES].tolist()
+                for time, shard in zip(times, shards, strict=True):
+                    yield time, self._blobs[shard]
 
     def forget_before(self, position: int) -> None:
         """Nobody asks about uses before *position* any more."""

@@ -19,11 +19,12 @@ NEVER: Final = math.inf
 SWEEP: Final = 64
 """Stale keys brought up to date with each call, so that no call has to do them all."""
 
-RATE_DECAY: Final = 0.98
-"""Weight of the past at each report of a position: the speed is that of the last 50 or so."""
+RATE_DECAY: Final = 0.995
+"""Weight of the past at each report of a position: the speed is that of the last 200 or so."""
 
-DRIFT: Final = 0.1
-"""A plan whose times have moved by this share is looked at anew."""
+DRIFT: Final = 0.25
+"""A plan whose times have moved by this share is looked at anew. Less is chance: steps take
+different times."""
 
 
 class PlanView(Protocol):
@@ -112,6 +113,9 @@ class _Plan:
 
 _Key = tuple[float, float]
 """(minus the time of the next use, last use): the smallest key goes first."""
+
+_UNKNOWN: Final[_Key] = (NEVER, NEVER)
+"""No entry in the heap has it."""
 
 
 @dataclass
@@ -205,10 +209,15 @@ class NextUse:
     # --------------------------------------------------------------------------- residents
 
     def stored(self, blob: str, num_bytes: int, now: float) -> None:
-        """The tier has *blob* now. Again: its size and last use are as given."""
+        """The tier has *blob* now. Again: only its size is news, so that a list of what is there
+        may be told as often as one likes."""
         self._now = max(self._now, now)
-        self._residents[blob] = _Resident(num_bytes, now, (NEVER, NEVER))
-        self._refresh(blob)
+        resident = self._residents.get(blob)
+        if resident is None:
+            self._residents[blob] = _Resident(num_bytes, now, _UNKNOWN)
+            self._refresh(blob)
+        else:
+            resident.num_bytes = num_bytes
         self._sweep()
 
     def touched(self, blob: str, now: float) -> None:
@@ -344,6 +353,7 @@ class NextUse:
         picked: list[tuple[str, _Key]] = []
         popped: list[tuple[_Key, str]] = []
         seen: set[str] = set()
+        num_stale = 0  # beyond SWEEP of them, the order of before must do
         while bytes_needed > 0 and self._heap:
             key, blob = heapq.heappop(self._heap)
             resident = self._residents.get(blob)
@@ -351,9 +361,11 @@ class NextUse:
                 continue  # left over from before the blob's last change
             current = self._key_of(blob, resident.last_used)
             if current != key:
-                resident.key = current
-                heapq.heappush(self._heap, (current, blob))
-                continue
+                resident.key = key = current
+                if num_stale < SWEEP:
+                    num_stale += 1
+                    heapq.heappush(self._heap, (current, blob))
+                    continue
             popped.append((key, blob))
             seen.add(blob)
             if before is not None and key[0] >= before[0]:

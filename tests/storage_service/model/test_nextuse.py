@@ -200,7 +200,8 @@ class NextUseMachine(RuleBasedStateMachine):
 
     @rule(blob=blobs, num_bytes=st.integers(1, 20))
     def store(self, blob: str, num_bytes: int) -> None:
-        self.resident[blob] = (num_bytes, self.now)
+        _, last_used = self.resident.get(blob, (0, self.now))
+        self.resident[blob] = (num_bytes, last_used)
         self.known.stored(blob, num_bytes, self.now)
 
     @rule(blob=blobs)
