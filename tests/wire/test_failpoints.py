@@ -1,5 +1,7 @@
 """Failpoints kill exactly where they are told to, and cost nothing otherwise."""
 
+import os
+import select
 import signal
 import subprocess
 import sys
@@ -47,3 +49,18 @@ def test_an_unknown_name_is_an_error():
     done = run("upload.befor_publish")
     assert done.returncode == 1
     assert "is no failpoint" in done.stderr
+
+
+def test_a_fifo_holds_up_whoever_passes(tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR)
+    environment = {failpoints.VARIABLE: f"upload.before_publish@{path}"}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], env=environment, stdout=-1) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"0\n"
+        assert not select.select([process.stdout], [], [], 0.2)[0]
+        path.unlink()
+        os.close(writer)
+        assert process.stdout.read() == b"1\n2\n"
+    assert process.returncode == 0

@@ -151,6 +151,10 @@ class Checkpointer:
         and named in ``.skipped``. *state* may hold DTensors like those given to ``save``, whose
         sharding then applies. None with *missing_ok* if there is nothing; NotFound without.
 
+        *durability* ``"local"`` first waits for what all ranks have sealed and is still landing.
+        ``"ram"`` reads that out of the daemon's memory at once; until it is ``local`` the daemon's
+        end takes it along. ``"remote"``: only what another machine could restore, too.
+
         Raises InvalidRequest if the generation does not fit the model (names, shapes, dtypes:
         nothing is cast), IntegrityError if nothing could be verified; then the values of the
         tensors here are unspecified.

@@ -141,17 +141,18 @@ class Restorer:
     def _load(
         self, generation: GenerationId, manifest: str, raw: Mapping[str, Any] | None
     ) -> _Loaded:
-        saved = SavedState.of(self._service.manifest(manifest, generation))
-        names, targets = self._targets(saved, raw)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(dict(targets), saved.metadata, self._ranks.rank == 0)
         try:
+            saved = SavedState.of(self._service.manifest(manifest, generation))
+            names, targets = self._targets(saved, raw)
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner.set_up_planner(dict(targets), saved.metadata, self._ranks.rank == 0)
             with PackReader(self._service.transfer, saved) as reader:
                 reader.read(planner.create_local_plan().items, planner)
                 state = _nested(saved, names, targets, reader)
         except NotFound as error:
             raise IntegrityError(
-                f"generation {generation}: bytes that its manifest names are gone ({error.message})"
+                f"generation {generation}: its manifest, or bytes that it names, are gone "
+                f"({error.message})"
             ) from error
         return _Loaded(saved.manifest.metrics, state, reader.bytes_read)
 

@@ -19,6 +19,7 @@ from forebay_server.model.lineage import Point, needed_as_parent
 from forebay_server.model.states import GenerationState, PackState
 from forebay_server.publish.generations import COMMITTED, Generations, check_step
 from forebay_server.publish.lease import Grant, LandedBlob, Uploads
+from forebay_server.publish.sealed import SealedGenerations
 from forebay_wire.errors import (
     Conflict,
     ForebayError,
@@ -83,7 +84,8 @@ class Checkpoints:
         self._catalog = catalog
         self._uploads = uploads
         self._jobs = jobs
-        self.generations = Generations(catalog)
+        self._sealed = SealedGenerations(catalog, uploads)
+        self.generations = Generations(catalog, self._sealed)
         jobs.listen(self.generations.announce)  # the target of a flush is a manifest
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followed: set[str] = set()
@@ -267,6 +269,7 @@ class Checkpoints:
                 failpoint("generation.after_commit")
                 self._uploads.reuse(sessions)
                 self._jobs.wake()
+            await self._sealed.forget_if_final(pack.generation)
         finally:
             self._followed.discard(pack.session)
             self._announce(pack.generation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog, Connection
@@ -22,6 +23,7 @@ from forebay_server.catalog.queries_runs import (
 from forebay_server.model.lineage import Lineage, Point
 from forebay_server.model.states import Durability, GenerationState, check_durability, reaches
 from forebay_server.publish.changes import Changes
+from forebay_server.publish.sealed import SealedGenerations
 from forebay_wire.errors import (
     Conflict,
     DeadlineExceeded,
@@ -44,8 +46,9 @@ MAX_STEP: Final = (1 << 63) - 1
 class Generations:
     """The reading side of checkpoints. Belongs to the event loop."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, sealed: SealedGenerations) -> None:
         self._catalog = catalog
+        self._sealed = sealed
         self._changes = Changes()
 
     # ----------------------------------------------------------------------------------- waiting
@@ -127,27 +130,31 @@ class Generations:
 
         ``latest`` is the newest committed one on the newest attempt's lineage, those in *skip* left
         out. One that all ranks have sealed is waited for first; :class:`DeadlineExceeded` if it has
-        not landed after the timeout (0: what has not landed does not count).
+        not landed after the timeout (0: what has not landed does not count). With *durability*
+        ``ram`` it counts as it is, and its manifest is that of :meth:`SealedGenerations.offer`;
+        only where its packs do not lie in memory as a whole it is waited for all the same.
         """
         wanted = check_durability(durability)
-        if wanted is Durability.RAM:
-            raise InvalidRequest(
-                "a generation that is only in memory cannot be restored: ask for 'local' or "
-                "'remote', and wait with a timeout for what is still landing"
-            )
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_seconds
-        may_wait = timeout_seconds > 0 and wanted is Durability.LOCAL
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        may_wait = timeout_seconds > 0 and wanted is not Durability.REMOTE
+        skipped = frozenset(skip)
         while True:
-            point = await self._pick(run, selector, wanted, frozenset(skip), may_wait)
+            point = await self._pick(
+                run, selector, wanted, skipped, may_wait or wanted is Durability.RAM
+            )
             found = GenerationId(run, *point)
-            info = await self.look(found)
-            if info.state is not GenerationState.SEALED:
+            try:
+                info = await self._until_readable(found, wanted, deadline)
+            except DeadlineExceeded:
+                if may_wait:
+                    raise
+                skipped |= {point}
+                continue
+            if info is not None:
                 return info
-            await self._until_final(found, deadline)
 
     async def _pick(
-        self, run: str, selector: str, wanted: Durability, skip: frozenset[Point], may_wait: bool
+        self, run: str, selector: str, wanted: Durability, skip: frozenset[Point], sealed: bool
     ) -> Point:
         check_name("run", run)
 
@@ -159,20 +166,29 @@ class Generations:
             raise NotFound(f"there is no run {run}: nothing has been saved under that name")
         if wanted is Durability.REMOTE:
             skip = skip | {point for point in lineage.states if point not in remote}
-        states = COMMITTED_OR_LANDING if may_wait else COMMITTED
+        states = COMMITTED_OR_LANDING if sealed else COMMITTED
         point = _select(lineage, selector, states, skip)
         if point is None:
             raise NotFound(_nothing_found(run, selector, lineage, wanted, skip))
         return point
 
-    async def _until_final(self, generation: GenerationId, deadline: float) -> None:
-        """Wait until a sealed generation is committed or given up."""
+    async def _until_readable(
+        self, generation: GenerationId, wanted: Durability, deadline: float
+    ) -> GenerationInfo | None:
+        """The generation once it is committed, or in memory if that is *wanted*; None if it was
+        given up."""
         with self._changes.watch(str(generation)) as changed:
             while True:
                 changed.clear()
+                in_memory = None
+                if wanted is Durability.RAM:
+                    in_memory = await self._sealed.offer(generation)
                 info = await self.look(generation)
                 if info.state is not GenerationState.SEALED:
-                    return
+                    await self._sealed.forget_if_final(generation)
+                    return info if info.state is GenerationState.COMMITTED else None
+                if in_memory is not None:
+                    return replace(info, manifest=in_memory)
                 try:
                     async with asyncio.timeout_at(deadline):
                         await changed.wait()
@@ -181,6 +197,13 @@ class Generations:
                         f"generation {generation} is sealed by all ranks and still landing: wait "
                         "longer, or name an older generation as ATTEMPT/STEP"
                     ) from None
+
+    def manifest_in_memory(self, manifest: str) -> bytes | None:
+        """The bytes of the manifest of a generation in memory that :meth:`resolve` answered with.
+
+        None once that is committed (the catalog has it then) or given up.
+        """
+        return self._sealed.read(manifest)
 
     # --------------------------------------------------------------------------- looking ----------
 

@@ -19,6 +19,7 @@ from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import FileRef
 from forebay_server.publish.duplicates import Duplicates
 from forebay_server.publish.expiry import Expiry
+from forebay_server.publish.in_slot import open_in_slot
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
 from forebay_server.publish.leftovers import Leftovers
 from forebay_server.publish.placing import begin_landing, land_somewhere, run_to_end
@@ -44,6 +45,7 @@ from forebay_wire.limits import (
     MAX_UPLOAD_SLOT_BYTES,
     check_limit,
 )
+from forebay_wire.segments import SegmentTable
 
 __all__ = ["Grant", "LandedBlob", "Uploads"]
 
@@ -250,6 +252,14 @@ class Uploads:
                     await self._finish(self._abort(found))
             await self._finish(self._slots.close_held(session))
 
+    async def open_sealed(self, session: str) -> SegmentTable | None:
+        """Have the blob that a sealed session lands be read from its slot until then; its table.
+
+        None if the slot does not hold all of it, or it has landed, failed or is unknown.
+        """
+        found = self._sessions.get(session)
+        return await self._finish(open_in_slot(self._tiers, found)) if found is not None else None
+
     def reuse(self, sessions: Iterable[str]) -> None:
         """What these sealed in the background is committed: their owners may have the slots."""
         for session in sessions:
@@ -374,7 +384,7 @@ class Uploads:
                 return sealed(connection)
 
             answer = await self._catalog.write(seal)
-            found.state = "sealed"
+            found.state, found.sealed_piece = "sealed", piece
             task = asyncio.create_task(
                 self._land_behind(found, piece, landed), name=f"land-{found.name}"
             )
@@ -486,6 +496,7 @@ class Uploads:
 
     async def _settle_slot(self, found: Session) -> None:
         """Take the slot back, or hold it where nobody knows yet whether it may be used again."""
+        self._tiers.sealed.forget(found.name)
         if found.state == "sealed" and found.keeps_slot is None:
             self._slots.hold(found.name, found.slot)
         elif found.keeps_slot is False:

@@ -81,6 +81,8 @@ class Session:
         known yet, and until then the slot is held."""
         self.background: tuple[Any, asyncio.Task[Any]] | None = None
         """What sealing answered, and the landing that it began."""
+        self.sealed_piece: Piece | None = None
+        """The last piece of what lands in the background."""
 
     @property
     def slot_owner(self) -> str:
@@ -89,6 +91,14 @@ class Session:
     @property
     def next_sequence(self) -> int:
         return 0 if self.last_piece is None else self.last_piece.sequence + 1
+
+    @property
+    def whole_in_slot(self) -> Piece | None:
+        """All of the blob, if it is sealed, has not landed yet, and the slot holds all of it."""
+        piece = self.sealed_piece
+        if self.state != "sealed" or self.landing is None or piece is None or piece.sequence:
+            return None
+        return piece
 
     def check_user(self, uid: int) -> None:
         if uid != self.uid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal, Protocol
 
 import grpc.aio
@@ -33,10 +33,18 @@ class TicketGiver(Protocol):
 class BlobsService(blobs_pb2_grpc.BlobsServicer):
     """What each call promises stands in ``blobs.proto``."""
 
-    def __init__(self, uploads: Uploads, catalog: Catalog, tickets: TicketGiver) -> None:
+    def __init__(
+        self,
+        uploads: Uploads,
+        catalog: Catalog,
+        tickets: TicketGiver,
+        manifest_in_memory: Callable[[str], bytes | None],
+    ) -> None:
+        """*manifest_in_memory* knows the manifests that are not committed and may be read."""
         self._uploads = uploads
         self._catalog = catalog
         self._tickets = tickets
+        self._manifest_in_memory = manifest_in_memory
 
     async def BeginUpload(
         self, request: messages.BeginUploadRequest, context: Context
@@ -79,7 +87,9 @@ class BlobsService(blobs_pb2_grpc.BlobsServicer):
         self, request: messages.ReadManifestRequest, context: Context
     ) -> AsyncIterator[messages.ManifestChunk]:
         manifest = check_id("manifest", request.manifest)
-        data = await self._catalog.read(lambda connection: read_manifest(connection, manifest))
+        data = self._manifest_in_memory(manifest)
+        if data is None:  # in this order: a commit between the two looks is found
+            data = await self._catalog.read(lambda connection: read_manifest(connection, manifest))
         if data is None:
             raise NotFound(
                 f"there is no manifest {manifest}: its dataset or generation was deleted"

@@ -1,9 +1,10 @@
-"""Tiers that fail on demand."""
+"""Tiers that fail or stall on demand."""
 
 from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +35,20 @@ class FaultyTier(TierWrapper):
             error = OSError(code, os.strerror(code))
             raise from_os_error(error, f"{operation} of file {name}", f"tier {self.name}")
         yield
+
+
+class StallingTier(FaultyTier):
+    """Holds up the calls of *operation* while *gate* is closed, and fails them as told."""
+
+    def __init__(self, inner: Tier, operation: str, gate: threading.Event) -> None:
+        """*gate* is open while it is set."""
+        super().__init__(inner)
+        self._operation = operation
+        self._gate = gate
+
+    @contextmanager
+    def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
+        if operation == self._operation:
+            self._gate.wait()
+        with super().around(operation, name, num_bytes):
+            yield

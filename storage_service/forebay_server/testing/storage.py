@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,15 +52,19 @@ async def open_storage(
     ram_bytes: int = 256 * MIB,
     with_object: bool = False,
     catalog_url: str = "",
+    wrap: Callable[[Tier], Tier] = lambda tier: tier,
 ) -> AsyncIterator[Storage]:
-    """The storage in *folder*, as a start of the daemon opens and reconciles it."""
+    """The storage in *folder*, as a start of the daemon opens and reconciles it.
+
+    *wrap* is put around each tier.
+    """
     tiers: list[Tier] = [
         DirectoryTier("ssd", "ssd", folder / "ssd", limit_bytes=limit_bytes, reserve_bytes=0),
         DirectoryTier("hdd", "hdd", folder / "hdd", limit_bytes=limit_bytes, reserve_bytes=0),
     ]
     if with_object:
         tiers.append(RemoteTier("object", f"file://{folder / 'object'}"))
-    opened = Tiers(tiers, SlotPool(ram_bytes, 0))
+    opened = Tiers([wrap(tier) for tier in tiers], SlotPool(ram_bytes, 0))
     await opened.start()
     catalog = Catalog.open(catalog_url or sqlite_url(folder / "catalog.sqlite"), owner="test")
     try:

@@ -7,7 +7,8 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, Literal
 
 from forebay_server.tier.buffers import populate
@@ -99,6 +100,16 @@ class Slot:
                 raise NotFound(f"slot {self.slot_id} is closed: its upload session has ended")
             return os.dup(self.fd)
 
+    def open_read_only(self) -> int:
+        """A descriptor of its own (position and all) to hand over, which the caller closes.
+
+        Thread-safe; :class:`NotFound` if the slot is closed.
+        """
+        with self._closing:
+            if self.fd < 0:
+                raise NotFound(f"slot {self.slot_id} is closed: its upload session has ended")
+            return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
+
     def close(self) -> None:
         """Unmap, and give memory and reservation back. Clients' mappings live on. Idempotent."""
         self.view.release()
@@ -172,7 +183,8 @@ class SlotPool:
 
     A released slot stays warm for its owner, and goes away when somebody else needs the memory. It
     never goes to another owner: the owner's name contains the uid. One that its client may still
-    write to is discarded instead.
+    write to is discarded instead. A pinned one is taken back when its last pin goes: until then
+    nobody else gets it, and it counts.
     """
 
     name: Final = "ram"
@@ -191,6 +203,8 @@ class SlotPool:
         self._warm: dict[str, list[Slot]] = {}
         self._lent: dict[str, Slot] = {}
         self._dropped: set[str] = set()
+        self._pins: Counter[str] = Counter()
+        self._given_back: dict[str, Callable[[Slot], None]] = {}  # pinned: what to do after the pin
 
     def acquire(self, owner: str, num_bytes: int, minimum_bytes: int) -> Slot:
         """A slot of at least *num_bytes*, or, where memory is short, of at least *minimum_bytes*.
@@ -210,6 +224,9 @@ class SlotPool:
     def release(self, slot: Slot) -> None:
         """Take *slot* back and keep it warm for its owner. Idempotent."""
         with self._lock:
+            if slot.slot_id in self._pins:
+                self._given_back.setdefault(slot.slot_id, self.release)
+                return
             if self._lent.pop(slot.slot_id, None) is None:
                 return
             if slot.slot_id not in self._dropped:
@@ -221,10 +238,43 @@ class SlotPool:
     def discard(self, slot: Slot) -> None:
         """Take *slot* back and close it, so that nobody gets it again. Idempotent."""
         with self._lock:
+            if slot.slot_id in self._pins:
+                self._given_back[slot.slot_id] = self.discard
+                return
             if self._lent.pop(slot.slot_id, None) is None:
                 return
             self._dropped.discard(slot.slot_id)
         slot.close()
+
+    def pin(self, slot: Slot) -> None:
+        """Keep *slot*, which is lent, from being lent again or closed until :meth:`unpin`.
+
+        Pins count. :class:`NotFound` if the slot has been taken back.
+        """
+        with self._lock:
+            if slot.slot_id not in self._lent:
+                raise NotFound(f"slot {slot.slot_id} is taken back: its upload session has ended")
+            self._pins[slot.slot_id] += 1
+
+    def unpin(self, slot: Slot) -> None:
+        """End one :meth:`pin`; after the last one the slot goes where it was given back to."""
+        with self._lock:
+            self._pins[slot.slot_id] -= 1
+            if self._pins[slot.slot_id]:
+                return
+            del self._pins[slot.slot_id]
+            take_back = self._given_back.pop(slot.slot_id, None)
+        if take_back is not None:
+            take_back(slot)
+
+    @contextlib.contextmanager
+    def pinned(self, slot: Slot) -> Iterator[None]:
+        """Inside, *slot* is pinned."""
+        self.pin(slot)
+        try:
+            yield
+        finally:
+            self.unpin(slot)
 
     def drop_owner(self, owner: str) -> None:
         """Free what *owner* has warm, and what it still has on loan as soon as it is released."""

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
 
 from forebay_server.tier.memory import SlotPool
+from forebay_server.tier.sealed import SealedBlobs
 from forebay_server.tier.store import Tier, TierKind
 from forebay_wire.errors import InvalidRequest
 
@@ -38,6 +39,8 @@ class Tiers:
         """At most one of *tiers* is of kind ``object``; names are unique."""
         self.all = tuple(tiers)
         self.slots = slots
+        self.sealed = SealedBlobs(slots)
+        """What can be read from slots while it lands."""
         self.landing = tuple(
             sorted(
                 (tier for tier in tiers if tier.kind in _LANDING_ORDER),
@@ -79,6 +82,7 @@ class Tiers:
         self._threads.clear()
         for tier in self.all:
             tier.close()
+        self.sealed.close()
         self.slots.close()
 
     def get(self, name: str) -> Tier:

@@ -124,7 +124,7 @@ async def test_latest_of_nothing(node: CheckpointNode) -> None:
         await node.latest()
     with pytest.raises(NotFound, match="remote"):
         await node.latest(durability="remote")
-    with pytest.raises(InvalidRequest, match="only in memory"):
+    with pytest.raises(NotFound, match="1/1"):
         await node.latest(durability="ram")
 
 
