@@ -108,6 +108,7 @@ class Collector:
                 await self._sweep(tier)
             if self._tiers.object is not None:
                 await self._sweep_objects(self._tiers.object)
+                await self._tiers.run(self._tiers.object, self._tiers.object.sweep)
         if num_open:
             raise Conflict(f"{num_open} deleted blobs are still open in clients: they go later")
 

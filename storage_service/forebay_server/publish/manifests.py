@@ -17,7 +17,7 @@ from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_objects import ManifestRecord, insert_object_replica
 from forebay_server.locks import NamedLocks
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
-from forebay_server.tier.encode import encode_into, open_plain
+from forebay_server.tier.encode import StoredFile, encode_into, open_plain
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
 from forebay_server.tier.verify import verify_file
@@ -145,13 +145,15 @@ class ObjectPublisher:
             if replica.tier not in names:
                 continue
             try:
-                made = await self._tiers.run(
+                made, stored = await self._tiers.run(
                     self._tier, self._copy_file, location.blob, replica, progress
                 )
             except (IntegrityError, NotFound) as error:
                 await self._quarantine(location, replica, str(error))
                 continue
             failpoint("flush.after_blob")
+            if not stored.is_proven:
+                await self._tiers.run(self._tier, self._read_back, location.blob, made)
             found = await self._tiers.run(self._tier, self._put_list, location.blob, made)
             failpoint("flush.after_extents")
             return found
@@ -165,33 +167,36 @@ class ObjectPublisher:
             "into the object tier; delete it, or restore the lost tier"
         )
 
-    def _copy_file(self, blob: str, replica: Replica, progress: Progress) -> ObjectBlob:
+    def _copy_file(
+        self, blob: str, replica: Replica, progress: Progress
+    ) -> tuple[ObjectBlob, StoredFile]:
         source, file = self._tiers.get(replica.tier), new_random_name()
         with open_plain(source, replica.extents[0].file, replica.encoding, blob) as reader:
             stored = encode_into(
                 reader, self._tier, file, self._tier.encoding, blob, advance=progress.advance
             )
         extent = ObjectExtent(0, 0, stored.table.total_bytes, stored.num_bytes, file)
-        return ObjectBlob(stored.table, (extent,), stored.encoding)
+        return ObjectBlob(stored.table, (extent,), stored.encoding), stored
 
-    def _put_list(self, blob: str, made: ObjectBlob) -> ObjectBlob:
-        """Read the copy back, then publish the blob's extent list; somebody else's, if that came
-        first."""
+    def _read_back(self, blob: str, made: ObjectBlob) -> None:
+        """Check the copy; what is wrong is removed."""
         file = made.extents[0].file
-        name = self._tier.blob_name(file)
         try:
             with open_plain(self._tier, file, made.encoding, blob) as reader:
                 verify_file(reader, blob)
         except (IntegrityError, NotFound) as error:
-            self._tier.delete(name)
+            self._tier.delete(self._tier.blob_name(file))
             raise StorageError(
                 f"what was just written into the object tier reads back wrong: {error}"
             ) from error
+
+    def _put_list(self, blob: str, made: ObjectBlob) -> ObjectBlob:
+        """Publish the blob's extent list; somebody else's, if that came first."""
         try:
             self._put(BLOBS + blob, made.encode())
         except AlreadyExists:
             if (theirs := self.find(blob)) is not None:
-                self._tier.delete(name)
+                self._tier.delete(self._tier.blob_name(made.extents[0].file))
                 return theirs
             self._put(BLOBS + blob, made.encode())
         return made

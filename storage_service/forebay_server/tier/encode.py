@@ -56,6 +56,8 @@ class StoredFile:
     num_bytes: int
     """Size of the file."""
     table: SegmentTable
+    is_proven: bool = False
+    """The tier has compared what it keeps with a checksum of bytes that matched their digests."""
 
 
 def open_plain(
@@ -104,7 +106,7 @@ def encode_into(
         with tier.create(name, copy_bytes(table)) as writer:
             copy_verified(reader, _Telling(writer, advance), blob)
             writer.publish()
-        return StoredFile(RAW, copy_bytes(table), table)
+        return StoredFile(RAW, copy_bytes(table), table, writer.is_proven)
     with tier.create(name, encoded_bytes_for(table.total_bytes, table.num_segments)) as writer:
         entries = _Pipeline(reader, table, way).write_all(writer, advance)
         index = EncodedIndex(table, np.array(entries, dtype=ENTRY_DTYPE))
