@@ -389,6 +389,23 @@ def test_every_answered_commit_survives_kill_9(catalog_url: str) -> None:
         assert set(acknowledged) <= stored
 
 
+async def test_reads_beside_a_writer_never_see_half_of_a_change(catalog: Catalog) -> None:
+    def move(connection: Connection) -> None:
+        for key in ("left", "right"):
+            put_setting(connection, key, str(int(get_setting(connection, key) or 0) + 1))
+
+    def look(connection: Connection) -> tuple[str | None, str | None]:
+        return get_setting(connection, "left"), get_setting(connection, "right")
+
+    async def read_often() -> None:
+        for _ in range(50):
+            left, right = await catalog.read(look)
+            assert left == right
+
+    await asyncio.gather(read_often(), *(catalog.write(move) for _ in range(100)))
+    assert await catalog.read(look) == ("100", "100")
+
+
 async def test_a_thousand_writers_and_readers_agree(catalog: Catalog) -> None:
     async def write(number: int) -> None:
         await catalog.write(add_blob(number))

@@ -369,13 +369,14 @@ def _patiently(
     database: Database,
     work: Callable[[], T],
     may_go_on: Callable[[], bool],
-    seconds: float = AWAY_SECONDS,
+    seconds: float | None = None,
 ) -> T:
     """The result of *work*, begun again while the database is away, for a bounded time.
 
     Only after failures of which nothing is left in the database.
     """
-    deadline = time.monotonic() + seconds
+    limit = AWAY_SECONDS if seconds is None else seconds
+    deadline = time.monotonic() + limit
     delay = FIRST_RETRY_SECONDS
     while True:
         try:
@@ -386,6 +387,6 @@ def _patiently(
                 raise
             if delay == FIRST_RETRY_SECONDS:
                 said = translate(error, database.where)
-                logger.warning("waiting for the catalog, at most %.0f s: %s", seconds, said)
+                logger.warning("waiting for the catalog, at most %.0f s: %s", limit, said)
         time.sleep(delay * (0.5 + random.random() / 2))
         delay = min(delay * 2, LONGEST_RETRY_SECONDS)

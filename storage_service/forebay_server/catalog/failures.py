@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from typing import Any, Final
 
@@ -44,10 +45,23 @@ class OutcomeUnknown(StorageError):
     """
 
 
+_REFUSALS: Final = (
+    (re.compile(r"database .* does not exist"), "3D000"),
+    (re.compile(r"password|pg_hba\.conf|role .* does not exist|authentication failed"), "28000"),
+    (re.compile(r"FATAL: .*(starting up|shutting down|recovery mode)"), "57P03"),
+    (re.compile(r"FATAL: .*(too many clients|connection slots)"), "53300"),
+)
+"""What a server says at the connecting, where the driver passes on no code."""
+
+
 def sqlstate(error: BaseException) -> str:
     """PostgreSQL's code of what failed; empty for anything else."""
     cause = error.orig if isinstance(error, exc.DBAPIError) else error
-    return str(getattr(cause, "sqlstate", None) or "")
+    state = getattr(cause, "sqlstate", None)
+    if state is None and isinstance(error, exc.OperationalError):
+        text = str(cause)
+        state = next((code for said, code in _REFUSALS if said.search(text)), None)
+    return str(state or "")
 
 
 def is_disconnect(error: BaseException) -> bool:

@@ -56,7 +56,12 @@ ASK_SECONDS: Final = 0.1
 
 def parse_url(text: str) -> URL:
     """The URL of a PostgreSQL catalog; :class:`InvalidRequest` for one that names a password."""
-    url = make_url(text)
+    try:
+        url = make_url(text)
+    except (exc.ArgumentError, ValueError) as error:
+        raise InvalidRequest(
+            "the catalog's URL cannot be read: write postgresql://USER@HOST:PORT/DATABASE"
+        ) from error
     if url.password is not None or "password" in url.query:
         raise InvalidRequest(
             "the catalog's URL names a password, which ps and --show-config would show: leave it "

@@ -338,10 +338,13 @@ def _check_descriptions(connection: Connection, generation: GenerationId) -> Non
 def land_pack(connection: Connection, session: str, blob: str, num_bytes: int) -> str | None:
     """A sealed pack's blob is durable on this node; the manifest that this committed, if any.
 
-    Of two last ranks exactly one sees the other's pack landed: transactions are serial. The commit
-    queues the flush of the manifest. Raises if the generation was given up meanwhile.
+    Of two last ranks exactly one sees the other's pack landed: the generation's row is locked. The
+    commit queues the flush of the manifest. Raises if the generation was given up meanwhile.
     """
     pack = check_sealable(connection, session)
+    # SQLite has no row locks and needs none: it has one writer, whose transactions are serial.
+    locked = select(generations.c.state).where(at(pack.generation)).with_for_update()
+    connection.execute(locked).one()
     connection.execute(
         update(packs)
         .where(packs.c.session == session)
