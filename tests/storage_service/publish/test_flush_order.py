@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from forebay_server.model.extents import ObjectBlob
+from forebay_server.testing.checkpoints import open_checkpoints
+from forebay_server.tier.remote import RemoteTier
+from forebay_server.tier.store import TierWriter
 from forebay_wire.failpoints import REMOTE_FLUSH, VARIABLE
+from forebay_wire.limits import MIB
 from forebay_wire.manifest import GenerationManifest, parse
 
 KILLED = """
@@ -60,3 +64,34 @@ async def test_a_manifest_is_last_and_an_extent_list_after_its_file(
         manifest = parse(path.read_bytes(), str(path), path.name)
         assert isinstance(manifest, GenerationManifest)
         assert set(manifest.blobs()) <= listed
+
+
+async def test_what_is_stored_wrong_is_found_before_anything_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = RemoteTier.create
+    wrong: list[Path] = []
+
+    def create_wrong_once(tier: RemoteTier, name: str, expected_bytes: int) -> TierWriter:
+        writer = create(tier, name, expected_bytes)
+        publish, path = writer.publish, tmp_path / "object" / name
+
+        def publish_wrong() -> None:
+            publish()
+            stored = bytearray(path.read_bytes())
+            stored[100] ^= 1
+            path.write_bytes(stored)
+
+        if name.startswith("data/") and not wrong:
+            wrong.append(path)
+            monkeypatch.setattr(writer, "publish", publish_wrong)
+        return writer
+
+    monkeypatch.setattr(RemoteTier, "create", create_wrong_once)
+    async with open_checkpoints(tmp_path) as node:
+        await node.begin()
+        saved = await node.save(1, [os.urandom(MIB)])
+        assert (await node.wait(saved, "remote")).durability == "remote"
+    assert len(wrong) == 1
+    assert not wrong[0].exists()
+    assert len(check_lists(tmp_path / "object")) == 1
