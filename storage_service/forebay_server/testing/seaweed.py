@@ -130,6 +130,8 @@ class SeaweedFS:
             "-s3",
             f"-s3.port={self._ports['s3']}",
             f"-s3.config={self.folder / 's3.json'}",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
         )
         self._wait(lambda: bool(_get(self.endpoint)), "answer S3 calls")
 
