@@ -129,6 +129,21 @@ def skewed(num_blobs: int, seed: int, exponent: float, moves: bool = False) -> T
     return Trace(name, reads, num_blobs // 10, 4 * num_blobs)
 
 
+def ranks(num_blobs: int, seed: int) -> Trace:
+    """Shuffled epochs in which four ranks read each blob, at about the same time."""
+    dice = random.Random(seed)
+    reads: list[Read] = []
+    stream = Job("a", num_blobs, seed).reads()
+    for _ in range(6):
+        turns = [
+            (index + 8 * dice.random(), read)
+            for index, read in enumerate(_take(stream, num_blobs))
+            for _ in range(4)
+        ]
+        reads += [read for _, read in sorted(turns, key=lambda turn: turn[0])]
+    return Trace("four ranks, 50 %", reads, num_blobs // 2, 8 * num_blobs)
+
+
 ONE_JOB: dict[str, Callable[[int, int], Trace]] = {
     "shuffled, 25 %": lambda num_blobs, seed: one_job(num_blobs, seed, "full", 25),
     "shuffled, 50 %": lambda num_blobs, seed: one_job(num_blobs, seed, "full", 50),
@@ -145,6 +160,7 @@ PLANNED: dict[str, Callable[[int, int], Trace]] = ONE_JOB | {
 }
 
 UNPLANNED: dict[str, Callable[[int, int], Trace]] = {
+    "four ranks, 50 %": ranks,
     "zipf 0.7, 10 %": lambda num_blobs, seed: skewed(num_blobs, seed, 0.7),
     "zipf 1, 10 %": lambda num_blobs, seed: skewed(num_blobs, seed, 1.0),
     "zipf 1, moving, 10 %": lambda num_blobs, seed: skewed(num_blobs, seed, 1.0, moves=True),

@@ -17,13 +17,22 @@ from dataclasses import dataclass
 from typing import Final
 
 from forebay_server.model.nextuse import REFUSED, Admission
-from forebay_server.model.shadows import KeepShadow, LruShadow, S3FifoShadow, Shadow
+from forebay_server.model.shadows import (
+    KeepShadow,
+    LruShadow,
+    S3FifoShadow,
+    Shadow,
+    WindowedKeepShadow,
+)
 
 LEAD: Final = 1.05
 """Another policy is followed once it has saved this many times the bytes of the present one."""
 
+CHANCE: Final = 2.0
+"""And leads by this many standard deviations of what chance would make of their disagreements."""
+
 GRAIN: Final = 16
-"""Parts of the capacity; what is less than one is chance, or not worth a reaction."""
+"""Parts of the capacity; a change of less than one is not worth a reaction."""
 
 
 @dataclass
@@ -48,10 +57,14 @@ class ReactiveCache:
         self._keep = KeepShadow(self._capacity)
         self._candidates = (
             _Candidate("keep", self._keep),
+            _Candidate("eager keep", KeepShadow(self._capacity, caution=2.0)),
+            _Candidate("windowed keep", WindowedKeepShadow(self._capacity)),
             _Candidate("s3-fifo", S3FifoShadow(self._capacity)),
             _Candidate("lru", LruShadow(self._capacity)),
         )
         self._followed = self._candidates[0]
+        self._disputed = 0.0
+        """Sum of the squared sizes of what some candidates had and others had not, lately."""
         self._resident: OrderedDict[str, int] = OrderedDict()  # by last use
         self._unwanted: OrderedDict[str, None] = OrderedDict()
         """Residents that the followed policy does not hold, in the order they came to be so."""
@@ -65,15 +78,20 @@ class ReactiveCache:
         """Somebody reads *blob*; whether the cache has it."""
         self._now += num_bytes
         decay = math.exp2(-num_bytes / self._half_life())
+        num_hits = 0
         for candidate in self._candidates:
             shadow = candidate.shadow
             hit = shadow.access(blob, num_bytes, self._now)
+            num_hits += hit
             candidate.saved_bytes = candidate.saved_bytes * decay + hit * num_bytes
             if candidate is self._followed:
                 for gone in shadow.evicted:
                     if gone in self._resident and gone not in shadow:
                         self._unwanted[gone] = None
             shadow.evicted.clear()
+        self._disputed *= decay
+        if 0 < num_hits < len(self._candidates):
+            self._disputed += num_bytes**2
         if blob in self._followed.shadow:
             self._unwanted.pop(blob, None)
         self._follow_the_best()
@@ -147,7 +165,7 @@ class ReactiveCache:
 
     def _follow_the_best(self) -> None:
         best = max(self._candidates, key=lambda one: one.saved_bytes)
-        least = LEAD * self._followed.saved_bytes + self._capacity / GRAIN
+        least = LEAD * self._followed.saved_bytes + CHANCE * math.sqrt(self._disputed)
         if best.saved_bytes > least:
             self._followed = best
             self._list_unwanted()

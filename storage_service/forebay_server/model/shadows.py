@@ -196,13 +196,11 @@ class KeepShadow:
 
     Right for epochs, where every blob comes again after about as long as every other and whatever
     is evicted is missed later. Once full, a blob gets in only if it has been seen to come again,
-    and only in place of one that comes again half as often or whose time to come again is over:
-    what a job has left behind, what was read once.
+    and only in place of one that comes again much less often or whose time to come again is over:
+    what a slower job reads, what a job has left behind, what was read once.
     """
 
-    MARGIN: Final = 2.0
-    """Reads come at random times, so intervals that differ by less say nothing."""
-    SMOOTHING: Final = 0.3
+    SMOOTHING: Final = 0.15
     """Weight of a new interval."""
     OVERDUE: Final = 1.25
     """Idle for this many times the longest interval seen lately: it does not come again."""
@@ -210,12 +208,15 @@ class KeepShadow:
     """Half-life of the longest interval, in multiples of itself."""
     TYPICAL_WEIGHT: Final = 1 / 128
     """Weight of one interval in the mean of all."""
-    BURST: Final = 1 / 64
+    BURST: Final = 1 / 16
     """Reads closer than this share of the capacity are one, by several readers."""
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, caution: float = 3.0) -> None:
+        """*caution*: how many times longer an interval must be to say anything, reads coming at
+        random times; and after how many of its intervals a blob counts as coming less often."""
         self.evicted: list[str] = []
         self._capacity = capacity_bytes
+        self._caution = caution
         self._held_bytes = 0
         self._held: OrderedDict[str, _Known] = OrderedDict()  # by last use
         self._ghosts: OrderedDict[str, _Known] = OrderedDict()
@@ -334,12 +335,12 @@ class KeepShadow:
 
     def _expected(self, known: _Known, now: float) -> float:
         """The interval after which it comes again, by what is known at *now*."""
-        return max(known.interval or self._typical, (now - known.last) / 2)
+        return max(known.interval or self._typical, (now - known.last) / self._caution)
 
     def _is_worse(self, held: _Known, other: _Known, now: float) -> bool:
         if now - held.last > self.OVERDUE * self.longest_interval(now):
             return True
-        return self._expected(held, now) > self.MARGIN * other.interval
+        return self._expected(held, now) > self._caution * other.interval
 
     def _evict(self, blob: str, known: _Known) -> None:
         self._held_bytes -= known.num_bytes
@@ -350,3 +351,48 @@ class KeepShadow:
         self._ghosts[blob] = known
         if len(self._ghosts) > MAX_GHOSTS:
             self._ghosts.popitem(last=False)
+
+
+class WindowedKeepShadow:
+    """A :class:`KeepShadow` beside a small window for what was read last: for blobs that several
+    readers want shortly after each other, once an epoch."""
+
+    WINDOW: Final = 1 / 16
+    """Share of the capacity."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.evicted: list[str] = []
+        window_bytes = int(self.WINDOW * capacity_bytes)
+        self._window = LruShadow(window_bytes)
+        self._keep = KeepShadow(capacity_bytes - window_bytes)
+
+    def access(self, blob: str, num_bytes: int, now: float) -> bool:
+        """See :class:`Shadow`."""
+        was_in_window = blob in self._window
+        hit = self._keep.access(blob, num_bytes, now) or was_in_window
+        if blob not in self._keep:
+            self._window.access(blob, num_bytes, now)
+        elif was_in_window:
+            self._window.forget(blob)
+        self._report()
+        return hit
+
+    def forget(self, blob: str) -> None:
+        """See :class:`Shadow`."""
+        self._window.forget(blob)
+        self._keep.forget(blob)
+
+    def resize(self, capacity_bytes: int) -> None:
+        """See :class:`Shadow`."""
+        window_bytes = int(self.WINDOW * capacity_bytes)
+        self._window.resize(window_bytes)
+        self._keep.resize(capacity_bytes - window_bytes)
+        self._report()
+
+    def __contains__(self, blob: str) -> bool:
+        return blob in self._keep or blob in self._window
+
+    def _report(self) -> None:
+        for part in (self._window, self._keep):
+            self.evicted.extend(blob for blob in part.evicted if blob not in self)
+            part.evicted.clear()
