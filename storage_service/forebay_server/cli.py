@@ -1,4 +1,4 @@
-"""The command line of the daemon: ``python -m forebay_server serve | recover``.
+"""The command line of the daemon: ``python -m forebay_server serve | backup | recover``.
 
 The flags of ``serve`` are generated from the table of options in ``config``.
 """
@@ -15,8 +15,10 @@ from typing import Any
 
 import click
 
+from forebay_server.catalog.postgresql import dump_advice
+from forebay_server.catalog.sqlite import back_up
 from forebay_server.config import OPTIONS, Configured, Option, load_config
-from forebay_server.daemon import Daemon
+from forebay_server.daemon import CATALOG_FILE_NAME, Daemon
 from forebay_server.exit_codes import ExitCode
 from forebay_server.observe.logs import configure_logs
 from forebay_server.publish.recovery import Recovered, recover
@@ -133,6 +135,27 @@ def _print_config(configured: Configured, *, as_json: bool) -> None:
         return
     for row in rows:
         print(f"{row['name']:15} = {row['value']!s:30} ({row['origin']})")
+
+
+@commands.command("backup")
+@click.argument("target", type=click.Path(dir_okay=False, path_type=Path))
+@_config_file
+@_flag(OPTIONS["data"])
+@_flag(OPTIONS["catalog"])
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def backup_command(target: Path, config_file: Path | None, as_json: bool, **given: Any) -> int:
+    """Copy the catalog into the file TARGET, which must not exist; a daemon may serve meanwhile.
+
+    The copy is of one moment, checked and durable. It holds what the daemon knows, not the bytes of
+    datasets and checkpoints. A catalog in PostgreSQL is saved with pg_dump: the message says how.
+    """
+    config = _configure(config_file, given).config
+    if config.catalog:
+        raise InvalidRequest(dump_advice(config.catalog, target))
+    back_up(config.data / CATALOG_FILE_NAME, target)
+    done = {"backup": str(target), "bytes": target.stat().st_size}
+    print(json.dumps(done) if as_json else f"saved {target}: {done['bytes']} bytes")
+    return ExitCode.OK
 
 
 @commands.command("recover")

@@ -12,7 +12,7 @@ import click
 from forebay.cli.checkpoint_delete import delete_checkpoint
 from forebay.cli.checkpoint_list import list_checkpoints
 from forebay.cli.checkpoint_show import show_checkpoint
-from forebay.cli.daemon import recover, serve
+from forebay.cli.daemon import backup, recover, serve
 from forebay.cli.dataset_delete import delete_dataset
 from forebay.cli.dataset_import import import_dataset
 from forebay.cli.dataset_list import list_datasets
@@ -45,7 +45,7 @@ for command in (list_datasets, show_dataset, import_dataset, delete_dataset):
     dataset.add_command(command)
 for command in (list_checkpoints, show_checkpoint, delete_checkpoint):
     checkpoint.add_command(command)
-for command in (status, doctor, serve, recover):
+for command in (status, doctor, serve, backup, recover):
     commands.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""``forebay serve`` and ``forebay recover``: the daemon's own commands, in its own process."""
+"""``forebay serve``, ``backup`` and ``recover``: the daemon's own commands, in its own process."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_opti
 def serve(arguments: tuple[str, ...]) -> None:
     """Run a daemon: forebay serve [--data DIR] … (see forebay serve --help)."""
     _become("serve", arguments)
+
+
+@click.command(context_settings=_PASS_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def backup(arguments: tuple[str, ...]) -> None:
+    """Copy the catalog of a data folder into a file: forebay backup TARGET …"""
+    _become("backup", arguments)
 
 
 @click.command(context_settings=_PASS_ON)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import URL, Connection, Engine, Transaction, create_engine, event, exc, make_url
@@ -73,6 +74,16 @@ def parse_url(text: str) -> URL:
             f"catalog URL {text!r} names no database: write postgresql://USER@HOST:PORT/DATABASE"
         )
     return url.set(drivername=DRIVER)
+
+
+def dump_advice(text: str, target: Path) -> str:
+    """How to save the catalog at the URL *text*, for people."""
+    url = parse_url(text).set(drivername="postgresql").render_as_string()
+    return (
+        "a catalog in PostgreSQL is saved by PostgreSQL's own program, which may run at any time: "
+        f"pg_dump --format=custom --file {target} '{url}'; restore it into an empty database with "
+        f"pg_restore --no-owner --dbname URL {target}"
+    )
 
 
 class PostgresqlDatabase:
