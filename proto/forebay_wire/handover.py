@@ -10,6 +10,8 @@ Operations (request -> answer):
              {blob, length, tier, table: [fd, offset, length],
               extents: [[blob_offset, fd, file_offset, length]]}
              where fd is the index of a descriptor of this answer, or
+             {blob, length, by_http: true} for one that cannot be mapped now, as it lies in a slow
+             tier: open it at the byte endpoint, where it comes as it arrives; or
              {blob, error, message} for one that could not be opened
 ``release``  {blobs: [id]} -> {}       each open is released once; a closed connection releases all
 ``report``   {blob, tier, segment, message} -> {blob, healthy}   the client found damage: the daemon

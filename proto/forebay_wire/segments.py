@@ -7,8 +7,9 @@ the table, and the table for every byte. Byte tables: ``docs/formats/segment-tab
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -112,6 +113,17 @@ class SegmentTable:
                 f"segment {index} of blob {self.blob_id} does not match its digest ({where}); "
                 "the stored bytes are damaged: restore from another replica or generation"
             )
+
+    def parts_of(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The segments that hold the bytes [start, stop) of the blob: number, and the first byte
+        and the byte after the last one that are wanted of it."""
+        if start >= stop:
+            return
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        last = int(np.searchsorted(self.offsets, stop, side="left"))
+        borders = self.offsets[first : last + 1].tolist()
+        for index, (begin, end) in enumerate(pairwise(borders), first):
+            yield index, max(start, begin) - begin, min(stop, end) - begin
 
     def check_identity(self, index: int, data: Buffer, where: str) -> None:
         """Like :meth:`check`, by BLAKE3: for bytes that enter or move."""

@@ -38,7 +38,13 @@ class Ahead:
             forget=opener.forget,
             marks=marks,
         )
-        self.cache = Cache(tiers, self.foresight, self.evictor, opener.ask_back)
+        self.cache = Cache(
+            tiers,
+            self.foresight,
+            self.evictor,
+            opener.ask_back,
+            lambda plan, seconds: self.plans.waited(plan, seconds),
+        )
         self.prefetcher = Prefetcher(
             tiers, catalog, self.foresight, self.cache, opener.bring_ahead, is_busy=is_busy
         )

@@ -16,6 +16,7 @@ from forebay.forking import watch
 from forebay.transfer.blob import NO_SEGMENT, REOPENS, Blob, Checks, Damage, Piece, UploadSlot, copy
 from forebay.transfer.link import DescriptorLink, close_all
 from forebay.transfer.populate import populate_read, populate_write
+from forebay.transfer.remote import RemoteTransfer
 from forebay.transfer.replica import Handover, Replica
 from forebay.transfer.wanted import current_plan
 from forebay.transfer.window import POOL
@@ -85,6 +86,7 @@ class LocalTransfer:
         self.wanted_back = self._link.wanted_back
         self._lock = threading.Lock()
         self._slots: list[_SlotMemory] = []
+        self._remote: RemoteTransfer | None = None
         watch(self)
 
     def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:
@@ -92,14 +94,31 @@ class LocalTransfer:
         try:
             for start in range(0, len(blobs), MAX_BLOBS_PER_OPEN):
                 ids = blobs[start : start + MAX_BLOBS_PER_OPEN]
-                for serial, replica in open_replicas(self._link, ids, context):
-                    blob = blobs[len(opened)]
-                    opened.append(LocalBlob(self._link, serial, blob, replica, context))
+                opened.extend(self._open_some(ids, context))
         except BaseException:
             for blob_object in opened:
                 blob_object.close()
             raise
         return opened
+
+    def _open_some(self, blobs: Sequence[str], context: str) -> list[Blob]:
+        found = open_replicas(self._link, blobs, context)
+        opened: list[Blob | None] = [
+            None
+            if one is None
+            else LocalBlob(self._link, self._by_http, one[0], blob, one[1], context)
+            for blob, one in zip(blobs, found, strict=True)
+        ]
+        away = [blob for blob, one in zip(blobs, opened, strict=True) if one is None]
+        streamed = iter(self._by_http().open(away, context) if away else ())
+        return [next(streamed) if one is None else one for one in opened]
+
+    def _by_http(self) -> RemoteTransfer:
+        """The way to blobs that cannot be mapped: on their way from a slow tier."""
+        with self._lock:
+            if self._remote is None:
+                self._remote = RemoteTransfer(self.endpoint, self.wanted_back)
+            return self._remote
 
     def upload_slot(
         self,
@@ -132,6 +151,9 @@ class LocalTransfer:
     def close(self) -> None:
         with self._lock:
             self._slots.clear()
+            remote, self._remote = self._remote, None
+        if remote is not None:
+            remote.close()
         self._link.drop()
 
     def forget_parent(self) -> None:
@@ -176,12 +198,19 @@ class LocalBlob(Blob):
     """A blob whose replica was handed over: mapped at the first map, or read straight from it."""
 
     def __init__(
-        self, link: DescriptorLink, serial: int, blob: str, replica: Replica, context: str
+        self,
+        link: DescriptorLink,
+        by_http: Callable[[], RemoteTransfer],
+        serial: int,
+        blob: str,
+        replica: Replica,
+        context: str,
     ) -> None:
         super().__init__(blob, replica.table, context)
+        self._by_http = by_http
         self.tier = replica.tier
         self._link = link
-        self._replica: Replica | None = replica
+        self._replica: Replica | _StreamedReplica | None = replica
         self._view: memoryview | None = None
         self._view_address = 0
         self._checks = Checks(replica.table.num_segments)
@@ -253,7 +282,7 @@ class LocalBlob(Blob):
             self._read_checked(replica, offset, target, checks)
 
     def _read_checked(
-        self, replica: Replica, offset: int, target: memoryview, checks: Checks
+        self, replica: Replica | _StreamedReplica, offset: int, target: memoryview, checks: Checks
     ) -> None:
         position, pieces = self._pieces(offset, target, checks)
         for piece in pieces:
@@ -262,7 +291,7 @@ class LocalBlob(Blob):
             if piece.segment is not None:
                 checks.mark(piece.segment)
 
-    def _read_piece(self, replica: Replica, offset: int, piece: Piece) -> None:
+    def _read_piece(self, replica: Replica | _StreamedReplica, offset: int, piece: Piece) -> None:
         if piece.segment is None or len(piece.view) <= HOT_BYTES:
             self._fill(replica, offset, piece.view)
             self._arrived(piece)
@@ -274,7 +303,7 @@ class LocalBlob(Blob):
             digest.update(part)
         self._arrived(piece, digest.intdigest())
 
-    def _fill(self, replica: Replica, offset: int, target: memoryview) -> None:
+    def _fill(self, replica: Replica | _StreamedReplica, offset: int, target: memoryview) -> None:
         count = 0
         try:
             count = replica.read(offset, target)
@@ -286,7 +315,7 @@ class LocalBlob(Blob):
     def _segment_at(self, offset: int) -> int:
         return self._covering(offset, 1).start
 
-    def _opened(self) -> Replica:
+    def _opened(self) -> Replica | _StreamedReplica:
         if self._replica is None:
             raise self._closed()
         return self._replica
@@ -294,11 +323,14 @@ class LocalBlob(Blob):
     def _reopen(self) -> None:
         with self._lock:
             self._let_go()
-            [(serial, replica)] = open_replicas(self._link, [self.id], self.context)
-            self._replica = replica
-            self.tier = replica.tier
+            [found] = open_replicas(self._link, [self.id], self.context)
             self._checks = Checks(self.table.num_segments)
-            self._release = self._release_at_end(serial)
+            if found is None:
+                [streamed] = self._by_http().open([self.id], self.context)
+                self._replica, self._release = _StreamedReplica(streamed), streamed.close
+            else:
+                self._replica, self._release = found[1], self._release_at_end(found[0])
+            self.tier = self._replica.tier
 
     def _let_go(self) -> None:
         self._release()
@@ -313,6 +345,21 @@ class LocalBlob(Blob):
         report(self._link, self.id, self.tier, damage.segment, damage.reason)
 
 
+class _StreamedReplica:
+    """What is left of a blob whose mapped replica was bad: its bytes over HTTP, already checked."""
+
+    def __init__(self, blob: Blob) -> None:
+        self.tier = blob.tier
+        self._blob = blob
+
+    def read(self, offset: int, target: memoryview) -> int:
+        self._blob.read_into(offset, target)
+        return len(target)
+
+    def mapped(self) -> None:
+        return None
+
+
 def report(link: DescriptorLink, blob: str, tier: str, segment: int, message: str) -> bool:
     """Tell the daemon of damage; True if it finds that replica healthy."""
     body = {"op": "report", "blob": blob, "tier": tier, "segment": segment, "message": message}
@@ -321,12 +368,13 @@ def report(link: DescriptorLink, blob: str, tier: str, segment: int, message: st
 
 def open_replicas(
     link: DescriptorLink, blobs: Sequence[str], context: str
-) -> list[tuple[int, Replica]]:
+) -> list[tuple[int, Replica] | None]:
     """``(serial of the connection, replica)`` of each of up to 32 *blobs*; all or an exception.
 
-    A replica that is damaged already in length or table is reported and opened anew.
+    None stands for a blob that comes by HTTP. A replica that is damaged already in length or table
+    is reported and opened anew.
     """
-    found: list[tuple[int, Replica] | None] = [None] * len(blobs)
+    found: dict[int, tuple[int, Replica] | None] = {}
     problems: dict[int, tuple[str, IntegrityError]] = {}
     wanted = list(range(len(blobs)))
     for _ in range(REOPENS + 1):
@@ -335,11 +383,12 @@ def open_replicas(
         )
         problems = {}
         handover = Handover(descriptors)
-        link.count_opens(sum("error" not in entry for entry in answer["blobs"]))
+        link.count_opens(sum("tier" in entry for entry in answer["blobs"]))
         try:
             for index, entry in zip(wanted, answer["blobs"], strict=True):
                 try:
-                    found[index] = serial, _take(handover, entry, context)
+                    replica = _take(handover, entry, context)
+                    found[index] = None if replica is None else (serial, replica)
                 except IntegrityError as error:
                     if "error" in entry:
                         raise
@@ -354,23 +403,25 @@ def open_replicas(
             report(link, blobs[index], tier, NO_SEGMENT, problem.message)
         wanted = list(problems)
         if not wanted:
-            return [one for one in found if one is not None]
+            return [found[index] for index in range(len(blobs))]
     raise IntegrityError(
         f"blob {blobs[wanted[0]]} cannot be opened: {problems[wanted[0]][1].message}; the daemon "
         "has no undamaged replica: restore it from the object tier (forebay recover)"
     )
 
 
-def _take(handover: Handover, entry: dict[str, Any], context: str) -> Replica:
-    """The replica of one *entry*, or the exception that it stands for."""
+def _take(handover: Handover, entry: dict[str, Any], context: str) -> Replica | None:
+    """The replica of one *entry*, None if it comes by HTTP, or the exception that it stands for."""
     if "error" in entry:
         note = f" ({context})" if context else ""
         raise rebuild(str(entry["error"]), "UNKNOWN", f"{entry['message']}{note}")
+    if entry.get("by_http"):
+        return None
     where = f"{context}, tier {entry['tier']}" if context else f"tier {entry['tier']}"
     return handover.replica(entry, where)
 
 
 def _release(link: DescriptorLink, serial: int, entries: Sequence[dict[str, Any]]) -> None:
     for entry in entries:
-        if "error" not in entry:
+        if "tier" in entry:
             link.release_later(serial, entry["blob"])

@@ -54,14 +54,15 @@ Result = TypeVar("Result")
 class RemoteTransfer:
     """Bytes by HTTP; see :class:`forebay.transfer.Transfer`."""
 
-    def __init__(self, endpoint: DataEndpoint) -> None:
+    def __init__(self, endpoint: DataEndpoint, wanted_back: WantedBack | None = None) -> None:
+        """*wanted_back*: shared with another transfer of the same process."""
         self.endpoint = endpoint
         self._pool = HttpPool(endpoint.http_url)
         self._token = endpoint.token
         self._releases: deque[str] = deque()
         self._client = new_random_name()
         self._num_opens = 0
-        self.wanted_back = WantedBack()
+        self.wanted_back = wanted_back or WantedBack()
         watch(self)
 
     def open(self, blobs: Sequence[str], context: str = "") -> list[Blob]:

@@ -19,7 +19,8 @@ from typing import Any, Final, Protocol
 
 from forebay_server.bulk.plan_requests import PLAN_OPERATIONS, answer_plan
 from forebay_server.bulk.tickets import Auth
-from forebay_server.serve.open import OpenedBlob, Opener
+from forebay_server.serve.open import Opener
+from forebay_server.serve.opened import OpenedBlob
 from forebay_server.serve.plans import Plans
 from forebay_server.tier.memory import Slot
 from forebay_wire.errors import (
@@ -361,7 +362,9 @@ class DescriptorServer:
             )
             return Answer({"blob": blob, "healthy": healthy})
         blobs = [check_id("blob", blob) for blob in _blobs(request)]
-        return self._hand_over(client, await self._opener.open(client, blobs), blobs)
+        plan = request.get("plan")
+        results = await self._opener.open(client, blobs, plan if isinstance(plan, str) else "")
+        return self._hand_over(client, results, blobs)
 
     def _hand_over(
         self, client: str, results: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] = ()
@@ -447,6 +450,9 @@ def _entries(opened: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] =
     for index, one in enumerate(opened):
         if isinstance(one, ForebayError):
             entries.append({"blob": blobs[index], **_error_body(one)})
+            continue
+        if one.fd < 0:
+            entries.append({"blob": one.blob, "length": one.length, "by_http": True})
             continue
         number = len(descriptors)
         descriptors.extend(one.descriptors)

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from forebay_server.serve.open import OpenedBlob, Opener
+from forebay_server.serve.open import Opener
+from forebay_server.serve.opened import OpenedBlob
 from forebay_wire.errors import ForebayError
 
 UNUSED_SECONDS: Final = 120.0
@@ -44,13 +45,17 @@ class HeldOpens:
         self._clock = clock
         self._held: dict[tuple[str, str], _Held] = {}
 
-    async def open(self, client: str, blobs: Sequence[str]) -> list[OpenedBlob | ForebayError]:
+    async def open(
+        self, client: str, blobs: Sequence[str], plan: str = ""
+    ) -> list[OpenedBlob | ForebayError]:
         """Open *blobs*: always anew, since the copy in use may have turned out bad.
 
         The descriptors stay here.
         """
         opened = self._opener.open_cached(client, blobs)
-        results = opened if opened is not None else await self._opener.open(client, blobs)
+        results: Sequence[OpenedBlob | ForebayError] | None = opened
+        if results is None:
+            results = await self._opener.open(client, blobs, plan, can_stream=True)
         for one in results:
             if isinstance(one, OpenedBlob):
                 self._keep(client, one)

@@ -16,10 +16,12 @@ from aiohttp import web
 from forebay_server.bulk.descriptors import UploadSlots
 from forebay_server.bulk.held import HeldOpens
 from forebay_server.bulk.plan_requests import PLAN_OPERATIONS, answer_plan
-from forebay_server.bulk.sending import FilePiece, FileSender
+from forebay_server.bulk.sending import SEND_SECONDS, FilePiece, FileSender
 from forebay_server.bulk.tickets import Auth, Method, Ticket
-from forebay_server.serve.open import OpenedBlob, Opener
+from forebay_server.serve.open import Opener
+from forebay_server.serve.opened import OpenedBlob
 from forebay_server.serve.plans import Plans
+from forebay_server.serve.stream import Stream
 from forebay_wire.errors import (
     HTTP_STATUS,
     DeadlineExceeded,
@@ -30,7 +32,7 @@ from forebay_wire.errors import (
     Unauthenticated,
 )
 from forebay_wire.ids import check_id, check_random_name
-from forebay_wire.limits import MAX_NAME_BYTES, MAX_OPEN_BLOBS_PER_CLIENT, check_limit
+from forebay_wire.limits import MAX_NAME_BYTES, MAX_OPEN_BLOBS_PER_CLIENT, MIB, check_limit
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ MAX_MESSAGE_CHARACTERS: Final = 2000
 
 MAX_BLOBS_PER_REQUEST: Final = 8 * MAX_OPEN_BLOBS_PER_CLIENT
 """Releases come in batches, for more opens than a client may have at a time."""
+
+BYTES_TYPE: Final = "application/octet-stream"
 
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -138,7 +142,8 @@ class _Handlers:
         uid, body = await self._admit(request)
         client = _client(uid, body)
         blobs = [check_id("blob", blob) for blob in _blobs(body)]
-        results = await self._held.open(client, blobs)
+        plan = body.get("plan")
+        results = await self._held.open(client, blobs, plan if isinstance(plan, str) else "")
         entries = [
             {"blob": blob, **_error_body(one)}
             if isinstance(one, ForebayError)
@@ -197,6 +202,8 @@ class _Handlers:
             response = web.StreamResponse(status=206 if wanted else 200)
             if wanted:
                 response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{opened.length}"
+            if opened.stream is not None:
+                return await self._send_stream(request, response, opened.stream, start, stop)
             piece = FilePiece(opened.fd, start, stop - start)
             return await self._send(request, response, piece)
 
@@ -204,6 +211,8 @@ class _Handlers:
         """The blob's segment table."""
         blob, ticket = self._ticket_for_blob(request)
         async with self._held.use(ticket.client, blob) as opened:
+            if opened.stream is not None:
+                return web.Response(body=opened.stream.table.encoded, content_type=BYTES_TYPE)
             file = opened.descriptors[-1]
             piece = FilePiece(file, opened.table_offset, opened.table_length)
             return await self._send(request, web.StreamResponse(), piece)
@@ -249,7 +258,7 @@ class _Handlers:
 
         An error in the middle can only be told by closing the connection.
         """
-        response.content_type = "application/octet-stream"
+        response.content_type = BYTES_TYPE
         response.content_length = piece.count
         response.headers["Accept-Ranges"] = "bytes"
         await response.prepare(request)
@@ -262,6 +271,31 @@ class _Handlers:
             except BaseException:
                 transport.abort()
                 raise
+        await response.write_eof()
+        return response
+
+    async def _send_stream(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        stream: Stream,
+        start: int,
+        stop: int,
+    ) -> web.StreamResponse:
+        """Send bytes [start, stop) of a blob as its segments arrive."""
+        response.content_type = BYTES_TYPE
+        response.content_length = stop - start
+        response.headers["Accept-Ranges"] = "bytes"
+        await response.prepare(request)
+        try:
+            if request.method != "HEAD":
+                for index, first, last in stream.table.parts_of(start, stop):
+                    async with self._opener.streams.segment(stream, index) as view:
+                        await _write(response, view[first:last])
+        except BaseException:
+            if request.transport is not None:
+                request.transport.abort()
+            raise
         await response.write_eof()
         return response
 
@@ -299,6 +333,13 @@ class _Handlers:
                 "GET", uid=uid, client=client, blob=opened.blob, stop=opened.length
             ),
         }
+
+
+async def _write(response: web.StreamResponse, view: memoryview) -> None:
+    """Send *view*, which may be overwritten afterwards: what waits to be sent is a copy."""
+    for start in range(0, len(view), MIB):
+        async with asyncio.timeout(SEND_SECONDS):
+            await response.write(bytes(view[start : start + MIB]))
 
 
 async def _receive_body(request: web.Request, descriptor: int, offset: int, stop: int) -> int:

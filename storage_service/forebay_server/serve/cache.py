@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol
 
@@ -45,8 +45,11 @@ class Cache:
         foresight: Foresight,
         evictor: Evictor,
         ask_back: Callable[[Sequence[str]], object] = lambda blobs: None,
+        waited: Callable[[str, Mapping[str, float]], object] = lambda plan, seconds: None,
     ) -> None:
-        """*ask_back* tells clients which blobs that they have open somebody else needs room of."""
+        """*ask_back* tells clients which blobs that they have open somebody else needs room of;
+        *waited* is told how long readers of a plan waited, and why."""
+        self._waited = waited
         self._tiers = tiers
         self._foresight = foresight
         self._evictor = evictor
@@ -60,6 +63,15 @@ class Cache:
         if any(tier.name == place.tier for tier in self._tiers.landing):
             self._foresight.stored(place.tier, place.blob, in_blocks(place.file_bytes))
 
+    def asked(self, plan: str, blob: str) -> None:
+        """A reader asks for *blob* now: what counts from here on is its next use after that."""
+        self._foresight.served(plan, blob)
+        self._foresight.touched(blob)
+
+    def waited(self, plan: str, seconds: Mapping[str, float]) -> None:
+        """A reader has waited for a blob: reason to seconds."""
+        self._waited(plan, seconds)
+
     async def tiers_for(self, source: Place) -> list[Tier]:
         """The landing tiers that take a blob which somebody has just asked for, best first, with
         room made in the first; empty: it is not kept.
@@ -72,7 +84,7 @@ class Cache:
     async def make_room(self, tier: Tier, source: Place) -> bool:
         """Whether *tier* has room for the blob at *source* now, or its room is worth others'."""
         needed = in_blocks(source.file_bytes)
-        room = self._room(tier)
+        room = self._room(tier, source.blob)
         if needed <= room:
             return True
         verdict = self._foresight.should_admit(
@@ -86,11 +98,11 @@ class Cache:
             self._want_back(tier, source, needed)
             return False
         await self._evictor.evict(tier, list(verdict.victims))
-        return needed <= self._room(tier)
+        return needed <= self._room(tier, source.blob)
 
     def has_room(self, tier: Tier, source: Place) -> bool:
         """Whether *tier* has room for the blob at *source* without taking others'."""
-        return in_blocks(source.file_bytes) <= self._room(tier)
+        return in_blocks(source.file_bytes) <= self._room(tier, source.blob)
 
     @contextmanager
     def promise(self, tier: Tier, source: Place) -> Iterator[None]:
@@ -113,8 +125,13 @@ class Cache:
         if not self._promised[key]:
             del self._promised[key]
 
-    def _room(self, tier: Tier) -> int:
-        promised = sum(num_bytes for name, _, num_bytes in self._promised if name == tier.name)
+    def _room(self, tier: Tier, blob: str) -> int:
+        """Room for *blob*, whose own promise does not stand in its way."""
+        promised = sum(
+            num_bytes
+            for name, other, num_bytes in self._promised
+            if name == tier.name and other != blob
+        )
         return self._evictor.fill_room(tier, promised)
 
     def _want_back(self, tier: Tier, source: Place, num_bytes: int) -> None:

@@ -51,6 +51,12 @@ class Foresight:
             known.advance(plan, position, self.clock())
         self._views[plan].forget_before(position)
 
+    def served(self, plan: str, blob: str) -> None:
+        """A reader of *plan*, if that is known, got *blob* for its next use."""
+        if plan in self._views:
+            for known in self._tiers.values():
+                known.served(plan, blob)
+
     def is_needed(self, blob: str) -> bool:
         """Whether any plan reads *blob* again."""
         return any(known.next_use(blob) is not None for known in self._first())

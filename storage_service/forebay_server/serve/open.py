@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from forebay_server.catalog.engine import Catalog
@@ -19,6 +18,7 @@ from forebay_server.model.landing import reading_order
 from forebay_server.quarantine import Quarantine
 from forebay_server.serve.bring import Bringer
 from forebay_server.serve.holds import Hold, Holds
+from forebay_server.serve.opened import OpenedBlob, Reading, reading
 from forebay_server.serve.promote import (
     CachePolicy,
     Foreground,
@@ -27,6 +27,7 @@ from forebay_server.serve.promote import (
     nobody,
     places_of,
 )
+from forebay_server.serve.stream import SMALLEST_BYTES, Streams
 from forebay_server.tier.memory import Window
 from forebay_server.tier.publication import DescriptorReader
 from forebay_server.tier.registry import Tiers
@@ -47,43 +48,6 @@ MAX_CACHED_PLACES: Final = 1 << 16
 """Blobs whose place is remembered: about 30 MB."""
 
 WINDOW_TIER: Final = "ram"
-
-
-@dataclass(frozen=True)
-class OpenedBlob:
-    """A blob that was opened for a client; whoever gets it calls ``close``.
-
-    It counts as open until it is released, whatever becomes of the descriptors.
-    """
-
-    blob: str
-    length: int
-    """Bytes of data."""
-    tier: str
-    fd: int
-    """Read-only; data, and the segment table unless that has a file of its own."""
-    table_offset: int
-    table_length: int
-    table_fd: int = -1
-    """Read-only; the file that holds the segment table if it is another one."""
-    let_go: Callable[[], None] | None = None
-    """What ends the open, beside its count."""
-
-    @property
-    def extents(self) -> tuple[tuple[int, int, int], ...]:
-        """``(blob offset, file offset, length)`` of each piece."""
-        return ((0, 0, self.length),) if self.length else ()
-
-    @property
-    def descriptors(self) -> tuple[int, ...]:
-        """``fd``, and ``table_fd`` if there is one."""
-        return (self.fd,) if self.table_fd < 0 else (self.fd, self.table_fd)
-
-    def close(self) -> None:
-        """Close the descriptors. Once."""
-        for descriptor in self.descriptors:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
 
 
 @dataclass
@@ -129,6 +93,8 @@ class Opener:
         )
         self.bringer = Bringer(tiers, catalog, self._promoter, self._quarantine)
         """Copies blobs for background work."""
+        self.streams = Streams(tiers, self._promoter, foreground)
+        """Large blobs on their way from slow tiers."""
         self._lock = threading.Lock()
         self._places: OrderedDict[str, Place] = OrderedDict()
         self._windows: dict[str, _HeldWindow] = {}
@@ -150,6 +116,7 @@ class Opener:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._checks.values(), return_exceptions=True)
+        await self.streams.close()
         await self._quarantine.close()
         with self._lock:
             windows, self._windows = list(self._windows.values()), {}
@@ -190,22 +157,29 @@ class Opener:
             raise
         return opened
 
-    async def open(self, client: str, blobs: Sequence[str]) -> list[OpenedBlob | ForebayError]:
-        """Open *blobs* for *client*: each one, or the reason why not.
+    async def open(
+        self, client: str, blobs: Sequence[str], plan: str = "", *, can_stream: bool = False
+    ) -> list[OpenedBlob | ForebayError]:
+        """Open *blobs* for *client*, which reads by *plan*: each one, or the reason why not.
 
         The first open of a replica checks its segment table and size; one that is damaged is
         quarantined and the next copy serves; where none is left, the quarantined ones are read
         again, as a tier that was away condemns what is good. A blob that only the object tier has
-        is fetched once, however many ask. :class:`NotFound`, :class:`IntegrityError`,
+        is fetched once, however many ask; a large one comes as a stream if the client *can_stream*,
+        else without a descriptor, and not held open. :class:`NotFound`, :class:`IntegrityError`,
         :class:`ResourceExhausted`, :class:`LimitExceeded`, :class:`StorageError`.
         """
+        asking = Reading(plan, can_stream)
+        reading.set(asking)  # the tasks below inherit it
         located = await self._locate_unknown(blobs)
         tasks = [
             asyncio.create_task(self._open_or_error(client, blob, located.get(blob)))
             for blob in blobs
         ]
         try:
-            return list(await asyncio.gather(*tasks))
+            results = list(await asyncio.gather(*tasks))
+            self._promoter.policy.waited(plan, asking.waits)
+            return results
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -391,16 +365,35 @@ class Opener:
 
     async def _open_copy(self, client: str, place: Place) -> OpenedBlob:
         tier = self._tiers.get(place.tier)
+        asking = reading.get()
         if tier.kind == "object" or place.encoding != RAW:
-            return await self._open_fetched(client, place)
+            self._promoter.policy.asked(asking.plan, place.blob)
+            with asking.waiting("origin" if tier.kind == "object" else "tier"):
+                if place.num_bytes >= SMALLEST_BYTES and place.blob not in self._fetches:
+                    return await self._open_stream(client, place, asking)
+                return await self._open_fetched(client, place)
         self._num_opening[place.blob] += 1
         try:
-            opened = await self._tiers.run(tier, self._open_checked, place)
+            with asking.waiting("tier"):
+                opened = await self._tiers.run(tier, self._open_checked, place)
             return self._keep(client, place, opened)
         finally:
             self._num_opening[place.blob] -= 1
             if not self._num_opening[place.blob]:
                 del self._num_opening[place.blob]
+
+    async def _open_stream(self, client: str, place: Place, asking: Reading) -> OpenedBlob:
+        if not asking.can_stream:
+            return _opened(place, place.tier, -1)
+        stream = await self.streams.open(place)
+        loop = asyncio.get_running_loop()
+
+        def let_go() -> None:
+            loop.call_soon_threadsafe(self.streams.release, stream)
+
+        opened = replace(_opened(place, place.tier, -1), stream=stream, let_go=let_go)
+        self._hold_or_close(client, opened)
+        return opened
 
     async def _open_fetched(self, client: str, source: Place) -> OpenedBlob:
         fetch = self._fetches.get(source.blob) or self._begin_fetch(source, self._fetch(source))
@@ -426,7 +419,9 @@ class Opener:
     async def bring_ahead(self, source: Place, tier: Tier) -> None:
         """Have the blob at *source* in *tier* before anybody asks for it; who asks meanwhile waits
         for this. Nothing if it is being fetched already."""
-        if source.blob not in self._fetches:
+        if source.num_bytes >= SMALLEST_BYTES:
+            await self.streams.copy(source)
+        elif source.blob not in self._fetches:
             fetch = self._begin_fetch(source, self._fetch_ahead(source, tier))
             await asyncio.shield(fetch.task)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_objects import wanted_manifest
@@ -28,8 +28,6 @@ LOOK_SECONDS: Final = 2.0
 MAX_PLANS: Final = 4096
 
 MAX_LOADER_CHARACTERS: Final = 200
-
-Reason = Literal["tier", "queue", "throttle", "origin"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,9 @@ class Waits:
     throttle_seconds: float = 0.0
     origin_seconds: float = 0.0
 
-    def add(self, parts: dict[Reason, float]) -> None:
-        """One more wait, made up of *parts*."""
+    def add(self, parts: Mapping[str, float]) -> None:
+        """One more wait, made up of *parts*: reason ("tier", "queue", "throttle", "origin") to
+        seconds."""
         self.num_waits += 1
         for reason, seconds in parts.items():
             name = f"{reason}_seconds"
@@ -222,7 +221,7 @@ class Plans:
         for plan in [plan for plan in self._plans.values() if owner and plan.owner == owner]:
             self._drop(plan)
 
-    def waited(self, plan: str, parts: dict[Reason, float]) -> None:
+    def waited(self, plan: str, parts: Mapping[str, float]) -> None:
         """A reader of *plan* waited; unknown plans are left out."""
         found = self._plans.get(plan)
         if found is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,12 +21,12 @@ from forebay_server.model.landing import Room, choose_landing
 from forebay_server.tier.encode import StoredFile, encode_into, open_plain
 from forebay_server.tier.memory import Window
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import Tier
+from forebay_server.tier.store import Tier, TierWriter
 from forebay_server.tier.verify import copy_verified, verify_file
 from forebay_wire.errors import IntegrityError, NotFound, ResourceExhausted, StorageError
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import new_random_name
-from forebay_wire.segments import file_bytes_for
+from forebay_wire.segments import SegmentTable, encode_trailer, file_bytes_for
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,14 @@ class CachePolicy(Protocol):
         """The landing tiers that take a copy of the blob at *source*, best first."""
         ...
 
+    def asked(self, plan: str, blob: str) -> None:
+        """A reader with that plan, if it has one, asks for *blob* now."""
+        ...
+
+    def waited(self, plan: str, seconds: Mapping[str, float]) -> None:
+        """A reader with that plan has waited for a blob: reason to seconds."""
+        ...
+
     def promise(self, tier: Tier, source: Place) -> AbstractContextManager[None]:
         """A ``with`` block in which room in *tier* is kept for a copy."""
         ...
@@ -87,6 +95,12 @@ class KeepWhatFits:
             if tier.name != source.tier
         ]
         return [self._tiers.get(name) for name in choose_landing(source.file_bytes, rooms)]
+
+    def asked(self, plan: str, blob: str) -> None:
+        pass
+
+    def waited(self, plan: str, seconds: Mapping[str, float]) -> None:
+        pass
 
     def promise(self, tier: Tier, source: Place) -> AbstractContextManager[None]:
         return nullcontext()
@@ -170,6 +184,24 @@ class Promoter:
         self.fetched_bytes[source.tier] += source.file_bytes
         return await self._enter(source, tier, file, stored, _no_guard)
 
+    async def copy_pieces(
+        self, source: Place, table: SegmentTable, tier: Tier, pieces: AsyncIterable[memoryview]
+    ) -> Place:
+        """Make a copy in *tier* of the checked *pieces* of a blob, all of them in order; durable
+        and in the catalog on return. :class:`ResourceExhausted` without room."""
+        file = new_random_name()
+        with self.policy.promise(tier, source):
+            name = tier.blob_name(file)
+            writer = await self._tiers.run(tier, tier.create, name, source.file_bytes)
+            try:
+                async for piece in pieces:
+                    await self._tiers.run(tier, writer.write, piece)
+                await self._tiers.run(tier, _finish, writer, table)
+            finally:
+                await self._tiers.run(tier, writer.abort)
+        stored = StoredFile(RAW, source.file_bytes, table)
+        return await self._enter(source, tier, file, stored, _no_guard)
+
     async def _enter(
         self,
         source: Place,
@@ -234,6 +266,12 @@ class Promoter:
             window.close()
             raise
         return window
+
+
+def _finish(writer: TierWriter, table: SegmentTable) -> None:
+    writer.write(table.encoded)
+    writer.write(encode_trailer(table.total_bytes, len(table.encoded)))
+    writer.publish()
 
 
 def _no_progress(num_bytes: int) -> None:

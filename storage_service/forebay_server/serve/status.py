@@ -10,10 +10,8 @@ from forebay_server.catalog.queries_status import Counts, count_all
 from forebay_server.observe.metrics import Sample
 from forebay_server.serve.open import Opener
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import Tier, TierSpace
+from forebay_server.tier.store import HEALTHY, Tier, TierSpace
 from forebay_wire.errors import ForebayError
-
-HEALTHY = "ok"
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class StatusReader:
 
     async def _measure(self, tier: Tier) -> tuple[TierSpace, str]:
         try:
-            return await self._tiers.run(tier, tier.space), HEALTHY
+            return await self._tiers.run(tier, tier.space), tier.health
         except ForebayError as error:
             return TierSpace(0, 0, 0, 0, 0), error.message
 

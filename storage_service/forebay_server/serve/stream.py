@@ -1,0 +1,350 @@
+"""Blobs on their way from a slow tier: readers get segments as they arrive, a copy is made beside.
+
+Each segment is read once however many ask for it at once, checked, and kept in a few pooled buffers
+until others need them: never a whole blob in memory. What a copy in a local tier has passed already
+is read there once the copy is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+from forebay_server.serve.promote import Foreground, Place, Promoter, nobody
+from forebay_server.tier.buffers import aligned_buffer
+from forebay_server.tier.encode import open_plain
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier, TierReader
+from forebay_server.tier.verify import read_table
+from forebay_wire.errors import ResourceExhausted
+from forebay_wire.limits import MAX_SEGMENT_BYTES, MIB
+from forebay_wire.segments import SegmentTable
+
+SMALLEST_BYTES: Final = 8 * MIB
+"""Smaller blobs are not worth it: they are fetched whole, and handed over then."""
+
+NUM_BUFFERS: Final = 16
+"""Segments in memory, of all streams together: 64 MiB."""
+
+NUM_KEPT: Final = 8
+"""Of these at most so many wait for a copy that has not come to them."""
+
+NUM_AHEAD: Final = 3
+"""Segments that are read after the one that somebody asked for."""
+
+Key = tuple[str, int]
+"""Blob and segment."""
+
+
+@dataclass(eq=False)
+class _Loaded:
+    """One segment in a buffer, or on its way into it."""
+
+    buffer: memoryview
+    task: asyncio.Task[memoryview] | None = None
+    num_users: int = 0
+    is_kept: bool = False
+    """For the copy."""
+
+
+class Stream:
+    """One blob that is being streamed. Made, shared and closed by :class:`Streams`."""
+
+    def __init__(self, source: Place) -> None:
+        self.source = source
+        self.table: SegmentTable
+        self.num_holders = 0
+        self.copying: asyncio.Task[Place | None] | None = None
+        self.num_copied = 0
+        """Segments that the copy has."""
+        self.moved = asyncio.Event()
+        """Set, and replaced, when the copy has one more, or ends."""
+        self._readers: list[TierReader] = []
+        self.tier = source.tier
+        """Where segments are read now."""
+
+    @property
+    def reader(self) -> TierReader:
+        return self._readers[-1]
+
+    @property
+    def is_copying(self) -> bool:
+        return self.copying is not None and not self.copying.done()
+
+    def move(self, num_copied: int) -> None:
+        """The copy has so many segments now."""
+        self.num_copied = num_copied
+        self.moved.set()
+        self.moved = asyncio.Event()
+
+    def read_from(self, tier: str, reader: TierReader) -> None:
+        """Read further segments there. The reader before stays open for calls that run."""
+        self._readers.append(reader)
+        self.tier = tier
+
+    def close(self) -> None:
+        """Close the readers, when nothing is read any more."""
+        for reader in self._readers:
+            reader.close()
+
+
+class Streams:
+    """All streams of the daemon. Belongs to the event loop; ``close`` ends them."""
+
+    def __init__(self, tiers: Tiers, promoter: Promoter, foreground: Foreground = nobody) -> None:
+        self._tiers = tiers
+        self._promoter = promoter
+        self._foreground = foreground
+        self._streams: dict[str, asyncio.Task[Stream]] = {}
+        self._loaded: OrderedDict[Key, _Loaded] = OrderedDict()
+        self._free: list[memoryview] = []
+        self._num_unmade = NUM_BUFFERS
+        self._freed = asyncio.Event()
+        self._copies: set[asyncio.Task[Place | None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self.read_bytes: Counter[str] = Counter()
+        """Tier to bytes of segments that were read there."""
+
+    async def close(self) -> None:
+        """End copies and reads. Idempotent."""
+        reads = [one.task for one in self._loaded.values() if one.task is not None]
+        tasks = [*self._copies, *self._streams.values(), *reads]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *self._closing, return_exceptions=True)
+        self._streams.clear()
+        self._loaded.clear()
+
+    async def open(self, source: Place) -> Stream:
+        """The stream of the blob at *source*, the same for all; :meth:`release` it.
+
+        The first open has the policy decide whether a copy is made beside. :class:`IntegrityError`
+        if the segment table is damaged.
+        """
+        stream = await self._shared(source)
+        stream.num_holders += 1
+        return stream
+
+    async def copy(self, source: Place) -> None:
+        """Have the copy made, before or beside readers; :class:`ResourceExhausted` without room."""
+        stream = await self._shared(source)
+        copying = stream.copying
+        if copying is None or await asyncio.shield(copying) is None:
+            self._drop_if_unused(stream)
+            raise ResourceExhausted(f"no tier has room for blob {source.blob}")
+
+    async def _shared(self, source: Place) -> Stream:
+        opening = self._streams.get(source.blob)
+        if opening is None:
+            opening = asyncio.create_task(self._open(source), name=f"stream-{source.blob}")
+            self._streams[source.blob] = opening
+        try:
+            return await asyncio.shield(opening)
+        except BaseException:
+            if opening.done() and self._streams.get(source.blob) is opening:
+                del self._streams[source.blob]
+            raise
+
+    def release(self, stream: Stream) -> None:
+        """Whoever opened it reads it no more."""
+        stream.num_holders -= 1
+        self._drop_if_unused(stream)
+
+    def is_streaming(self, blob: str) -> bool:
+        """Whether somebody reads *blob* so, or a copy of it is being made."""
+        return blob in self._streams
+
+    @asynccontextmanager
+    async def segment(
+        self, stream: Stream, index: int, *, is_copy: bool = False
+    ) -> AsyncIterator[memoryview]:
+        """The checked bytes of a segment, inside the ``with`` block; *is_copy*: for the copy.
+
+        :class:`IntegrityError` if they are damaged; :class:`StorageError`.
+        """
+        if not is_copy:
+            await self._wait_for_copy(stream, index)
+        loaded = await self._load(stream, index)
+        loaded.num_users += 1
+        try:
+            self._load_ahead(stream, index)
+            assert loaded.task is not None, "it is being loaded"
+            yield await asyncio.shield(loaded.task)
+        finally:
+            loaded.num_users -= 1
+            self._freed.set()
+
+    # ---------------------------------------------------------------------------------- opening
+
+    async def _open(self, source: Place) -> Stream:
+        stream = Stream(source)
+        tier = self._tiers.get(source.tier)
+        reader, stream.table = await self._tiers.run(tier, _open_reader, tier, source)
+        stream.read_from(source.tier, reader)
+        targets = await self._promoter.policy.tiers_for(source)
+        if targets:
+            stream.copying = asyncio.create_task(self._copy(stream, targets[0]))
+            self._copies.add(stream.copying)
+            stream.copying.add_done_callback(lambda task: self._end_copy(stream, task))
+        return stream
+
+    def _end_copy(self, stream: Stream, task: asyncio.Task[Place | None]) -> None:
+        self._copies.discard(task)
+        for (blob, _), loaded in self._loaded.items():
+            if blob == stream.source.blob:
+                loaded.is_kept = False
+        self._freed.set()
+        stream.move(stream.num_copied)
+        if not task.cancelled() and task.exception() is None:
+            self._drop_if_unused(stream)
+
+    def _drop_if_unused(self, stream: Stream) -> None:
+        if stream.num_holders or stream.is_copying:
+            return
+        if self._streams.pop(stream.source.blob, None) is None:
+            return
+        running = []
+        for key in [key for key in self._loaded if key[0] == stream.source.blob]:
+            loaded = self._loaded[key]
+            if loaded.task is not None and not loaded.task.done():
+                running.append(loaded.task)
+            elif not loaded.num_users:
+                self._free.append(self._loaded.pop(key).buffer)
+        self._freed.set()
+        closing = asyncio.create_task(_close_after(stream, running))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    # ---------------------------------------------------------------------------------- the copy
+
+    async def _copy(self, stream: Stream, tier: Tier) -> Place | None:
+        """Copy the blob into *tier* beside its readers; None if there is no room after all."""
+
+        async def pieces() -> AsyncIterator[memoryview]:
+            for index in range(stream.table.num_segments):
+                async with self.segment(stream, index, is_copy=True) as view:
+                    yield view
+                stream.move(index + 1)
+                loaded = self._loaded.get((stream.source.blob, index))
+                if loaded is not None:
+                    loaded.is_kept = False
+
+        try:
+            place = await self._promoter.copy_pieces(stream.source, stream.table, tier, pieces())
+        except ResourceExhausted:
+            return None
+        local = self._tiers.get(place.tier)
+        reader, _ = await self._tiers.run(local, _open_reader, local, place)
+        stream.read_from(place.tier, reader)
+        return place
+
+    async def _wait_for_copy(self, stream: Stream, index: int) -> None:
+        """Keep a reader from reading for itself what the copy reads, too: far behind the copy it
+        waits for its end, far ahead until it comes near."""
+        while stream.is_copying and (stream.source.blob, index) not in self._loaded:
+            is_passed = index < stream.num_copied
+            if not is_passed and self._num_kept() < NUM_KEPT:
+                return
+            moved = stream.moved
+            await moved.wait()
+
+    # ------------------------------------------------------------------------------- segments
+
+    async def _load(self, stream: Stream, index: int) -> _Loaded:
+        key = (stream.source.blob, index)
+        while True:
+            found = self._loaded.get(key)
+            if found is not None and not _has_failed(found):
+                self._loaded.move_to_end(key)
+                return found
+            buffer = self._take_buffer()
+            if buffer is not None:
+                return self._begin(stream, index, buffer)
+            self._freed.clear()
+            await self._freed.wait()
+
+    def _load_ahead(self, stream: Stream, index: int) -> None:
+        stop = min(index + 1 + NUM_AHEAD, stream.table.num_segments)
+        for following in range(max(index + 1, stream.num_copied), stop):
+            key = (stream.source.blob, following)
+            if key in self._loaded:
+                continue
+            if stream.is_copying and self._num_kept() >= NUM_KEPT:
+                return
+            buffer = self._take_buffer()
+            if buffer is None:
+                return
+            self._begin(stream, following, buffer)
+
+    def _begin(self, stream: Stream, index: int, buffer: memoryview) -> _Loaded:
+        loaded = _Loaded(buffer)
+        key = (stream.source.blob, index)
+        old = self._loaded.pop(key, None)
+        if old is not None:
+            self._free.append(old.buffer)
+        is_ahead = stream.is_copying and index >= stream.num_copied
+        loaded.is_kept = is_ahead and self._num_kept() < NUM_KEPT
+        self._loaded[key] = loaded
+        loaded.task = asyncio.create_task(self._read(stream, index, buffer))
+        loaded.task.add_done_callback(_look_at_error)
+        return loaded
+
+    async def _read(self, stream: Stream, index: int, buffer: memoryview) -> memoryview:
+        offsets = stream.table.offsets
+        start, stop = int(offsets[index]), int(offsets[index + 1])
+        view, tier = buffer[: stop - start], stream.tier
+        with self._foreground(tier) if stream.num_holders else nullcontext():
+            await self._tiers.run(
+                self._tiers.get(tier), _read_checked, stream.reader, stream.table, index, view
+            )
+        self.read_bytes[tier] += stop - start
+        return view
+
+    def _num_kept(self) -> int:
+        return sum(one.is_kept for one in self._loaded.values())
+
+    def _take_buffer(self) -> memoryview | None:
+        if self._free:
+            return self._free.pop()
+        if self._num_unmade:
+            self._num_unmade -= 1
+            return aligned_buffer(MAX_SEGMENT_BYTES)
+        for key, loaded in self._loaded.items():
+            is_done = loaded.task is not None and loaded.task.done()
+            if is_done and not loaded.num_users and not loaded.is_kept:
+                del self._loaded[key]
+                return loaded.buffer
+        return None
+
+
+async def _close_after(stream: Stream, running: list[asyncio.Task[memoryview]]) -> None:
+    await asyncio.gather(*running, return_exceptions=True)
+    stream.close()
+
+
+def _has_failed(loaded: _Loaded) -> bool:
+    task = loaded.task
+    return task is not None and task.done() and (task.cancelled() or task.exception() is not None)
+
+
+def _look_at_error(task: asyncio.Task[memoryview]) -> None:
+    if not task.cancelled():
+        task.exception()  # nobody may have waited for what was read ahead
+
+
+def _open_reader(tier: Tier, place: Place) -> tuple[TierReader, SegmentTable]:
+    reader = open_plain(tier, place.file, place.encoding, place.blob)
+    try:
+        return reader, read_table(reader, place.blob)
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _read_checked(reader: TierReader, table: SegmentTable, index: int, view: memoryview) -> None:
+    reader.read_into(int(table.offsets[index]), view)
+    table.check_identity(index, view, reader.where)
