@@ -14,6 +14,9 @@ from typing import Final, Protocol
 MAX_GHOSTS: Final = 1 << 17
 """Blobs that a shadow remembers without holding them: some 20 MB."""
 
+MAX_STALE: Final = 64
+"""Outdated entries of a heap that one call clears away, so that no call has to do them all."""
+
 
 class Shadow(Protocol):
     """One policy. Times are bytes read so far: no clock."""
@@ -322,7 +325,7 @@ class KeepShadow:
         if not self._held:
             return None
         oldest = next(iter(self._held))
-        while self._slowest:
+        for _ in range(min(MAX_STALE, len(self._slowest))):
             interval, blob = self._slowest[0]
             known = self._held.get(blob)
             if known is None or known.interval != -interval:
