@@ -135,8 +135,9 @@ class CheckpointsServicer:
     def ResolveGeneration(self, request, context):
         """The generation that a selector means: "latest" (the newest committed one on
         the current lineage; waits first for those that all ranks sealed and that
-        are still landing), or an exact step or attempt/step. NOT_FOUND if none.
-        Idempotent.
+        are still landing), or an exact step or attempt/step. With durability "ram"
+        those count as they are: their packs are opened out of the daemon's memory,
+        which ends with it. NOT_FOUND if none. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

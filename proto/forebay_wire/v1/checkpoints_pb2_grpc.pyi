@@ -62,8 +62,9 @@ class CheckpointsStub:
     ResolveGeneration: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.ResolveGenerationRequest, _checkpoints_pb2.Generation]
     """The generation that a selector means: "latest" (the newest committed one on
     the current lineage; waits first for those that all ranks sealed and that
-    are still landing), or an exact step or attempt/step. NOT_FOUND if none.
-    Idempotent.
+    are still landing), or an exact step or attempt/step. With durability "ram"
+    those count as they are: their packs are opened out of the daemon's memory,
+    which ends with it. NOT_FOUND if none. Idempotent.
     """
     ListRuns: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.ListRunsRequest, _checkpoints_pb2.ListRunsResponse]
     """Idempotent, paged by run name."""
@@ -108,8 +109,9 @@ class CheckpointsAsyncStub(CheckpointsStub):
     ResolveGeneration: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.ResolveGenerationRequest, _checkpoints_pb2.Generation]  # type: ignore[assignment]
     """The generation that a selector means: "latest" (the newest committed one on
     the current lineage; waits first for those that all ranks sealed and that
-    are still landing), or an exact step or attempt/step. NOT_FOUND if none.
-    Idempotent.
+    are still landing), or an exact step or attempt/step. With durability "ram"
+    those count as they are: their packs are opened out of the daemon's memory,
+    which ends with it. NOT_FOUND if none. Idempotent.
     """
     ListRuns: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.ListRunsRequest, _checkpoints_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Idempotent, paged by run name."""
@@ -187,8 +189,9 @@ class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_checkpoints_pb2.Generation, _abc.Awaitable[_checkpoints_pb2.Generation]]:
         """The generation that a selector means: "latest" (the newest committed one on
         the current lineage; waits first for those that all ranks sealed and that
-        are still landing), or an exact step or attempt/step. NOT_FOUND if none.
-        Idempotent.
+        are still landing), or an exact step or attempt/step. With durability "ram"
+        those count as they are: their packs are opened out of the daemon's memory,
+        which ends with it. NOT_FOUND if none. Idempotent.
         """
 
     @_abc_1.abstractmethod
