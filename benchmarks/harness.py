@@ -104,12 +104,22 @@ class Report:
     _bounds: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def ratio(
-        self, name: str, numbers: Sequence[float] | None, *, at_least: float | None = None
+        self,
+        name: str,
+        numbers: Sequence[float] | None,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
     ) -> None:
-        """Record a ratio's repeats; several calls with one name keep the worst median."""
-        self._record(self.ratios, name, numbers, worse=min)
+        """Record a ratio's repeats; several calls with one name keep the worst median.
+
+        Give *at_most* for a growth, of which less is better.
+        """
+        self._record(self.ratios, name, numbers, worse=min if at_most is None else max)
         if at_least is not None:
             self._bounds[name] = (">=", at_least)
+        if at_most is not None:
+            self._bounds[name] = ("<=", at_most)
 
     def value(
         self, name: str, numbers: Sequence[float] | None, *, at_most: float | None = None

@@ -21,7 +21,7 @@ from forebay_server.model.admission import ReactiveCache
 from forebay_server.model.lookahead import OrderView
 from forebay_server.model.nextuse import Admission, NextUse
 
-QUICK_BLOBS, FULL_BLOBS = 300, 2000
+QUICK_BLOBS, FULL_BLOBS = 300, 1000
 QUICK_REPEATS = 3
 """Replays are exact: a repeat differs only by its seeds."""
 
@@ -70,7 +70,7 @@ class Plans:
     def read(self, index: int, read: Read, num_bytes: int) -> bool:
         now = float(index)
         if read.job is not None:
-            self._advance(read.job, now)
+            self._advance(read.job, read, now)
         hit = read.blob in self.sizes
         if hit:
             self.known.touched(read.blob, now)
@@ -81,14 +81,16 @@ class Plans:
             self.known.remove_plan(read.job.name)
         return hit
 
-    def _advance(self, job: Job, now: float) -> None:
-        position = self.positions.get(job.name, 0)
-        if not position:
-            self.views[job.name] = OrderView(job.order, job.blobs, [1] * job.num_blobs, 0)
-            self.known.add_plan(job.name, self.views[job.name], 0, now)
-        self.positions[job.name] = position + 1
-        self.known.advance(job.name, position + 1, now)
-        self.views[job.name].forget_before(position + 1)
+    def _advance(self, job: Job, read: Read, now: float) -> None:
+        if job.name not in self.views:
+            view = OrderView(job.order, job.blobs, [job.rows] * job.num_blobs, read.position)
+            self.views[job.name] = view
+            self.known.add_plan(job.name, view, read.position, now)
+        elif read.position > self.positions[job.name]:
+            self.known.advance(job.name, read.position, now)
+            self.views[job.name].forget_before(read.position)
+        self.positions[job.name] = read.position
+        self.known.served(job.name, read.blob)
 
     def _apply(self, answer: Admission, blob: str, num_bytes: int, now: float) -> None:
         if not answer.admit:

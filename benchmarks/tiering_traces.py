@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,20 @@ from forebay_wire.order import Order, Shuffle
 
 @dataclass(frozen=True)
 class Job:
-    """A loader that reads its dataset of one-row shards, epoch after epoch, in a known order."""
+    """A loader that reads its dataset of shards, epoch after epoch, in an order of its samples."""
 
     name: str
     num_blobs: int
     seed: int
     shuffle: Shuffle = "full"
+    rows: int = 1
+    """Samples in a shard."""
+    batch: int = 1
+    """Samples in a step; each shard is read once a step."""
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_blobs * self.rows
 
     @property
     def order(self) -> ReadOrder:
@@ -27,12 +36,12 @@ class Job:
         return ReadOrder(
             manifest=self.name,
             identity=self.name,
-            num_samples=self.num_blobs,
-            num_version_rows=self.num_blobs,
+            num_samples=self.num_samples,
+            num_version_rows=self.num_samples,
             split=None,
             shuffle=self.shuffle,
             seed=self.seed,
-            global_batch_size=1,
+            global_batch_size=self.batch,
             last_batch="keep",
             rank=0,
             num_ranks=1,
@@ -44,12 +53,13 @@ class Job:
 
     def reads(self) -> Iterator[Read]:
         blobs = self.blobs
-        epoch = 0
-        while True:
-            order = Order(self.num_blobs, self.shuffle, self.seed, epoch, self.name)
-            for sample in order.between(0, self.num_blobs).tolist():
-                yield Read(blobs[sample], self)
-            epoch += 1
+        for epoch in itertools.count():
+            order = Order(self.num_samples, self.shuffle, self.seed, epoch, self.name)
+            shards = order.between(0, self.num_samples) // self.rows
+            for start in range(0, self.num_samples, self.batch):
+                position = epoch * self.num_samples + start
+                for shard in np.unique(shards[start : start + self.batch]).tolist():
+                    yield Read(blobs[shard], self, position)
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ class Read:
     blob: str
     job: Job | None = None
     """The loader, if it has a plan."""
+    position: int = 0
+    """Of the step, in the loader's samples, counted on through its epochs."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,17 @@ def one_job(num_blobs: int, seed: int, shuffle: Shuffle, percent: int) -> Trace:
     word = "sequential" if shuffle == "none" else "shuffled"
     reads = _take(job.reads(), 12 * num_blobs)
     return Trace(f"{word}, {percent} %", reads, num_blobs * percent // 100, 2 * num_blobs)
+
+
+def samples(num_blobs: int, seed: int) -> Trace:
+    """Epochs of shuffled samples, 16 in a shard and 16 in a step; half of the shards fit."""
+    job = Job("a", num_blobs, seed, rows=16, batch=16)
+    reads = list(itertools.takewhile(_before(job, 3), job.reads()))
+    return Trace("shuffled samples, 50 %", reads, num_blobs // 2, len(reads) // 3)
+
+
+def _before(job: Job, epoch: int) -> Callable[[Read], bool]:
+    return lambda read: read.position < epoch * job.num_samples
 
 
 def sizes_differ(num_blobs: int, seed: int) -> Trace:
@@ -150,6 +173,7 @@ ONE_JOB: dict[str, Callable[[int, int], Trace]] = {
     "shuffled, 83 %": lambda num_blobs, seed: one_job(num_blobs, seed, "full", 83),
     "sequential, 50 %": lambda num_blobs, seed: one_job(num_blobs, seed, "none", 50),
     "sequential, 83 %": lambda num_blobs, seed: one_job(num_blobs, seed, "none", 83),
+    "shuffled samples, 50 %": samples,
 }
 
 PLANNED: dict[str, Callable[[int, int], Trace]] = ONE_JOB | {
