@@ -100,6 +100,10 @@ class ReactiveCache:
         self._resident.move_to_end(blob)
         return True
 
+    def wants(self, blob: str) -> bool:
+        """Whether the followed policy would hold *blob*, of whose read :meth:`access` knows."""
+        return blob in self._followed.shadow
+
     def should_admit(
         self,
         blob: str,
@@ -109,7 +113,7 @@ class ReactiveCache:
     ) -> Admission:
         """Whether a missed *blob*, of whose read :meth:`access` knows, is to be kept, and what goes
         for it. *room_bytes* are free."""
-        if blob not in self._followed.shadow:
+        if not self.wants(blob):
             return REFUSED
         if num_bytes <= room_bytes:
             return Admission(admit=True)

@@ -264,9 +264,20 @@ class NextUse:
         Uses that are being served right now do not count: call :meth:`served` (or
         :meth:`advance`) before. Without any plan for the blob the answer is no, whatever the room.
         """
-        key = self._key_of(blob, self._now)
-        if key[0] == -NEVER:
+        if not self._is_planned(blob):
             return REFUSED
+        key = self._key_of(blob, self._now)
+        return self._admit_before(key, num_bytes, room_bytes, may_go)
+
+    # ------------------------------------------------------------------------------- parts
+
+    def _is_planned(self, blob: str) -> bool:
+        return any(plan.next_position(blob) is not None for plan in self._plans.values())
+
+    def _admit_before(
+        self, key: _Key, num_bytes: int, room_bytes: int, may_go: Callable[[str], bool]
+    ) -> Admission:
+        """Admit, if what goes before *key* makes enough room."""
         if num_bytes <= room_bytes:
             return Admission(admit=True)
         picked = self._pick(num_bytes - room_bytes, may_go, before=key)
@@ -274,8 +285,6 @@ class NextUse:
         if freed < num_bytes - room_bytes:
             return REFUSED
         return Admission(admit=True, victims=tuple(victim for victim, _ in picked))
-
-    # ------------------------------------------------------------------------------- parts
 
     def _line(self, plan: _Plan) -> _Schedule:
         """Where *plan* stands and how fast it is, by all that is known now."""
