@@ -32,6 +32,7 @@ class Acknowledged:
     """What the daemon told its clients, and when they had it from it."""
 
     datasets: list[tuple[float, str]] = field(default_factory=list)
+    asked_to_delete: list[tuple[float, str]] = field(default_factory=list)
     deleted: list[tuple[float, str]] = field(default_factory=list)
     local: list[tuple[float, int]] = field(default_factory=list)
     remote: list[tuple[float, int]] = field(default_factory=list)
@@ -72,6 +73,7 @@ def run_workload(client: forebay.Client, told: Acknowledged) -> None:
             if step == 2:
                 saved.wait("remote", timeout=60)
                 told.remote.append((time.time(), step))
+    told.asked_to_delete.append((time.time(), "gone"))
     client.delete_dataset("gone")
     told.deleted.append((time.time(), "gone"))
 
@@ -115,9 +117,9 @@ async def check_state(folder: Path, told: Acknowledged, now: float) -> None:
         await check_manifests(node)
         read = node.storage.catalog.read
         names = set(await read(lambda c: c.scalars(select(tables.versions.c.dataset)).all()))
-        deleted = {name for at, name in told.deleted if at <= now}
-        assert {name for at, name in told.datasets if at <= now} - deleted <= names
-        assert not names & deleted
+        may_be_gone = {name for at, name in told.asked_to_delete if at <= now}
+        assert {name for at, name in told.datasets if at <= now} - may_be_gone <= names
+        assert not names & {name for at, name in told.deleted if at <= now}
         columns = tables.generations.c
         steps = await read(
             lambda c: c.scalars(select(columns.step).where(columns.state == "committed")).all()
