@@ -26,6 +26,7 @@ from forebay_server.bulk.ranges import make_app
 from forebay_server.bulk.tickets import Auth
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.queries_damage import enqueue_return
+from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import (
     COLLECT,
     COPY,
@@ -34,6 +35,7 @@ from forebay_server.catalog.queries_jobs import (
     MIGRATE,
     RETURN,
     SLOW_KINDS,
+    TOMBSTONE,
 )
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_settings import own_name
@@ -61,6 +63,7 @@ from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.move.migrate import Migrator
 from forebay_server.move.returns import Returns
+from forebay_server.move.trash import Tombstones
 from forebay_server.observe.metrics import Metrics
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
@@ -77,6 +80,7 @@ from forebay_server.rpc.server import RpcServer, Services
 from forebay_server.serve.open import Opener
 from forebay_server.serve.status import DaemonState, StatusReader
 from forebay_server.tier.directory import DirectoryTier
+from forebay_server.tier.health import GuardedTier, TierWatch
 from forebay_server.tier.memory import SlotPool
 from forebay_server.tier.owner import Owner, claim
 from forebay_server.tier.registry import Tiers
@@ -135,7 +139,9 @@ def open_tiers(config: Config, node: str) -> Tiers:
     encodings = {"hdd": config.hdd_encoding, "object": config.object_encoding}
     for tier in tiers:
         tier.encoding = encodings.get(tier.name, RAW)
-    return Tiers(tiers, SlotPool(config.ram_bytes or default_ram_bytes()))
+    return Tiers(
+        [GuardedTier(tier) for tier in tiers], SlotPool(config.ram_bytes or default_ram_bytes())
+    )
 
 
 def default_ram_bytes() -> int:
@@ -236,10 +242,14 @@ class Daemon:
         self._opener.listen(self._jobs.wake)
         self._ahead = Ahead(self._tiers, self._catalog, self._opener, is_busy=self._budget.is_busy)
         self._jobs.listen(lambda _: self._ahead.evictor.expect_more())
-        self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs)
+        self._checkpoints = Checkpoints(
+            self._catalog, self._uploads, self._jobs, trash_seconds=self._config.trash_seconds
+        )
         self._uploads.listen(self._checkpoints.session_ended)
         stack.push_async_callback(self._checkpoints.close)
-        self._datasets = Datasets(self._catalog, self._uploads, self._jobs)
+        self._datasets = Datasets(
+            self._catalog, self._uploads, self._jobs, trash_seconds=self._config.trash_seconds
+        )
         stack.push_async_callback(self._uploads.close)
 
     def _make_handlers(self) -> dict[str, Handler]:
@@ -262,6 +272,7 @@ class Daemon:
                 forget=opener.forget,
             ),
             RETURN: Returns(catalog, opener.return_good),
+            TOMBSTONE: Tombstones(catalog, self._tiers, locks),
         }
         if self._tiers.object is not None:
             publisher = ObjectPublisher(
@@ -289,6 +300,11 @@ class Daemon:
         await self._uploads.start()
         self._jobs_task = self._background.start("jobs", self._jobs.run())
         self._background.start("ahead", self._ahead.run())
+        self._background.start("tiers", TierWatch(self._tiers, self._note_tier).run())
+
+    async def _note_tier(self, tier: str, event: str, detail: str) -> None:
+        subject = f"tier {tier}"
+        await self._catalog.write(lambda connection: record(connection, subject, event, detail))
 
     async def _open_edges(self, stack: AsyncExitStack) -> None:
         """Descriptor socket, HTTP, gRPC: the handshake comes last, as it names the others."""

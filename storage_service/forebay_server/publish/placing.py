@@ -32,9 +32,10 @@ async def begin_landing(
 ) -> tuple[Tier, BlobLanding]:
     """A landing in the best tier that has room for *data_bytes*, those in *without* left out.
 
-    :class:`ResourceExhausted` with the numbers of all if none has.
+    :class:`ResourceExhausted` with the numbers of all if none has; :class:`StorageError` if all
+    fail.
     """
-    refusals = []
+    refusals, failures = [], list[StorageError]()
     for tier in tiers.landing:
         if tier in without:
             continue
@@ -42,6 +43,11 @@ async def begin_landing(
             return tier, await tiers.run(tier, BlobLanding.begin, tier, file, data_bytes, writing)
         except ResourceExhausted as error:
             refusals.append(error.message)
+        except StorageError as error:
+            logger.warning("nothing lands in tier %s now: %s", tier.name, error)
+            failures.append(error)
+    if failures and not refusals:
+        raise failures[0]
     raise ResourceExhausted("; ".join(refusals) or "no other tier takes new bytes")
 
 

@@ -8,9 +8,12 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
-from forebay_server.tier.store import Tier, from_os_error
+from forebay_server.tier.store import Tier, from_os_error, from_read_error
 from forebay_server.tier.wrap import TierWrapper
+
+READS: Final = frozenset({"read", "read_into"})
 
 
 class FaultyTier(TierWrapper):
@@ -33,7 +36,8 @@ class FaultyTier(TierWrapper):
         if codes:
             code = codes.pop(0)
             error = OSError(code, os.strerror(code))
-            raise from_os_error(error, f"{operation} of file {name}", f"tier {self.name}")
+            convert = from_read_error if operation in READS else from_os_error
+            raise convert(error, f"{operation} of file {name}", f"tier {self.name}") from error
         yield
 
 

@@ -30,6 +30,9 @@ NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the kernel answers when there is no room (EFBIG: RLIMIT_FSIZE or the file system's)."""
 
 
+HEALTHY: Final = "ok"
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """One published file of a tier."""
@@ -84,6 +87,11 @@ class Tier(ABC):
     encoding: str = "raw"
     """What copies that come here for keeping are encoded as, or ``auto``: one of
     ``forebay_server.model.encodings.SETTINGS``. New bytes land raw."""
+
+    @property
+    def health(self) -> str:
+        """:data:`HEALTHY`, or why the tier is out of service: it takes nothing new then. Cheap."""
+        return HEALTHY
 
     @abstractmethod
     def open(self) -> None:

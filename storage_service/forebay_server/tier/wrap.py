@@ -26,6 +26,10 @@ class TierWrapper(Tier):
         self.location = inner.location
         self.encoding = inner.encoding
 
+    @property
+    def health(self) -> str:
+        return self.inner.health
+
     @contextmanager
     def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
         """Surrounds one call of *operation* (a method's name) on file *name*."""

@@ -1,0 +1,80 @@
+"""A volume out of service: nothing new goes there, what is there is not condemned."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from forebay_server.model.health import MAX_DEVICE_ERRORS, PROBES_TO_RETURN
+from forebay_server.testing.faults import FaultyTier
+from forebay_server.tier.directory import DirectoryTier
+from forebay_server.tier.health import GuardedTier
+from forebay_server.tier.store import HEALTHY
+from forebay_wire.errors import IntegrityError, StorageError
+from forebay_wire.ids import new_random_name
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> FaultyTier:
+    tier = FaultyTier(DirectoryTier("ssd", "ssd", tmp_path, reserve_bytes=0))
+    tier.open()
+    return tier
+
+
+def take_out(tier: GuardedTier, faulty: FaultyTier, code: int = errno.EROFS) -> None:
+    faulty.fail("create", code=code)
+    with pytest.raises(StorageError):
+        tier.put(new_random_name(), b"data")
+
+
+def test_a_volume_that_turned_read_only_takes_nothing_and_says_why(faulty: FaultyTier) -> None:
+    events: list[tuple[str, bool]] = []
+    tier = GuardedTier(faulty, lambda name, in_service, reason: events.append((name, in_service)))
+    name = new_random_name()
+    tier.put(name, b"kept")
+    take_out(tier, faulty)
+    assert tier.health.startswith("out of service: ")
+    calls = faulty.calls["create"]
+    with pytest.raises(StorageError, match="out of service"):
+        tier.create(new_random_name(), 1)
+    assert faulty.calls["create"] == calls, "the volume was asked again"
+    assert tier.get(name) == b"kept"
+    assert events == [("ssd", False)]
+
+
+def test_a_probe_brings_it_back_and_leaves_nothing(faulty: FaultyTier) -> None:
+    events: list[tuple[str, bool]] = []
+    tier = GuardedTier(faulty)
+    tier.listen(lambda name, in_service, reason: events.append((name, in_service)))
+    take_out(tier, faulty)
+    faulty.fail("publish", code=errno.EROFS)
+    assert not tier.probe()
+    assert tier.probe()
+    assert tier.health == HEALTHY
+    assert list(tier.list()) == []
+    assert events == [("ssd", False), ("ssd", True)]
+    tier.put(new_random_name(), b"data")
+
+
+def test_after_device_errors_one_good_probe_is_not_enough(faulty: FaultyTier) -> None:
+    tier = GuardedTier(faulty)
+    for _ in range(MAX_DEVICE_ERRORS):
+        take_out(tier, faulty, errno.EIO)
+    assert tier.health != HEALTHY
+    assert [tier.probe() for _ in range(PROBES_TO_RETURN)] == [False] * (PROBES_TO_RETURN - 1) + [
+        True
+    ]
+
+
+def test_a_read_error_is_damage_in_service_and_no_verdict_out_of_it(faulty: FaultyTier) -> None:
+    tier = GuardedTier(faulty)
+    name = new_random_name()
+    tier.put(name, b"data")
+    faulty.fail("read", code=errno.EIO)
+    with pytest.raises(IntegrityError):
+        tier.get(name)
+    take_out(tier, faulty)
+    faulty.fail("read", code=errno.EIO)
+    with pytest.raises(StorageError):
+        tier.get(name)
+    assert tier.get(name) == b"data"
