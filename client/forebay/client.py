@@ -214,9 +214,13 @@ class Client:
             metadata=metadata,
         )
 
-    def delete_dataset(self, name: str) -> bool:
-        """Delete a dataset with all versions, first in the object tier; whether it existed."""
-        request = datasets_pb2.DeleteDatasetRequest(name=check_name("dataset", name))
+    def delete_dataset(self, name: str, *, now: bool = False) -> bool:
+        """Put a dataset with all versions into the trash; whether it existed.
+
+        Its name is free, and :meth:`restore_trash` brings it back within the daemon's grace
+        period. *now*: it goes for good, in the object tier first.
+        """
+        request = datasets_pb2.DeleteDatasetRequest(name=check_name("dataset", name), now=now)
         return self.channel.call(Datasets.DeleteDataset, request, timeout=DELETE_SECONDS).existed
 
     def define_splits(
@@ -286,14 +290,21 @@ class Client:
                 return list(attempts.values()), generations
 
     def delete_checkpoints(
-        self, run: str, *, attempt: int | None = None, step: int | None = None
+        self,
+        run: str,
+        *,
+        attempt: int | None = None,
+        step: int | None = None,
+        now: bool = False,
     ) -> int:
-        """Delete one generation, or without *attempt* and *step* the whole run; how many went."""
+        """Put one generation into the trash, or without *attempt* and *step* the whole run; how
+        many went. *now*: for good."""
         request = checkpoints_pb2.DeleteGenerationRequest(
             run=check_name("run", run),
             attempt=attempt or 0,
             step=step or 0,
             all=attempt is None and step is None,
+            now=now,
         )
         answer = self.channel.call(Checkpoints.DeleteGeneration, request, timeout=DELETE_SECONDS)
         return answer.num_deleted

@@ -222,6 +222,8 @@ class _LineReport:
             f"{result.num_runs} runs with {result.num_generations} generations, "
             f"{result.num_blobs} blobs of {result.num_bytes} bytes"
         )
+        if result.num_trashed:
+            print(f"{result.num_trashed} that were deleted are in the trash: forebay trash list")
         for left in result.left_out:
             print(f"left out: {left.what}: {left.reason}")
         print(f"serve it with: forebay serve --data {result.folder}")

@@ -271,6 +271,13 @@ class Config:
         "seconds",
         "An upload whose client neither writes nor renews for this long ends and is reclaimed.",
     )
+    trash_seconds: float = _option(
+        86400.0,
+        _parse_seconds,
+        "seconds",
+        "How long a deleted dataset, run or generation can be restored (`forebay trash`); 0: it "
+        "goes at once.",
+    )
     drain_seconds: float = _option(
         30.0,
         _parse_seconds,

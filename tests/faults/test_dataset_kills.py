@@ -44,7 +44,7 @@ def test_daemon_killed_in_a_dataset_commit_leaves_all_or_nothing(
             write_rows(client, "new", 2)
         check_rows(client, "new", 2)
         check_rows(client, "kept", 1)
-        client.delete_dataset("new")
+        client.delete_dataset("new", now=True)
         wait_until(lambda: set(files_of()) == kept_files, "left-over bytes are reclaimed")
         check_rows(client, "kept", 1)
 

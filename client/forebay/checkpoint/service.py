@@ -179,8 +179,9 @@ class CheckpointService:
             return None
 
     def delete(self, generation: GenerationId) -> None:
+        """Delete a generation for good: what a run no longer keeps would fill the trash."""
         request = checkpoints_pb2.DeleteGenerationRequest(
-            run=self.run, attempt=generation.attempt, step=generation.step
+            run=self.run, attempt=generation.attempt, step=generation.step, now=True
         )
         self._client.channel.call(Checkpoints.DeleteGeneration, request, timeout=RPC_SECONDS)
 

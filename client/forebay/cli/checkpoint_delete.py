@@ -14,12 +14,13 @@ from forebay_wire.errors import InvalidRequest
 @click.argument("run")
 @click.argument("generation", required=False)
 @click.option("--all", "whole_run", is_flag=True, help="The whole run with all its generations.")
+@click.option("--now", is_flag=True, help="For good, not into the trash.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @with_session
 def delete_checkpoint(
-    session: Session, run: str, generation: str | None, whole_run: bool, yes: bool
+    session: Session, run: str, generation: str | None, whole_run: bool, now: bool, yes: bool
 ) -> None:
-    """Delete one generation of RUN (ATTEMPT/STEP), or with --all the whole run."""
+    """Put one generation of RUN (ATTEMPT/STEP), or with --all the whole run, into the trash."""
     run, generation = split_run(run, generation)
     if (generation is None) != whole_run:
         raise click.UsageError("give a GENERATION (ATTEMPT/STEP), or --all for the whole run")
@@ -29,7 +30,7 @@ def delete_checkpoint(
     what = f"run {run!r} with all generations" if whole_run else f"{generation} of run {run!r}"
     with session.connect() as client:
         confirm(f"Delete {what}?", is_sure=yes)
-        num_deleted = client.delete_checkpoints(run, attempt=attempt, step=step)
+        num_deleted = client.delete_checkpoints(run, attempt=attempt, step=step, now=now)
     session.show(
         {"run": run, "generation": generation, "num_deleted": num_deleted},
         lambda: print(f"Deleted {num_deleted} generation{'' if num_deleted == 1 else 's'}."),

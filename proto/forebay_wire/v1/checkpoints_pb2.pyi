@@ -221,16 +221,18 @@ class ListGenerationsResponse(_message.Message):
     def __init__(self, attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ..., next: _Optional[str] = ...) -> None: ...
 
 class DeleteGenerationRequest(_message.Message):
-    __slots__ = ("run", "attempt", "step", "all")
+    __slots__ = ("run", "attempt", "step", "all", "now")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ALL_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     step: int
     all: bool
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., all: _Optional[bool] = ...) -> None: ...
+    now: bool
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., all: _Optional[bool] = ..., now: _Optional[bool] = ...) -> None: ...
 
 class DeleteGenerationResponse(_message.Message):
     __slots__ = ("num_deleted",)

@@ -135,10 +135,12 @@ class DefineSplitsRequest(_message.Message):
     def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[SplitShare, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class DeleteDatasetRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "now")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    NOW_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    now: bool
+    def __init__(self, name: _Optional[str] = ..., now: _Optional[bool] = ...) -> None: ...
 
 class DeleteDatasetResponse(_message.Message):
     __slots__ = ("existed",)

@@ -17,9 +17,11 @@ from sqlalchemy import (
     update,
 )
 
+from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
 from forebay_server.catalog.queries_manifests import commit_manifest
 from forebay_server.catalog.queries_runs import AttemptInfo, at, attempt_info, parent_of
+from forebay_server.catalog.queries_trash import tombstone_of, trash_generations
 from forebay_server.catalog.tables import (
     attempts,
     generations,
@@ -472,8 +474,9 @@ def delete_generations(
 ) -> tuple[int, list[str]]:
     """Forget generations; ``(how many there were, sessions that have to end)``.
 
-    From here on nobody sees them. Their manifests stay, each with a job that removes it from the
-    object tier first and then from here; until then their blobs are kept.
+    From here on nobody sees them. The manifests of those that are not in the trash stay, each with
+    a job that removes it from the object tier first and then from here; until then their blobs are
+    kept.
     """
     number = 0
     sessions: list[str] = []
@@ -484,16 +487,22 @@ def delete_generations(
         number += 1
         sessions.extend(sessions_of(connection, generation))
         connection.execute(delete(generations).where(at(generation)))
-        if row.manifest is not None:
+        if row.manifest is not None and tombstone_of(connection, row.manifest) is None:
             cancel_queued(connection, FLUSH, row.manifest)
             enqueue(connection, DELETE, row.manifest)
+            record(connection, f"generation {generation}", "deleted", "at once")
     return number, sessions
 
 
-def delete_run(connection: Connection, run: str) -> tuple[int, list[str]]:
-    """Forget a run with all its attempts and generations, as :func:`delete_generations`."""
+def delete_run(
+    connection: Connection, run: str, grace_seconds: float = 0.0
+) -> tuple[int, list[str]]:
+    """Forget a run with all its attempts and generations, as :func:`delete_generations`; with
+    *grace_seconds* what is committed goes into the trash."""
     rows = connection.execute(select(generations).where(generations.c.run == run)).all()
     doomed = [GenerationId(row.run, row.attempt, row.step) for row in rows]
+    if grace_seconds:
+        trash_generations(connection, f"run {run}", doomed, grace_seconds)
     forgotten = delete_generations(connection, doomed)
     connection.execute(delete(attempts).where(attempts.c.run == run))
     connection.execute(delete(runs).where(runs.c.run == run))

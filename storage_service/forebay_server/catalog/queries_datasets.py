@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select
 
 from forebay_server.catalog.queries_blobs import batches
+from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
 from forebay_server.catalog.queries_manifests import commit_manifest
 from forebay_server.catalog.tables import (
@@ -248,6 +249,8 @@ def delete_dataset(connection: Connection, name: str) -> list[str]:
     connection.execute(delete(selections).where(selections.c.dataset == name))
     connection.execute(delete(versions).where(versions.c.dataset == name))
     connection.execute(delete(datasets).where(datasets.c.name == name))
+    if doomed:
+        record(connection, f"dataset {name}", "deleted", "at once")
     for manifest in doomed:
         cancel_queued(connection, FLUSH, manifest)
         enqueue(connection, DELETE, manifest)

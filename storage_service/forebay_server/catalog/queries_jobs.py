@@ -39,6 +39,8 @@ COPY = "copy"
 """Bring a blob into a tier; the target is ``BLOB TIER``."""
 MIGRATE = "migrate"
 """Bring a blob into a tier and take it out of another; the target is ``BLOB FROM TO``."""
+TOMBSTONE = "tombstone"
+"""Have the object tier say of a manifest, the target, whether it lies in the trash."""
 PIN = "pin"
 """Bring what a pin, the target, holds into its tier, verified."""
 SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE, PIN})

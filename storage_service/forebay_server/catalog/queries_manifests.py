@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sqlalchemy import Connection, LargeBinary, func, insert, select
+from sqlalchemy import Connection, delete, insert, select
 
 from forebay_server.catalog.queries_jobs import DELETE, job_of
 from forebay_server.catalog.queries_settings import next_moment
-from forebay_server.catalog.tables import manifest_blobs, manifests
+from forebay_server.catalog.queries_stamps import stamp_of
+from forebay_server.catalog.queries_trash import forget_trashed
+from forebay_server.catalog.tables import manifest_blobs, manifest_remote, manifests
 from forebay_wire.errors import Conflict
-from forebay_wire.manifest import FRAME_BYTES, Stamp, put_stamp, read_stamp
+from forebay_wire.manifest import Stamp, put_stamp
 
 
 def commit_manifest(
@@ -26,7 +28,7 @@ def commit_manifest(
     *sibling* is any other manifest of the same dataset or run; None: this is what it begins with.
     """
     moment = next_moment(connection)
-    begun_ns = moment if sibling is None else _stamp_of(connection, sibling).begun_ns
+    begun_ns = moment if sibling is None else stamp_of(connection, sibling).begun_ns
     insert_manifest(connection, manifest, kind, put_stamp(data, Stamp(begun_ns, moment)), blobs)
 
 
@@ -35,8 +37,13 @@ def insert_manifest(
 ) -> None:
     """Store a stamped manifest with what it names: from here on these blobs are kept.
 
+    One that lies in the trash is taken out of it: what it made is there again.
     :class:`Conflict` if the very same manifest is still being deleted.
     """
+    if forget_trashed(connection, manifest):
+        connection.execute(delete(manifest_blobs).where(manifest_blobs.c.manifest == manifest))
+        connection.execute(delete(manifest_remote).where(manifest_remote.c.manifest == manifest))
+        connection.execute(delete(manifests).where(manifests.c.manifest == manifest))
     if read_manifest(connection, manifest) is not None:
         job = job_of(connection, DELETE, manifest)
         raise Conflict(
@@ -47,11 +54,6 @@ def insert_manifest(
     named = [{"manifest": manifest, "blob": blob} for blob in dict.fromkeys(blobs)]
     if named:
         connection.execute(insert(manifest_blobs), named)
-
-
-def _stamp_of(connection: Connection, manifest: str) -> Stamp:
-    head = select(func.substr(manifests.c.data, 1, FRAME_BYTES, type_=LargeBinary))
-    return read_stamp(connection.scalars(head.where(manifests.c.manifest == manifest)).one())
 
 
 def read_manifest(connection: Connection, manifest: str) -> bytes | None:

@@ -36,6 +36,7 @@ from forebay_server.catalog.tables import (
     manifests,
     replicas,
     selections,
+    trash,
     uploads,
     versions,
 )
@@ -63,6 +64,11 @@ def _is_named() -> ColumnElement[bool]:
         exists().where(selections.c.manifest == manifests.c.manifest),
         exists().where(generations.c.manifest == manifests.c.manifest),
     )
+
+
+def _is_trashed() -> ColumnElement[bool]:
+    """What it made was deleted, and may still be restored."""
+    return exists().where(trash.c.manifest == manifests.c.manifest)
 
 
 def _is_remote() -> ColumnElement[bool]:
@@ -108,7 +114,9 @@ def enqueue_missing(connection: Connection) -> int:
         .where(~_is_remote(), _is_named())
         .order_by(manifests.c.created, manifests.c.manifest)
     ).all()
-    to_delete = connection.scalars(select(manifests.c.manifest).where(~_is_named())).all()
+    to_delete = connection.scalars(
+        select(manifests.c.manifest).where(~_is_named(), ~_is_trashed())
+    ).all()
     wanted = [(FLUSH, name) for name in to_flush] + [(DELETE, name) for name in to_delete]
     live = {
         (row.kind, row.target)
@@ -164,7 +172,9 @@ def may_be_in_tier(connection: Connection, manifest: str, tier: str) -> bool:
 def remove_manifest(connection: Connection, manifest: str) -> list[str] | None:
     """Forget a manifest that nothing names; the blobs that it kept. None if something names it."""
     known = connection.execute(
-        select(_is_named().label("is_named")).where(manifests.c.manifest == manifest)
+        select(or_(_is_named(), _is_trashed()).label("is_named")).where(
+            manifests.c.manifest == manifest
+        )
     ).one_or_none()
     if known is not None and known.is_named:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from forebay_server.catalog.tables import (
     packs,
     runs,
     selections,
+    trash,
     versions,
 )
 from forebay_server.model.extents import ObjectBlob
@@ -106,6 +108,25 @@ def restore_selection(
             num_rows=found.num_rows,
             created=read_stamp(data).committed_ns / 1e9,
         )
+    )
+
+
+def restore_trashed(
+    connection: Connection,
+    identity: str,
+    kind: int,
+    data: bytes,
+    named: Iterable[str],
+    tombstone: bytes,
+) -> None:
+    """Put a manifest into the trash again, as its tombstone says; its blobs are known. ValueError
+    or KeyError for a tombstone that says nothing."""
+    told = json.loads(tombstone)
+    insert_manifest(connection, identity, kind, data, named)
+    mark_remote(connection, identity)
+    columns = ("deletion", "target", "record", "expires", "created")
+    connection.execute(
+        insert(trash).values(manifest=identity, **{name: told[name] for name in columns})
     )
 
 

@@ -82,6 +82,8 @@ blobs = Table(
     Column("blob", _name(64), primary_key=True),
     Column("num_bytes", BigInteger, nullable=False),
     Column("num_segments", BigInteger, nullable=False),
+    # When it was opened last, as far as that was stored; 0: not since it was made.
+    Column("used", Double, nullable=False, default=0.0, server_default="0"),
     _created(),
 )
 
@@ -353,7 +355,9 @@ trash = Table(
     "trash",
     metadata,
     Column("manifest", ForeignKey("manifests.manifest", ondelete="CASCADE"), primary_key=True),
-    # "dataset NAME@VERSION", "generation RUN@ATTEMPT/STEP".
+    # The random name of the call that deleted it, with others.
+    Column("deletion", _name(32), nullable=False),
+    # "dataset NAME", "run NAME", "generation RUN@ATTEMPT/STEP".
     Column("target", _name(512), nullable=False),
     # JSON: the rows that bring it back.
     Column("record", Text, nullable=False),

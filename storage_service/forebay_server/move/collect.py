@@ -41,6 +41,7 @@ its row, clocks of file servers included."""
 BATCH: Final = 500
 MANIFESTS: Final = "manifests/"
 BLOBS: Final = "blobs/"
+TOMBSTONES: Final = "trash/"
 
 
 class Collector:
@@ -82,6 +83,7 @@ class Collector:
             tier = self._tiers.object
             if tier is not None:
                 await self._tiers.run(tier, tier.delete, MANIFESTS + manifest)
+                await self._tiers.run(tier, tier.delete, TOMBSTONES + manifest)
             elif await self._catalog.read(
                 lambda connection: may_be_in_tier(connection, manifest, OBJECT_TIER)
             ):

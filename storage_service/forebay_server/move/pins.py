@@ -132,13 +132,13 @@ class Pins:
     async def look(self, pin: str) -> PinState:
         """Whether all that *pin* holds is where it is to be, in one look."""
         check_random_name("pin", pin)
-        return await self._catalog.read(lambda connection: _state(connection, pin))
+        return await self._catalog.read(lambda connection: state_of(connection, pin))
 
     async def list(self) -> list[PinState]:
         """All pins, those that ended lately included, oldest first."""
 
         def read(connection: Connection) -> list[PinState]:
-            return [_state(connection, one.pin) for one in queries.list_pins(connection)]
+            return [state_of(connection, one.pin) for one in queries.list_pins(connection)]
 
         return await self._catalog.read(read)
 
@@ -272,7 +272,8 @@ def _begin_hold(connection: Connection, found: Pin, progress: Progress) -> None:
         queries.set_expiry(connection, found.pin, seconds)
 
 
-def _state(connection: Connection, pin: str) -> PinState:
+def state_of(connection: Connection, pin: str) -> PinState:
+    """A pin as it stands."""
     found = _known(connection, pin)
     job = job_of(connection, PIN, pin)
     pinned = queries.pinned_blobs(connection, found)

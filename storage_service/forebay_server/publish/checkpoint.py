@@ -15,6 +15,7 @@ from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_checkpoints import PackInfo, PackPlan
 from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue, enqueue_collection
 from forebay_server.catalog.queries_runs import AttemptInfo, find_generation, load_lineage
+from forebay_server.catalog.queries_trash import trash_generations
 from forebay_server.model.lineage import Point, needed_as_parent
 from forebay_server.model.states import GenerationState, PackState
 from forebay_server.publish.generations import COMMITTED, Generations, check_step
@@ -80,7 +81,11 @@ class Checkpoints:
     commits the generation in the transaction that records its blob.
     """
 
-    def __init__(self, catalog: Catalog, uploads: Uploads, jobs: JobQueue) -> None:
+    def __init__(
+        self, catalog: Catalog, uploads: Uploads, jobs: JobQueue, *, trash_seconds: float = 0.0
+    ) -> None:
+        """*trash_seconds*: how long what is deleted can be restored."""
+        self._trash_seconds = trash_seconds
         self._catalog = catalog
         self._uploads = uploads
         self._jobs = jobs
@@ -301,7 +306,16 @@ class Checkpoints:
     # ---------------------------------------------------------------------------------- deleting
 
     async def delete_generation(self, generation: GenerationId) -> int:
-        """Delete one generation; how many there were (0 or 1). Idempotent.
+        """Put one generation into the trash; how many there were (0 or 1). Idempotent.
+
+        Refused as :meth:`delete_generation_now`, which it is without a grace period.
+        """
+        check_name("run", generation.run)
+        grace = self._trash_seconds
+        return await self._finish(self._delete(lambda c: _delete_one(c, generation, grace)))
+
+    async def delete_generation_now(self, generation: GenerationId) -> int:
+        """Delete one generation for good; how many there were (0 or 1). Idempotent.
 
         On return nobody sees it any more; a background job removes it from the object tier first
         and then its bytes, those that other generations share excepted. Refused
@@ -309,10 +323,18 @@ class Checkpoints:
         generation of its own: a resume would silently lose that attempt's starting point.
         """
         check_name("run", generation.run)
-        return await self._finish(self._delete(lambda c: _delete_one(c, generation)))
+        return await self._finish(self._delete(lambda c: _delete_one(c, generation, 0.0)))
 
     async def delete_run(self, run: str) -> int:
-        """Delete a run with all attempts and generations, also unfinished ones; how many
+        """Put a run with all attempts and committed generations into the trash; how many
+        generations there were. Unfinished ones go for good. Its clients are fenced off.
+        Idempotent."""
+        check_name("run", run)
+        grace = self._trash_seconds
+        return await self._finish(self._delete(lambda c: queries.delete_run(c, run, grace)))
+
+    async def delete_run_now(self, run: str) -> int:
+        """Delete a run with all attempts and generations for good, also unfinished ones; how many
         generations there were. Its clients are fenced off. Idempotent."""
         check_name("run", run)
         return await self._finish(self._delete(lambda c: queries.delete_run(c, run)))
@@ -358,7 +380,9 @@ async def recover_catalog_state(catalog: Catalog) -> int:
     return await catalog.write(recover)
 
 
-def _delete_one(connection: Connection, generation: GenerationId) -> tuple[int, list[str]]:
+def _delete_one(
+    connection: Connection, generation: GenerationId, grace_seconds: float
+) -> tuple[int, list[str]]:
     info = find_generation(connection, generation)
     lineage = load_lineage(connection, generation.run)
     if info is None or lineage is None:
@@ -374,6 +398,8 @@ def _delete_one(connection: Connection, generation: GenerationId) -> tuple[int, 
             "nothing of its own yet: delete it after its next commit, restore an older generation "
             "first, or delete the whole run"
         )
+    if grace_seconds:
+        trash_generations(connection, f"generation {generation}", [generation], grace_seconds)
     return queries.delete_generations(connection, [generation])
 
 

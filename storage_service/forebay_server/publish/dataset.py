@@ -17,8 +17,9 @@ from forebay_server.catalog.queries_datasets import (
     SelectionInfo,
     VersionInfo,
 )
-from forebay_server.catalog.queries_jobs import DELETE, FLUSH, Job, job_of
+from forebay_server.catalog.queries_jobs import DELETE, FLUSH, TOMBSTONE, Job, job_of
 from forebay_server.catalog.queries_manifests import read_manifest
+from forebay_server.catalog.queries_trash import trash_dataset
 from forebay_server.catalog.queries_uploads import claim_landed
 from forebay_server.model.splits import split_bounds
 from forebay_server.publish.lease import Uploads
@@ -98,7 +99,11 @@ class VersionCommit:
 class Datasets:
     """The use cases of datasets. Belongs to the event loop; holds no state."""
 
-    def __init__(self, catalog: Catalog, uploads: Uploads, jobs: JobRunner) -> None:
+    def __init__(
+        self, catalog: Catalog, uploads: Uploads, jobs: JobRunner, *, trash_seconds: float = 0.0
+    ) -> None:
+        """*trash_seconds*: how long what is deleted can be restored."""
+        self._trash_seconds = trash_seconds
         self._catalog = catalog
         self._uploads = uploads
         self._jobs = jobs
@@ -253,7 +258,30 @@ class Datasets:
     # ----------------------------------------------------------------------------------- delete
 
     async def delete(self, name: str) -> bool:
-        """Delete a dataset with all versions and selections; whether there was one.
+        """Put a dataset with all versions and selections into the trash; whether there was one.
+
+        It is gone for readers at once, and its name is free. On return the object tier says so
+        too. Without a grace period as :meth:`delete_now`.
+        """
+        if not self._trash_seconds:
+            return await self.delete_now(name)
+        check_name("dataset", name)
+        grace = self._trash_seconds
+        doomed = await self._catalog.write(
+            lambda connection: trash_dataset(connection, name, grace)
+        )
+        self._jobs.wake()
+        for manifest in doomed:
+            job = await self._jobs.wait(TOMBSTONE, manifest, DELETE_SECONDS)
+            if job is None and await self._is_stored(manifest):
+                raise DeadlineExceeded(
+                    f"dataset {name} is in the trash here; the object tier does not say so after "
+                    f"{DELETE_SECONDS:.0f} s: that goes on in the background"
+                )
+        return bool(doomed)
+
+    async def delete_now(self, name: str) -> bool:
+        """Delete a dataset with all versions and selections for good; whether there was one.
 
         It is gone for readers at once. On return it is gone from the object tier too, its bytes
         with it unless something else names them. :class:`DeadlineExceeded` if the object tier takes

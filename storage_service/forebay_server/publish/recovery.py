@@ -41,6 +41,9 @@ from forebay_wire.errors import (
 )
 from forebay_wire.ids import check_id
 from forebay_wire.manifest import (
+    KIND_DATASET,
+    KIND_GENERATION,
+    KIND_SELECTION,
     AnyManifest,
     DatasetManifest,
     GenerationManifest,
@@ -56,6 +59,13 @@ NO_OPTIONS: Final = ObjectOptions()
 
 T = TypeVar("T")
 
+TOMBSTONES: Final = "trash/"
+"""What says in the object tier that a manifest was deleted."""
+KINDS: Final = {
+    DatasetManifest: KIND_DATASET,
+    GenerationManifest: KIND_GENERATION,
+    SelectionManifest: KIND_SELECTION,
+}
 CATALOG_FILE_NAME: Final = "catalog.sqlite"
 UNFINISHED_FILE_NAME: Final = "catalog-recovering.sqlite"
 NUM_READERS: Final = 8
@@ -87,6 +97,8 @@ class Recovered:
     num_selections: int = 0
     num_runs: int = 0
     num_generations: int = 0
+    num_trashed: int = 0
+    """Versions, selections and generations that were deleted: they are in the trash again."""
     num_blobs: int = 0
     num_bytes: int = 0
     """Of all blobs."""
@@ -228,6 +240,37 @@ class _Recovery:
             return error
         return found
 
+    # ------------------------------------------------------------------------------------- trash
+
+    async def _read_tombstones(self) -> dict[str, bytes]:
+        """Manifest to what the object tier says of its deletion."""
+        infos = await asyncio.to_thread(lambda: list(self._tier.list(TOMBSTONES)))
+        found = await self._each("tombstones", infos, lambda info: self._tier.get(info.name))
+        names = [info.name.removeprefix(TOMBSTONES) for info in infos]
+        return dict(zip(names, found, strict=True))
+
+    async def _restore_trashed(
+        self,
+        catalog: Catalog,
+        found: _Found,
+        located: Mapping[str, ObjectBlob | ForebayError],
+        tombstone: bytes,
+    ) -> None:
+        """What was deleted does not come back by itself: it lies in the trash again."""
+
+        def restore(connection: Connection) -> None:
+            self._restore_blobs(connection, found, located)
+            kind = KINDS[type(found.manifest)]
+            queries.restore_trashed(
+                connection, found.identity, kind, found.data, found.blobs, tombstone
+            )
+
+        try:
+            await catalog.write(restore)
+            self.result.num_trashed += 1
+        except (ValueError, KeyError) as error:
+            self._leave_out(found.what, f"it was deleted, and its tombstone is damaged: {error}")
+
     # -------------------------------------------------------------------------------------- rows
 
     async def _fill(
@@ -238,7 +281,12 @@ class _Recovery:
     ) -> None:
         latest = max((found.stamp.committed_ns for found in manifests), default=0)
         await catalog.write(lambda connection: pass_moment(connection, latest))
-        choice = choose([found for found in manifests if self._is_whole(found, located)])
+        whole = [found for found in manifests if self._is_whole(found, located)]
+        tombstones = await self._read_tombstones()
+        for found in whole:
+            if found.identity in tombstones:
+                await self._restore_trashed(catalog, found, located, tombstones[found.identity])
+        choice = choose([found for found in whole if found.identity not in tombstones])
         for older, reason in choice.left_out:
             self._leave_out(older.what, reason)
         for number, found in enumerate(choice.kept, 1):
@@ -262,13 +310,21 @@ class _Recovery:
         self, found: _Found, located: Mapping[str, ObjectBlob | ForebayError]
     ) -> Callable[[Connection], None]:
         def restore(connection: Connection) -> None:
-            for blob in found.blobs:
-                place = located[blob]
-                assert isinstance(place, ObjectBlob), "damaged ones are left out before"
-                queries.restore_blob(connection, blob, self._tier.name, place)
+            self._restore_blobs(connection, found, located)
             _restore(connection, found)
 
         return restore
+
+    def _restore_blobs(
+        self,
+        connection: Connection,
+        found: _Found,
+        located: Mapping[str, ObjectBlob | ForebayError],
+    ) -> None:
+        for blob in found.blobs:
+            place = located[blob]
+            assert isinstance(place, ObjectBlob), "damaged ones are left out before"
+            queries.restore_blob(connection, blob, self._tier.name, place)
 
     def _count(self, manifest: AnyManifest) -> None:
         if isinstance(manifest, DatasetManifest):

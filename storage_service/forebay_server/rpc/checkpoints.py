@@ -119,11 +119,12 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
     async def DeleteGeneration(
         self, request: pb.DeleteGenerationRequest, context: Any
     ) -> pb.DeleteGenerationResponse:
+        use, run = self._checkpoints, request.run
         if request.all:
-            number = await self._checkpoints.delete_run(request.run)
+            number = await (use.delete_run_now if request.now else use.delete_run)(run)
         else:
-            generation = GenerationId(request.run, request.attempt, request.step)
-            number = await self._checkpoints.delete_generation(generation)
+            delete = use.delete_generation_now if request.now else use.delete_generation
+            number = await delete(GenerationId(run, request.attempt, request.step))
         return pb.DeleteGenerationResponse(num_deleted=number)
 
 

@@ -72,7 +72,8 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
     async def DeleteDataset(
         self, request: messages.DeleteDatasetRequest, context: Context
     ) -> messages.DeleteDatasetResponse:
-        return messages.DeleteDatasetResponse(existed=await self._datasets.delete(request.name))
+        delete = self._datasets.delete_now if request.now else self._datasets.delete
+        return messages.DeleteDatasetResponse(existed=await delete(request.name))
 
     async def WaitVersion(
         self, request: messages.WaitVersionRequest, context: Context

@@ -12,7 +12,13 @@ from typing import Any
 
 from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_checkpoints import PackPlan
-from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, are_settled
+from forebay_server.catalog.queries_jobs import (
+    COLLECT,
+    DELETE,
+    FLUSH,
+    TOMBSTONE,
+    are_settled,
+)
 from forebay_server.catalog.queries_manifests import read_manifest
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_runs import AttemptInfo, GenerationInfo
@@ -21,6 +27,7 @@ from forebay_server.model.lineage import Point
 from forebay_server.move.collect import Collector
 from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
+from forebay_server.move.trash import Tombstones, Trash
 from forebay_server.publish.checkpoint import Checkpoints, PackSeal, recover_catalog_state
 from forebay_server.publish.lease import Grant
 from forebay_server.publish.manifests import ObjectPublisher
@@ -42,6 +49,7 @@ class CheckpointNode:
     storage: Storage
     checkpoints: Checkpoints
     jobs: Jobs
+    trash: Trash
 
     async def begin(
         self, parent: tuple[int, int] | None = None, *, num_ranks: int = 1, run: str = RUN
@@ -157,6 +165,7 @@ async def open_checkpoints(
     grace_seconds: float = 3600.0,
     repeat_seconds: float = 3600.0,
     is_open: Any = lambda blob: False,
+    trash_seconds: float = 0.0,
     **options: Any,
 ) -> AsyncIterator[CheckpointNode]:
     """A node in *folder*, started and recovered as a daemon does it."""
@@ -173,19 +182,22 @@ async def open_checkpoints(
         handlers: dict[str, Handler] = {
             COLLECT: collector.collect,
             DELETE: collector.delete_manifest,
+            TOMBSTONE: Tombstones(storage.catalog, storage.tiers, locks),
         }
         if storage.tiers.object is not None:
             publisher = ObjectPublisher(storage.catalog, storage.tiers, storage.tiers.object, locks)
             handlers[FLUSH] = Flush(storage.catalog, publisher, locks)
         jobs = Jobs(storage.catalog, new_random_name(), handlers)
-        checkpoints = Checkpoints(storage.catalog, storage.uploads, jobs)
+        checkpoints = Checkpoints(
+            storage.catalog, storage.uploads, jobs, trash_seconds=trash_seconds
+        )
         storage.uploads.listen(checkpoints.session_ended)
         await recover_catalog_state(storage.catalog)
         await take_over_jobs(storage.catalog)
         await storage.catalog.write(enqueue_missing)
         working = asyncio.create_task(jobs.run()) if run_jobs else None
         try:
-            yield CheckpointNode(storage, checkpoints, jobs)
+            yield CheckpointNode(storage, checkpoints, jobs, Trash(storage.catalog, jobs))
         finally:
             jobs.stop()
             if working is not None:

@@ -10,6 +10,7 @@ _POSTGRESQL_SEQ = "BIGSERIAL NOT NULL PRIMARY KEY"
 _LENGTHS = (32, 64, 128, 160, 512)
 _STEPS = (
     "ALTER TABLE replicas ADD COLUMN verified {double} DEFAULT '0' NOT NULL",
+    "ALTER TABLE blobs ADD COLUMN used {double} DEFAULT 0 NOT NULL",
     "ALTER TABLE jobs ADD COLUMN priority INTEGER DEFAULT '0' NOT NULL",
     "ALTER TABLE jobs ADD COLUMN journal TEXT DEFAULT '' NOT NULL",
     "CREATE TABLE assigned_policies (owner {text160} NOT NULL PRIMARY KEY,"
@@ -22,7 +23,7 @@ _STEPS = (
     " FOREIGN KEY(pin) REFERENCES pins (pin) ON DELETE CASCADE)",
     "CREATE INDEX pin_blobs_by_blob ON pin_blobs (blob)",
     "CREATE TABLE trash (manifest {text64} NOT NULL PRIMARY KEY,"
-    " target {text512} NOT NULL,"
+    " deletion {text32} NOT NULL, target {text512} NOT NULL,"
     " record TEXT NOT NULL, expires {double} NOT NULL, created {double} NOT NULL,"
     " FOREIGN KEY(manifest) REFERENCES manifests (manifest) ON DELETE CASCADE)",
     "CREATE INDEX trash_by_expiry ON trash (expires)",

@@ -1,0 +1,217 @@
+"""Answers where something lies, why, and what happened to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from forebay_server.catalog import queries_why as queries
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_datasets import find_dataset
+from forebay_server.catalog.queries_history import Event, list_events
+from forebay_server.catalog.queries_jobs import Job
+from forebay_server.catalog.queries_pins import list_pins, pins_of_blob
+from forebay_server.catalog.queries_policies import policy_of
+from forebay_server.catalog.queries_subjects import resolve_all
+from forebay_server.catalog.queries_why import Copies
+from forebay_server.model.placement import Policy
+from forebay_server.model.subjects import Subject, parse_subject
+from forebay_server.move.pins import PinState, state_of
+from forebay_wire.errors import InvalidRequest, NotFound
+from forebay_wire.limits import MAX_PAGE_ROWS
+
+NUM_EVENTS: Final = 50
+MAX_JOBS: Final = 50
+MAX_PINS: Final = 50
+
+
+@dataclass(frozen=True)
+class Why:
+    """All that is known about a subject; the field names are those of the message."""
+
+    subject: str
+    num_blobs: int
+    num_bytes: int
+    dirty_bytes: int
+    policy: str
+    policy_from: str
+    copies: Sequence[Copies]
+    kept_by: Sequence[str]
+    because: Sequence[str]
+    pins: Sequence[PinState]
+    jobs: Sequence[Job]
+    history: Sequence[Event]
+
+
+class Story:
+    """Reads the catalog; belongs to the event loop."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        find_policy: Callable[[str], Policy],
+        seconds_until_use: Callable[[str], float | None] = lambda blob: None,
+    ) -> None:
+        """*find_policy* knows the named policies; *seconds_until_use* when a plan reads a blob."""
+        self._catalog = catalog
+        self._find_policy = find_policy
+        self._seconds_until_use = seconds_until_use
+
+    async def why(self, text: str, num_events: int) -> Why:
+        """The story of what *text* names. :class:`NotFound` if neither it is there nor anything is
+        known of its past."""
+        subject = parse_subject(text)
+        limit = min(num_events or NUM_EVENTS, MAX_PAGE_ROWS)
+        return await self._catalog.read(lambda connection: self._read(connection, subject, limit))
+
+    async def jobs(self, after: str, limit: int, *, everything: bool) -> tuple[list[Job], str]:
+        """``(jobs, where the next page begins)``, oldest first; empty: no more."""
+        size = min(limit or MAX_PAGE_ROWS, MAX_PAGE_ROWS)
+        behind = _parse_after(after)
+        page = await self._catalog.read(
+            lambda connection: queries.page_jobs(
+                connection, behind, size + 1, everything=everything
+            )
+        )
+        if len(page) <= size:
+            return page, ""
+        last = page[size - 1]
+        return page[:size], f"{last.created_unix!r}/{last.job}"
+
+    # ---------------------------------------------------------------------------------- reading
+
+    def _read(self, connection: Connection, subject: Subject, limit: int) -> Why:
+        events = list_events(connection, _subjects(connection, subject), limit)
+        manifests: tuple[str, ...] = ()
+        blobs: tuple[str, ...] = ()
+        name = str(subject)
+        try:
+            found = resolve_all(connection, subject)
+            name, manifests, blobs = found.target, found.manifests, found.blobs
+        except NotFound:
+            if not events:
+                raise
+        number, total, dirty = queries.count_bytes(connection, blobs)
+        if subject.kind == "blob" and not number and not events:
+            raise NotFound(f"there is no {subject}, and nothing is known of its past")
+        blob = subject.name if subject.kind == "blob" else ""
+        kept_by = queries.owners_of(connection, blob) if blob else []
+        policy, source = self._policy(connection, subject, kept_by)
+        copies = queries.count_copies(connection, blobs)
+        pins = self._pins(connection, subject, name)
+        return Why(
+            subject=name,
+            num_blobs=number,
+            num_bytes=total,
+            dirty_bytes=dirty,
+            policy=policy.name,
+            policy_from=source,
+            copies=copies,
+            kept_by=kept_by,
+            because=self._because(policy, source, copies, dirty, pins, kept_by, blobs, blob),
+            pins=pins,
+            jobs=queries.jobs_about(connection, manifests, blob, MAX_JOBS),
+            history=events,
+        )
+
+    def _policy(
+        self, connection: Connection, subject: Subject, kept_by: Sequence[str]
+    ) -> tuple[Policy, str]:
+        owners = [subject.owner] if subject.owner else [_owner_of(one) for one in kept_by]
+        for owner in owners:
+            assigned = policy_of(connection, owner)
+            if assigned is not None:
+                return self._find_policy(assigned), owner
+        return self._find_policy(""), "default"
+
+    def _pins(self, connection: Connection, subject: Subject, name: str) -> list[PinState]:
+        if subject.kind == "blob":
+            found = pins_of_blob(connection, subject.name)
+        else:
+            found = [
+                pin
+                for pin in list_pins(connection)
+                if pin.target == name or pin.target.startswith(f"{name}@")
+            ]
+        return [state_of(connection, pin.pin) for pin in found[-MAX_PINS:]]
+
+    def _because(
+        self,
+        policy: Policy,
+        source: str,
+        copies: Sequence[Copies],
+        dirty: int,
+        pins: Sequence[PinState],
+        kept_by: Sequence[str],
+        blobs: Sequence[str],
+        blob: str,
+    ) -> list[str]:
+        """Sentences, for people."""
+        told = [f"policy {policy.name} ({source}): {describe(policy)}"]
+        for pin in pins:
+            if pin.state in ("held", "fetching"):
+                until = "it is unpinned" if not pin.expires_unix else "its hold ends"
+                told.append(f"pinned in {pin.tier} until {until} (pin {pin.pin})")
+        if dirty:
+            told.append(f"{dirty} bytes are not in the object tier: their last copy stays")
+        told.extend(
+            f"{one.num_blobs} copies in {one.tier} are quarantined: {one.reason}"
+            for one in copies
+            if one.state == "quarantined"
+        )
+        soonest = min(
+            (found for one in blobs if (found := self._seconds_until_use(one)) is not None),
+            default=None,
+        )
+        if soonest is not None:
+            told.append(f"a plan reads it in {max(soonest, 0):.0f} s")
+        if blob and not kept_by:
+            told.append("nothing names it: it is collected once nobody has it open")
+        return told
+
+
+def describe(policy: Policy) -> str:
+    """What a policy says, in one sentence."""
+    parts = [f"new bytes land in {', else '.join(policy.land)}"]
+    for kind, within in policy.copies.items():
+        when = "in the background" if within is None else f"within {within:g} s"
+        parts.append(f"a copy is made in {kind} {when}")
+    for kind, after in policy.demote_after_seconds.items():
+        parts.append(f"what nobody used for {after:g} s leaves {kind}")
+    parts.extend(f"copies in {kind} are {name}" for kind, name in policy.encoding.items())
+    return "; ".join(parts)
+
+
+def _owner_of(kept_by: str) -> str:
+    """What a policy would be assigned to, of an entry of ``kept_by``."""
+    kind, _, name = kept_by.partition(" ")
+    base = name.partition("@")[0]
+    return f"{'run' if kind == 'generation' else kind} {base}"
+
+
+def _subjects(connection: Connection, subject: Subject) -> list[str]:
+    """Under which names things may have happened to it."""
+    names = [str(subject)]
+    if subject.kind == "dataset":
+        found = find_dataset(connection, subject.name)
+        versions = found.versions if found is not None else ()
+        names = [f"dataset {subject.name}"]
+        names += [
+            f"dataset {subject.name}@{one.version}"
+            for one in versions
+            if subject.version in (0, one.version)
+        ]
+    elif subject.generation is not None:
+        names.append(f"run {subject.generation.run}")
+    return names
+
+
+def _parse_after(after: str) -> tuple[float, str] | None:
+    if not after:
+        return None
+    created, _, job = after.partition("/")
+    try:
+        return float(created), job
+    except ValueError as error:
+        raise InvalidRequest(f"{after!r} is not where a page of jobs begins") from error
