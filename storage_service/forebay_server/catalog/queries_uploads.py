@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_blobs import (
@@ -135,17 +135,22 @@ def record_landed(
     return spare
 
 
-def claim_landed(connection: Connection, session: str, uid: int, blob: str) -> None:
-    """End a session whose *blob* has just been named by a manifest in this transaction.
+def claim_landed(connection: Connection, uid: int, held: Mapping[str, str]) -> None:
+    """End sessions whose blobs a manifest names in this transaction; *held* is session to blob.
 
-    Raises :class:`NotFound` if the session is unknown, ended or holds another blob,
+    Raises :class:`NotFound` if a session is unknown, ended or holds another blob,
     :class:`PermissionDenied` if it is another user's.
     """
-    row = connection.execute(
-        select(uploads.c.uid, uploads.c.blob, uploads.c.state).where(
-            uploads.c.session == session, uploads.c.expires >= now()
-        )
-    ).one_or_none()
+    for part in batches(list(held)):
+        columns = (uploads.c.session, uploads.c.uid, uploads.c.blob, uploads.c.state)
+        live = select(*columns).where(uploads.c.session.in_(part), uploads.c.expires >= now())
+        rows = {row.session: row for row in connection.execute(live)}
+        for session in part:
+            _check_claim(rows.get(session), session, uid, held[session])
+        connection.execute(delete(uploads).where(uploads.c.session.in_(part)))
+
+
+def _check_claim(row: Row[Any] | None, session: str, uid: int, blob: str) -> None:
     if row is None:
         raise NotFound(
             f"upload session {session} has ended (its lease ran out, or the daemon restarted): "
@@ -158,7 +163,6 @@ def claim_landed(connection: Connection, session: str, uid: int, blob: str) -> N
             f"upload session {session} has not sealed blob {blob}: seal it first, and commit the "
             "id that the seal answered"
         )
-    end_claimed(connection, session)
 
 
 def end_claimed(connection: Connection, session: str) -> None:

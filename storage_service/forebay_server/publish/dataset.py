@@ -182,8 +182,7 @@ class Datasets:
                 return repeated
             _check_base(connection, commit, manifest.parent)
             _check_sizes(connection, commit.shards)
-            for shard in commit.shards:
-                claim_landed(connection, shard.session, uid, shard.blob)
+            claim_landed(connection, uid, {shard.session: shard.blob for shard in commit.shards})
             made = queries.insert_version(connection, manifest, manifest_id, data, commit.request)
             queries.enqueue_flush(connection, manifest_id)
             failpoint("dataset.inside_commit")
