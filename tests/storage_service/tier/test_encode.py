@@ -380,6 +380,18 @@ def test_a_hostile_segment_with_good_digests_is_an_integrity_error(
         image_of(reader)
 
 
+@pytest.mark.parametrize("way", ALL_WAYS, ids=str)
+def test_a_wrong_decode_with_good_digests_is_never_given_out(tier: Tier, way: Way) -> None:
+    table = table_of([b"a" * 100_000])
+    wrong = bytes(encode_segment(way, memoryview(b"b" * 100_000)))
+    entry = (len(wrong), way.method, way.width, 0, xxh3(wrong))
+    with (
+        open_plain(forge(tier, table, [wrong], [entry]), "f", "lz4", table.blob_id) as reader,
+        pytest.raises(IntegrityError, match=r"segment 0 of blob .* does not match its digest"),
+    ):
+        image_of(reader)
+
+
 @pytest.mark.parametrize(
     "entry",
     [
