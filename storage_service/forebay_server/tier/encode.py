@@ -21,7 +21,7 @@ from forebay_server.model.encodings import (
     encoding_of,
     ways_to_try,
 )
-from forebay_server.tier.buffers import PLAIN_BUFFERS, SEGMENT_BUFFERS
+from forebay_server.tier.buffers import SEGMENT_BUFFERS
 from forebay_server.tier.codecs import CODEC_THREADS, encode_segment, shares
 from forebay_server.tier.encoded import (
     ENTRY_DTYPE,
@@ -123,7 +123,7 @@ def _choose(reader: TierReader, table: SegmentTable, setting: str) -> Way:
         return RAW_WAY
     plain_bytes = 0
     encoded = dict.fromkeys(ways, 0)
-    with PLAIN_BUFFERS.borrow() as buffer:
+    with SEGMENT_BUFFERS.borrow() as buffer:
         for start, stop in _sample_ranges(table.offsets.tolist()):
             sample = buffer[: stop - start]
             reader.read_into(start, sample)

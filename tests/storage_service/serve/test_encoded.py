@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forebay_server.catalog.queries_blobs import remove_replica
+from forebay_server.catalog.queries_blobs import known_files, remove_replica
 from forebay_server.serve.open import OpenedBlob
 from forebay_server.serve.promote import Place, places_of
 from forebay_server.testing.node import StorageNode
@@ -78,6 +78,10 @@ async def test_a_copy_into_a_tier_that_encodes_is_encoded(node: StorageNode) -> 
     assert (copied.tier, copied.encoding) == ("hdd", "shuffle-lz4")
     size = (await node.path_of(blob, "hdd")).stat().st_size
     assert node.tiers.get("hdd").head(copied.file) == size < len(DATA) / 2
+    # What a start compares with the file.
+    assert await node.catalog.read(lambda connection: known_files(connection, "hdd")) == {
+        copied.file: size
+    }
 
 
 async def test_an_encoded_replica_is_promoted_raw(node: StorageNode) -> None:

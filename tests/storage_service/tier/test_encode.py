@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from forebay_server.model.encodings import CODES, RAW, RAW_WAY, SETTINGS, Method, Way, ways_to_try
 from forebay_server.testing.tier_contract import random_bytes, write_blob
+from forebay_server.tier import encode, encoded_reader, verify
+from forebay_server.tier.buffers import BufferPool
 from forebay_server.tier.codecs import BLOSC_HEADER, decode_segment, encode_segment
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.encode import StoredFile, encode_into, open_plain
@@ -199,8 +201,17 @@ def test_an_encoded_blob_is_encoded_again_and_made_raw(tier: Tier) -> None:
     assert tier.get(tier.blob_name(file)) == raw_image(tier, pieces)
 
 
-def test_many_threads_encode_and_read_at_a_time(tier: Tier) -> None:
-    """More copies than there are buffers for all that each would like: none waits for ever."""
+def test_many_threads_encode_and_read_at_a_time(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer buffers than they would all like to have: none waits for ever."""
+    for module, pool in (
+        (encode, "SEGMENT_BUFFERS"),
+        (verify, "SEGMENT_BUFFERS"),
+        (encoded_reader, "STORED_BUFFERS"),
+        (encoded_reader, "PLAIN_BUFFERS"),
+    ):
+        monkeypatch.setattr(module, pool, BufferPool(2))
     errors: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -211,6 +222,8 @@ def test_many_threads_encode_and_read_at_a_time(tier: Tier) -> None:
                 part = bytearray(2 * MIB)
                 reader.read_into(MIB - 7, part)
                 assert part == b"".join(pieces)[MIB - 7 : 3 * MIB - 7]
+                again = encode_into(reader, tier, new_random_name(), "lz4", stored.table.blob_id)
+                assert again.table.encoded == stored.table.encoded
         except BaseException as error:  # noqa: BLE001 - told to the test's own thread
             errors.append(error)
 
