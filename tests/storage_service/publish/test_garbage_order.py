@@ -1,0 +1,67 @@
+"""What is on its way is no garbage, and the catalog forgets last."""
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from forebay_server.catalog.engine import Connection
+from forebay_server.catalog.queries_jobs import COLLECT, DELETE, GARBAGE, enqueue, job_of
+from forebay_server.catalog.queries_manifests import read_manifest
+from forebay_server.publish.landing import BlobLanding, PublishedBlob
+from forebay_server.testing.checkpoints import RUN, open_checkpoints
+from forebay_wire.limits import MIB
+
+
+async def test_a_file_whose_row_is_still_to_come_is_no_garbage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived, passes = threading.Event(), threading.Event()
+    publish = BlobLanding.publish
+
+    def publish_and_wait(landing: BlobLanding) -> PublishedBlob:
+        done = publish(landing)
+        arrived.set()
+        assert passes.wait(30.0)
+        return done
+
+    packs = [os.urandom(MIB)]
+    async with open_checkpoints(tmp_path, with_object=False, grace_seconds=-1) as node:
+        await node.settle(COLLECT)
+        await node.begin()
+        monkeypatch.setattr(BlobLanding, "publish", publish_and_wait)
+        saved = await node.save(1, packs)
+        assert await asyncio.to_thread(arrived.wait, 30.0)
+        assert len(node.storage.files()) == 1
+        await node.storage.catalog.write(lambda c: enqueue(c, COLLECT, GARBAGE))
+        node.jobs.wake()
+        await node.settle(COLLECT)
+        passes.set()
+        await node.wait(saved)
+        assert await node.restore(saved) == packs
+
+
+async def test_the_catalog_forgets_a_manifest_only_once_the_object_tier_has(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path) as node:
+        await node.begin()
+        info = await node.wait(await node.save(1, [os.urandom(MIB)]), "remote")
+        assert info.manifest is not None
+        manifest = info.manifest
+        place, away = tmp_path / "object", tmp_path / "away"
+        place.rename(away)
+        place.write_bytes(b"not a folder")
+        await node.checkpoints.delete_run(RUN)
+
+        def failed_try(connection: Connection) -> bool | None:
+            job = job_of(connection, DELETE, manifest)
+            return True if job is not None and job.error else None
+
+        assert await node.storage.catalog.wait_until(failed_try, 20)
+        assert await node.storage.catalog.read(lambda c: read_manifest(c, manifest)) is not None
+        place.unlink()
+        away.rename(place)
+        await node.settle(DELETE)
+        assert await node.storage.catalog.read(lambda c: read_manifest(c, manifest)) is None
+        assert not (place / "manifests" / manifest).exists()
