@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from forebay_server.model.encodings import AUTO, SETTINGS
+from forebay_server.model.placement import Policy
+from forebay_server.model.watermarks import Watermarks
 from forebay_server.object_options import ObjectOptions
+from forebay_server.policy_file import DEFAULT, all_policies, parse_policies
 from forebay_wire.errors import InvalidRequest
 
 ENVIRONMENT_PREFIX: Final = "FOREBAY_SERVER_"
@@ -27,6 +30,9 @@ DATA_VARIABLE: Final = "FOREBAY_DATA"
 CONFIG_FILE_NAME: Final = "forebay.toml"
 NONE: Final = "none"
 """Turns off a tier that a path or URL setting would name."""
+
+POLICIES: Final = "policies"
+"""The file's tables of named policies; they cannot be given elsewhere."""
 
 _SIZE: Final = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*$", re.IGNORECASE)
 _TRUE: Final = frozenset({"1", "true", "yes", "on"})
@@ -82,6 +88,21 @@ def _parse_texts(value: object) -> tuple[str, ...]:
     if not isinstance(value, Sequence):
         raise ValueError("not a list of texts")
     return tuple(_parse_text(part) for part in value)
+
+
+def _parse_watermarks(value: object) -> str:
+    try:
+        _watermarks(str(value))
+    except ValueError:
+        raise ValueError(
+            "not three percentages in ascending order, above 0 and at most 100, as in 85,92,97"
+        ) from None
+    return str(value)
+
+
+def _watermarks(text: str) -> Watermarks:
+    low, high, stop = (float(part) / 100 for part in text.split(","))
+    return Watermarks(low, high, stop)
 
 
 @dataclass(frozen=True)
@@ -265,11 +286,24 @@ class Config:
         "Most that background work moves through the object tier; 0: no limit. It steps back while "
         "readers wait for the tier in any case.",
     )
+    watermarks: str = _option(
+        "85,92,97",
+        _parse_watermarks,
+        "percent",
+        "LOW,HIGH,STOP of a local tier: above HIGH copies that another tier has are evicted down "
+        "to LOW; above STOP the cache adds nothing, which leaves room for checkpoints.",
+    )
     lease_seconds: float = _option(
         60.0,
         _parse_seconds,
         "seconds",
         "An upload whose client neither writes nor renews for this long ends and is reclaimed.",
+    )
+    default_policy: str = _option(
+        DEFAULT.name,
+        _parse_text,
+        "policy",
+        "The policy of datasets and runs that none is assigned to, for where new bytes land.",
     )
     trash_seconds: float = _option(
         86400.0,
@@ -313,11 +347,24 @@ class Config:
         return self._tier_folder(self.hdd_path, "hdd")
 
     @property
+    def cache_marks(self) -> Watermarks:
+        """Fill levels of the local tiers."""
+        return _watermarks(self.watermarks)
+
+    @property
     def object_location(self) -> str | None:
         """URL of the object tier, None without one."""
         if self.object_url == NONE:
             return None
         return self.object_url or f"file://{self.data.resolve() / 'object'}"
+
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    """Of the tables ``[policies.NAME]`` in the file."""
+
+    @property
+    def all_policies(self) -> dict[str, Policy]:
+        """The built-in policies and the file's own, by name."""
+        return all_policies(self.policies)
 
     @property
     def move_rates(self) -> dict[str, float]:
@@ -382,6 +429,12 @@ class Config:
             )
         if self.lease_seconds < 1:
             raise InvalidRequest("lease-seconds: at least 1, clients renew within a third of it")
+        if self.default_policy not in self.all_policies:
+            names = ", ".join(sorted(self.all_policies))
+            raise InvalidRequest(
+                f"default-policy = {self.default_policy!r}: there is no such policy; there are "
+                f"{names}"
+            )
         _ = (self.rpc_addresses, self.http_address)
         return self
 
@@ -446,6 +499,7 @@ OPTIONS: Final[dict[str, Option]] = {
             choices=part.metadata["choices"],
         )
         for part in fields(Config)
+        if "parse" in part.metadata
     )
 }
 """Flag name to option, in the order of the docs."""
@@ -481,8 +535,9 @@ def load_config(
     for name, option in OPTIONS.items():
         origins.setdefault(name, "default")
         values.setdefault(name, option.default)
+    policies = values.pop(POLICIES, {})
     by_field = {OPTIONS[name].field: value for name, value in values.items()}
-    return Configured(Config(**by_field).check(), {name: origins[name] for name in OPTIONS})
+    return Configured(Config(**by_field, policies=policies).check(), {name: origins[name] for name in OPTIONS})
 
 
 def _given(
@@ -516,6 +571,9 @@ def _add_file(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the configuration {file} is not TOML: {error}") from error
     for key, value in content.items():
+        if key == POLICIES:
+            values[POLICIES] = parse_policies(value, str(file))
+            continue
         option = _find(key, str(file))
         if option.name == "data" and not file_names_data:
             raise InvalidRequest(f"{file} lies in a data folder and cannot name another: drop data")

@@ -48,14 +48,14 @@ class Bringer:
         is quarantined and the next one taken. :class:`IntegrityError` if no good one is left,
         :class:`ResourceExhausted` without room.
         """
+        located = (await self._catalog.locate([blob])).get(blob)
+        if located is None or any(one.tier == tier for one in located.live()):
+            return False
         if tier not in self._landing:
             raise InvalidRequest(
                 f"blobs are brought into {', '.join(sorted(self._landing))}, not into {tier!r}: "
                 "what the object tier has comes from flushes"
             )
-        located = (await self._catalog.locate([blob])).get(blob)
-        if located is None or any(one.tier == tier for one in located.live()):
-            return False
         problems: list[ForebayError] = []
         for source in self._in_order(places_of(located)):
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,14 +42,17 @@ class Holds:
         self,
         max_blobs: int = MAX_OPEN_BLOBS_PER_CLIENT,
         max_bytes: int = MAX_OPEN_BYTES_PER_CLIENT,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """Caps for each client."""
+        """Caps for each client; *clock* answers Unix seconds."""
+        self._clock = clock
         self._max_blobs = max_blobs
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._clients: dict[str, _Client] = {}
         self._open_bytes: Counter[str] = Counter()
         self._open_blobs: Counter[str] = Counter()
+        self._used: dict[str, float] = {}
 
     def add(self, client: str, holds: Sequence[Hold]) -> None:
         """Count *holds* for *client*: all, or none and :class:`LimitExceeded`."""
@@ -65,6 +69,13 @@ class Holds:
                 held.holds.setdefault(hold.blob, []).append(hold)
                 self._open_bytes[hold.tier] += hold.num_bytes
                 self._open_blobs[hold.blob] += 1
+                self._used[hold.blob] = self._clock()
+
+    def take_uses(self) -> dict[str, float]:
+        """Which blobs were opened or released since the last call, and when, in Unix seconds."""
+        with self._lock:
+            uses, self._used = self._used, {}
+            return uses
 
     def remove(self, client: str, blobs: Sequence[str]) -> list[Hold]:
         """One open less for each of *blobs*, the oldest, and what those were.
@@ -121,6 +132,7 @@ class Holds:
             return dict(+self._open_bytes)
 
     def _drop(self, held: _Client, hold: Hold) -> Hold:
+        self._used[hold.blob] = self._clock()
         held.num_blobs -= 1
         held.num_bytes -= hold.num_bytes
         self._open_bytes[hold.tier] -= hold.num_bytes

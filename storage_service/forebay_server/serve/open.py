@@ -209,6 +209,10 @@ class Opener:
         """Tier to bytes of blobs that are open."""
         return self._holds.open_bytes()
 
+    def take_uses(self) -> dict[str, float]:
+        """Which blobs were used since the last call, and when, in Unix seconds."""
+        return self._holds.take_uses()
+
     def is_open(self, blob: str) -> bool:
         """Whether any client has *blob* open, or is about to."""
         return self._holds.is_open(blob) or blob in self._fetches or self._num_opening[blob] > 0

@@ -19,7 +19,7 @@ from forebay_wire.errors import ForebayError, NotFound, ResourceExhausted
 
 logger = logging.getLogger(__name__)
 
-STREAMS: Final = {"object": 6, "hdd": 1}
+STREAMS: Final = {"object": 12, "hdd": 1}
 """Fetches at a time by the kind of tier where they come from: fewer than the tier has threads, so
 that there is one for whoever waits. A disk reads one file after the other."""
 
