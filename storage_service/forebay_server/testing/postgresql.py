@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,6 +23,17 @@ UNPRIVILEGED: Final = "nobody"
 
 GUARDED_USER: Final = "guarded"
 """The one user who needs a password, ``secret``; all others are trusted."""
+
+SHARED: Final = "shared"
+
+_EMPTY: Final = """
+DO $$ DECLARE name text; BEGIN
+    FOR name IN SELECT nspname FROM pg_namespace
+        WHERE nspname NOT LIKE 'pg\\_%' AND nspname <> 'information_schema'
+    LOOP EXECUTE format('DROP SCHEMA %I CASCADE', name); END LOOP;
+    CREATE SCHEMA public;
+END $$
+"""
 
 _ACCESS: Final = f"local all {GUARDED_USER} scram-sha-256\nlocal all all trust\n"
 _SETTINGS: Final = {
@@ -46,9 +58,12 @@ def find_program(name: str) -> str:
 class PostgresqlServer:
     """One server on a Unix socket in a folder below /tmp. A context manager; not thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+        """*settings* of the server that differ from those of tests."""
+        self._settings = {**_SETTINGS, **(settings or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
+        self._has_shared = False
 
     def __enter__(self) -> Self:
         # Its user must be able to reach it, which pytest's own folders do not allow.
@@ -75,7 +90,7 @@ class PostgresqlServer:
 
     def start(self) -> Self:
         """Start it and wait until it answers."""
-        settings = [f"-c{name}={value}" for name, value in _SETTINGS.items()]
+        settings = [f"-c{name}={value}" for name, value in self._settings.items()]
         command = [find_program("postgres"), "-D", str(self.folder / "data"), "-k"]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -113,6 +128,14 @@ class PostgresqlServer:
         name = f"test_{new_random_name()}"
         self.run_sql(f"CREATE DATABASE {name}")
         return self.url(name)
+
+    def empty_database(self) -> str:
+        """The URL of the one database that tests share in turn, emptied: faster than a new one."""
+        if not self._has_shared:
+            self.run_sql(f"CREATE DATABASE {SHARED}")
+            self._has_shared = True
+        self.run_sql(_EMPTY, SHARED)
+        return self.url(SHARED)
 
     def url(self, database: str, user: str = "lab") -> str:
         """The URL of *database* for *user*."""

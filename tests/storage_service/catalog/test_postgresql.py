@@ -28,7 +28,7 @@ pytestmark = pytest.mark.needs("initdb", "postgres", package="postgresql")
 
 @pytest.fixture
 def url(postgresql: PostgresqlServer) -> str:
-    return postgresql.new_database()
+    return postgresql.empty_database()
 
 
 @pytest.fixture

@@ -8,14 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, update
 
-from forebay_server.catalog import queries_blobs
+from forebay_server.catalog import queries_blobs, sqlite
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.migrations import Migration
 from forebay_server.catalog.queries_settings import get_setting, put_setting
-from forebay_server.catalog.tables import SCHEMA_VERSION
-from forebay_wire.errors import IntegrityError, ResourceExhausted, StorageError
+from forebay_server.catalog.tables import SCHEMA_VERSION, replicas
+from forebay_wire.errors import (
+    AlreadyExists,
+    IntegrityError,
+    NotFound,
+    ResourceExhausted,
+    StorageError,
+)
 
 
 @pytest.fixture
@@ -149,3 +155,118 @@ def test_an_older_schema_is_migrated_after_a_backup(path: Path) -> None:
         rows = dict(connection.execute("SELECT key, value FROM settings"))
     connection.close()
     assert (rows["kept"], rows["schema_version"]) == ("yes", str(SCHEMA_VERSION))
+
+
+# ------------------------------------------------------------------------------- I/O errors
+
+
+def io_error(connection: Connection) -> None:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+    error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+    raise error
+
+
+async def test_an_io_error_is_told_first_and_ends_all_writing(catalog: Catalog) -> None:
+    order: list[str] = []
+    catalog.listen_failure(lambda error: order.append("told"))
+    writing = asyncio.create_task(catalog.write(io_error))
+    writing.add_done_callback(lambda task: order.append("answered"))
+    with pytest.raises(StorageError, match="SQLITE_IOERR_FSYNC"):
+        await writing
+    assert order == ["told", "answered"]
+    with pytest.raises(StorageError, match="failed before"):
+        await catalog.write(put("a"))
+
+
+async def test_an_io_error_of_a_reader_ends_all_writing_too(catalog: Catalog) -> None:
+    with pytest.raises(StorageError, match="SQLITE_IOERR_FSYNC"):
+        await catalog.read(io_error)
+    with pytest.raises(StorageError, match="failed before"):
+        await catalog.write(put("a"))
+
+
+# ---------------------------------------------------------------------------- seal and digests
+
+
+def test_a_sealed_file_is_not_read_row_by_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Catalog.open(sqlite_url(path)).close()
+    checked: list[Path] = []
+    monkeypatch.setattr(sqlite, "check", checked.append)
+    Catalog.open(sqlite_url(path)).close()
+    assert checked == []
+    path.with_name("catalog.sqlite-seal").write_bytes(b"{}")
+    Catalog.open(sqlite_url(path)).close()
+    assert checked == [path]
+
+
+def test_a_changed_value_is_found_by_its_digest(path: Path) -> None:
+    catalog = Catalog.open(sqlite_url(path))
+    catalog.write_now(put("name", "some value of this row"))
+    catalog.close()
+    content = path.read_bytes()
+    assert content.count(b"some value of") == 1
+    path.write_bytes(content.replace(b"some value of", b"some malus of"))
+    with pytest.raises(IntegrityError, match="settings: 1 rows do not match their digests"):
+        Catalog.open(sqlite_url(path))
+
+
+def test_digests_follow_every_change(path: Path) -> None:
+    catalog = Catalog.open(sqlite_url(path))
+    for number in range(20):
+        catalog.write_now(add_blob(number))
+    for number in range(0, 20, 2):
+        catalog.write_now(lambda c, n=number: queries_blobs.remove_orphan(c, f"{n:064x}"))
+    catalog.write_now(lambda c: c.execute(update(replicas).values(tier="hdd", verified=1.5)))
+    catalog.close()
+    sqlite.check(path)
+
+
+# --------------------------------------------------------------------------------------- backup
+
+
+async def test_a_backup_beside_a_writer_is_one_moment(catalog: Catalog, path: Path) -> None:
+    def move(connection: Connection) -> None:
+        for key in ("left", "right"):
+            put_setting(connection, key, str(int(get_setting(connection, key) or 0) + 1))
+
+    is_over = False
+
+    async def write() -> None:
+        while not is_over:
+            await catalog.write(move)
+
+    await catalog.write(move)
+    writing = asyncio.create_task(write())
+    targets = [path.with_name(f"backup{number}") for number in range(3)]
+    for target in targets:
+        await asyncio.to_thread(sqlite.back_up, path, target)
+    is_over = True
+    await writing
+    for target in targets:
+        assert stat.S_IMODE(target.stat().st_mode) == 0o600
+        restored = Catalog.open(sqlite_url(target))
+        left, right = (restored.read_now(get(key)) for key in ("left", "right"))
+        restored.close()
+        assert left == right
+        assert int(left or 0) > 0
+
+
+def test_a_backup_replaces_nothing_and_leaves_nothing_half_done(path: Path) -> None:
+    with pytest.raises(NotFound, match="no catalog"):
+        sqlite.back_up(path, path.with_name("backup"))
+    catalog = Catalog.open(sqlite_url(path))
+    catalog.write_now(put("a"))
+    catalog.close()
+    existing = path.with_name("existing")
+    existing.write_bytes(b"mine")
+    with pytest.raises(AlreadyExists, match="replaces none"):
+        sqlite.back_up(path, existing)
+    assert existing.read_bytes() == b"mine"
+    with pytest.raises(StorageError, match="cannot write the backup"):
+        sqlite.back_up(path, path.parent / "no" / "such" / "folder")
+    damaged = path.read_bytes().replace(b"schema_version", b"schema_wersion")
+    path.write_bytes(damaged)
+    with pytest.raises(IntegrityError):
+        sqlite.back_up(path, path.with_name("backup"))
+    assert not list(path.parent.glob("backup*"))

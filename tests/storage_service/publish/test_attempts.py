@@ -21,8 +21,8 @@ from forebay_wire.limits import KIB, MIB
 
 
 @pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[CheckpointNode]:
-    async with open_checkpoints(tmp_path, with_object=False) as opened:
+async def node(tmp_path: Path, catalog_url: str) -> AsyncIterator[CheckpointNode]:
+    async with open_checkpoints(tmp_path, with_object=False, catalog_url=catalog_url) as opened:
         yield opened
 
 

@@ -38,13 +38,21 @@ async def node(tmp_path: Path) -> AsyncIterator[CheckpointNode]:
         yield opened
 
 
+@pytest.fixture
+async def node_on_each(tmp_path: Path, catalog_url: str) -> AsyncIterator[CheckpointNode]:
+    """:func:`node`, on each engine of the catalog."""
+    async with open_checkpoints(tmp_path, with_object=False, catalog_url=catalog_url) as opened:
+        yield opened
+
+
 def random_packs(num_ranks: int, num_bytes: int = 200 * KIB) -> list[bytes]:
     return [os.urandom(num_bytes + rank) for rank in range(num_ranks)]
 
 
 async def test_a_generation_of_several_ranks_is_committed_with_everything(
-    node: CheckpointNode,
+    node_on_each: CheckpointNode,
 ) -> None:
+    node = node_on_each
     await node.begin(num_ranks=3)
     packs = random_packs(3)
     saved = await node.save(
@@ -86,8 +94,9 @@ async def test_the_first_seal_is_not_enough_and_the_last_makes_it_ram(
 
 @pytest.mark.parametrize("num_ranks", [2, 8])
 async def test_of_concurrent_last_ranks_exactly_one_commits(
-    node: CheckpointNode, num_ranks: int
+    node_on_each: CheckpointNode, num_ranks: int
 ) -> None:
+    node = node_on_each
     await node.begin(num_ranks=num_ranks)
     for step in range(5):
         saved = await node.save(step, random_packs(num_ranks, 3 * KIB))

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import delete, insert
 
 from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_jobs import job_of
 from forebay_server.catalog.queries_manifests import read_manifest
-from forebay_server.catalog.tables import manifest_remote
+from forebay_server.catalog.tables import manifest_remote, manifests
 from forebay_server.move.jobs import Jobs, Progress
 from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
 from forebay_server.testing.storage import UID, Storage, open_storage
@@ -69,7 +69,7 @@ def make_jobs(storage: Storage) -> Jobs:
 
     async def remove(progress: Progress) -> None:
         def forget(connection: Connection) -> None:
-            connection.exec_driver_sql("DELETE FROM manifests WHERE manifest=?", (progress.target,))
+            connection.execute(delete(manifests).where(manifests.c.manifest == progress.target))
 
         await storage.catalog.write(forget)
 
@@ -77,8 +77,8 @@ def make_jobs(storage: Storage) -> Jobs:
 
 
 @pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Service]:
-    async with open_storage(tmp_path) as storage:
+async def service(tmp_path: Path, catalog_url: str) -> AsyncIterator[Service]:
+    async with open_storage(tmp_path, catalog_url=catalog_url) as storage:
         jobs = make_jobs(storage)
         running = asyncio.create_task(jobs.run())
         yield Service(storage, Datasets(storage.catalog, storage.uploads, jobs), jobs)
