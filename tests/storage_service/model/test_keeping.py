@@ -84,6 +84,16 @@ def test_beside_plans_unplanned_blobs_share_what_these_leave() -> None:
     assert tier.blobs == {"a", "b", "x"}
 
 
+def test_beside_plans_blobs_read_once_do_not_push_out_what_comes_again() -> None:
+    tier = Tier(4)
+    tier.known.add_plan("p", Listed("abab"), 0, 0.0)
+    for blob in "abxyxyxy":
+        tier.read(blob)
+    for number in range(20):
+        tier.read(f"once {number}")
+    assert tier.blobs == {"a", "b", "x", "y"}
+
+
 def test_when_the_last_plan_ends_what_it_left_makes_room() -> None:
     tier = Tier(2)
     tier.known.add_plan("p", Listed("abab"), 0, 0.0)
