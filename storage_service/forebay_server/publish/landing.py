@@ -2,13 +2,15 @@
 
 Each piece of the slot is copied into an aligned buffer of the daemon's own, and *that* copy is
 digested and written: stored bytes match their digest whatever the client does to the slot. While
-one buffer is written, the next is filled and digested.
+one buffer is written, the next ones are filled and digested.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +26,10 @@ from forebay_wire.segments import (
 
 EXPECTED_SEGMENT_BYTES = 256 * KIB
 """The segment table is reserved for as if segments had this size; a longer one grows the file."""
+
+MAX_AHEAD = 3
+"""Filled buffers of one landing that wait for the disk or are being written: a thread that comes
+late to fill the next one leaves the disk something to do."""
 
 
 class SlotBytes(Protocol):
@@ -84,22 +90,20 @@ class BlobLanding:
             "use larger segments",
         )
         offset = 0
-        written: Future[None] | None = None
+        behind = _WriteBehind(self._writer, self._writing)
         try:
             for group in _groups(cuts, SEGMENT_BUFFERS.buffer_bytes):
+                behind.wait_for_room()
                 buffer = SEGMENT_BUFFERS.take()
                 try:
                     self._fill(slot, offset, buffer, group)
-                    if written is not None:
-                        written.result()
-                    written = self._writing.submit(self._write_out, buffer, sum(group))
                 except BaseException:
                     SEGMENT_BUFFERS.give_back(buffer)
                     raise
+                behind.write(buffer, sum(group))
                 offset += sum(group)
         finally:
-            if written is not None:
-                written.result()
+            behind.finish()
         self.num_bytes += num_bytes
         self.num_segments += len(cuts)
 
@@ -126,11 +130,61 @@ class BlobLanding:
             self._table.add(buffer[start : start + length])
             start += length
 
-    def _write_out(self, buffer: memoryview, num_bytes: int) -> None:
-        try:
-            self._writer.write(buffer[:num_bytes])
-        finally:
+
+class _WriteBehind:
+    """Writes filled buffers in order, on one thread of many, and gives them back to their pool.
+
+    Used by one thread. That of the writes waits for nothing, so buffers always come back.
+    """
+
+    def __init__(self, writer: TierWriter, threads: ThreadPoolExecutor) -> None:
+        self._writer = writer
+        self._threads = threads
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[memoryview, int]] = deque()
+        self._num_ahead = 0
+        self._error: BaseException | None = None
+
+    def wait_for_room(self) -> None:
+        """Until fewer than MAX_AHEAD buffers are on their way; raises what a write raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_ahead < MAX_AHEAD)
+            self._check()
+
+    def write(self, buffer: memoryview, num_bytes: int) -> None:
+        """Have the start of *buffer* written, after all that were given before; takes it over."""
+        with self._changed:
+            self._waiting.append((buffer, num_bytes))
+            self._num_ahead += 1
+            is_first = self._num_ahead == 1
+        if is_first:
+            self._threads.submit(self._write_all)
+
+    def finish(self) -> None:
+        """Wait for all writes; raises what one of them raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_ahead == 0)
+            self._check()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                buffer, num_bytes = self._waiting.popleft()
+            try:
+                if self._error is None:
+                    self._writer.write(buffer[:num_bytes])
+            except BaseException as error:  # noqa: BLE001 - raised by who waits for it
+                self._error = error
             SEGMENT_BUFFERS.give_back(buffer)
+            with self._changed:
+                self._num_ahead -= 1
+                self._changed.notify_all()
+                if not self._num_ahead:
+                    return
 
 
 def _groups(cuts: Sequence[int], buffer_bytes: int) -> Iterator[list[int]]:

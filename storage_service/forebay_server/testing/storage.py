@@ -51,12 +51,14 @@ async def open_storage(
     limit_bytes: int = 0,
     ram_bytes: int = 256 * MIB,
     with_object: bool = False,
+    object_tier: Tier | None = None,
     catalog_url: str = "",
     wrap: Callable[[Tier], Tier] = lambda tier: tier,
 ) -> AsyncIterator[Storage]:
     """The storage in *folder*, as a start of the daemon opens and reconciles it.
 
-    *wrap* is put around each tier.
+    *wrap* is put around each tier. With *with_object* the object tier is a folder beside the
+    others; *object_tier* is one that lies elsewhere.
     """
     tiers: list[Tier] = [
         DirectoryTier("ssd", "ssd", folder / "ssd", limit_bytes=limit_bytes, reserve_bytes=0),
@@ -64,6 +66,8 @@ async def open_storage(
     ]
     if with_object:
         tiers.append(RemoteTier("object", f"file://{folder / 'object'}"))
+    if object_tier is not None:
+        tiers.append(object_tier)
     opened = Tiers([wrap(tier) for tier in tiers], SlotPool(ram_bytes, 0))
     await opened.start()
     catalog = Catalog.open(catalog_url or sqlite_url(folder / "catalog.sqlite"), owner="test")
