@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -154,7 +155,11 @@ class DataLoader:
 
     def report(self) -> LoaderReport:
         """Samples/s, the share of time spent waiting for data, and more; for this rank."""
-        return self._meter.report()
+        report = self._meter.report()
+        if self._plan is None:
+            return report
+        news = self._plan.news
+        return replace(report, open_waits=news.waits, plan_problem=news.problem)
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         self._source.bind()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 BUCKETS_PER_DOUBLING: Final = 8
@@ -28,6 +29,12 @@ class LoaderReport:
     """The part of it in which the training loop waited for a batch."""
     wait_p50_seconds: float
     wait_p99_seconds: float
+    open_waits: Mapping[str, float] = field(default_factory=dict)
+    """How long opens of shards took in the daemon, by reason: ``num_waits``; ``tier_seconds``
+    (reading a local tier), ``queue_seconds`` (behind other fetches), ``throttle_seconds`` (held
+    back by a bandwidth limit), ``origin_seconds`` (on the object tier)."""
+    plan_problem: str = ""
+    """Why the daemon has no plan of this loader, so that it reads without being fetched for."""
 
     @property
     def samples_per_second(self) -> float:

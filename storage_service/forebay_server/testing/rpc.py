@@ -21,6 +21,7 @@ from forebay_wire.v1 import (
     blobs_pb2_grpc,
     checkpoints_pb2_grpc,
     datasets_pb2_grpc,
+    plans_pb2_grpc,
 )
 
 Metadata = tuple[tuple[str, str], ...]
@@ -35,7 +36,7 @@ def call_metadata(token: str | None, protocols: str | None = None) -> Metadata:
 
 
 class RpcClient:
-    """The four services over one channel; a refused call raises the daemon's own exception."""
+    """The services over one channel; a refused call raises the daemon's own exception."""
 
     def __init__(self, channel: grpc.Channel, metadata: Metadata) -> None:
         self.channel = channel
@@ -44,6 +45,7 @@ class RpcClient:
         self.blobs = blobs_pb2_grpc.BlobsStub(channel)
         self.checkpoints = checkpoints_pb2_grpc.CheckpointsStub(channel)
         self.datasets = datasets_pb2_grpc.DatasetsStub(channel)
+        self.plans = plans_pb2_grpc.PlansStub(channel)
 
     def call(self, method: Any, request: Any, *, seconds: float = CALL_SECONDS) -> Any:
         """The answer of a unary method, as in ``client.call(client.admin.Status, request)``."""

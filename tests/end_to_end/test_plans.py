@@ -1,0 +1,193 @@
+"""Plans against a real daemon: told by loaders, followed by the cache, gone with their readers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import forebay
+from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.rpc import rpc_client
+from forebay_wire.errors import InvalidRequest, NotFound
+from forebay_wire.ids import new_random_name
+from forebay_wire.limits import MIB
+from forebay_wire.v1 import plans_pb2 as messages
+
+NUM_BLOBS = 18
+SAMPLE_BYTES = MIB // 4
+
+READER = """
+import sys, time, forebay
+with forebay.connect(sys.argv[1]) as client:
+    loader = forebay.DataLoader(client.dataset("d"), global_batch_size=1)
+    batches = iter(loader)
+    next(batches)
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+def eventually(condition, seconds: float = 60.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory) -> Path:
+    """A folder with an object tier of one dataset, one sample a blob."""
+    folder = tmp_path_factory.mktemp("plans")
+    arguments = ("--object-url", f"file://{folder}/objects", "--reserve-bytes", "0")
+    with (
+        DaemonProcess(folder / "writer", *arguments),
+        forebay.connect(str(folder / "writer")) as client,
+    ):
+        schema = {"x": forebay.Array("uint8", (SAMPLE_BYTES,)), "number": "int64"}
+        random = np.random.default_rng(0)
+        with client.create_dataset("d", schema, shard_bytes=SAMPLE_BYTES + 8192) as writer:
+            for number in range(NUM_BLOBS):
+                writer.write(x=random.integers(0, 255, SAMPLE_BYTES, np.uint8), number=number)
+        client.dataset("d").wait("remote", timeout=60)
+    return folder
+
+
+@pytest.fixture
+def node(cold, tmp_path):
+    """A daemon that has only the object tier's copies, and room for a third of them."""
+    shutil.copytree(cold / "objects", tmp_path / "objects")
+    recover = ["recover", "--data", str(tmp_path / "node"), f"file://{tmp_path}/objects"]
+    command = [sys.executable, "-m", "forebay_server", *recover]
+    subprocess.run(command, check=True, capture_output=True)
+    ssd_bytes = NUM_BLOBS // 3 * (SAMPLE_BYTES + 16384)
+    with DaemonProcess(
+        tmp_path / "node",
+        *("--object-url", f"file://{tmp_path}/objects", "--hdd-path", "none"),
+        *("--reserve-bytes", "0", "--ssd-bytes", str(ssd_bytes)),
+    ) as daemon:
+        yield daemon
+
+
+def plans_of(rpc) -> list[messages.PlanSummary]:
+    return list(rpc.call(rpc.plans.ListPlans, messages.ListPlansRequest()).plans)
+
+
+def used_bytes(client, tier: str) -> int:
+    return next(one.used_bytes for one in client.status().tiers if one.name == tier)
+
+
+def order(dataset, **changes) -> messages.OrderParameters:
+    given = {
+        "manifest": dataset.manifest_id,
+        "shuffle": "full",
+        "seed": 1,
+        "global_batch_size": 1,
+        "last_batch": "keep",
+        "num_ranks": 1,
+    }
+    return messages.OrderParameters(**(given | changes))
+
+
+@pytest.mark.parametrize("no_local", ["", "1"])
+def test_a_loader_plans_by_itself_and_reads_more_than_the_cache_holds(node, no_local, monkeypatch):
+    monkeypatch.setenv("FOREBAY_NO_LOCAL", no_local)
+    limit = NUM_BLOBS // 3 * (SAMPLE_BYTES + 16384)
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        dataset = client.dataset("d")
+        with forebay.DataLoader(dataset, global_batch_size=1, shuffle="full", seed=5) as loader:
+            for epoch in loader.epochs(2):
+                seen = []
+                for batch in epoch:
+                    seen.append(int(batch["number"][0]))
+                    assert len(seen) % 6 or used_bytes(client, "ssd") <= limit
+                assert sorted(seen) == list(range(NUM_BLOBS))
+            [plan] = eventually(
+                lambda: [one for one in plans_of(rpc) if (one.epoch, one.position) == (2, 0)]
+            )
+            assert plan.dataset == "d@1"
+            assert plan.num_samples == NUM_BLOBS
+            assert f"pid {os.getpid()}" in plan.loader
+            assert loader.report().plan_problem == ""
+        eventually(lambda: not plans_of(rpc))
+
+
+def test_what_is_planned_is_fetched_before_anybody_asks(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        assert used_bytes(client, "ssd") == 0
+        request = messages.RegisterPlanRequest(
+            plan=new_random_name(), loader="a test", order=order(client.dataset("d"))
+        )
+        assert rpc.call(rpc.plans.RegisterPlan, request).lease_seconds > 1
+        eventually(lambda: used_bytes(client, "ssd") >= 4 * SAMPLE_BYTES)
+
+
+def test_ranges_of_a_foreign_reader_are_fetched_in_their_order(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        blobs = [shard.blob for shard in client.dataset("d").manifest.shards]
+        plan = new_random_name()
+        rpc.call(rpc.plans.RegisterPlan, messages.RegisterPlanRequest(plan=plan, loader="foreign"))
+        ranges = [messages.BlobRange(blob=blob, length=100) for blob in blobs[:3]]
+        rpc.call(rpc.plans.AddRanges, messages.AddRangesRequest(plan=plan, page=0, ranges=ranges))
+        eventually(lambda: used_bytes(client, "ssd") >= 3 * SAMPLE_BYTES)
+        advance = messages.AdvancePlanRequest(plan=plan, position=3)
+        assert rpc.call(rpc.plans.AdvancePlan, advance).plan == plan
+        assert rpc.call(rpc.plans.EndPlan, messages.EndPlanRequest(plan=plan)).existed
+        assert not rpc.call(rpc.plans.EndPlan, messages.EndPlanRequest(plan=plan)).existed
+
+
+def test_a_position_that_goes_back_is_refused_and_changes_nothing(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        plan = new_random_name()
+        request = messages.RegisterPlanRequest(
+            plan=plan, loader="x", order=order(client.dataset("d")), epoch=1, position=7
+        )
+        rpc.call(rpc.plans.RegisterPlan, request)
+        for epoch, position in ((1, 6), (0, 20)):
+            with pytest.raises(InvalidRequest, match="position 7 of epoch 1 and cannot go back"):
+                rpc.call(
+                    rpc.plans.AdvancePlan,
+                    messages.AdvancePlanRequest(plan=plan, epoch=epoch, position=position),
+                )
+        [found] = plans_of(rpc)
+        assert (found.epoch, found.position) == (1, 7)
+
+
+def test_a_plan_for_what_is_not_there_is_one_clear_error(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        dataset = client.dataset("d")
+        client.delete_dataset("d")
+        request = messages.RegisterPlanRequest(
+            plan=new_random_name(), loader="x", order=order(dataset)
+        )
+        with pytest.raises(NotFound, match="there is no dataset version with manifest"):
+            rpc.call(rpc.plans.RegisterPlan, request)
+        request.order.shuffle = "sideways"
+        request.order.manifest = "ab"
+        with pytest.raises(InvalidRequest):
+            rpc.call(rpc.plans.RegisterPlan, request)
+        with pytest.raises(NotFound, match="register it again"):
+            rpc.call(rpc.plans.AdvancePlan, messages.AdvancePlanRequest(plan=new_random_name()))
+        assert plans_of(rpc) == []
+
+
+def test_the_plan_of_a_killed_reader_ends(node):
+    command = [sys.executable, "-c", READER, str(node.data)]
+    with (
+        rpc_client(node) as rpc,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader,
+    ):
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "reading\n"
+        eventually(lambda: len(plans_of(rpc)) == 1)
+        reader.send_signal(signal.SIGKILL)
+        reader.wait()
+        eventually(lambda: not plans_of(rpc))
