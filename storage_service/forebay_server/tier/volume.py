@@ -42,9 +42,9 @@ class Volume:
         if self._descriptor >= 0:
             return
         self._read_or_refuse()
-        descriptor = os.open(
-            self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE
-        )
+        # Not for writing: a file open for that keeps the volume from being remounted read-only.
+        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(self._folder / LOCK_FILE, flags, FILE_MODE)
         try:
             self._take(descriptor)
             found = self._read_or_refuse()  # by whoever was here in between
