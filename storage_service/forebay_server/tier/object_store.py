@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
 
@@ -141,17 +141,35 @@ class StorePlace(Place):
             raise _not_exclusive()
         try:
             client.put(probe, memoryview(b"probe"), probe)
-            try:
-                client.put(probe, memoryview(b"again"), probe)
-            except StoreFault as fault:
-                if fault.kind != "taken":
-                    raise
-            else:
+            if not _is_refused(partial(client.put, probe, memoryview(b"again"), probe)):
+                raise _not_exclusive()
+            if isinstance(client, PartStoreClient) and not _refuses_parts(client, probe):
                 raise _not_exclusive()
         finally:
             with contextlib.suppress(StoreFault):
                 client.delete(probe)
         client.proves_writes = client.refuses_damage(probe)
+
+
+def _refuses_parts(client: PartStoreClient, taken: str) -> bool:
+    """Whether an upload in parts cannot replace the object *taken*."""
+    upload = client.begin(taken, taken)
+    try:
+        part = client.put_part(taken, upload, 1, memoryview(b"again"))
+        return _is_refused(partial(client.complete, taken, upload, [part]))
+    finally:
+        with contextlib.suppress(StoreFault):
+            client.abort(taken, upload)
+
+
+def _is_refused(create: Callable[[], None]) -> bool:
+    try:
+        create()
+    except StoreFault as fault:
+        if fault.kind != "taken":
+            raise
+        return True
+    return False
 
 
 def _not_exclusive() -> StoreFault:
