@@ -50,6 +50,7 @@ class Ahead:
         )
         self.plans = Plans(catalog, self.foresight, changed=self.prefetcher.wake)
         opener.follow(self.cache)
+        tiers.relieve = self.evictor.make_room
         self.evictor.listen(self.prefetcher.forget)
 
     async def run(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_uploads import move_upload
-from forebay_server.publish.landing import BlobLanding, PublishedBlob
+from forebay_server.publish.landing import BlobLanding, PublishedBlob, expected_file_bytes
 from forebay_server.publish.session import Piece, Session
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
@@ -29,18 +29,21 @@ async def begin_landing(
     writing: ThreadPoolExecutor,
     *,
     without: Sequence[Tier] = (),
+    order: Sequence[str] = (),
 ) -> tuple[Tier, BlobLanding]:
     """A landing in the best tier that has room for *data_bytes*, those in *without* left out.
+    *order*: kinds of tiers, best first; kinds that it does not name come last.
 
     :class:`ResourceExhausted` with the numbers of all if none has; :class:`StorageError` if all
     fail.
     """
     refusals, failures = [], list[StorageError]()
-    for tier in tiers.landing:
+    ranks = {kind: rank for rank, kind in enumerate(order)}
+    for tier in sorted(tiers.landing, key=lambda one: ranks.get(one.kind, len(ranks))):
         if tier in without:
             continue
         try:
-            return tier, await tiers.run(tier, BlobLanding.begin, tier, file, data_bytes, writing)
+            return tier, await _begin_in(tiers, tier, file, data_bytes, writing)
         except ResourceExhausted as error:
             refusals.append(error.message)
         except StorageError as error:
@@ -49,6 +52,25 @@ async def begin_landing(
     if failures and not refusals:
         raise failures[0]
     raise ResourceExhausted("; ".join(refusals) or "no other tier takes new bytes")
+
+
+async def _begin_in(
+    tiers: Tiers, tier: Tier, file: str, data_bytes: int, writing: ThreadPoolExecutor
+) -> BlobLanding:
+    """A landing in *tier*; where there is no room, what other tiers have, too, goes first."""
+    freed = 0
+    while True:
+        try:
+            return await tiers.run(tier, BlobLanding.begin, tier, file, data_bytes, writing)
+        except ResourceExhausted as error:
+            missing = expected_file_bytes(data_bytes) - tier.space().free_bytes
+            more = await tiers.relieve(tier, max(missing, 1))
+            freed += more
+            if not more:
+                raise ResourceExhausted(
+                    f"{error.message} ({freed} bytes of cached copies were given back for this; "
+                    "what is left is in no other tier yet, pinned, or open in clients)"
+                ) from None
 
 
 async def land_somewhere(

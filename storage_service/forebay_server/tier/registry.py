@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
 
@@ -49,6 +49,9 @@ class Tiers:
         )
         """The tiers that take new bytes, best first."""
         self.object = next((tier for tier in tiers if tier.kind == "object"), None)
+        self.relieve: Callable[[Tier, int], Awaitable[int]] = _relieve_nothing
+        """Gives back so many bytes of a landing tier by removing copies that other tiers have, as
+        far as they may go; answers how many."""
         self._by_name = {tier.name: tier for tier in tiers}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._landing_threads: dict[str, ThreadPoolExecutor] = {}
@@ -114,3 +117,7 @@ class Tiers:
         """Like :meth:`run`, for a *call* that moves bytes in the background and may wait."""
         threads = self._moving_threads[tier.name]
         return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))
+
+
+async def _relieve_nothing(tier: Tier, num_bytes: int) -> int:
+    return 0
