@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_blobs import (
@@ -150,7 +150,7 @@ def claim_landed(connection: Connection, uid: int, held: Mapping[str, str]) -> N
         connection.execute(delete(uploads).where(uploads.c.session.in_(part)))
 
 
-def _check_claim(row: Row[Any] | None, session: str, uid: int, blob: str) -> None:
+def _check_claim(row: Any, session: str, uid: int, blob: str) -> None:
     if row is None:
         raise NotFound(
             f"upload session {session} has ended (its lease ran out, or the daemon restarted): "
