@@ -14,7 +14,7 @@ from forebay_server.tier.publication import (
     allocated_bytes,
     make_folders,
 )
-from forebay_server.tier.space import SpaceLedger, free_in_folder
+from forebay_server.tier.space import SpaceLedger, device_of, free_in_folder
 from forebay_server.tier.store import (
     FileInfo,
     RoomPromise,
@@ -75,6 +75,7 @@ class DirectoryTier(Tier):
         try:
             make_folders(self._folder)
             self._volume.open()
+            self._ledger.join(device_of(self._folder))
         except OSError as error:
             raise from_os_error(error, "opening the volume", self._where) from error
         self._publication.open()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from forebay_server.tier.place import UNFINISHED_FOLDER, Place
 from forebay_server.tier.publication import DescriptorReader, PublicationFolder, allocated_bytes
-from forebay_server.tier.space import SpaceLedger, free_in_folder
+from forebay_server.tier.space import Device, SpaceLedger, device_of, free_in_folder
 from forebay_server.tier.store import FileInfo, TierReader, TierWriter, from_os_error
 from forebay_wire.errors import NotFound
 
@@ -90,6 +90,9 @@ class FolderPlace(Place):
 
     def free_bytes(self) -> int:
         return free_in_folder(self._root)
+
+    def device(self) -> Device:
+        return device_of(self._root)
 
     def _named(self, folder: Path, files: Sequence[str], prefix: str) -> Iterator[FileInfo]:
         for file in files:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Final
 
-from forebay_server.tier.space import SpaceLedger
+from forebay_server.tier.space import Device, SpaceLedger
 from forebay_server.tier.store import FileInfo, TierReader, TierWriter
 
 UNFINISHED_FOLDER: Final = "tmp"
@@ -63,3 +63,7 @@ class Place(ABC):
     @abstractmethod
     def free_bytes(self) -> int:
         """What the place has left."""
+
+    def device(self) -> Device | None:
+        """The file system whose room it shares with others; None: it shares none."""
+        return None

@@ -88,6 +88,8 @@ class RemoteTier(Tier):
         except BaseException:
             place.close()
             raise
+        if (device := place.device()) is not None:
+            self._ledger.join(device)
         self._ledger.reset(sum(held), len(held))
         self._opened = place
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 from forebay_server.tier.store import TierSpace
 from forebay_wire.errors import ResourceExhausted, StorageError
@@ -51,6 +52,32 @@ def free_memory() -> int:
     return free if limit == "max" else min(free, max(0, int(limit) - current))
 
 
+class Device:
+    """What all ledgers on one file system have promised and not allocated. Thread-safe.
+
+    Without it two tiers on one disk would each promise its last bytes.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held by whoever promises on this device, from measuring to promising."""
+        self.pending_bytes = 0
+
+
+_devices: Final[WeakValueDictionary[int, Device]] = WeakValueDictionary()
+_devices_lock: Final = threading.Lock()
+
+
+def device_of(folder: str | os.PathLike[str]) -> Device:
+    """The device on which *folder* lies, the same object for all who have it; OSError."""
+    number = os.stat(folder).st_dev
+    with _devices_lock:
+        found = _devices.get(number)
+        if found is None:
+            found = _devices[number] = Device()
+        return found
+
+
 class SpaceLedger:
     """Allocated bytes of one tier, kept in memory. Thread-safe.
 
@@ -68,15 +95,18 @@ class SpaceLedger:
         self.limit_bytes = limit_bytes
         self.reserve_bytes = reserve_bytes
         self._measure = measure
-        self._lock = threading.Lock()
+        self._device = Device()
         self._used_bytes = 0
         self._num_files = 0
         self._reserved_bytes = 0
-        self._allocated_bytes = 0
+
+    def join(self, device: Device) -> None:
+        """Count the promises of all others on *device*, too; before the first of its own."""
+        self._device = device
 
     def reset(self, used_bytes: int, num_files: int) -> None:
         """Take what was found at start. Reservations stay."""
-        with self._lock:
+        with self._device.lock:
             self._used_bytes, self._num_files = used_bytes, num_files
 
     def reserve(self, num_bytes: int) -> Reservation:
@@ -87,27 +117,28 @@ class SpaceLedger:
     def reserve_between(self, minimum_bytes: int, wanted_bytes: int) -> Reservation:
         """A promise of as much of *wanted_bytes* as there is room for, at least *minimum_bytes*
         (both rounded up to blocks)."""
-        with self._lock:
+        with self._device.lock:
             room = self._room() // BLOCK_BYTES * BLOCK_BYTES
             granted = min(room, in_blocks(wanted_bytes))
             if granted < in_blocks(minimum_bytes):
                 raise self._refusal(in_blocks(minimum_bytes))
             self._reserved_bytes += granted
+            self._device.pending_bytes += granted
             return Reservation(self, granted)
 
     def freed(self, num_bytes: int) -> None:
         """A published file of *num_bytes* allocated bytes is gone."""
-        with self._lock:
+        with self._device.lock:
             self._used_bytes = max(0, self._used_bytes - num_bytes)
             self._num_files = max(0, self._num_files - 1)
 
     def refusal(self, num_bytes: int) -> ResourceExhausted:
         """The error for *num_bytes* that the device refused although the ledger had room."""
-        with self._lock:
+        with self._device.lock:
             return self._refusal(num_bytes)
 
     def space(self) -> TierSpace:
-        with self._lock:
+        with self._device.lock:
             return TierSpace(
                 limit_bytes=self.limit_bytes,
                 used_bytes=self._used_bytes,
@@ -117,8 +148,7 @@ class SpaceLedger:
             )
 
     def _room(self) -> int:
-        pending = self._reserved_bytes - self._allocated_bytes
-        room = self._measure() - self.reserve_bytes - pending
+        room = self._measure() - self.reserve_bytes - self._device.pending_bytes
         if self.limit_bytes:
             room = min(room, self.limit_bytes - self._used_bytes - self._reserved_bytes)
         return max(0, room)
@@ -129,7 +159,8 @@ class SpaceLedger:
             f"{self.what} has no room: {num_bytes} bytes needed, {self._room()} free; "
             f"{self._num_files} files hold {self._used_bytes} bytes{limit}, running uploads "
             f"{self._reserved_bytes}, the device has {self._measure()} left of which "
-            f"{self.reserve_bytes} stay free: delete datasets or generations, or raise the limit"
+            f"{self.reserve_bytes} stay free and {self._device.pending_bytes} are promised: delete "
+            "datasets or generations, or raise the limit"
         )
 
 
@@ -151,17 +182,18 @@ class Reservation:
     def allocated(self) -> None:
         """The device has given all promised bytes: its free space shows them."""
         ledger = self._ledger
-        with ledger._lock:
-            ledger._allocated_bytes += self.num_bytes - self._allocated_bytes
+        with ledger._device.lock:
+            ledger._device.pending_bytes -= self.num_bytes - self._allocated_bytes
         self._allocated_bytes = self.num_bytes
 
     def shrink(self, num_bytes: int) -> None:
         """Take up to *num_bytes* off a promise that nothing was allocated for."""
         ledger = self._ledger
-        with ledger._lock:
+        with ledger._device.lock:
             less = min(num_bytes, self.num_bytes - self._allocated_bytes) if self._open else 0
             self.num_bytes -= less
             ledger._reserved_bytes -= less
+            ledger._device.pending_bytes -= less
 
     def settle(self, num_bytes: int) -> None:
         """The promise became a published file (or slot) of *num_bytes* allocated bytes."""
@@ -176,8 +208,8 @@ class Reservation:
             return
         self._open = False
         ledger = self._ledger
-        with ledger._lock:
+        with ledger._device.lock:
             ledger._reserved_bytes -= self.num_bytes
-            ledger._allocated_bytes -= self._allocated_bytes
+            ledger._device.pending_bytes -= self.num_bytes - self._allocated_bytes
             ledger._used_bytes += used_bytes
             ledger._num_files += num_files

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from forebay_server.tier.space import BLOCK_BYTES, Reservation, SpaceLedger, in_blocks
+from forebay_server.tier.space import (
+    BLOCK_BYTES,
+    Device,
+    Reservation,
+    SpaceLedger,
+    device_of,
+    in_blocks,
+)
 from forebay_wire.errors import ResourceExhausted
 
 BLOCK = BLOCK_BYTES
@@ -112,3 +121,28 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedger = LedgerMachine.TestCase
 TestLedger.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+def test_ledgers_on_one_device_do_not_promise_the_same_bytes_twice() -> None:
+    device = Device()
+    ledgers = [SpaceLedger(f"tier {n}", 0, 2 * BLOCK, lambda: 10 * BLOCK) for n in range(2)]
+    for ledger in ledgers:
+        ledger.join(device)
+    first = ledgers[0].reserve(5 * BLOCK)
+    assert ledgers[1].space().free_bytes == 3 * BLOCK
+    with pytest.raises(ResourceExhausted, match=f"{5 * BLOCK} are promised"):
+        ledgers[1].reserve(4 * BLOCK)
+    first.grow(BLOCK)
+    assert [ledger.space().free_bytes for ledger in ledgers] == [2 * BLOCK] * 2
+    first.allocated()  # the device shows it from now on: here it has endless room
+    assert ledgers[1].space().free_bytes == 8 * BLOCK
+    second = ledgers[1].reserve(3 * BLOCK)
+    first.settle(6 * BLOCK)
+    second.release()
+    assert [ledger.space().free_bytes for ledger in ledgers] == [8 * BLOCK] * 2
+
+
+def test_folders_of_one_file_system_are_one_device(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert device_of(tmp_path) is device_of(tmp_path / "a")
+    assert device_of(tmp_path) is not device_of("/proc")
