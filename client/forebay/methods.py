@@ -16,6 +16,7 @@ from forebay_wire.v1 import admin_pb2 as admin
 from forebay_wire.v1 import blobs_pb2 as blobs
 from forebay_wire.v1 import checkpoints_pb2 as checkpoints
 from forebay_wire.v1 import datasets_pb2 as datasets
+from forebay_wire.v1 import movement_pb2 as movement
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -138,3 +139,37 @@ class Admin:
     )
     Status: Final = Method("/forebay.v1.Admin/Status", admin.StatusRequest, admin.StatusResponse)
     Attach: Final = Method("/forebay.v1.Admin/Attach", admin.AttachRequest, admin.AttachEvent)
+
+
+class Movement:
+    """Calls of ``forebay.v1.Movement``."""
+
+    Pin: Final = Method("/forebay.v1.Movement/Pin", movement.PinRequest, movement.PinState)
+    GetPin: Final = Method("/forebay.v1.Movement/GetPin", movement.GetPinRequest, movement.PinState)
+    ListPins: Final = Method(
+        "/forebay.v1.Movement/ListPins", movement.ListPinsRequest, movement.ListPinsResponse
+    )
+    Unpin: Final = Method(
+        "/forebay.v1.Movement/Unpin", movement.UnpinRequest, movement.UnpinResponse
+    )
+    SetPolicy: Final = Method(
+        "/forebay.v1.Movement/SetPolicy", movement.SetPolicyRequest, movement.PolicyAssignment
+    )
+    ListPolicies: Final = Method(
+        "/forebay.v1.Movement/ListPolicies",
+        movement.ListPoliciesRequest,
+        movement.ListPoliciesResponse,
+    )
+    ListTrash: Final = Method(
+        "/forebay.v1.Movement/ListTrash", movement.ListTrashRequest, movement.ListTrashResponse
+    )
+    RestoreTrash: Final = Method(
+        "/forebay.v1.Movement/RestoreTrash", movement.RestoreTrashRequest, movement.TrashEntry
+    )
+    EmptyTrash: Final = Method(
+        "/forebay.v1.Movement/EmptyTrash", movement.EmptyTrashRequest, movement.EmptyTrashResponse
+    )
+    ListJobs: Final = Method(
+        "/forebay.v1.Movement/ListJobs", movement.ListJobsRequest, movement.ListJobsResponse
+    )
+    Why: Final = Method("/forebay.v1.Movement/Why", movement.WhyRequest, movement.WhyResponse)

@@ -537,7 +537,9 @@ def load_config(
         values.setdefault(name, option.default)
     policies = values.pop(POLICIES, {})
     by_field = {OPTIONS[name].field: value for name, value in values.items()}
-    return Configured(Config(**by_field, policies=policies).check(), {name: origins[name] for name in OPTIONS})
+    return Configured(
+        Config(**by_field, policies=policies).check(), {name: origins[name] for name in OPTIONS}
+    )
 
 
 def _given(

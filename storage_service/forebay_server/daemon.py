@@ -29,13 +29,10 @@ from forebay_server.catalog.queries_damage import enqueue_return
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import (
     COLLECT,
-    COPY,
     DELETE,
     FLUSH,
-    MIGRATE,
     RETURN,
     SLOW_KINDS,
-    TOMBSTONE,
 )
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_settings import own_name
@@ -58,12 +55,10 @@ from forebay_server.locks import NamedLocks
 from forebay_server.model.encodings import RAW
 from forebay_server.move.budget import Budget
 from forebay_server.move.collect import Collector
-from forebay_server.move.copy import Copier
 from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
-from forebay_server.move.migrate import Migrator
 from forebay_server.move.returns import Returns
-from forebay_server.move.trash import Tombstones
+from forebay_server.movement import Movement
 from forebay_server.observe.metrics import Metrics
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
@@ -75,6 +70,7 @@ from forebay_server.rpc.blobs import BlobsService
 from forebay_server.rpc.checkpoints import CheckpointsService
 from forebay_server.rpc.datasets import DatasetsService
 from forebay_server.rpc.interceptors import Gate
+from forebay_server.rpc.movement import MovementService
 from forebay_server.rpc.plans import PlansService
 from forebay_server.rpc.server import RpcServer, Services
 from forebay_server.serve.open import Opener
@@ -236,11 +232,31 @@ class Daemon:
             lease_seconds=self._config.lease_seconds,
             forget=self._opener.forget,
         )
+        self._ahead = Ahead(
+            self._tiers,
+            self._catalog,
+            self._opener,
+            is_busy=self._budget.is_busy,
+            marks=self._config.cache_marks,
+        )
+        locks = NamedLocks()
+        self._movement = Movement(
+            self._catalog,
+            self._tiers,
+            self._opener,
+            locks,
+            self._budget,
+            self._config.all_policies,
+            self._config.default_policy,
+            make_room=self._ahead.evictor.make_room,
+            seconds_until_use=self._ahead.foresight.seconds_until,
+            wake=lambda: self._jobs.wake(),
+        )
+        self._uploads.prefer(self._movement.landing_order)
         self._jobs = Jobs(
-            self._catalog, self._incarnation, self._make_handlers(), slow_kinds=SLOW_KINDS
+            self._catalog, self._incarnation, self._make_handlers(locks), slow_kinds=SLOW_KINDS
         )
         self._opener.listen(self._jobs.wake)
-        self._ahead = Ahead(self._tiers, self._catalog, self._opener, is_busy=self._budget.is_busy)
         self._jobs.listen(lambda _: self._ahead.evictor.expect_more())
         self._checkpoints = Checkpoints(
             self._catalog, self._uploads, self._jobs, trash_seconds=self._config.trash_seconds
@@ -252,27 +268,17 @@ class Daemon:
         )
         stack.push_async_callback(self._uploads.close)
 
-    def _make_handlers(self) -> dict[str, Handler]:
+    def _make_handlers(self, locks: NamedLocks) -> dict[str, Handler]:
         """What does each kind of job; without an object tier flushes stay queued for one."""
-        catalog, opener, locks = self._catalog, self._opener, NamedLocks()
+        catalog, opener = self._catalog, self._opener
         collector = Collector(
             catalog, self._tiers, locks, is_open=opener.is_open, forget=opener.forget
         )
-        copier = Copier(opener.bringer, self._budget, locks)
         handlers: dict[str, Handler] = {
             COLLECT: collector.collect,
-            COPY: copier,
+            **self._movement.handlers,
             DELETE: collector.delete_manifest,
-            MIGRATE: Migrator(
-                catalog,
-                self._tiers,
-                copier,
-                locks,
-                is_open=opener.is_open,
-                forget=opener.forget,
-            ),
             RETURN: Returns(catalog, opener.return_good),
-            TOMBSTONE: Tombstones(catalog, self._tiers, locks),
         }
         if self._tiers.object is not None:
             publisher = ObjectPublisher(
@@ -298,6 +304,7 @@ class Daemon:
     async def _start_background(self, stack: AsyncExitStack) -> None:
         stack.push_async_callback(self._background.close)
         await self._uploads.start()
+        await self._movement.start(self._jobs)
         self._jobs_task = self._background.start("jobs", self._jobs.run())
         self._background.start("ahead", self._ahead.run())
         self._background.start("tiers", TierWatch(self._tiers, self._note_tier).run())
@@ -372,6 +379,7 @@ class Daemon:
             ),
             checkpoints=CheckpointsService(self._checkpoints, self._auth, self._incarnation),
             datasets=DatasetsService(self._datasets),
+            movement=MovementService(self._movement),
             plans=PlansService(self._ahead.plans),
         )
         gate = Gate(self._auth, self._metrics, lambda: self._state != "serving")

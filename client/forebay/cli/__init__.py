@@ -19,7 +19,12 @@ from forebay.cli.dataset_list import list_datasets
 from forebay.cli.dataset_show import show_dataset
 from forebay.cli.doctor import doctor
 from forebay.cli.exit_codes import ExitCode, epilog, exit_code
+from forebay.cli.jobs import jobs
+from forebay.cli.pins import pin, pins, unpin, warm
+from forebay.cli.policy import policy
 from forebay.cli.status import status
+from forebay.cli.trash import trash
+from forebay.cli.why import why
 from forebay_wire.errors import ForebayError
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -41,11 +46,24 @@ def checkpoint() -> None:
     """List, show and delete the checkpoints of training runs."""
 
 
-for command in (list_datasets, show_dataset, import_dataset, delete_dataset):
+for command in (list_datasets, show_dataset, import_dataset, delete_dataset, warm):
     dataset.add_command(command)
 for command in (list_checkpoints, show_checkpoint, delete_checkpoint):
     checkpoint.add_command(command)
-for command in (status, doctor, serve, backup, recover):
+for command in (
+    status,
+    doctor,
+    serve,
+    backup,
+    recover,
+    jobs,
+    why,
+    pin,
+    unpin,
+    pins,
+    policy,
+    trash,
+):
     commands.add_command(command)
 
 

@@ -106,7 +106,8 @@ class DatasetsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDataset(self, request, context):
-        """Deletes a dataset with all versions, first in the object tier. Idempotent.
+        """Puts a dataset with all versions into the trash, or deletes it for good, first in the
+        object tier. Its name is free on return. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

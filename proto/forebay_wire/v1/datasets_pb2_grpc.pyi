@@ -50,7 +50,9 @@ class DatasetsStub:
     same arguments is a no-op, with others fails (ALREADY_EXISTS).
     """
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]
-    """Deletes a dataset with all versions, first in the object tier. Idempotent."""
+    """Puts a dataset with all versions into the trash, or deletes it for good, first in the
+    object tier. Its name is free on return. Idempotent.
+    """
     WaitVersion: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.WaitVersionRequest, _datasets_pb2.DatasetVersion]
     """Waits until a version has reached a durability ("local", "remote") or the
     timeout passed (DEADLINE_EXCEEDED). Idempotent.
@@ -78,7 +80,9 @@ class DatasetsAsyncStub(DatasetsStub):
     same arguments is a no-op, with others fails (ALREADY_EXISTS).
     """
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
-    """Deletes a dataset with all versions, first in the object tier. Idempotent."""
+    """Puts a dataset with all versions into the trash, or deletes it for good, first in the
+    object tier. Its name is free on return. Idempotent.
+    """
     WaitVersion: _aio.UnaryUnaryMultiCallable[_datasets_pb2.WaitVersionRequest, _datasets_pb2.DatasetVersion]  # type: ignore[assignment]
     """Waits until a version has reached a durability ("local", "remote") or the
     timeout passed (DEADLINE_EXCEEDED). Idempotent.
@@ -133,7 +137,9 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         request: _datasets_pb2.DeleteDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.DeleteDatasetResponse, _abc.Awaitable[_datasets_pb2.DeleteDatasetResponse]]:
-        """Deletes a dataset with all versions, first in the object tier. Idempotent."""
+        """Puts a dataset with all versions into the trash, or deletes it for good, first in the
+        object tier. Its name is free on return. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def WaitVersion(

@@ -84,6 +84,7 @@ class Uploads:
         self._tiers = tiers
         self._node = node
         self._listeners: list[Callable[[str], Awaitable[None]]] = []
+        self._landing_order: Callable[[str], Sequence[str]] = lambda owner: ()
         self._sessions: dict[str, Session] = {}
         self._slots = SlotKeeper(tiers)
         self._leftovers = Leftovers(catalog, tiers, forget)
@@ -133,6 +134,11 @@ class Uploads:
         return len(self._landings)
 
     # --------------------------------------------------------------------- the client's calls
+
+    def prefer(self, landing_order: Callable[[str], Sequence[str]]) -> None:
+        """Have *landing_order* say, for an owner, in which kinds of tiers new bytes land, best
+        first."""
+        self._landing_order = landing_order
 
     async def begin(
         self,
@@ -297,7 +303,9 @@ class Uploads:
         slot = await self._slots.lend(slot_owner(uid, owner), slot_bytes)
         try:
             file = new_random_name()
-            tier, landing = await begin_landing(self._tiers, file, total_bytes, self._writing)
+            tier, landing = await begin_landing(
+                self._tiers, file, total_bytes, self._writing, order=self._landing_order(owner)
+            )
         except BaseException:
             self._slots.keep_warm(slot)
             raise
