@@ -1,7 +1,8 @@
 """How fast do bytes become durable on the node, and remote in the object store, against bare means?
 
 Yardsticks: the same bytes written with O_DIRECT into a file of their own, allocated before and
-synced after, by the best of several piece sizes and thread counts on this disk; and the same bytes
+synced after, by the best of several piece sizes and thread counts on this disk, out of ordinary
+aligned memory (and for comparison out of huge pages, as the daemon does); and the same bytes
 sent out of memory to the same S3 server by the bare client with the best of several settings, in
 parts, unsigned and without checksums.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import sys
 import tempfile
@@ -122,7 +124,8 @@ class ShardWriter:
 
 def measure_durable(options: Options, folder: Path, report: Report) -> None:
     num_bytes = (256 if options.quick else 1024) * MIB
-    data = np.frombuffer(aligned_buffer(num_bytes), np.uint8)
+    data = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+    huge = np.frombuffer(aligned_buffer(num_bytes), np.uint8)
     samples = Samples()
     raw_folder = folder / "raw"
     raw_folder.mkdir()
@@ -132,6 +135,7 @@ def measure_durable(options: Options, folder: Path, report: Report) -> None:
     with forebay.connect(folder / "data") as client:
         for repeat in range(-1, options.repeats):
             fill(data)
+            huge[:] = data
             # A writer of its own each time, whose sessions end with it: nothing names their blobs.
             uploads = Uploads(client.channel, make_transfer(client.endpoint), "benchmark")
             try:
@@ -140,6 +144,7 @@ def measure_durable(options: Options, folder: Path, report: Report) -> None:
                     uploads.seal(upload, 4096, [4096])
                 numbers = {
                     "raw": write_raw(raw_folder, memoryview(data), way),
+                    "huge": write_raw(raw_folder, memoryview(huge), way),
                     "ours": ShardWriter(uploads).write(data),
                 }
             finally:
@@ -148,6 +153,7 @@ def measure_durable(options: Options, folder: Path, report: Report) -> None:
                 for name, number in numbers.items():
                     samples.add(name, number)
     report.ratio("durable_write_vs_raw", samples.ratio("raw", "ours"), at_least=0.7)
+    report.ratio("durable_write_vs_raw_huge", samples.ratio("huge", "ours"))
     report.value("raw_write_mib_s", rates(num_bytes, samples.by_case["raw"]))
     report.value("durable_write_mib_s", rates(num_bytes, samples.by_case["ours"]))
 
