@@ -25,6 +25,7 @@ from tiering_link import COUNT
 from tiering_peers import Belady
 
 import forebay
+import forebay.dataset.loader  # with torch, before anything is timed
 from forebay.dataset.dataset import Dataset
 from forebay_server.testing.daemon import DaemonProcess
 

@@ -16,8 +16,8 @@ from forebay_server.tier.store import Tier
 ASK_SECONDS: Final = 0.05
 """How often clients are asked for open blobs at most."""
 
-ASK_SHARE: Final = 0.125
-"""Of a tier is asked back at a time, so that it need not be done for each blob."""
+ASK_SHARE: Final = 0.25
+"""Of a tier is kept ready to go: neither needed soon nor open."""
 
 
 class Evictor(Protocol):
@@ -95,7 +95,6 @@ class Cache:
             lambda blob: self._evictor.may_go(tier.name, blob),
         )
         if not verdict.admit:
-            self._want_back(tier, source, needed)
             return False
         await self._evictor.evict(tier, list(verdict.victims))
         return needed <= self._room(tier, source.blob)
@@ -134,24 +133,18 @@ class Cache:
         )
         return self._evictor.fill_room(tier, promised)
 
-    def _want_back(self, tier: Tier, source: Place, num_bytes: int) -> None:
-        """Ask clients for what they hold open and need later than the blob at *source*."""
+    def ask_ahead(self) -> None:
+        """Where a tier is about to be full, ask clients for what they hold open and need last: so
+        that it can go when its room is needed."""
         now = self._foresight.clock()
-        if now < self._ask_at or not self._foresight.is_needed(source.blob):
+        if now < self._ask_at:
             return
         self._ask_at = now + ASK_SECONDS
-        space = tier.space()
-        share = int((space.used_bytes + space.free_bytes) * ASK_SHARE)
-        verdict = self._foresight.should_admit(
-            tier.name, source.blob, num_bytes, num_bytes - max(num_bytes, share), lambda _: True
-        )
-        victims = (
-            verdict.victims
-            or self._foresight.should_admit(
-                tier.name, source.blob, num_bytes, 0, lambda _: True
-            ).victims
-        )
-        self._ask_back(victims)
+        for tier in self._tiers.landing:
+            space = tier.space()
+            share = int((space.used_bytes + space.reserved_bytes + space.free_bytes) * ASK_SHARE)
+            if self._evictor.fill_room(tier, 0) < share:
+                self._ask_back(self._foresight.victims(tier.name, share, lambda blob: True))
 
     def _better(self, source: Place) -> list[Tier]:
         """The landing tiers that are faster than the one where the blob lies."""

@@ -16,21 +16,25 @@ from forebay_server.serve.promote import Place, places_of
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
 from forebay_wire.errors import ForebayError, NotFound, ResourceExhausted
+from forebay_wire.limits import MIB
 
 logger = logging.getLogger(__name__)
 
-STREAMS: Final = {"object": 12, "hdd": 1}
+STREAMS: Final = {"object": 24, "hdd": 1}
 """Fetches at a time by the kind of tier where they come from: fewer than the tier has threads, so
 that there is one for whoever waits. A disk reads one file after the other."""
+
+MAX_BYTES: Final = 96 * MIB
+"""On their way at a time: large blobs need fewer streams to fill a link."""
 
 LOOK: Final = 64
 """Needed blobs that one search finds, so many that it runs rarely."""
 
-MARGIN: Final = 2.0
+MARGIN: Final = 1.25
 """Room of others is taken for what is needed within this many times the duration of a fetch: later
 more is known about what can go."""
 
-SOONEST_SECONDS: Final = 0.25
+SOONEST_SECONDS: Final = 0.1
 
 YIELD_SECONDS: Final = 0.02
 """After so long it looks again whether readers still wait."""
@@ -76,6 +80,7 @@ class Prefetcher:
         self._known: dict[str, _Known] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._num_running = dict.fromkeys(STREAMS, 0)
+        self._bytes_running = 0
         self._failed: dict[str, float] = {}
         self._fetch_seconds = SOONEST_SECONDS
         self.num_fetched = 0
@@ -115,6 +120,7 @@ class Prefetcher:
             self._num_running[kind] >= limit for kind, limit in STREAMS.items()
         ):
             return
+        self._cache.ask_ahead()
         uses = self._foresight.upcoming(LOOK, self._may_be_missing)
         await self._locate([use.blob for use in uses])
         now = self._foresight.clock()
@@ -128,6 +134,8 @@ class Prefetcher:
             kind = self._tiers.get(source.tier).kind
             if self._num_running[kind] >= STREAMS[kind] or source.blob in self._running:
                 continue
+            if self._running and self._bytes_running + source.num_bytes > MAX_BYTES:
+                break
             if self._is_busy(source.tier):
                 is_held_up = True
                 continue
@@ -177,6 +185,7 @@ class Prefetcher:
             return False
         kind = self._tiers.get(source.tier).kind
         self._num_running[kind] += 1
+        self._bytes_running += source.num_bytes
         self._cache.keep_room(tier, source)
         task = asyncio.create_task(self._fetch(source, tier), name=f"prefetch-{source.blob}")
         self._running[source.blob] = task
@@ -204,6 +213,7 @@ class Prefetcher:
 
     def _end(self, source: Place, tier: Tier, kind: str) -> None:
         self._num_running[kind] -= 1
+        self._bytes_running -= source.num_bytes
         self._cache.let_room_go(tier, source)
         self._running.pop(source.blob, None)
         self._known.pop(source.blob, None)

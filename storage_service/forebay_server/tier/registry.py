@@ -15,7 +15,7 @@ from forebay_wire.errors import InvalidRequest
 P = ParamSpec("P")
 T = TypeVar("T")
 
-THREADS: Final[dict[TierKind, int]] = {"ram": 2, "ssd": 4, "hdd": 2, "object": 16}
+THREADS: Final[dict[TierKind, int]] = {"ram": 2, "ssd": 4, "hdd": 2, "object": 32}
 """Calls at a time: an SSD likes a queue, a disk head does not, an object store has latency."""
 
 LANDING_THREADS: Final = 4
