@@ -170,14 +170,18 @@ class Client(MovementCalls):
         shard_bytes: int = 64 * MIB,
         batch_bytes: int = 2 * MIB,
         metadata: Mapping[str, Any] | None = None,
+        policy: str = "",
     ) -> DatasetWriter:
         """A writer of version 1 of a new dataset; leaving its ``with`` block commits it.
 
+        *policy*: the named policy that its bytes follow from the first one on (``set_policy``).
         *schema* maps columns to types (``forebay.Array(dtype, shape)``, ``"int64"``, …); without
         one it is inferred. AlreadyExists if the name is taken, now or at the commit.
         """
         from forebay.dataset.write import DatasetWriter
 
+        if policy:
+            self.set_policy(f"dataset {name}", policy)
         return DatasetWriter(
             self.channel,
             self.transfer,

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Final
 
+from forebay_server.model.encodings import SETTINGS
 from forebay_server.model.placement import BUILT_IN, Policy
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.ids import check_name
@@ -51,7 +52,7 @@ def _parse(name: str, table: object, origin: str) -> Policy:
                 kind: _seconds(value)
                 for kind, value in _table(keys, "demote-after-seconds").items()
             },
-            encoding={kind: str(value) for kind, value in _table(keys, "encoding").items()},
+            encoding={kind: _encoding(value) for kind, value in _table(keys, "encoding").items()},
         )
     except ValueError as error:
         raise InvalidRequest(f"{where}: {error}") from error
@@ -68,6 +69,12 @@ def _table(keys: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{key} is no table: write {key} = {{ ssd = 3600 }}")
     return value
+
+
+def _encoding(value: object) -> str:
+    if value not in SETTINGS:
+        raise ValueError(f"there is no encoding {value!r}; there are {', '.join(SETTINGS)}")
+    return str(value)
 
 
 def _within(value: object) -> float | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from forebay_server.catalog.engine import Connection
 from forebay_server.locks import NamedLocks
 from forebay_server.move.budget import Budget
 from forebay_server.move.jobs import Progress
 from forebay_wire.errors import InvalidRequest
+
+ENCODING: Final = "encoding"
+"""Key of the journal: how the copy is to lie there, where a policy says so."""
 
 
 class Bringer(Protocol):
@@ -25,6 +28,7 @@ class Bringer(Protocol):
         tier: str,
         progress: Callable[[str, int], object],
         guard: Callable[[Connection], object],
+        encoding: str = "",
     ) -> bool:
         """Have a live, durable and verified copy of *blob* in *tier*; whether one was made."""
         ...
@@ -61,7 +65,8 @@ class Copier:
                 self._budget.take(one, num_bytes, lambda: progress.advance(0))
             progress.advance(num_bytes)
 
-        return await self._bringer.bring(blob, tier, moved, progress.guard)
+        encoding = str(progress.journal.get(ENCODING, ""))
+        return await self._bringer.bring(blob, tier, moved, progress.guard, encoding)
 
 
 def copy_target(blob: str, tier: str) -> str:

@@ -7,6 +7,7 @@ at a time that one look never floods the queue, and lets go what is past its tim
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from forebay_server.catalog.queries_policies import (
     store_uses,
 )
 from forebay_server.catalog.queries_trash import EXPIRED, empty_trash, seconds_until_expiry
+from forebay_server.model.encodings import RAW
 from forebay_server.model.placement import (
     Action,
     BlobFacts,
@@ -32,7 +34,7 @@ from forebay_server.model.placement import (
     TierRoom,
     decide,
 )
-from forebay_server.move.copy import copy_target
+from forebay_server.move.copy import ENCODING, copy_target
 from forebay_server.move.jobs import Progress
 from forebay_server.move.migrate import migrate_target
 from forebay_server.move.policies import PolicyBook
@@ -173,6 +175,7 @@ class Planner:
             for placed, action in wanted:
                 if isinstance(action, Copy):
                     priority = OVERDUE_PRIORITY if action.due <= now else 0
+                    said = {ENCODING: action.encoding} if action.encoding != RAW else {}
                     target = copy_target(placed.blob, action.to)
                     enqueue(
                         connection,
@@ -180,6 +183,7 @@ class Planner:
                         target,
                         total_bytes=placed.num_bytes,
                         priority=priority,
+                        journal=json.dumps(said),
                     )
                 elif (stays := _staying(placed, action)) is not None:
                     target = migrate_target(placed.blob, action.tier, stays)

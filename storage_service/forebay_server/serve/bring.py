@@ -39,12 +39,14 @@ class Bringer:
         tier: str,
         progress: Callable[[str, int], object],
         guard: Callable[[Connection], object],
+        encoding: str = "",
     ) -> bool:
         """Have a live, durable and verified copy of *blob* in the landing tier *tier*.
 
         Whether one was made; False if there was one, or if the blob is no longer known. *progress*
         is told, on a thread, of so many bytes that moved from the tier it names into *tier*.
-        *guard* is called in the transaction that adds the copy. A source that turns out to be bad
+        *guard* is called in the transaction that adds the copy. *encoding*: how it is to lie there,
+        empty: as the tier has it. A source that turns out to be bad
         is quarantined and the next one taken. :class:`IntegrityError` if no good one is left,
         :class:`ResourceExhausted` without room.
         """
@@ -59,7 +61,7 @@ class Bringer:
         problems: list[ForebayError] = []
         for source in self._in_order(places_of(located)):
             try:
-                await self._copy(source, tier, progress, guard)
+                await self._copy(source, tier, progress, guard, encoding)
             except (IntegrityError, NotFound) as error:
                 if not await self._still_there(source):
                     return False  # the blob, or this copy, went meanwhile: looked at again later
@@ -95,6 +97,7 @@ class Bringer:
         tier: str,
         progress: Callable[[str, int], object],
         guard: Callable[[Connection], object],
+        encoding: str,
     ) -> None:
         def told(num_bytes: int) -> None:
             progress(source.tier, num_bytes)
@@ -104,7 +107,7 @@ class Bringer:
             record(connection, f"blob {source.blob}", "copied", f"{source.tier} to {tier}")
 
         target = self._tiers.get(tier)
-        await self._promoter.copy_into(source, target, told, guarded)
+        await self._promoter.copy_into(source, target, told, guarded, encoding)
 
     async def _still_there(self, place: Place) -> bool:
         located = (await self._catalog.locate([place.blob])).get(place.blob)

@@ -148,19 +148,21 @@ class Promoter:
         tier: Tier,
         progress: Callable[[int], object] = lambda num_bytes: None,
         guard: Callable[[Connection], object] = lambda connection: None,
+        encoding: str = "",
     ) -> Place:
         """Copy the blob at *source* into *tier*, for somebody who does not wait for its bytes.
 
         Checked by BLAKE3 on both sides; durable and in the catalog on return. *progress* is told on
         a thread how many bytes were written; it may wait, or raise to end the copy. *guard* is
-        called in the transaction that adds the row, and may raise to prevent it.
+        called in the transaction that adds the row, and may raise to prevent it. *encoding*: how
+        it is to lie there, empty: as the tier has it.
         :class:`IntegrityError` if the source is damaged, :class:`ResourceExhausted` without room.
         """
         file = new_random_name()
         failpoint("copy.before_file")
         origin = self._tiers.get(source.tier)
         stored = await self._tiers.run_moving(
-            origin, self._copy, source, tier, file, tier.encoding, progress
+            origin, self._copy, source, tier, file, encoding or tier.encoding, progress
         )
         failpoint("copy.after_file")
         try:

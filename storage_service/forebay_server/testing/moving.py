@@ -47,9 +47,13 @@ class MovingNode:
     async def add_dataset(self, name: str, *sizes: int, tiers: Sequence[str] = ("object",)) -> Any:
         """A dataset with a shard of each size, in *tiers*; the ids of its blobs."""
         tables = [await self.node.add_blob([os.urandom(size)], *tiers) for size in sizes]
+        await self.name_blobs(name, [(one.blob_id, one.total_bytes) for one in tables])
+        return [one.blob_id for one in tables]
+
+    async def name_blobs(self, name: str, found: Sequence[tuple[str, int]]) -> None:
+        """Commit a dataset whose shards are *found*: blobs with their sizes."""
         shards = tuple(
-            ShardRef(blob=one.blob_id, num_bytes=one.total_bytes, num_rows=1, batch_rows=(1,))
-            for one in tables
+            ShardRef(blob=blob, num_bytes=size, num_rows=1, batch_rows=(1,)) for blob, size in found
         )
         manifest = DatasetManifest(
             dataset=name, version=1, parent=None, schema="", shards=shards, metadata={}
@@ -59,7 +63,6 @@ class MovingNode:
         await self.node.catalog.write(
             lambda connection: insert_version(connection, manifest, identity, data, request)
         )
-        return [one.blob_id for one in tables]
 
     async def queue(self, kind: str, target: str, **options: Any) -> str:
         """Queue a job and wake the workers."""
