@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.model.watermarks import Watermarks
 from forebay_server.move.evict import Evictor
+from forebay_server.observe.metrics import Sample
 from forebay_server.serve.cache import Cache
 from forebay_server.serve.foresight import Foresight
 from forebay_server.serve.open import Opener
@@ -29,6 +30,7 @@ class Ahead:
         marks: Watermarks | None = None,
     ) -> None:
         """*is_busy* answers whether a reader waits for bytes of a tier."""
+        self._opener = opener
         self.foresight = Foresight(tier.name for tier in tiers.landing)
         self.evictor = Evictor(
             catalog,
@@ -52,6 +54,17 @@ class Ahead:
         opener.follow(self.cache)
         tiers.relieve = self.evictor.make_room
         self.evictor.listen(self.prefetcher.forget)
+
+    def samples(self) -> Iterator[Sample]:
+        """What it did since the start, as values of the gauges in ``observe.metrics``."""
+        for result, number in self._opener.num_opens.items():
+            yield Sample("forebay_cache_opens", (result,), number)
+        for tier, num_bytes in self._opener.fetched_bytes().items():
+            yield Sample("forebay_fetched_bytes", (tier,), num_bytes)
+        yield Sample("forebay_prefetched_bytes", (), self.prefetcher.fetched_bytes)
+        for tier, num_bytes in self.evictor.evicted_bytes.items():
+            yield Sample("forebay_evicted_bytes", (tier,), num_bytes)
+        yield Sample("forebay_plans", (), len(self.plans.all))
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -429,7 +429,8 @@ class Daemon:
         )
 
     async def _render_metrics(self) -> bytes:
-        return self._metrics.render(await self._status.read_samples())
+        samples = [*await self._status.read_samples(), *self._ahead.samples()]
+        return self._metrics.render(samples)
 
     async def _watch_idle(self) -> None:
         """Ask for the end once nobody has been here, and nothing below local, for long enough."""

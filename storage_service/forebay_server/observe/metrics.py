@@ -73,6 +73,31 @@ METRICS: Final[dict[str, MetricSpec]] = {
         MetricSpec(
             "forebay_jobs", "gauge", ("kind", "state"), "Background jobs by kind and state."
         ),
+        MetricSpec(
+            "forebay_cache_opens",
+            "gauge",
+            ("result",),
+            "Opens of blobs since the start: hit (a local tier has it), miss (it has to come).",
+        ),
+        MetricSpec(
+            "forebay_fetched_bytes",
+            "gauge",
+            ("tier",),
+            "Bytes read from a slow tier since the start, for readers and ahead of them.",
+        ),
+        MetricSpec(
+            "forebay_prefetched_bytes",
+            "gauge",
+            (),
+            "Bytes of blobs that were fetched ahead of their readers since the start.",
+        ),
+        MetricSpec(
+            "forebay_evicted_bytes",
+            "gauge",
+            ("tier",),
+            "Bytes of copies given up since the start, as another tier has them.",
+        ),
+        MetricSpec("forebay_plans", "gauge", (), "Plans of loaders that are known now."),
         MetricSpec("forebay_start_unix_seconds", "gauge", (), "When this daemon started."),
     )
 }

@@ -101,6 +101,8 @@ class Opener:
         self._fetches: dict[str, _Fetch] = {}
         self._checks: dict[Place, asyncio.Task[bool]] = {}
         self._num_opening: Counter[str] = Counter()
+        self.num_opens: Counter[str] = Counter(hit=0, miss=0)
+        """How many blobs were opened that a local tier has, and that it has not."""
 
     def listen(self, listener: Callable[[], object]) -> None:
         """Have *listener* called when damage that was found may have queued jobs."""
@@ -148,6 +150,7 @@ class Opener:
                     self._places.move_to_end(blob)
                     opened.append(self._open_place(place))
                 self._hold(client, opened)
+                self.num_opens["hit"] += len(opened)
         except (IntegrityError, NotFound, StorageError):
             for blob in blobs[len(opened) : len(opened) + 1]:
                 self.forget(blob)
@@ -204,6 +207,10 @@ class Opener:
     def asked_back(self, client: str) -> list[str]:
         """What *client* is to release soon, if it can; told once."""
         return self._holds.asked_back(client)
+
+    def fetched_bytes(self) -> Counter[str]:
+        """Tier to bytes that were read there for readers, and ahead of them, since the start."""
+        return self._promoter.fetched_bytes + self.streams.read_bytes
 
     def open_bytes(self) -> dict[str, int]:
         """Tier to bytes of blobs that are open."""
@@ -371,6 +378,7 @@ class Opener:
         tier = self._tiers.get(place.tier)
         asking = reading.get()
         if tier.kind == "object" or place.encoding != RAW:
+            self.num_opens["miss"] += 1
             self._promoter.policy.asked(asking.plan, place.blob)
             with asking.waiting("origin" if tier.kind == "object" else "tier"):
                 if place.num_bytes >= SMALLEST_BYTES and place.blob not in self._fetches:
@@ -512,6 +520,7 @@ class Opener:
     def _keep(self, client: str, place: Place, opened: OpenedBlob) -> OpenedBlob:
         """Remember where a good copy lies, and count it for *client*."""
         with self._lock:
+            self.num_opens["hit"] += 1
             self._places[place.blob] = place
             if len(self._places) > MAX_CACHED_PLACES:
                 self._places.popitem(last=False)
