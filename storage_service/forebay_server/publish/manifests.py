@@ -74,12 +74,16 @@ class ObjectPublisher:
         for blob in record.blobs:
             # The lock keeps a collector from removing what is found or put here.
             async with self._locks.hold(blob):
-                await self._publish_blob(blob, progress)
+                await self.publish_locked(blob, progress)
         failpoint("flush.before_manifest")
         await self._tiers.run(self._tier, self._put, MANIFESTS + record.manifest, record.data)
         failpoint("flush.after_manifest")
 
-    async def _publish_blob(self, blob: str, progress: Progress) -> None:
+    async def publish_locked(self, blob: str, progress: Progress) -> None:
+        """Have a live, verified copy of *blob* in the object tier; the caller holds its lock.
+
+        :class:`IntegrityError` if it has no good copy left.
+        """
         location = (await self._catalog.locate([blob])).get(blob)
         if location is None:
             raise IntegrityError(f"blob {blob} is named by a manifest and not in the catalog")
@@ -121,21 +125,18 @@ class ObjectPublisher:
 
     def find(self, blob: str) -> ObjectBlob | None:
         """What an earlier try, or another daemon, has put under the blob's id, with every byte
-        checked; blocks. A list that leads nowhere is removed."""
+        checked; blocks. A list that leads nowhere stays until another one takes its place."""
+        if self._tier.head(BLOBS + blob) is None:
+            return None
         try:
             found = ObjectBlob.decode(self._tier.get(BLOBS + blob), self._where(blob), blob)
             extent = found.single(self._where(blob))
             with open_plain(self._tier, extent.file, found.encoding, blob) as reader:
                 verify_file(reader, blob)
-        except NotFound:
-            if self._tier.head(BLOBS + blob) is None:
-                return None
-        except IntegrityError as error:
+        except (IntegrityError, NotFound) as error:
             logger.warning("published again: %s", error)
-        else:
-            return found
-        self._tier.delete(BLOBS + blob)
-        return None
+            return None
+        return found
 
     async def _copy(self, location: BlobLocation, progress: Progress) -> ObjectBlob:
         """Copy a blob from its best good replica, verified on both sides."""
@@ -198,6 +199,8 @@ class ObjectPublisher:
             if (theirs := self.find(blob)) is not None:
                 self._tier.delete(self._tier.blob_name(made.extents[0].file))
                 return theirs
+            # Only now: a damaged copy without a good one beside it could not be found without it.
+            self._tier.delete(BLOBS + blob)
             self._put(BLOBS + blob, made.encode())
         return made
 
@@ -208,7 +211,7 @@ class ObjectPublisher:
         name is its digest. So is one that another catalog stamped.
         """
         try:
-            self._tier.put(name, data)
+            is_proven = self._create(name, data)
         except AlreadyExists:
             if self._tier.get(name) == data:
                 return
@@ -216,9 +219,16 @@ class ObjectPublisher:
                 raise
             logger.warning("object %s is damaged, or was stamped by another catalog", name)
             self._tier.delete(name)
-            self._tier.put(name, data)
-        if self._tier.get(name) != data:
+            is_proven = self._create(name, data)
+        if not is_proven and self._tier.get(name) != data:
             raise StorageError(f"object {name} reads back wrong right after it was written")
+
+    def _create(self, name: str, data: bytes) -> bool:
+        """Publish a small object; whether the tier has proven what it keeps."""
+        with self._tier.create(name, len(data)) as writer:
+            writer.write(data)
+            writer.publish()
+        return writer.is_proven
 
     def _where(self, blob: str) -> str:
         return f"tier {self._tier.name}, file {BLOBS}{blob}"

@@ -62,7 +62,8 @@ class S3Client(PartStoreClient):
                 session=_make_session(self._options.profile),
                 **self._options.for_s3fs(),
             )
-        self.check_place()
+        # A listing tells more than HEAD, whose answers have no body: which credential is wrong.
+        self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
 
     def close(self) -> None:
         files, self._files = self._files, None
@@ -70,8 +71,12 @@ class S3Client(PartStoreClient):
             files.close_session(files.loop, files._s3creator)
 
     def check_place(self) -> None:
-        # A listing tells more than HEAD, whose answers have no body: which credential is wrong.
-        self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+        try:
+            self._call("head_bucket")
+        except StoreFault as fault:
+            if fault.kind != "missing":
+                raise
+            raise StoreFault("no place", f"there is no bucket {self._bucket}") from None
 
     def refuses_damage(self, key: str) -> bool:
         try:
