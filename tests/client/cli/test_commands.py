@@ -151,10 +151,18 @@ def test_commands_are_exactly_these(forebay_command) -> None:
     groups = {name: sorted(getattr(one, "commands", ())) for name, one in commands.commands.items()}
     assert groups == {
         "status": [],
-        "dataset": ["delete", "import", "list", "show"],
+        "dataset": ["delete", "import", "list", "show", "warm"],
         "checkpoint": ["delete", "list", "show"],
+        "jobs": [],
+        "why": [],
+        "pin": [],
+        "unpin": [],
+        "pins": [],
+        "policy": ["list", "set", "show"],
+        "trash": ["empty", "list", "restore"],
         "doctor": [],
         "serve": [],
+        "backup": [],
         "recover": [],
     }
 
