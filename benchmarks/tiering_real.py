@@ -6,7 +6,6 @@ shuffled order of blobs. What the links are worth is measured by what they have 
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import numpy as np
 from harness import MIB, Options, Report
 from tiering_link import COUNT
@@ -118,22 +116,18 @@ class Bench:
     def _client(self, name: str) -> forebay.Client:
         return forebay.connect(str(self.work / name))
 
-    def objects(self) -> list[str]:
-        """The objects that hold the blobs."""
-        return [str(path) for path in (self.work / "objects" / "data").iterdir()]
-
 
 def first_epoch(bench: Bench) -> float:
     """Time that the link needs for the dataset over the time of a first epoch without compute."""
-    sizes = bench.sizes
-    with bench.run(sizes.link_rate) as (_, _, dataset):
+    rate = bench.sizes.link_rate / 3
+    with bench.run(rate) as (_, _, dataset):
         started = time.perf_counter()
         with forebay.DataLoader(dataset, global_batch_size=1, shuffle="full", seed=1) as loader:
             for epoch in loader.epochs(1):
                 for _ in epoch:
                     pass
         took = time.perf_counter() - started
-    return dataset.num_bytes / sizes.link_rate / took
+    return dataset.num_bytes / rate / took
 
 
 def busy(bench: Bench) -> tuple[float, float]:
@@ -156,10 +150,11 @@ def against_clairvoyant(bench: Bench, share: float) -> float:
     """Bytes of the origin for two jobs over those of an optimal cache for the same trace."""
     sizes = bench.sizes
     trace: list[str] = []
-    compute = 2 * SAMPLE_BYTES / (0.7 * sizes.link_rate)
+    rate = 2 * sizes.link_rate
+    compute = 2 * SAMPLE_BYTES / (0.7 * rate)
     file_bytes = SHARD_BYTES + 4096
     capacity = int(share * sizes.num_blobs) * file_bytes
-    with bench.run(sizes.link_rate, capacity) as (daemon, _, dataset):
+    with bench.run(rate, capacity) as (daemon, _, dataset):
         blobs = [shard.blob for shard in dataset.manifest.shards]
 
         def job(seed: int) -> None:
@@ -185,28 +180,6 @@ def against_clairvoyant(bench: Bench, share: float) -> float:
     optimum = Belady(capacity, trace)
     misses = sum(not optimum.access(blob, file_bytes) for blob in trace)
     return fetched / (misses * dataset.num_bytes / sizes.num_blobs)
-
-
-def cold_read(bench: Bench) -> float:
-    """Time of a bare client for all bytes over that of a cold read through the daemon."""
-    objects = bench.objects()
-    files = fsspec.filesystem("file")
-    buffer = bytearray(4 * MIB)
-    started = time.perf_counter()
-    for path in objects:
-        with files.open(path, "rb", block_size=4 * MIB) as file:
-            while file.readinto(buffer):
-                pass
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_NORMAL)
-    bare = time.perf_counter() - started
-    with bench.run(0.0, latency=0.0) as (_, client, dataset):
-        blobs = [shard.blob for shard in dataset.manifest.shards]
-        started = time.perf_counter()
-        for start in range(0, len(blobs), 16):
-            for blob in client.transfer.open(blobs[start : start + 16]):
-                with blob:
-                    blob.map()
-        return bare / (time.perf_counter() - started)
 
 
 def add_to(report: Report, options: Options) -> None:

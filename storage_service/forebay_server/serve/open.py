@@ -19,6 +19,7 @@ from forebay_server.quarantine import Quarantine
 from forebay_server.serve.bring import Bringer
 from forebay_server.serve.holds import Hold, Holds
 from forebay_server.serve.opened import OpenedBlob, Reading, reading
+from forebay_server.serve.origin import OriginContents
 from forebay_server.serve.promote import (
     CachePolicy,
     Foreground,
@@ -86,6 +87,7 @@ class Opener:
         self._catalog = catalog
         self._holds = holds or Holds()
         self._promoter = Promoter(tiers, catalog, foreground)
+        self.origins = OriginContents(tiers, catalog, self._promoter)
         self._names = frozenset(tier.name for tier in tiers.all)
         self._listeners: list[Callable[[], object]] = []
         self._quarantine = Quarantine(
@@ -118,6 +120,7 @@ class Opener:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._checks.values(), return_exceptions=True)
+        await self.origins.close()
         await self.streams.close()
         await self._quarantine.close()
         with self._lock:
@@ -315,6 +318,8 @@ class Opener:
             cached = self.open_cached(client, [blob])
             if cached is not None:
                 return cached[0]
+            if located is None and (content := await self.origins.content_of(blob)) is not None:
+                return await self._open_located(client, content, None)
             return await self._open_located(client, blob, located)
         except ForebayError as error:
             return error

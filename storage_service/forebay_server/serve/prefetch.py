@@ -24,6 +24,10 @@ STREAMS: Final = {"object": 24, "hdd": 1}
 """Fetches at a time by the kind of tier where they come from: fewer than the tier has threads, so
 that there is one for whoever waits. A disk reads one file after the other."""
 
+FIRST_STREAMS: Final = 4
+"""Fetches that begin together after a pause; each that ends lets one more begin. All at once would
+share the link, and what is needed first would come last."""
+
 MAX_BYTES: Final = 96 * MIB
 """On their way at a time: large blobs need fewer streams to fill a link."""
 
@@ -81,6 +85,7 @@ class Prefetcher:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._num_running = dict.fromkeys(STREAMS, 0)
         self._bytes_running = 0
+        self._num_streams = FIRST_STREAMS
         self._failed: dict[str, float] = {}
         self._fetch_seconds = SOONEST_SECONDS
         self.num_fetched = 0
@@ -134,15 +139,19 @@ class Prefetcher:
             kind = self._tiers.get(source.tier).kind
             if self._num_running[kind] >= STREAMS[kind] or source.blob in self._running:
                 continue
-            if self._running and self._bytes_running + source.num_bytes > MAX_BYTES:
-                break
             if self._is_busy(source.tier):
                 is_held_up = True
                 continue
-            if not await self._begin(source, seconds):
+            if self._is_enough(source) or not await self._begin(source, seconds):
                 break
         if is_held_up:
             asyncio.get_running_loop().call_later(YIELD_SECONDS, self.wake)
+
+    def _is_enough(self, source: Place) -> bool:
+        """Whether so much is on its way that the blob at *source* has to wait."""
+        if len(self._running) >= self._num_streams:
+            return True
+        return bool(self._running) and self._bytes_running + source.num_bytes > MAX_BYTES
 
     def _may_be_missing(self, blob: str) -> bool:
         if blob in self._running or self._foresight.holds(blob):
@@ -216,5 +225,6 @@ class Prefetcher:
         self._bytes_running -= source.num_bytes
         self._cache.let_room_go(tier, source)
         self._running.pop(source.blob, None)
+        self._num_streams = self._num_streams + 1 if self._running else FIRST_STREAMS
         self._known.pop(source.blob, None)
         self.wake()
