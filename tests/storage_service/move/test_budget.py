@@ -31,8 +31,8 @@ def make(clock: Clock, **rates: float) -> Budget:
 
 
 @given(
-    rate=st.integers(1, 10**9),
-    pieces=st.lists(st.integers(0, 10**8), min_size=1, max_size=30),
+    rate=st.integers(10**5, 10**9),
+    pieces=st.lists(st.integers(0, 10**6), min_size=1, max_size=30),
 )
 def test_what_moves_stays_below_the_rate_and_a_burst(rate: int, pieces: list[int]) -> None:
     clock = Clock()
