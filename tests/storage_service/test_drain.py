@@ -7,19 +7,18 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.queries_runs import find_generation
-from forebay_server.config import load_config
-from forebay_server.daemon import CATALOG_FILE_NAME, Daemon
+from forebay_server.daemon import CATALOG_FILE_NAME
 from forebay_server.exit_codes import ExitCode
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
 from forebay_server.publish.lease import Uploads
 from forebay_server.testing.checkpoints import RUN, CheckpointNode
+from forebay_server.testing.here import serve_here
 from forebay_wire.ids import GenerationId
 from forebay_wire.limits import KIB
 
@@ -62,18 +61,12 @@ class Landings:
 
 
 @asynccontextmanager
-async def serving(data: Path) -> AsyncIterator[CheckpointNode]:
-    """A daemon on *data*, as a node; at the end it gets SIGTERM and has to end well."""
-    listens = asyncio.Event()
-    config = load_config({"data": data}, {}).config
-    daemon = Daemon(config, announce=lambda line: listens.set())
-    life = asyncio.create_task(daemon.serve())
-    async with asyncio.timeout(60):
-        await listens.wait()
-        storage: Any = SimpleNamespace(uploads=daemon._uploads)
-        yield CheckpointNode(storage, daemon._checkpoints, daemon._jobs)
+async def ending(data: Path) -> AsyncIterator[CheckpointNode]:
+    """A daemon on *data* that gets SIGTERM at the end, and has to end well."""
+    async with asyncio.timeout(60), serve_here(data) as here:
+        yield here.node
         os.kill(os.getpid(), signal.SIGTERM)
-        assert await life == ExitCode.OK
+        assert await here.life == ExitCode.OK
 
 
 async def state_of_saved(data: Path) -> str:
@@ -90,7 +83,7 @@ async def test_what_is_sealed_before_sigterm_lands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     landings = Landings(monkeypatch)
-    async with serving(tmp_path) as node:
+    async with ending(tmp_path) as node:
         await node.begin()
         await node.save(1, [os.urandom(KIB)])
     assert landings.num_left_at_close == 0
@@ -102,7 +95,7 @@ async def test_what_is_sealed_while_it_drains_lands(
 ) -> None:
     landings = Landings(monkeypatch)
     landings.let_through_at = 2
-    async with serving(tmp_path) as node:
+    async with ending(tmp_path) as node:
         await node.begin()
         landings.after_drain = lambda: node.save(1, [os.urandom(KIB)])
     assert landings.num_left_at_close == 0

@@ -7,18 +7,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 import forebay
-from forebay_server.config import load_config
-from forebay_server.daemon import Daemon
 from forebay_server.exit_codes import ExitCode
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
-from forebay_server.testing.checkpoints import CheckpointNode
 from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.here import serve_here
 from forebay_wire.limits import KIB
 
 IDLE_SECONDS = 1.0
@@ -75,19 +71,12 @@ async def test_what_is_still_landing_keeps_the_daemon(
         return publish(landing)
 
     monkeypatch.setattr(BlobLanding, "publish", held_publish)
-    listens = asyncio.Event()
-    config = load_config({"data": tmp_path, "idle_exit": IDLE_SECONDS}, {}).config
-    daemon = Daemon(config, announce=lambda line: listens.set())
-    life = asyncio.create_task(daemon.serve())
-    async with asyncio.timeout(90):
-        await listens.wait()
-        storage: Any = SimpleNamespace(uploads=daemon._uploads)
-        node = CheckpointNode(storage, daemon._checkpoints, daemon._jobs)
-        await node.begin()
-        saved = await node.save(1, [os.urandom(KIB)])
-        ended, _ = await asyncio.wait([life], timeout=LONG_SECONDS)
+    async with asyncio.timeout(90), serve_here(tmp_path, idle_exit=IDLE_SECONDS) as here:
+        await here.node.begin()
+        saved = await here.node.save(1, [os.urandom(KIB)])
+        ended, _ = await asyncio.wait([here.life], timeout=LONG_SECONDS)
         assert not ended
-        assert daemon._state == "serving"
+        assert here.daemon._state == "serving"
         may_end.set()
-        await node.wait(saved)
-        assert await life == ExitCode.OK
+        await here.node.wait(saved)
+        assert await here.life == ExitCode.OK
