@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from forebay._channel import CALL_SECONDS, CONNECT_SECONDS, RpcChannel
 from forebay.address import Address, parse_address
+from forebay.integrity import IntegrityCalls
 from forebay.methods import Admin, Blobs, Checkpoints, Datasets
 from forebay.movement import MovementCalls
 from forebay.transfer import Transfer, make_transfer
@@ -60,7 +61,7 @@ def connect(
     return client
 
 
-class Client(MovementCalls):
+class Client(MovementCalls, IntegrityCalls):
     """What :func:`connect` returns. Thread-safe, fork-safe (a child connects anew at first use).
 
     Close it, or use it in a ``with``; a client nobody refers to any more closes itself.

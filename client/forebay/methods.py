@@ -16,6 +16,7 @@ from forebay_wire.v1 import admin_pb2 as admin
 from forebay_wire.v1 import blobs_pb2 as blobs
 from forebay_wire.v1 import checkpoints_pb2 as checkpoints
 from forebay_wire.v1 import datasets_pb2 as datasets
+from forebay_wire.v1 import integrity_pb2 as integrity
 from forebay_wire.v1 import movement_pb2 as movement
 
 Request = TypeVar("Request", bound=Message)
@@ -139,6 +140,28 @@ class Admin:
     )
     Status: Final = Method("/forebay.v1.Admin/Status", admin.StatusRequest, admin.StatusResponse)
     Attach: Final = Method("/forebay.v1.Admin/Attach", admin.AttachRequest, admin.AttachEvent)
+
+
+class Integrity:
+    """Calls of ``forebay.v1.Integrity``."""
+
+    Scrub: Final = Method(
+        "/forebay.v1.Integrity/Scrub", integrity.ScrubRequest, integrity.ScrubState
+    )
+    GetScrub: Final = Method(
+        "/forebay.v1.Integrity/GetScrub", integrity.GetScrubRequest, integrity.ScrubState
+    )
+    Fsck: Final = Method("/forebay.v1.Integrity/Fsck", integrity.FsckRequest, integrity.FsckReport)
+    ListGarbage: Final = Method(
+        "/forebay.v1.Integrity/ListGarbage",
+        integrity.ListGarbageRequest,
+        integrity.ListGarbageResponse,
+    )
+    CollectGarbage: Final = Method(
+        "/forebay.v1.Integrity/CollectGarbage",
+        integrity.CollectGarbageRequest,
+        integrity.CollectGarbageResponse,
+    )
 
 
 class Movement:

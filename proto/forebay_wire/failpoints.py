@@ -65,6 +65,15 @@ EVICT: Final = (
 )
 """Failpoints of giving a copy up that another tier has, too."""
 
+REPAIR: Final = (
+    "repair.before_copy",
+    "repair.before_remove",
+    "repair.inside_remove",
+    "repair.after_remove",
+    "repair.after_unlink",
+)
+"""Failpoints of replacing a damaged copy by a good one, in the order in which it passes them."""
+
 CLIENT_SAVE: Final = (
     "client.save.after_begin",
     "client.save.after_copy",
@@ -75,7 +84,7 @@ CLIENT_SAVE: Final = (
 """Failpoints of the writing client."""
 
 ALL: Final = frozenset(
-    DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + MOVE + EVICT + CLIENT_SAVE
+    DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + MOVE + EVICT + REPAIR + CLIENT_SAVE
 )
 
 _lock = threading.Lock()

@@ -286,6 +286,19 @@ class Config:
         "Most that background work moves through the object tier; 0: no limit. It steps back while "
         "readers wait for the tier in any case.",
     )
+    scrub_interval_seconds: float = _option(
+        7 * 86400.0,
+        _parse_seconds,
+        "seconds",
+        "From the end of one background scrub, which reads every copy and compares it with its "
+        "digests, to the next one; 0: none.",
+    )
+    scrub_bytes_per_second: int = _option(
+        32 << 20,
+        parse_size,
+        "bytes per second",
+        "Most that the background scrub reads from each tier; 0: no limit.",
+    )
     watermarks: str = _option(
         "85,92,97",
         _parse_watermarks,

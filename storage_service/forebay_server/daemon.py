@@ -28,10 +28,8 @@ from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.queries_damage import enqueue_return
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import (
-    COLLECT,
-    DELETE,
+    ENDLESS_KINDS,
     FLUSH,
-    RETURN,
     SLOW_KINDS,
 )
 from forebay_server.catalog.queries_objects import enqueue_missing
@@ -51,13 +49,12 @@ from forebay_server.folder import (
     save_http_port,
     write_private,
 )
+from forebay_server.integrity import Integrity
 from forebay_server.locks import NamedLocks
 from forebay_server.model.encodings import RAW
 from forebay_server.move.budget import Budget
-from forebay_server.move.collect import Collector
 from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
-from forebay_server.move.returns import Returns
 from forebay_server.movement import Movement
 from forebay_server.observe.metrics import Metrics
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
@@ -69,6 +66,7 @@ from forebay_server.rpc.admin import AdminService, Attached, Identity
 from forebay_server.rpc.blobs import BlobsService
 from forebay_server.rpc.checkpoints import CheckpointsService
 from forebay_server.rpc.datasets import DatasetsService
+from forebay_server.rpc.integrity import IntegrityService
 from forebay_server.rpc.interceptors import Gate
 from forebay_server.rpc.movement import MovementService
 from forebay_server.rpc.plans import PlansService
@@ -254,7 +252,11 @@ class Daemon:
         )
         self._uploads.prefer(self._movement.landing_order)
         self._jobs = Jobs(
-            self._catalog, self._incarnation, self._make_handlers(locks), slow_kinds=SLOW_KINDS
+            self._catalog,
+            self._incarnation,
+            self._make_handlers(locks),
+            slow_kinds=SLOW_KINDS,
+            endless_kinds=ENDLESS_KINDS,
         )
         self._opener.listen(self._jobs.wake)
         self._jobs.listen(lambda _: self._ahead.evictor.expect_more())
@@ -271,19 +273,24 @@ class Daemon:
     def _make_handlers(self, locks: NamedLocks) -> dict[str, Handler]:
         """What does each kind of job; without an object tier flushes stay queued for one."""
         catalog, opener = self._catalog, self._opener
-        collector = Collector(
-            catalog, self._tiers, locks, is_open=opener.is_open, forget=opener.forget
-        )
-        handlers: dict[str, Handler] = {
-            COLLECT: collector.collect,
-            **self._movement.handlers,
-            DELETE: collector.delete_manifest,
-            RETURN: Returns(catalog, opener.return_good),
-        }
+        publisher: ObjectPublisher | None = None
         if self._tiers.object is not None:
             publisher = ObjectPublisher(
                 catalog, self._tiers, self._tiers.object, locks, forget=opener.forget
             )
+        self._integrity = Integrity(
+            catalog,
+            self._tiers,
+            opener,
+            publisher,
+            locks,
+            self._budget,
+            is_planned=lambda blob: self._ahead.foresight.seconds_until(blob) is not None,
+            scrub_bytes_per_second=self._config.scrub_bytes_per_second,
+            scrub_interval_seconds=self._config.scrub_interval_seconds,
+        )
+        handlers: dict[str, Handler] = {**self._movement.handlers, **self._integrity.handlers}
+        if publisher is not None:
             handlers[FLUSH] = Flush(catalog, publisher, locks, self._budget)
         return handlers
 
@@ -305,6 +312,7 @@ class Daemon:
         stack.push_async_callback(self._background.close)
         await self._uploads.start()
         await self._movement.start(self._jobs)
+        await self._integrity.start(self._jobs)
         self._jobs_task = self._background.start("jobs", self._jobs.run())
         self._background.start("ahead", self._ahead.run())
         self._background.start("tiers", TierWatch(self._tiers, self._note_tier).run())
@@ -379,6 +387,7 @@ class Daemon:
             ),
             checkpoints=CheckpointsService(self._checkpoints, self._auth, self._incarnation),
             datasets=DatasetsService(self._datasets),
+            integrity=IntegrityService(self._integrity),
             movement=MovementService(self._movement),
             plans=PlansService(self._ahead.plans),
         )
@@ -429,7 +438,11 @@ class Daemon:
         )
 
     async def _render_metrics(self) -> bytes:
-        samples = [*await self._status.read_samples(), *self._ahead.samples()]
+        samples = [
+            *await self._status.read_samples(),
+            *self._ahead.samples(),
+            *self._integrity.samples(),
+        ]
         return self._metrics.render(samples)
 
     async def _watch_idle(self) -> None:

@@ -19,6 +19,7 @@ from forebay.cli.dataset_list import list_datasets
 from forebay.cli.dataset_show import show_dataset
 from forebay.cli.doctor import doctor
 from forebay.cli.exit_codes import ExitCode, epilog, exit_code
+from forebay.cli.integrity import fsck, gc, scrub
 from forebay.cli.jobs import jobs
 from forebay.cli.pins import pin, pins, unpin, warm
 from forebay.cli.policy import policy
@@ -56,6 +57,9 @@ for command in (
     serve,
     backup,
     recover,
+    scrub,
+    fsck,
+    gc,
     jobs,
     why,
     pin,

@@ -41,7 +41,7 @@ MEANINGS: Final = {
     ExitCode.NOT_FOUND: "no such dataset, version, run, generation, file or data folder",
     ExitCode.UNAVAILABLE: "no daemon answers, or not in time",
     ExitCode.EXISTS: "the name is taken, or somebody else committed first",
-    ExitCode.DAMAGED: "stored bytes do not match their digests",
+    ExitCode.DAMAGED: "stored bytes do not match their digests, or the catalog its tiers",
     ExitCode.DENIED: "no token, a wrong one, or not allowed",
     ExitCode.INTERRUPTED: "interrupted (Ctrl-C)",
 }

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, select, update
 
-from forebay_server.catalog.queries_blobs import batches, live_replica
-from forebay_server.catalog.queries_jobs import RETURN, enqueue
+from forebay_server.catalog.queries_blobs import FileRef, batches, live_replica, remove_replica
+from forebay_server.catalog.queries_history import record
+from forebay_server.catalog.queries_jobs import REPAIR, RETURN, enqueue
 from forebay_server.catalog.queries_objects import OBJECT_TIER, flush_again
 from forebay_server.catalog.tables import extents, files, replicas
 
 EVERYTHING = "quarantined"
-"""The target of the job that looks at all quarantined replicas."""
+"""The target of the jobs that look at all quarantined replicas."""
+REPAIR_PRIORITY = 10
+"""What has lost a copy comes before what merely moves."""
 
 
 def quarantine(connection: Connection, replica_id: str, reason: str) -> bool:
-    """Take a replica out of service, with its file kept; whether it was live.
+    """Take a replica out of service, with its file kept, and queue its repair; whether it was live.
 
     Where that was a blob's copy in the object tier, what names the blob is no longer remote and is
-    queued to become so again: wake the jobs after the commit.
+    queued to become so again. Wake the jobs after the commit.
     """
     changed = connection.execute(
         update(replicas)
@@ -32,7 +35,18 @@ def quarantine(connection: Connection, replica_id: str, reason: str) -> bool:
     row = connection.execute(found).one()
     if row.tier == OBJECT_TIER:
         flush_again(connection, row.blob)
+    record(connection, f"blob {row.blob}", "quarantined", f"{row.tier}: {reason}")
+    enqueue_repair(connection, row.blob, row.tier)
     return True
+
+
+def enqueue_repair(connection: Connection, blob: str, tier: str) -> None:
+    """Queue the replacement of the quarantined copies of *blob* in *tier*.
+
+    Each tier has a job of its own: one that runs already may have looked before this copy was
+    found to be bad.
+    """
+    enqueue(connection, REPAIR, f"{blob} {tier}", priority=REPAIR_PRIORITY)
 
 
 def mark_missing(connection: Connection, names: Sequence[str], reason: str) -> int:
@@ -80,7 +94,24 @@ def quarantined_blobs(connection: Connection, after: str, limit: int) -> list[st
     )
 
 
+def remove_replaced(connection: Connection, blob: str, tier: str) -> list[FileRef]:
+    """Forget the quarantined replicas of *blob* in *tier* if a live one is there; their files, for
+    the caller to delete after the transaction."""
+    mine = (replicas.c.blob == blob, replicas.c.tier == tier)
+    bad = connection.execute(
+        select(replicas.c.replica, replicas.c.node).where(*mine, replicas.c.state == "quarantined")
+    ).all()
+    gone: list[FileRef] = []
+    for row in bad:
+        if live_replica(connection, blob, [tier], node=row.node) is not None:
+            gone.extend(remove_replica(connection, row.replica))
+            record(connection, f"blob {blob}", "repaired", f"{tier}: a good copy took its place")
+    return gone
+
+
 def enqueue_return(connection: Connection) -> None:
-    """At the daemon's start: queue a look at all quarantined replicas, if there are any."""
+    """At the daemon's start: queue a look at all quarantined replicas, and their repair, if there
+    are any."""
     if quarantined_blobs(connection, "", 1):
         enqueue(connection, RETURN, EVERYTHING)
+        enqueue(connection, REPAIR, EVERYTHING, priority=REPAIR_PRIORITY)

@@ -1,7 +1,8 @@
 """What happened to blobs, datasets, generations and tiers: written in the transaction that does it.
 
 Subjects: ``blob ID``, ``dataset NAME`` or ``dataset NAME@VERSION``, ``run NAME``,
-``generation RUN@ATTEMPT/STEP``, ``tier NAME``. Every deletion is among the events, with its reason.
+``generation RUN@ATTEMPT/STEP``, ``manifest ID``, ``tier NAME``. Every deletion is among the events,
+with its reason.
 """
 
 from __future__ import annotations

@@ -33,6 +33,11 @@ COLLECT = "collect"
 """Reclaim blobs that nothing names any more; with the target
 :data:`GARBAGE` also files that no row names."""
 GARBAGE = "garbage"
+REPAIR = "repair"
+"""Replace quarantined copies by good ones: those of a blob in a tier, with the target
+``BLOB TIER``, or with the target ``quarantined`` all."""
+SCRUB = "scrub"
+"""Read copies and compare them with their digests; see ``move/scrub.py`` for the targets."""
 RETURN = "return"
 """Look at the replicas that are out of service, and have the good ones serve again."""
 COPY = "copy"
@@ -45,9 +50,12 @@ TOMBSTONE = "tombstone"
 """Have the object tier say of a manifest, the target, whether it lies in the trash."""
 PIN = "pin"
 """Bring what a pin, the target, holds into its tier, verified."""
-SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE, PIN})
+SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE, PIN, REPAIR})
 """Kinds that move many bytes for nobody who waits: they have workers of their own, so that what
 makes data safe (:data:`FLUSH`) never stands behind them."""
+
+ENDLESS_KINDS: frozenset[str] = frozenset({SCRUB})
+"""Kinds that may take days: they have workers of their own, and end when the daemon does."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from forebay_server.catalog.queries_blobs import (
     orphan_blobs,
     remove_orphan,
 )
+from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import enqueue_collection
 from forebay_server.catalog.tables import uploads
 from forebay_wire.errors import NotFound, PermissionDenied
@@ -181,7 +182,10 @@ def end_upload(connection: Connection, session: str, local_tiers: Sequence[str])
     if blob is None:
         return Ended(None, ())
     if local_orphan_blobs(connection, local_tiers, 1, [blob]):
-        return Ended(blob, tuple(remove_orphan(connection, blob)))
+        gone = tuple(remove_orphan(connection, blob))
+        for ref in gone:
+            record(connection, f"blob {blob}", "deleted", f"{ref.tier}: its upload was given up")
+        return Ended(blob, gone)
     if orphan_blobs(connection, 1, [blob]):
         enqueue_collection(connection)
     return Ended(blob, ())

@@ -109,7 +109,7 @@ class Collector:
             for tier in self._tiers.landing:
                 await self._sweep(tier)
             if self._tiers.object is not None:
-                await self._sweep_objects(self._tiers.object)
+                await self._sweep(self._tiers.object)
                 await self._tiers.run(self._tiers.object, self._tiers.object.sweep)
         if num_open:
             raise Conflict(f"{num_open} deleted blobs are still open in clients: they go later")
@@ -161,34 +161,49 @@ class Collector:
 
     # ------------------------------------------------------------------------------------ files
 
-    async def _sweep(self, tier: Tier) -> None:
-        """Delete the files of a landing tier that no row names, past the grace period."""
-        old = await self._tiers.run(tier, self._old_files, tier, "")
-        for name in await self._unnamed(tier, [info.name for info in old]):
-            logger.info("tier %s: stray file %s is deleted", tier.name, name)
-            await self._tiers.run(tier, tier.delete, name)
+    async def strays(self, tier: Tier) -> list[FileInfo]:
+        """The blob files of *tier*, as the catalog would call them, that nothing names and that are
+        past the grace period.
 
-    async def _sweep_objects(self, tier: Tier) -> None:
-        """Delete the blob files of the object tier that neither a row nor any extent list names.
-
-        Lists that the catalog does not know are read: they may be another daemon's. Rows are looked
-        up last: a flush that takes such a list over meanwhile adds the row of an old file.
+        In the object tier those that any extent list names are none. Lists that the catalog does
+        not know are read: they may be another daemon's. Rows are looked up last: a flush that takes
+        such a list over meanwhile adds the row of an old file.
         """
         prefix = tier.blob_name("")
         old = await self._tiers.run(tier, self._old_files, tier, prefix)
-        files = {info.name.removeprefix(prefix) for info in old}
-        if not await self._unnamed(tier, files):
-            return
+        found = {info.name.removeprefix(prefix): info for info in old}
+        files = await self._unnamed(tier, found)
+        if files and tier is self._tiers.object:
+            files = await self._unnamed(tier, await self._without_list(tier, files))
+        return [
+            FileInfo(name, found[name].size_bytes, found[name].modified_unix)
+            for name in sorted(files)
+        ]
+
+    async def _sweep(self, tier: Tier) -> None:
+        """Delete the :meth:`strays`."""
+        for info in await self.strays(tier):
+            logger.info("tier %s: stray file %s is deleted", tier.name, info.name)
+            await self._tiers.run(tier, tier.delete, tier.blob_name(info.name))
+            await self._log(tier, info.name)
+
+    async def _log(self, tier: Tier, file: str) -> None:
+        await self._catalog.write(
+            lambda connection: record(
+                connection, f"tier {tier.name}", "deleted", f"file {file}: no row names it"
+            )
+        )
+
+    async def _without_list(self, tier: Tier, files: set[str]) -> set[str]:
+        """Those of *files* that no extent list names which the catalog does not know."""
         lists = await self._tiers.run(tier, _names, tier, BLOBS)
         foreign = await self._catalog.read(
             lambda connection: without_object_replica(connection, tier.name, lists)
         )
+        left = set(files)
         for blob in foreign:
-            files -= await self._tiers.run(tier, _files_of, tier, blob)
-        files = await self._unnamed(tier, files)
-        for file in files:
-            logger.info("tier %s: stray object %s is deleted", tier.name, file)
-            await self._tiers.run(tier, tier.delete, tier.blob_name(file))
+            left -= await self._tiers.run(tier, _files_of, tier, blob)
+        return left
 
     def _old_files(self, tier: Tier, prefix: str) -> list[FileInfo]:
         limit = self._clock() - self._grace_seconds
@@ -204,6 +219,8 @@ class Collector:
 def _remove(connection: Connection, manifest: str, progress: Progress) -> list[str] | None:
     progress.guard(connection)
     kept = remove_manifest(connection, manifest)
+    if kept is not None:
+        record(connection, f"manifest {manifest}", "deleted", "nothing names it any more")
     if kept:
         enqueue_collection(connection)
     return kept

@@ -43,6 +43,7 @@ from forebay_wire.errors import (
 
 logger = logging.getLogger(__name__)
 
+STOPPING: Final = "the daemon is stopping; the job goes on at its next start"
 LEASE_SECONDS: Final = 30.0
 RENEW_SECONDS: Final = 2.0
 """How often a running job extends its lease and stores its progress."""
@@ -52,6 +53,8 @@ NUM_WORKERS: Final = 2
 """Jobs at a time: enough to hide one slow object store call behind another job's copying."""
 NUM_SLOW_WORKERS: Final = 2
 """Jobs of slow kinds at a time, beside the others."""
+NUM_ENDLESS_WORKERS: Final = 2
+"""Jobs of endless kinds at a time: one that comes by itself, one that somebody asked for."""
 
 
 class Progress:
@@ -63,6 +66,7 @@ class Progress:
     def __init__(self, job: Job, owner: str = "") -> None:
         """*owner* is the worker that holds the lease."""
         self.job = job.job
+        self.kind = job.kind
         self.owner = owner
         self.target = job.target
         self.tries = job.tries
@@ -132,18 +136,23 @@ class Jobs:
         handlers: Mapping[str, Handler],
         *,
         slow_kinds: Collection[str] = (),
+        endless_kinds: Collection[str] = (),
         num_workers: int = NUM_WORKERS,
         num_slow_workers: int = NUM_SLOW_WORKERS,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         """*owner* is this incarnation of the daemon; *handlers* maps a job's kind to its work;
-        *slow_kinds* have workers of their own."""
+        *slow_kinds* have workers of their own, and so have *endless_kinds*, which may take days and
+        can be interrupted at any time without a loss."""
         self._catalog = catalog
         self._owner = owner
         self._handlers = handlers
+        quick_kinds = [kind for kind in handlers if kind not in {*slow_kinds, *endless_kinds}]
+        self._endless_kinds = frozenset(endless_kinds)
         self._lanes = [
-            *[tuple(kind for kind in handlers if kind not in slow_kinds)] * num_workers,
+            *[tuple(quick_kinds)] * num_workers,
             *[tuple(kind for kind in handlers if kind in slow_kinds)] * num_slow_workers,
+            *[tuple(kind for kind in handlers if kind in endless_kinds)] * NUM_ENDLESS_WORKERS,
         ]
         self._lease_seconds = lease_seconds
         self._woken = asyncio.Event()
@@ -173,12 +182,16 @@ class Jobs:
         """Take no more work and interrupt what runs: it goes back into the queue."""
         self._stopping = True
         for progress in self._running.values():
-            progress.interrupt("the daemon is stopping; the job goes on at its next start")
+            progress.interrupt(STOPPING)
         self.wake()
 
     def finish(self) -> None:
-        """Take no more work; what runs is finished before :meth:`run` returns."""
+        """Take no more work; what runs, unless it is endless, is finished before :meth:`run`
+        returns."""
         self._stopping = True
+        for progress in self._running.values():
+            if progress.kind in self._endless_kinds:
+                progress.interrupt(STOPPING)
         self.wake()
 
     @property
@@ -239,7 +252,7 @@ class Jobs:
             for listener in self._listeners:
                 listener(job.target)
         except asyncio.CancelledError:
-            progress.interrupt("the daemon is stopping; the job goes on at its next start")
+            progress.interrupt(STOPPING)
             raise
         finally:
             del self._running[job.job]

@@ -60,6 +60,25 @@ METRICS: Final[dict[str, MetricSpec]] = {
             ("tier",),
             "Replicas found damaged or missing: out of service, kept for inspection.",
         ),
+        MetricSpec(
+            "forebay_scrubbed_bytes",
+            "gauge",
+            ("tier",),
+            "Bytes of blobs that scrubs have read since the start.",
+        ),
+        MetricSpec(
+            "forebay_scrub_damaged_replicas",
+            "gauge",
+            ("tier",),
+            "Replicas that scrubs have found damaged or missing since the start.",
+        ),
+        MetricSpec(
+            "forebay_repairs",
+            "gauge",
+            ("result",),
+            "Blobs whose quarantined replicas were replaced (repaired) or had no good one (failed) "
+            "since the start.",
+        ),
         MetricSpec("forebay_datasets", "gauge", (), "Datasets in the catalog."),
         MetricSpec("forebay_runs", "gauge", (), "Training runs in the catalog."),
         MetricSpec("forebay_clients", "gauge", (), "Clients attached or on the descriptor socket."),

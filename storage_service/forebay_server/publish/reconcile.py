@@ -17,6 +17,7 @@ from typing import Final
 from forebay_server.catalog import queries_blobs as queries
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_damage import mark_missing
+from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_settings import get_setting, put_setting
 from forebay_server.catalog.queries_uploads import end_all_uploads
 from forebay_server.tier.registry import Tiers
@@ -58,16 +59,29 @@ async def reconcile(catalog: Catalog, tiers: Tiers) -> Reconciled:
     for tier in tiers.landing:
         sizes = await tiers.run(tier, _sizes, tier)
         known = await catalog.read(functools.partial(queries.known_files, tier=tier.name))
-        for name in sizes.keys() - known.keys():
+        strays = sorted(sizes.keys() - known.keys())
+        for name in strays:
             await tiers.run(tier, tier.delete, name)
             num_removed += 1
             removed_bytes += sizes[name]
+        await _log(catalog, tier, strays)
         bad = sorted(name for name, num_bytes in known.items() if sizes.get(name) != num_bytes)
         await _take_out_of_service(catalog, tier, bad)
         num_missing += len(bad)
     found = Reconciled(num_sessions, num_orphans, num_removed, removed_bytes, num_missing)
     logger.info("left over from before: %s", found)
     return found
+
+
+async def _log(catalog: Catalog, tier: Tier, files: Sequence[str]) -> None:
+    """Write down what was deleted."""
+
+    def log(connection: Connection) -> None:
+        for file in files:
+            record(connection, f"tier {tier.name}", "deleted", f"file {file}: no row names it")
+
+    if files:
+        await catalog.write(log)
 
 
 async def _check_volume(catalog: Catalog, tiers: Tiers, tier: Tier) -> None:
@@ -110,7 +124,9 @@ async def _forget_orphans(catalog: Catalog, tiers: Sequence[str]) -> int:
 
         def forget(connection: Connection, blobs: Sequence[str] = found) -> None:
             for blob in blobs:
-                queries.remove_orphan(connection, blob)
+                for ref in queries.remove_orphan(connection, blob):
+                    detail = f"{ref.tier}: nothing names it any more"
+                    record(connection, f"blob {blob}", "deleted", detail)
 
         await catalog.write(forget)
         num_orphans += len(found)

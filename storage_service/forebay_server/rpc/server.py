@@ -27,6 +27,8 @@ from forebay_wire.v1 import (
     checkpoints_pb2_grpc,
     datasets_pb2,
     datasets_pb2_grpc,
+    integrity_pb2,
+    integrity_pb2_grpc,
     movement_pb2,
     movement_pb2_grpc,
     plans_pb2,
@@ -43,6 +45,7 @@ SERVICE_NAMES: Final = tuple(
         (blobs_pb2, "Blobs"),
         (checkpoints_pb2, "Checkpoints"),
         (datasets_pb2, "Datasets"),
+        (integrity_pb2, "Integrity"),
         (movement_pb2, "Movement"),
         (plans_pb2, "Plans"),
     )
@@ -65,6 +68,7 @@ class Services:
     blobs: blobs_pb2_grpc.BlobsServicer
     checkpoints: checkpoints_pb2_grpc.CheckpointsServicer
     datasets: datasets_pb2_grpc.DatasetsServicer
+    integrity: integrity_pb2_grpc.IntegrityServicer
     movement: movement_pb2_grpc.MovementServicer
     plans: plans_pb2_grpc.PlansServicer
 
@@ -125,6 +129,7 @@ class RpcServer:
         blobs_pb2_grpc.add_BlobsServicer_to_server(self._services.blobs, server)
         checkpoints_pb2_grpc.add_CheckpointsServicer_to_server(self._services.checkpoints, server)
         datasets_pb2_grpc.add_DatasetsServicer_to_server(self._services.datasets, server)
+        integrity_pb2_grpc.add_IntegrityServicer_to_server(self._services.integrity, server)
         movement_pb2_grpc.add_MovementServicer_to_server(self._services.movement, server)
         plans_pb2_grpc.add_PlansServicer_to_server(self._services.plans, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -90,10 +90,10 @@ class Opener:
         self.origins = OriginContents(tiers, catalog, self._promoter)
         self._names = frozenset(tier.name for tier in tiers.all)
         self._listeners: list[Callable[[], object]] = []
-        self._quarantine = Quarantine(
+        self.quarantine = Quarantine(
             tiers, catalog, forget=self.forget, changed=self._tell_changed
         )
-        self.bringer = Bringer(tiers, catalog, self._promoter, self._quarantine)
+        self.bringer = Bringer(tiers, catalog, self._promoter, self.quarantine)
         """Copies blobs for background work."""
         self.streams = Streams(tiers, self._promoter, foreground)
         """Large blobs on their way from slow tiers."""
@@ -122,7 +122,7 @@ class Opener:
         await asyncio.gather(*tasks, *self._checks.values(), return_exceptions=True)
         await self.origins.close()
         await self.streams.close()
-        await self._quarantine.close()
+        await self.quarantine.close()
         with self._lock:
             windows, self._windows = list(self._windows.values()), {}
         for held in windows:
@@ -261,7 +261,7 @@ class Opener:
 
     async def _check(self, place: Place) -> bool:
         try:
-            await self._quarantine.verify(place.blob, place.tier, place.file, place.encoding)
+            await self.quarantine.verify(place.blob, place.tier, place.file, place.encoding)
         except (IntegrityError, NotFound) as error:
             await self._condemn(place, error)
             return False
@@ -275,7 +275,7 @@ class Opener:
     async def return_good(self, blob: str) -> bool:
         """Have the good ones of the quarantined replicas of *blob* serve again; whether there is
         one."""
-        return await self._quarantine.return_good(blob)
+        return await self.quarantine.return_good(blob)
 
     async def _check_window(self, blob: str) -> bool:
         with self._lock:
@@ -295,7 +295,7 @@ class Opener:
         return True
 
     async def _condemn(self, place: Place, error: ForebayError) -> None:
-        await self._quarantine.condemn(place.blob, place.replica_id, place.tier, place.file, error)
+        await self.quarantine.condemn(place.blob, place.replica_id, place.tier, place.file, error)
 
     def _tell_changed(self) -> None:
         for listener in self._listeners:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
+from forebay_server.tier.medium import open_medium
 from forebay_server.tier.publication import (
     DescriptorReader,
     PublicationFolder,
@@ -90,6 +91,13 @@ class DirectoryTier(Tier):
     def read(self, name: str) -> TierReader:
         try:
             return DescriptorReader.open(self._path(name), f"tier {self.name}, file {name}")
+        except NotFound:
+            self._check_present()
+            raise
+
+    def read_medium(self, name: str) -> TierReader:
+        try:
+            return open_medium(self._path(name), f"tier {self.name}, file {name}")
         except NotFound:
             self._check_present()
             raise

@@ -61,15 +61,22 @@ class StoredFile:
 
 
 def open_plain(
-    tier: Tier, file: str, encoding: str, blob: str | None, *, stored_bytes: int | None = None
+    tier: Tier,
+    file: str,
+    encoding: str,
+    blob: str | None,
+    *,
+    stored_bytes: int | None = None,
+    read: Callable[[str], TierReader] | None = None,
 ) -> TierReader:
     """A reader of the raw image (data, segment table, trailer) of blob file *file* of *tier*.
 
     Reading a range decodes the segments that it touches, and only those; each is checked by XXH3.
-    With *stored_bytes* the file has to have that size. :class:`NotFound`, :class:`IntegrityError`,
-    :class:`StorageError` as :meth:`Tier.read`. Raw ones have descriptors where the tier has.
+    With *stored_bytes* the file has to have that size; *read* opens it in place of ``tier.read``.
+    :class:`NotFound`, :class:`IntegrityError`, :class:`StorageError` as :meth:`Tier.read`. Raw ones
+    have descriptors where the tier has.
     """
-    inner = tier.read(tier.blob_name(file))
+    inner = (read or tier.read)(tier.blob_name(file))
     try:
         if stored_bytes is not None and inner.size_bytes != stored_bytes:
             raise IntegrityError(

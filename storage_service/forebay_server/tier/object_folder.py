@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from forebay_server.tier.medium import open_medium
 from forebay_server.tier.place import UNFINISHED_FOLDER, Place
 from forebay_server.tier.publication import DescriptorReader, PublicationFolder, allocated_bytes
 from forebay_server.tier.space import Device, SpaceLedger, device_of, free_in_folder
@@ -44,6 +45,13 @@ class FolderPlace(Place):
     def read(self, name: str, where: str) -> TierReader:
         try:
             return DescriptorReader.open(self._root / name, where)
+        except NotFound:
+            self._publication.check_present()
+            raise
+
+    def read_medium(self, name: str, where: str) -> TierReader:
+        try:
+            return open_medium(self._root / name, where)
         except NotFound:
             self._publication.check_present()
             raise

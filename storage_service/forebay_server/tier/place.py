@@ -40,6 +40,10 @@ class Place(ABC):
     def read(self, name: str, where: str) -> TierReader:
         """A reader; *where* names the file in messages."""
 
+    def read_medium(self, name: str, where: str) -> TierReader:
+        """:meth:`read`, around the caches of this machine where there are any."""
+        return self.read(name, where)
+
     @abstractmethod
     def head(self, name: str) -> int | None:
         """Size in bytes; :class:`StorageError` instead of None where the whole place is away."""

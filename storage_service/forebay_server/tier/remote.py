@@ -104,6 +104,9 @@ class RemoteTier(Tier):
     def read(self, name: str) -> TierReader:
         return self._place.read(_checked(name), f"tier {self.name}, file {name}")
 
+    def read_medium(self, name: str) -> TierReader:
+        return self._place.read_medium(_checked(name), f"tier {self.name}, file {name}")
+
     def head(self, name: str) -> int | None:
         return self._place.head(_checked(name))
 

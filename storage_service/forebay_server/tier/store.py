@@ -128,6 +128,12 @@ class Tier(ABC):
         afterwards, where the tier has descriptors.
         """
 
+    def read_medium(self, name: str) -> TierReader:
+        """Like :meth:`read`, around every cache of this machine where the tier can: what is read
+        then is what the medium holds, and nothing else leaves a cache for it. Slower; no
+        descriptor."""
+        return self.read(name)
+
     @abstractmethod
     def head(self, name: str) -> int | None:
         """Size in bytes of the published file *name*, None if there is none."""

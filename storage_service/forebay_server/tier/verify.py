@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from forebay_server.tier.buffers import SEGMENT_BUFFERS
@@ -55,14 +55,19 @@ def read_table(reader: TierReader, blob_id: str | None) -> SegmentTable:
     return table
 
 
-def verify_file(reader: TierReader, blob_id: str | None) -> SegmentTable:
+def verify_file(
+    reader: TierReader,
+    blob_id: str | None,
+    advance: Callable[[int], object] = lambda num_bytes: None,
+) -> SegmentTable:
     """Read the whole blob file and check every segment by BLAKE3; its table.
 
+    *advance* is told how many bytes were checked; it may wait, or raise to end it.
     :class:`IntegrityError` names the first segment that does not match.
     """
     table = read_table(reader, blob_id)
-    for _ in _checked_pieces(reader, table):
-        pass
+    for piece in _checked_pieces(reader, table):
+        advance(len(piece))
     return table
 
 

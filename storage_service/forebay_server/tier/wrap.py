@@ -56,6 +56,10 @@ class TierWrapper(Tier):
         with self.around("read", name, 0):
             return _Reader(self, name, self.inner.read(name))
 
+    def read_medium(self, name: str) -> TierReader:
+        with self.around("read_medium", name, 0):
+            return _Reader(self, name, self.inner.read_medium(name))
+
     def head(self, name: str) -> int | None:
         with self.around("head", name, 0):
             return self.inner.head(name)
