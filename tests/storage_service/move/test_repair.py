@@ -13,6 +13,7 @@ from forebay_server.catalog.queries_scrub import BACKGROUND, due_copies, plan_sc
 from forebay_server.catalog.queries_why import page_jobs
 from forebay_server.catalog.tables import replicas
 from forebay_server.move.copy import copy_target
+from forebay_server.serve.opened import OpenedBlob
 from forebay_server.testing.integrity import flip, open_integrity
 from forebay_server.tier.medium import MediumReader, open_medium
 from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound
@@ -54,7 +55,9 @@ async def test_a_bad_copy_is_found_and_replaced_by_a_good_one(
         assert (report.num_copies, report.num_damaged) == (3, 1)
         assert [(one["tier"], one["blob"]) for one in report.damaged] == [(bad, blob)]
         assert (bad, "quarantined") in await node.states(blob)
-        assert (await node.node.opener.open("c", [blob])) is not None  # another one serves
+        (opened,) = await node.node.opener.open("client", [blob])
+        assert isinstance(opened, OpenedBlob), "another copy serves"
+        opened.close()
         assert [error for _, error in await node.run_queued(REPAIR, FLUSH)] == [""] * (
             2 if bad == "object" else 1
         )
