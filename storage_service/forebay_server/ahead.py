@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 
 from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.queries_generation_blobs import blobs_of_generations
 from forebay_server.model.watermarks import Watermarks
 from forebay_server.move.evict import Evictor
 from forebay_server.observe.metrics import Sample
@@ -15,6 +16,8 @@ from forebay_server.serve.open import Opener
 from forebay_server.serve.plans import Plans
 from forebay_server.serve.prefetch import Prefetcher
 from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier
+from forebay_wire.errors import ForebayError
 
 
 class Ahead:
@@ -31,7 +34,7 @@ class Ahead:
     ) -> None:
         """*is_busy* answers whether a reader waits for bytes of a tier."""
         self._opener = opener
-        self.foresight = Foresight(tier.name for tier in tiers.landing)
+        self.foresight = Foresight({tier.name: _usable_bytes(tier) for tier in tiers.landing})
         self.evictor = Evictor(
             catalog,
             tiers,
@@ -46,6 +49,7 @@ class Ahead:
             self.evictor,
             opener.ask_back,
             lambda plan, seconds: self.plans.waited(plan, seconds),
+            lambda blobs: catalog.read(lambda connection: blobs_of_generations(connection, blobs)),
         )
         self.prefetcher = Prefetcher(
             tiers, catalog, self.foresight, self.cache, opener.bring_ahead, is_busy=is_busy
@@ -70,5 +74,15 @@ class Ahead:
         """Until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.evictor.run())
+            group.create_task(self.cache.run())
             group.create_task(self.plans.run())
             group.create_task(self.prefetcher.run())
+
+
+def _usable_bytes(tier: Tier) -> int:
+    """A first guess, until the evictor looks."""
+    try:
+        space = tier.space()
+    except ForebayError:
+        return 1
+    return space.used_bytes + space.reserved_bytes + space.free_bytes

@@ -21,7 +21,7 @@ from forebay_server.catalog.queries_moves import give_up_replica
 from forebay_server.model.watermarks import START, Watermarks, step
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.space import in_blocks
-from forebay_server.tier.store import Tier
+from forebay_server.tier.store import Tier, TierSpace
 from forebay_wire.errors import Conflict, ForebayError
 from forebay_wire.failpoints import failpoint
 
@@ -40,6 +40,8 @@ class Order(Protocol):
     def stored(self, tier: str, blob: str, num_bytes: int) -> None: ...
 
     def removed(self, tier: str, blob: str) -> None: ...
+
+    def resize(self, tier: str, num_bytes: int) -> None: ...
 
     def victims(self, tier: str, num_bytes: int, may_go: Callable[[str], bool]) -> list[str]: ...
 
@@ -125,19 +127,30 @@ class Evictor:
     async def keep_marks(self, tier: Tier) -> int:
         """One look at the fill levels of *tier*; the bytes given back."""
         space = tier.space()
+        self._order.resize(tier.name, self._kept_bytes(space))
         verdict = step(
             self._marks,
             self._states[tier.name],
             used_bytes=space.used_bytes,
             reserved_bytes=space.reserved_bytes,
             open_bytes=0,
-            usable_bytes=space.used_bytes + space.reserved_bytes + space.free_bytes,
+            usable_bytes=_usable_bytes(space),
         )
         self._states[tier.name] = verdict.state
         await self._unlink()
         if not verdict.evict_bytes:
             return 0
         return await self.make_room(tier, verdict.evict_bytes)
+
+    def spare_room(self, tier: Tier, promised_bytes: int = 0) -> int:
+        """As :meth:`fill_room`, as far as nothing will have to go for it later either."""
+        space = tier.space()
+        taken = space.used_bytes + max(space.reserved_bytes, promised_bytes)
+        return min(self._kept_bytes(space) - taken, self.fill_room(tier, promised_bytes))
+
+    def _kept_bytes(self, space: TierSpace) -> int:
+        """What a tier holds after each eviction."""
+        return int(self._marks.low * _usable_bytes(space))
 
     def fill_room(self, tier: Tier, promised_bytes: int = 0) -> int:
         """Bytes that the cache may still add in *tier* before something goes. Fetches that have
@@ -150,7 +163,7 @@ class Evictor:
             used_bytes=space.used_bytes,
             reserved_bytes=space.reserved_bytes + beside,
             open_bytes=0,
-            usable_bytes=space.used_bytes + space.reserved_bytes + space.free_bytes,
+            usable_bytes=_usable_bytes(space),
         )
         return min(verdict.fill_room_bytes, space.free_bytes - beside)
 
@@ -223,3 +236,8 @@ class Evictor:
                 self._left.append(entry)
             else:
                 await self._tiers.run(tier, tier.delete, tier.blob_name(ref.file))
+
+
+def _usable_bytes(space: TierSpace) -> int:
+    """What a tier may hold: its limit, or what its file system gives it."""
+    return space.used_bytes + space.reserved_bytes + space.free_bytes

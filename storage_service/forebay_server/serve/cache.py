@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol
 
@@ -12,6 +14,9 @@ from forebay_server.serve.promote import Place
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.space import in_blocks
 from forebay_server.tier.store import Tier
+from forebay_wire.errors import ForebayError
+
+logger = logging.getLogger(__name__)
 
 ASK_SECONDS: Final = 0.05
 """How often clients are asked for open blobs at most."""
@@ -20,11 +25,29 @@ ASK_SHARE: Final = 0.25
 """Of a tier is kept ready to go: neither needed soon nor open."""
 
 
+READS_SECONDS: Final = 0.5
+"""How often reads are looked at, where nobody waits for that."""
+
+MAX_READS: Final = 4096
+"""Reads until then that count; the oldest of more are as if they had not been."""
+
+MAX_KINDS: Final = 1 << 16
+
+
+async def none_of(blobs: Sequence[str]) -> set[str]:
+    """Says that no blobs belong to checkpoints."""
+    return set()
+
+
 class Evictor(Protocol):
     """What is needed of :class:`forebay_server.move.evict.Evictor`."""
 
     def fill_room(self, tier: Tier, promised_bytes: int) -> int:
         """Bytes that the cache may still add before something goes, beside those promised."""
+        ...
+
+    def spare_room(self, tier: Tier, promised_bytes: int) -> int:
+        """As far as nothing has to go for it later either."""
         ...
 
     def may_go(self, tier: str, blob: str) -> bool:
@@ -46,9 +69,11 @@ class Cache:
         evictor: Evictor,
         ask_back: Callable[[Sequence[str]], object] = lambda blobs: None,
         waited: Callable[[str, Mapping[str, float]], object] = lambda plan, seconds: None,
+        of_checkpoints: Callable[[Sequence[str]], Awaitable[set[str]]] = none_of,
     ) -> None:
         """*ask_back* tells clients which blobs that they have open somebody else needs room of;
-        *waited* is told how long readers of a plan waited, and why."""
+        *waited* is told how long readers of a plan waited, and why; *of_checkpoints* says which
+        blobs are those of checkpoints, whose reads tell nothing about what is read again."""
         self._waited = waited
         self._tiers = tiers
         self._foresight = foresight
@@ -57,6 +82,10 @@ class Cache:
         self._ask_at = 0.0
         self._promised: Counter[tuple[str, str, int]] = Counter()
         """Tier, blob and its bytes, of fetches that have begun."""
+        self._of_checkpoints = of_checkpoints
+        self._reads: deque[tuple[str, int]] = deque(maxlen=MAX_READS)
+        self._kinds: dict[str, bool] = {}
+        """Blob to whether it belongs to a checkpoint."""
 
     def entered(self, place: Place) -> None:
         """A copy of a blob that another tier has, too, is in the landing tier of *place* now."""
@@ -66,7 +95,38 @@ class Cache:
     def asked(self, plan: str, blob: str) -> None:
         """A reader asks for *blob* now: what counts from here on is its next use after that."""
         self._foresight.served(plan, blob)
-        self._foresight.touched(blob)
+
+    def read(self, blob: str, num_bytes: int) -> None:
+        """A reader opens *blob*. From any thread."""
+        self._reads.append((blob, in_blocks(num_bytes)))
+
+    async def run(self) -> None:
+        """Look at what was read, until cancelled."""
+        while True:
+            await asyncio.sleep(READS_SECONDS)
+            try:
+                await self.note_reads()
+            except ForebayError as error:
+                logger.warning("what was read is not known: %s", error)
+
+    async def note_reads(self) -> None:
+        """Have what was read up to here count in what is kept."""
+        await self._learn_kinds()
+        while self._reads and self._reads[0][0] in self._kinds:
+            blob, num_bytes = self._reads.popleft()
+            if self._kinds.get(blob):
+                self._foresight.touched(blob)
+            else:
+                self._foresight.asked(blob, num_bytes)
+
+    async def _learn_kinds(self) -> None:
+        unknown = {blob for blob, _ in tuple(self._reads)} - self._kinds.keys()
+        if not unknown:
+            return
+        found = await self._of_checkpoints(sorted(unknown))
+        if len(self._kinds) > MAX_KINDS:
+            self._kinds.clear()
+        self._kinds.update((blob, blob in found) for blob in unknown)
 
     def waited(self, plan: str, seconds: Mapping[str, float]) -> None:
         """A reader has waited for a blob: reason to seconds."""
@@ -76,16 +136,23 @@ class Cache:
         """The landing tiers that take a blob which somebody has just asked for, best first, with
         room made in the first; empty: it is not kept.
 
-        A blob that a plan reads again takes the room of those that are needed later. One that no
-        plan knows takes only what is free: else every scan would wash the cache out.
+        A blob that a plan reads again takes the room of those that are needed later. Of those that
+        no plan knows, what was read before decides which are worth room: else every scan would
+        wash the cache out.
         """
+        if not self._foresight.is_needed(source.blob):
+            await self.note_reads()
         return [tier for tier in self._better(source) if await self.make_room(tier, source)]
 
     async def make_room(self, tier: Tier, source: Place) -> bool:
         """Whether *tier* has room for the blob at *source* now, or its room is worth others'."""
         needed = in_blocks(source.file_bytes)
-        room = self._room(tier, source.blob)
-        if needed <= room:
+        promised = self._promised_beside(tier, source.blob)
+        room = self._evictor.fill_room(tier, promised)
+        if needed <= room and (
+            needed <= self._evictor.spare_room(tier, promised)
+            or self._foresight.is_wanted(tier.name, source.blob, needed)
+        ):
             return True
         verdict = self._foresight.should_admit(
             tier.name,
@@ -97,11 +164,12 @@ class Cache:
         if not verdict.admit:
             return False
         await self._evictor.evict(tier, list(verdict.victims))
-        return needed <= self._room(tier, source.blob)
+        return self.has_room(tier, source)
 
     def has_room(self, tier: Tier, source: Place) -> bool:
         """Whether *tier* has room for the blob at *source* without taking others'."""
-        return in_blocks(source.file_bytes) <= self._room(tier, source.blob)
+        promised = self._promised_beside(tier, source.blob)
+        return in_blocks(source.file_bytes) <= self._evictor.fill_room(tier, promised)
 
     @contextmanager
     def promise(self, tier: Tier, source: Place) -> Iterator[None]:
@@ -124,14 +192,13 @@ class Cache:
         if not self._promised[key]:
             del self._promised[key]
 
-    def _room(self, tier: Tier, blob: str) -> int:
-        """Room for *blob*, whose own promise does not stand in its way."""
-        promised = sum(
+    def _promised_beside(self, tier: Tier, blob: str) -> int:
+        """Bytes promised to others than *blob*."""
+        return sum(
             num_bytes
             for name, other, num_bytes in self._promised
             if name == tier.name and other != blob
         )
-        return self._evictor.fill_room(tier, promised)
 
     def ask_ahead(self) -> None:
         """Where a tier is about to be full, ask clients for what they hold open and need last: so

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
+from forebay_server.model.keeping import Keeping
 from forebay_server.model.lookahead import OrderView, RangesView
-from forebay_server.model.nextuse import Admission, NextUse, Use
+from forebay_server.model.nextuse import Admission, Use
 
 View = OrderView | RangesView
 
@@ -21,10 +22,12 @@ class Foresight:
     Only copies that may go are reported as stored (another tier has the blob, nothing pins it).
     """
 
-    def __init__(self, tiers: Iterable[str], clock: Callable[[], float] = time.monotonic) -> None:
-        """*tiers*: the names of the landing tiers."""
+    def __init__(
+        self, tiers: Mapping[str, int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """*tiers*: the landing tiers, and how many bytes each may keep: see :meth:`resize`."""
         self.clock = clock
-        self._tiers = {name: NextUse() for name in tiers}
+        self._tiers = {name: Keeping(num_bytes) for name, num_bytes in tiers.items()}
         self._views: dict[str, View] = {}
 
     # -------------------------------------------------------------------------------- plans
@@ -89,8 +92,18 @@ class Foresight:
         """*tier* holds *blob*, in a file of *num_bytes*, and it may go."""
         self._tiers[tier].stored(blob, num_bytes, self.clock())
 
+    def resize(self, tier: str, num_bytes: int) -> None:
+        """*tier* may keep so much now."""
+        self._tiers[tier].resize(num_bytes)
+
+    def asked(self, blob: str, num_bytes: int) -> None:
+        """Somebody reads *blob*, which is none of a checkpoint, wherever it lies: once per reader,
+        and before :meth:`should_admit`."""
+        for known in self._tiers.values():
+            known.asked(blob, num_bytes, self.clock())
+
     def touched(self, blob: str) -> None:
-        """Somebody opened *blob*."""
+        """Somebody reads *blob*, and that says nothing about who will."""
         for known in self._tiers.values():
             known.touched(blob, self.clock())
 
@@ -112,7 +125,15 @@ class Foresight:
         """Whether *blob* is worth its room in *tier*, and what goes for it."""
         return self._tiers[tier].should_admit(blob, num_bytes, room_bytes, may_go)
 
-    def _first(self) -> Iterator[NextUse]:
+    def is_wanted(self, tier: str, blob: str, num_bytes: int) -> bool:
+        """Whether *tier* would keep *blob* if nothing had to go for it."""
+        return self._tiers[tier].should_admit(blob, num_bytes, num_bytes).admit
+
+    def policies(self) -> dict[str, str]:
+        """Tier to the policy that it follows for what no plan knows."""
+        return {name: known.following for name, known in self._tiers.items()}
+
+    def _first(self) -> Iterator[Keeping]:
         yield from list(self._tiers.values())[:1]
 
     def _deadlines(self) -> Iterator[Use]:

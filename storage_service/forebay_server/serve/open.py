@@ -18,7 +18,7 @@ from forebay_server.model.landing import reading_order
 from forebay_server.quarantine import Quarantine
 from forebay_server.serve.bring import Bringer
 from forebay_server.serve.holds import Hold, Holds
-from forebay_server.serve.opened import OpenedBlob, Reading, reading
+from forebay_server.serve.opened import OpenedBlob, Reading, no_copy, reading
 from forebay_server.serve.origin import OriginContents
 from forebay_server.serve.promote import (
     CachePolicy,
@@ -90,9 +90,7 @@ class Opener:
         self.origins = OriginContents(tiers, catalog, self._promoter)
         self._names = frozenset(tier.name for tier in tiers.all)
         self._listeners: list[Callable[[], object]] = []
-        self.quarantine = Quarantine(
-            tiers, catalog, forget=self.forget, changed=self._tell_changed
-        )
+        self.quarantine = Quarantine(tiers, catalog, forget=self.forget, changed=self._tell_changed)
         self.bringer = Bringer(tiers, catalog, self._promoter, self.quarantine)
         """Copies blobs for background work."""
         self.streams = Streams(tiers, self._promoter, foreground)
@@ -153,7 +151,7 @@ class Opener:
                     self._places.move_to_end(blob)
                     opened.append(self._open_place(place))
                 self._hold(client, opened)
-                self.num_opens["hit"] += len(opened)
+                self._note_hits(opened)
         except (IntegrityError, NotFound, StorageError):
             for blob in blobs[len(opened) : len(opened) + 1]:
                 self.forget(blob)
@@ -332,7 +330,7 @@ class Opener:
         if opened is None and await self.return_good(blob):
             opened = await self._open_any(client, blob, None, problems)
         if opened is None:
-            raise _no_copy(blob, problems)
+            raise no_copy(blob, problems)
         return opened
 
     async def _open_any(
@@ -383,25 +381,34 @@ class Opener:
         tier = self._tiers.get(place.tier)
         asking = reading.get()
         if tier.kind == "object" or place.encoding != RAW:
+            is_streamed = place.num_bytes >= SMALLEST_BYTES and place.blob not in self._fetches
+            if is_streamed and not asking.can_stream:
+                return _opened(place, place.tier, -1)  # the reader asks again, by HTTP
             self.num_opens["miss"] += 1
             self._promoter.policy.asked(asking.plan, place.blob)
+            self._promoter.policy.read(place.blob, place.file_bytes)
             with asking.waiting("origin" if tier.kind == "object" else "tier"):
-                if place.num_bytes >= SMALLEST_BYTES and place.blob not in self._fetches:
-                    return await self._open_stream(client, place, asking)
+                if is_streamed:
+                    return await self._open_stream(client, place)
                 return await self._open_fetched(client, place)
         self._num_opening[place.blob] += 1
         try:
             with asking.waiting("tier"):
                 opened = await self._tiers.run(tier, self._open_checked, place)
-            return self._keep(client, place, opened)
+            kept = self._keep(client, place, opened)
+            self._note_hits([kept])
+            return kept
         finally:
             self._num_opening[place.blob] -= 1
             if not self._num_opening[place.blob]:
                 del self._num_opening[place.blob]
 
-    async def _open_stream(self, client: str, place: Place, asking: Reading) -> OpenedBlob:
-        if not asking.can_stream:
-            return _opened(place, place.tier, -1)
+    def _note_hits(self, opened: Sequence[OpenedBlob]) -> None:
+        self.num_opens["hit"] += len(opened)
+        for one in opened:
+            self._promoter.policy.read(one.blob, one.length + one.table_length)
+
+    async def _open_stream(self, client: str, place: Place) -> OpenedBlob:
         stream = await self.streams.open(place)
         loop = asyncio.get_running_loop()
 
@@ -525,7 +532,6 @@ class Opener:
     def _keep(self, client: str, place: Place, opened: OpenedBlob) -> OpenedBlob:
         """Remember where a good copy lies, and count it for *client*."""
         with self._lock:
-            self.num_opens["hit"] += 1
             self._places[place.blob] = place
             if len(self._places) > MAX_CACHED_PLACES:
                 self._places.popitem(last=False)
@@ -584,14 +590,4 @@ def _opened(place: Place, tier: str, descriptor: int) -> OpenedBlob:
         fd=descriptor,
         table_offset=place.num_bytes,
         table_length=table_bytes_for(place.num_segments),
-    )
-
-
-def _no_copy(blob: str, problems: Sequence[ForebayError]) -> ForebayError:
-    if problems and all(isinstance(problem, StorageError) for problem in problems):
-        return problems[0]
-    reasons = "; ".join(problem.message for problem in problems) or "all are quarantined"
-    return IntegrityError(
-        f"blob {blob} has no undamaged replica on this node ({reasons}): restore it from the "
-        "object tier (forebay recover), or use another version or generation"
     )

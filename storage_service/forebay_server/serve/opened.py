@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final
 
 from forebay_server.serve.stream import Stream
+from forebay_wire.errors import ForebayError, IntegrityError, StorageError
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,14 @@ NOBODY: Final = Reading()
 
 reading: Final[ContextVar[Reading]] = ContextVar("forebay_reading", default=NOBODY)
 """For whom the current task opens blobs."""
+
+
+def no_copy(blob: str, problems: Sequence[ForebayError]) -> ForebayError:
+    """What to tell whoever asks for *blob*, of which *problems* left no copy that serves."""
+    if problems and all(isinstance(problem, StorageError) for problem in problems):
+        return problems[0]
+    reasons = "; ".join(problem.message for problem in problems) or "all are quarantined"
+    return IntegrityError(
+        f"blob {blob} has no undamaged replica on this node ({reasons}): restore it from the "
+        "object tier (forebay recover), or use another version or generation"
+    )

@@ -69,6 +69,11 @@ class CachePolicy(Protocol):
         """A reader with that plan, if it has one, asks for *blob* now."""
         ...
 
+    def read(self, blob: str, num_bytes: int) -> None:
+        """A reader opens *blob*, wherever it lies: once per reader, before :meth:`tiers_for`. From
+        any thread."""
+        ...
+
     def waited(self, plan: str, seconds: Mapping[str, float]) -> None:
         """A reader with that plan has waited for a blob: reason to seconds."""
         ...
@@ -97,6 +102,9 @@ class KeepWhatFits:
         return [self._tiers.get(name) for name in choose_landing(source.file_bytes, rooms)]
 
     def asked(self, plan: str, blob: str) -> None:
+        pass
+
+    def read(self, blob: str, num_bytes: int) -> None:
         pass
 
     def waited(self, plan: str, seconds: Mapping[str, float]) -> None:

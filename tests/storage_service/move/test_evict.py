@@ -171,14 +171,22 @@ async def test_the_limit_holds_while_many_push_hold_and_prefetch(tmp_path):
 
 
 def allocated(folder: Path) -> int:
-    """Bytes that the files of a tier take on disk, unfinished ones included."""
-    found = 0
+    """Bytes that the files of a tier take on disk, unfinished ones included: of those that were
+    there before and after one moment, each once, whatever its names were."""
+    before, after = _files_in(folder), _files_in(folder)
+    return sum(num_bytes for file, num_bytes in after.items() if file in before)
+
+
+def _files_in(folder: Path) -> dict[int, int]:
+    """Inode to its bytes on disk."""
+    found = {}
     for path, _, names in os.walk(folder):
         if Path(path) == folder:
             continue  # the volume's own small files
         for name in names:
             try:
-                found += os.stat(os.path.join(path, name)).st_blocks * 512
+                status = os.stat(os.path.join(path, name))
             except FileNotFoundError:
                 continue
+            found[status.st_ino] = status.st_blocks * 512
     return found
