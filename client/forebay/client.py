@@ -12,6 +12,7 @@ from forebay.address import Address, parse_address
 from forebay.integrity import IntegrityCalls
 from forebay.methods import Admin, Blobs, Checkpoints, Datasets
 from forebay.movement import MovementCalls
+from forebay.origins import OriginCalls
 from forebay.transfer import Transfer, make_transfer
 from forebay_wire.errors import IntegrityError, NotFound
 from forebay_wire.ids import check_name
@@ -61,7 +62,7 @@ def connect(
     return client
 
 
-class Client(MovementCalls, IntegrityCalls):
+class Client(MovementCalls, IntegrityCalls, OriginCalls):
     """What :func:`connect` returns. Thread-safe, fork-safe (a child connects anew at first use).
 
     Close it, or use it in a ``with``; a client nobody refers to any more closes itself.

@@ -64,6 +64,19 @@ class Datasets:
         datasets.DeleteDatasetRequest,
         datasets.DeleteDatasetResponse,
     )
+    RegisterOrigins: Final = Method(
+        "/forebay.v1.Datasets/RegisterOrigins",
+        datasets.RegisterOriginsRequest,
+        datasets.RegisterOriginsResponse,
+    )
+    ListOrigins: Final = Method(
+        "/forebay.v1.Datasets/ListOrigins",
+        datasets.ListOriginsRequest,
+        datasets.ListOriginsResponse,
+    )
+    PinOrigins: Final = Method(
+        "/forebay.v1.Datasets/PinOrigins", datasets.PinOriginsRequest, datasets.DatasetVersion
+    )
     WaitVersion: Final = Method(
         "/forebay.v1.Datasets/WaitVersion", datasets.WaitVersionRequest, datasets.DatasetVersion
     )

@@ -118,6 +118,13 @@ class StorageError(ForebayError, OSError):
     status = "INTERNAL"
 
 
+class OriginChanged(StorageError):
+    """A file that a dataset reads where it lies is not the one that was registered any more; the
+    message names it and what differs. Register it anew, or restore it."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class AlreadyRunning(ForebayError):
     """Another daemon owns this data folder."""
 

@@ -74,6 +74,13 @@ REPAIR: Final = (
 )
 """Failpoints of replacing a damaged copy by a good one, in the order in which it passes them."""
 
+ORIGIN: Final = (
+    "origin.before_row",
+    "origin.after_row",
+    "origin.before_pin",
+)
+"""Failpoints of the first read of an origin, and of making a dataset's origins blobs."""
+
 CLIENT_SAVE: Final = (
     "client.save.after_begin",
     "client.save.after_copy",
@@ -84,7 +91,7 @@ CLIENT_SAVE: Final = (
 """Failpoints of the writing client."""
 
 ALL: Final = frozenset(
-    DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + MOVE + EVICT + REPAIR + CLIENT_SAVE
+    DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + MOVE + EVICT + REPAIR + CLIENT_SAVE + ORIGIN
 )
 
 _lock = threading.Lock()

@@ -38,6 +38,8 @@ CHECK: Final = struct.Struct("<Q")
 FRAME_BYTES: Final = HEAD.size + CHECK.size
 
 VERSION: Final = 2
+ORIGIN_KEY: Final = blake3(b"forebay origin id, domain key, version 1").digest()
+
 KIND_DATASET: Final = 1
 KIND_SELECTION: Final = 2
 KIND_GENERATION: Final = 3
@@ -118,14 +120,51 @@ def decode(data: Buffer, where: str, manifest_id: str | None = None) -> tuple[in
 
 
 @dataclass(frozen=True)
+class OriginRef:
+    """A file that the user keeps elsewhere, as it was when it was registered."""
+
+    url: str
+    validator: dict[str, str | int]
+    """What tells it from a changed one, beside its size: ``etag``, ``mtime_ns`` and ``inode``, or
+    ``modified``, whatever the place has."""
+
+    def identity(self, num_bytes: int) -> str:
+        """The origin's id in hex: the keyed digest of URL, size and validator."""
+        return blake3(
+            canonical_json([self.url, num_bytes, self.validator]), key=ORIGIN_KEY
+        ).hexdigest()
+
+
+@dataclass(frozen=True)
 class ShardRef:
-    """One shard of a dataset version: an Arrow IPC file that is one blob."""
+    """One shard of a dataset version: an Arrow IPC file that is one blob, or an origin."""
 
     blob: str
+    """Id of the blob, or of the origin."""
     num_bytes: int
     num_rows: int
     batch_rows: tuple[int, ...]
     """Rows of each record batch, in order; they add up to ``num_rows``."""
+    origin: OriginRef | None = None
+    """Where the file lies that stands here instead of a blob."""
+
+    def payload(self) -> dict[str, Any]:
+        """As it stands in a manifest; without an origin as if there were no such field."""
+        value = asdict(self)
+        if self.origin is None:
+            del value["origin"]
+        return value
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> ShardRef:
+        origin = payload.get("origin")
+        return cls(
+            payload["blob"],
+            payload["num_bytes"],
+            payload["num_rows"],
+            tuple(payload["batch_rows"]),
+            None if origin is None else OriginRef(**origin),
+        )
 
 
 @dataclass(frozen=True)
@@ -146,20 +185,19 @@ class DatasetManifest:
         return sum(shard.num_rows for shard in self.shards)
 
     def blobs(self) -> list[str]:
-        return [shard.blob for shard in self.shards]
+        """The blobs among the shards; origins are none."""
+        return [shard.blob for shard in self.shards if shard.origin is None]
 
     def encode(self) -> tuple[str, bytes]:
         check_limit(
             "shards of a version", len(self.shards), MAX_SHARDS_PER_VERSION, "write larger shards"
         )
-        return encode(KIND_DATASET, asdict(self))
+        shards = [shard.payload() for shard in self.shards]
+        return encode(KIND_DATASET, {**vars(self), "shards": shards})
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> DatasetManifest:
-        shards = tuple(
-            ShardRef(s["blob"], s["num_bytes"], s["num_rows"], tuple(s["batch_rows"]))
-            for s in payload["shards"]
-        )
+        shards = tuple(ShardRef.from_payload(shard) for shard in payload["shards"])
         return cls(
             payload["dataset"],
             payload["version"],

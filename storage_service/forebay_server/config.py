@@ -10,7 +10,6 @@ file it has the name of its flag. A key that is none of these is an error with a
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from forebay_server.addresses import Address, parse_address
 from forebay_server.model.encodings import AUTO, SETTINGS
 from forebay_server.model.placement import Policy
 from forebay_server.model.watermarks import Watermarks
@@ -259,6 +259,19 @@ class Config:
         "stays as it is.",
         SETTINGS,
     )
+    origin_prefixes: tuple[str, ...] = _option(
+        (),
+        _parse_texts,
+        "folder or URL",
+        "Where clients may have the daemon read files in place, with its own rights: absolute "
+        "paths and URLs of folders (may be repeated). Without one: nowhere.",
+    )
+    origin_options: ObjectOptions = _option(
+        ObjectOptions(),
+        ObjectOptions.parse,
+        "name=value,…",
+        "Like object-options, for the URLs of origin-prefixes.",
+    )
     reserve_bytes: int = _option(
         256 << 20,
         parse_size,
@@ -450,54 +463,6 @@ class Config:
             )
         _ = (self.rpc_addresses, self.http_address)
         return self
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where to listen on TCP."""
-
-    scheme: str
-    host: str
-    port: int
-    """0: any free one."""
-    tls: bool
-
-    @property
-    def is_loopback(self) -> bool:
-        return self.host == "localhost" or _is_address(self.host, "is_loopback")
-
-    @property
-    def is_wildcard(self) -> bool:
-        return _is_address(self.host, "is_unspecified")
-
-    @property
-    def target(self) -> str:
-        """``host:port``, with brackets around an IPv6 address."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    def url(self, port: int, host: str = "") -> str:
-        """The URL of the port that was bound, with *host* in the place of a wildcard."""
-        bound = Address(self.scheme, host if self.is_wildcard else self.host, port, self.tls)
-        return f"{self.scheme}://{bound.target}"
-
-
-def _is_address(host: str, attribute: str) -> bool:
-    try:
-        return bool(getattr(ipaddress.ip_address(host), attribute))
-    except ValueError:
-        return False
-
-
-def parse_address(text: str, option: str, plain: str, secure: str) -> Address:
-    """The address of ``HOST:PORT``, ``[V6]:PORT`` or either after ``plain://`` or ``secure://``."""
-    match = re.fullmatch(r"(?:([a-z]+)://)?(?:\[([0-9a-fA-F:.]+)\]|([^:/\[\]]+)):(\d+)/?", text)
-    scheme = (match[1] or plain) if match else ""
-    if match is None or scheme not in (plain, secure) or int(match[4]) > 65535:
-        raise InvalidRequest(
-            f"{option} = {text!r} is no address: write {plain}://HOST:PORT, as in "
-            f"{plain}://127.0.0.1:7070 or {plain}://[::1]:7070"
-        )
-    return Address(scheme, match[2] or match[3], int(match[4]), tls=scheme == secure)
 
 
 OPTIONS: Final[dict[str, Option]] = {

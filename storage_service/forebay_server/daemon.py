@@ -19,6 +19,7 @@ from typing import Final
 
 from aiohttp import web
 
+from forebay_server.addresses import Address
 from forebay_server.ahead import Ahead
 from forebay_server.background import Background
 from forebay_server.bulk.descriptors import DescriptorServer
@@ -35,7 +36,7 @@ from forebay_server.catalog.queries_jobs import (
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_settings import own_name
 from forebay_server.catalog.queries_status import count_below_local
-from forebay_server.config import Address, Config
+from forebay_server.config import Config
 from forebay_server.exit_codes import ExitCode
 from forebay_server.folder import (
     TOKEN_FILE_NAME,
@@ -57,10 +58,12 @@ from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.movement import Movement
 from forebay_server.observe.metrics import Metrics
+from forebay_server.origins import find_sources, open_origins
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
 from forebay_server.publish.lease import Uploads
 from forebay_server.publish.manifests import ObjectPublisher
+from forebay_server.publish.origins import OriginDatasets
 from forebay_server.publish.reconcile import reconcile
 from forebay_server.rpc.admin import AdminService, Attached, Identity
 from forebay_server.rpc.blobs import BlobsService
@@ -133,9 +136,8 @@ def open_tiers(config: Config, node: str) -> Tiers:
     encodings = {"hdd": config.hdd_encoding, "object": config.object_encoding}
     for tier in tiers:
         tier.encoding = encodings.get(tier.name, RAW)
-    return Tiers(
-        [GuardedTier(tier) for tier in tiers], SlotPool(config.ram_bytes or default_ram_bytes())
-    )
+    used = [*map(GuardedTier, tiers), *open_origins(config)]
+    return Tiers(used, SlotPool(config.ram_bytes or default_ram_bytes()))
 
 
 def default_ram_bytes() -> int:
@@ -210,6 +212,7 @@ class Daemon:
         self._catalog = await asyncio.to_thread(Catalog.open, url, owner=f"node {self._node}")
         self._catalog.listen_failure(_end_at_once)
         stack.push_async_callback(asyncio.to_thread, self._catalog.close)
+        find_sources(self._tiers, self._catalog)
         await self._claim_objects()
 
     async def _claim_objects(self) -> None:
@@ -267,6 +270,13 @@ class Daemon:
         stack.push_async_callback(self._checkpoints.close)
         self._datasets = Datasets(
             self._catalog, self._uploads, self._jobs, trash_seconds=self._config.trash_seconds
+        )
+        self._origins = OriginDatasets(
+            self._catalog,
+            self._tiers,
+            self._jobs,
+            self._opener.bringer,
+            self._opener.origins.content_of,
         )
         stack.push_async_callback(self._uploads.close)
 
@@ -386,7 +396,7 @@ class Daemon:
                 self._checkpoints.generations.manifest_in_memory,
             ),
             checkpoints=CheckpointsService(self._checkpoints, self._auth, self._incarnation),
-            datasets=DatasetsService(self._datasets),
+            datasets=DatasetsService(self._datasets, self._origins),
             integrity=IntegrityService(self._integrity),
             movement=MovementService(self._movement),
             plans=PlansService(self._ahead.plans),

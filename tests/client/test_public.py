@@ -11,6 +11,7 @@ PUBLIC = [
     *("AlreadyExists", "AlreadyRunning", "Array", "Checkpointer", "Client", "Conflict"),
     *("DaemonUnavailable", "DataLoader", "Dataset", "DatasetWriter", "DeadlineExceeded"),
     *("Fenced", "ForebayError", "IntegrityError", "InvalidRequest", "LimitExceeded", "NotFound"),
+    "OriginChanged",
     *("PermissionDenied", "ResourceExhausted", "SampleTooLarge", "SchemaMismatch"),
     *("StorageError", "StreamingDataset", "Unauthenticated", "UnsupportedObject"),
     *("VersionMismatch", "connect"),

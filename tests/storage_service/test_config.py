@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay_server.config import OPTIONS, load_config, parse_address, parse_size
+from forebay_server.addresses import parse_address
+from forebay_server.config import OPTIONS, load_config, parse_size
 from forebay_wire.errors import InvalidRequest
 
 

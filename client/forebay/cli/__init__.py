@@ -16,6 +16,7 @@ from forebay.cli.daemon import backup, recover, serve
 from forebay.cli.dataset_delete import delete_dataset
 from forebay.cli.dataset_import import import_dataset
 from forebay.cli.dataset_list import list_datasets
+from forebay.cli.dataset_origins import pin_dataset, register_dataset
 from forebay.cli.dataset_show import show_dataset
 from forebay.cli.doctor import doctor
 from forebay.cli.exit_codes import ExitCode, epilog, exit_code
@@ -39,7 +40,7 @@ def commands() -> None:
 
 @commands.group()
 def dataset() -> None:
-    """List, show, import and delete datasets."""
+    """List, show, import, register and delete datasets."""
 
 
 @commands.group()
@@ -47,7 +48,15 @@ def checkpoint() -> None:
     """List, show and delete the checkpoints of training runs."""
 
 
-for command in (list_datasets, show_dataset, import_dataset, delete_dataset, warm):
+for command in (
+    list_datasets,
+    show_dataset,
+    import_dataset,
+    register_dataset,
+    pin_dataset,
+    delete_dataset,
+    warm,
+):
     dataset.add_command(command)
 for command in (list_checkpoints, show_checkpoint, delete_checkpoint):
     checkpoint.add_command(command)

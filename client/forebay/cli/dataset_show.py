@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,8 +32,16 @@ def show_dataset(session: Session, name: str, version: str) -> None:
                 {"blob": shard.blob, "num_bytes": shard.num_bytes, "num_rows": shard.num_rows}
                 for shard in dataset.manifest.shards
             ],
+            "origins": [
+                {**asdict(one), "trust": one.trust}
+                for one in (client.origins(name, dataset.version) if _has_origins(dataset) else ())
+            ],
         }
     session.show(value, lambda: _print(value, dataset))
+
+
+def _has_origins(dataset: Dataset) -> bool:
+    return any(shard.origin is not None for shard in dataset.manifest.shards)
 
 
 def _print(value: dict[str, Any], dataset: Dataset) -> None:
@@ -67,3 +76,6 @@ def _print(value: dict[str, Any], dataset: Dataset) -> None:
         for number, one in enumerate(value["shards"])
     ]
     print_table((">shard", "blob", ">rows", ">bytes"), shards)
+    if value["origins"]:
+        origins = [(one["url"], size(one["num_bytes"]), one["trust"]) for one in value["origins"]]
+        print_table(("read in place", ">bytes", "trust"), origins)

@@ -57,6 +57,8 @@ class ShardCache:
         self._shards: OrderedDict[str, ShardReader] = OrderedDict()
         self._batches: OrderedDict[tuple[str, int], BatchColumns] = OrderedDict()
         self._held_bytes = 0
+        self._origins: dict[str, str] = {}
+        """Blob to the origin that it was opened as."""
         transfer.wanted_back.listen(self.give_back)
 
     @property
@@ -99,6 +101,9 @@ class ShardCache:
         }
         with self._lock:
             self._shards.update(fresh)
+            for place, blob in zip(places, blobs, strict=True):
+                if blob.id != place.ref.blob:
+                    self._origins[blob.id] = place.ref.blob
         return fresh
 
     def batch(self, blob: str, shard: ShardReader, index: int) -> BatchColumns:
@@ -121,7 +126,7 @@ class ShardCache:
     def give_back(self, blobs: Sequence[str]) -> None:
         """Close these shards, as soon as the last reader lets go of them."""
         with self._lock:
-            for blob in blobs:
+            for blob in [self._origins.get(blob, blob) for blob in blobs]:
                 if self._shards.pop(blob, None) is not None:
                     self._forget(blob)
 

@@ -106,8 +106,16 @@ class LocalTransfer:
         opened: list[Blob | None] = [
             None
             if one is None
-            else LocalBlob(self._link, self._by_http, one[0], blob, one[1], context)
-            for blob, one in zip(blobs, found, strict=True)
+            else LocalBlob(
+                # Of an origin this is the blob that its bytes make.
+                self._link,
+                self._by_http,
+                one[0],
+                one[1].table.blob_id,
+                one[1],
+                context,
+            )
+            for one in found
         ]
         away = [blob for blob, one in zip(blobs, opened, strict=True) if one is None]
         streamed = iter(self._by_http().open(away, context) if away else ())
@@ -375,7 +383,7 @@ def open_replicas(
     is reported and opened anew.
     """
     found: dict[int, tuple[int, Replica] | None] = {}
-    problems: dict[int, tuple[str, IntegrityError]] = {}
+    problems: dict[int, tuple[str, str, IntegrityError]] = {}
     wanted = list(range(len(blobs)))
     for _ in range(REOPENS + 1):
         serial, answer, descriptors = link.request(
@@ -392,20 +400,20 @@ def open_replicas(
                 except IntegrityError as error:
                     if "error" in entry:
                         raise
-                    problems[index] = str(entry["tier"]), error
+                    problems[index] = str(entry["blob"]), str(entry["tier"]), error
         except BaseException:
             _release(link, serial, answer["blobs"])
             raise
         finally:
             handover.close()
-        for index, (tier, problem) in problems.items():
-            link.release_later(serial, blobs[index])
-            report(link, blobs[index], tier, NO_SEGMENT, problem.message)
+        for blob, tier, problem in problems.values():
+            link.release_later(serial, blob)
+            report(link, blob, tier, NO_SEGMENT, problem.message)
         wanted = list(problems)
         if not wanted:
             return [found[index] for index in range(len(blobs))]
     raise IntegrityError(
-        f"blob {blobs[wanted[0]]} cannot be opened: {problems[wanted[0]][1].message}; the daemon "
+        f"blob {blobs[wanted[0]]} cannot be opened: {problems[wanted[0]][2].message}; the daemon "
         "has no undamaged replica: restore it from the object tier (forebay recover)"
     )
 

@@ -159,3 +159,63 @@ class WaitVersionRequest(_message.Message):
     durability: str
     timeout_seconds: float
     def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., durability: _Optional[str] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+
+class RegisterOriginsRequest(_message.Message):
+    __slots__ = ("urls",)
+    URLS_FIELD_NUMBER: _ClassVar[int]
+    urls: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, urls: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Origin(_message.Message):
+    __slots__ = ("origin", "url", "num_bytes", "validator_json", "schema", "batch_rows", "has_dictionaries", "blob")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VALIDATOR_JSON_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    HAS_DICTIONARIES_FIELD_NUMBER: _ClassVar[int]
+    BLOB_FIELD_NUMBER: _ClassVar[int]
+    origin: str
+    url: str
+    num_bytes: int
+    validator_json: str
+    schema: bytes
+    batch_rows: _containers.RepeatedScalarFieldContainer[int]
+    has_dictionaries: bool
+    blob: str
+    def __init__(self, origin: _Optional[str] = ..., url: _Optional[str] = ..., num_bytes: _Optional[int] = ..., validator_json: _Optional[str] = ..., schema: _Optional[bytes] = ..., batch_rows: _Optional[_Iterable[int]] = ..., has_dictionaries: _Optional[bool] = ..., blob: _Optional[str] = ...) -> None: ...
+
+class RegisterOriginsResponse(_message.Message):
+    __slots__ = ("origins",)
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
+    origins: _containers.RepeatedCompositeFieldContainer[Origin]
+    def __init__(self, origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ...) -> None: ...
+
+class ListOriginsRequest(_message.Message):
+    __slots__ = ("dataset", "version", "after", "limit")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    version: int
+    after: int
+    limit: int
+    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., after: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListOriginsResponse(_message.Message):
+    __slots__ = ("origins", "more")
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    origins: _containers.RepeatedCompositeFieldContainer[Origin]
+    more: bool
+    def __init__(self, origins: _Optional[_Iterable[_Union[Origin, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class PinOriginsRequest(_message.Message):
+    __slots__ = ("dataset", "request")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    request: str
+    def __init__(self, dataset: _Optional[str] = ..., request: _Optional[str] = ...) -> None: ...

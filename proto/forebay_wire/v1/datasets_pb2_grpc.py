@@ -60,6 +60,21 @@ class DatasetsStub:
                 request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
                 response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DeleteDatasetResponse.FromString,
                 _registered_method=True)
+        self.RegisterOrigins = channel.unary_unary(
+                '/forebay.v1.Datasets/RegisterOrigins',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.RegisterOriginsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.RegisterOriginsResponse.FromString,
+                _registered_method=True)
+        self.ListOrigins = channel.unary_unary(
+                '/forebay.v1.Datasets/ListOrigins',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.ListOriginsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.ListOriginsResponse.FromString,
+                _registered_method=True)
+        self.PinOrigins = channel.unary_unary(
+                '/forebay.v1.Datasets/PinOrigins',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.PinOriginsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DatasetVersion.FromString,
+                _registered_method=True)
         self.WaitVersion = channel.unary_unary(
                 '/forebay.v1.Datasets/WaitVersion',
                 request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.WaitVersionRequest.SerializeToString,
@@ -113,6 +128,32 @@ class DatasetsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RegisterOrigins(self, request, context):
+        """Looks at files that lie elsewhere and remembers size and validator of each, so
+        that CommitVersion can name them as shards. Each has to be an Arrow IPC file
+        below one of the daemon's origin-prefixes. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOrigins(self, request, context):
+        """The origins among the shards of a version, paged in the order of shards.
+        Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinOrigins(self, request, context):
+        """Reads all origins of the newest version and makes them blobs: a new version
+        with the same rows. Takes as long as that takes; a repeat goes on where it
+        ended. A version without origins is answered as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WaitVersion(self, request, context):
         """Waits until a version has reached a durability ("local", "remote") or the
         timeout passed (DEADLINE_EXCEEDED). Idempotent.
@@ -148,6 +189,21 @@ def add_DatasetsServicer_to_server(servicer, server):
                     servicer.DeleteDataset,
                     request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.FromString,
                     response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DeleteDatasetResponse.SerializeToString,
+            ),
+            'RegisterOrigins': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterOrigins,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.RegisterOriginsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.RegisterOriginsResponse.SerializeToString,
+            ),
+            'ListOrigins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOrigins,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.ListOriginsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.ListOriginsResponse.SerializeToString,
+            ),
+            'PinOrigins': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinOrigins,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.PinOriginsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DatasetVersion.SerializeToString,
             ),
             'WaitVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.WaitVersion,
@@ -291,6 +347,87 @@ class Datasets:
             '/forebay.v1.Datasets/DeleteDataset',
             forebay__wire_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
             forebay__wire_dot_v1_dot_datasets__pb2.DeleteDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterOrigins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/RegisterOrigins',
+            forebay__wire_dot_v1_dot_datasets__pb2.RegisterOriginsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.RegisterOriginsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOrigins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/ListOrigins',
+            forebay__wire_dot_v1_dot_datasets__pb2.ListOriginsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.ListOriginsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinOrigins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/PinOrigins',
+            forebay__wire_dot_v1_dot_datasets__pb2.PinOriginsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.DatasetVersion.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,20 @@ class DatasetsStub:
     """Puts a dataset with all versions into the trash, or deletes it for good, first in the
     object tier. Its name is free on return. Idempotent.
     """
+    RegisterOrigins: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.RegisterOriginsRequest, _datasets_pb2.RegisterOriginsResponse]
+    """Looks at files that lie elsewhere and remembers size and validator of each, so
+    that CommitVersion can name them as shards. Each has to be an Arrow IPC file
+    below one of the daemon's origin-prefixes. Idempotent.
+    """
+    ListOrigins: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListOriginsRequest, _datasets_pb2.ListOriginsResponse]
+    """The origins among the shards of a version, paged in the order of shards.
+    Idempotent.
+    """
+    PinOrigins: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.PinOriginsRequest, _datasets_pb2.DatasetVersion]
+    """Reads all origins of the newest version and makes them blobs: a new version
+    with the same rows. Takes as long as that takes; a repeat goes on where it
+    ended. A version without origins is answered as it is.
+    """
     WaitVersion: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.WaitVersionRequest, _datasets_pb2.DatasetVersion]
     """Waits until a version has reached a durability ("local", "remote") or the
     timeout passed (DEADLINE_EXCEEDED). Idempotent.
@@ -82,6 +96,20 @@ class DatasetsAsyncStub(DatasetsStub):
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """Puts a dataset with all versions into the trash, or deletes it for good, first in the
     object tier. Its name is free on return. Idempotent.
+    """
+    RegisterOrigins: _aio.UnaryUnaryMultiCallable[_datasets_pb2.RegisterOriginsRequest, _datasets_pb2.RegisterOriginsResponse]  # type: ignore[assignment]
+    """Looks at files that lie elsewhere and remembers size and validator of each, so
+    that CommitVersion can name them as shards. Each has to be an Arrow IPC file
+    below one of the daemon's origin-prefixes. Idempotent.
+    """
+    ListOrigins: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListOriginsRequest, _datasets_pb2.ListOriginsResponse]  # type: ignore[assignment]
+    """The origins among the shards of a version, paged in the order of shards.
+    Idempotent.
+    """
+    PinOrigins: _aio.UnaryUnaryMultiCallable[_datasets_pb2.PinOriginsRequest, _datasets_pb2.DatasetVersion]  # type: ignore[assignment]
+    """Reads all origins of the newest version and makes them blobs: a new version
+    with the same rows. Takes as long as that takes; a repeat goes on where it
+    ended. A version without origins is answered as it is.
     """
     WaitVersion: _aio.UnaryUnaryMultiCallable[_datasets_pb2.WaitVersionRequest, _datasets_pb2.DatasetVersion]  # type: ignore[assignment]
     """Waits until a version has reached a durability ("local", "remote") or the
@@ -139,6 +167,38 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datasets_pb2.DeleteDatasetResponse, _abc.Awaitable[_datasets_pb2.DeleteDatasetResponse]]:
         """Puts a dataset with all versions into the trash, or deletes it for good, first in the
         object tier. Its name is free on return. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def RegisterOrigins(
+        self,
+        request: _datasets_pb2.RegisterOriginsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.RegisterOriginsResponse, _abc.Awaitable[_datasets_pb2.RegisterOriginsResponse]]:
+        """Looks at files that lie elsewhere and remembers size and validator of each, so
+        that CommitVersion can name them as shards. Each has to be an Arrow IPC file
+        below one of the daemon's origin-prefixes. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def ListOrigins(
+        self,
+        request: _datasets_pb2.ListOriginsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.ListOriginsResponse, _abc.Awaitable[_datasets_pb2.ListOriginsResponse]]:
+        """The origins among the shards of a version, paged in the order of shards.
+        Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def PinOrigins(
+        self,
+        request: _datasets_pb2.PinOriginsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.DatasetVersion, _abc.Awaitable[_datasets_pb2.DatasetVersion]]:
+        """Reads all origins of the newest version and makes them blobs: a new version
+        with the same rows. Takes as long as that takes; a repeat goes on where it
+        ended. A version without origins is answered as it is.
         """
 
     @_abc_1.abstractmethod

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, or_, select
 
 from forebay_server.catalog.tables import (
     blobs,
     extents,
     files,
     manifest_blobs,
+    manifest_origins,
+    origins,
     packs,
     replicas,
     uploads,
 )
 from forebay_wire.ids import new_random_name
+
+ORIGIN_TIER = "origin"
+"""Where the replicas lie that are the user's own files, which may change or go."""
 
 IDS_PER_STATEMENT = 500
 """Ids in one IN list: SQLite allows 32766 variables, short lists keep its planner quick."""
@@ -201,13 +206,21 @@ def _remove_unnamed_files(connection: Connection, names: Sequence[str]) -> list[
 # ------------------------------------------------------------------------------------ garbage
 
 
-def _is_orphan() -> ColumnElement[bool]:
-    """No manifest, no pack and no upload session names the blob."""
-    return and_(
-        ~exists().where(manifest_blobs.c.blob == blobs.c.blob),
-        ~exists().where(packs.c.blob == blobs.c.blob),
-        ~exists().where(uploads.c.blob == blobs.c.blob),
+def is_promised(blob: ColumnElement[str]) -> ColumnElement[bool]:
+    """A manifest, a pack or an upload session names *blob*: its bytes have to be kept here."""
+    return or_(
+        exists().where(manifest_blobs.c.blob == blob),
+        exists().where(packs.c.blob == blob),
+        exists().where(uploads.c.blob == blob),
     )
+
+
+def _is_orphan() -> ColumnElement[bool]:
+    """No manifest, no pack and no upload session names the blob; nor is it what an origin holds
+    that a manifest names."""
+    read_from = origins.join(manifest_origins)
+    named = select(origins.c.origin).select_from(read_from).where(origins.c.blob == blobs.c.blob)
+    return and_(~is_promised(blobs.c.blob), ~named.exists())
 
 
 def orphan_blobs(

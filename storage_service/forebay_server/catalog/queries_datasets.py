@@ -12,6 +12,7 @@ from forebay_server.catalog.queries_blobs import batches
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
 from forebay_server.catalog.queries_manifests import commit_manifest
+from forebay_server.catalog.queries_origins import name_origins
 from forebay_server.catalog.tables import (
     blobs,
     datasets,
@@ -193,6 +194,7 @@ def insert_version(
     base = find_version(connection, name, 0)
     sibling = base.manifest if base is not None else None
     commit_manifest(connection, manifest_id, KIND_DATASET, data, manifest.blobs(), sibling)
+    name_origins(connection, manifest_id, manifest)
     if base is None:
         connection.execute(insert(datasets).values(name=name))
     connection.execute(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, exists, or_, select
 
 from forebay_server.catalog.clock import now
+from forebay_server.catalog.queries_blobs import ORIGIN_TIER, is_promised
 from forebay_server.catalog.tables import extents, files, pin_blobs, pins, replicas
 
 PAGE_ROWS = 10_000
@@ -33,6 +34,7 @@ def spare_replicas(
         other.c.replica != replicas.c.replica,
         other.c.state == "live",
         other.c.tier.in_(sorted(set(among) - {tier})),
+        or_(other.c.tier != ORIGIN_TIER, ~is_promised(other.c.blob)),
     )
     pinned = exists().where(
         pin_blobs.c.blob == replicas.c.blob,

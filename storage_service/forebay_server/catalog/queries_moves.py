@@ -8,7 +8,12 @@ from typing import Final
 from sqlalchemy import Connection, exists, or_, select
 
 from forebay_server.catalog.clock import now
-from forebay_server.catalog.queries_blobs import FileRef, remove_replica
+from forebay_server.catalog.queries_blobs import (
+    ORIGIN_TIER,
+    FileRef,
+    is_promised,
+    remove_replica,
+)
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.tables import pin_blobs, pins, replicas
 from forebay_wire.errors import Conflict
@@ -61,6 +66,7 @@ def give_up_replica(
         replicas.c.replica != replica,
         replicas.c.state == "live",
         replicas.c.tier.in_(sorted(among)),
+        or_(replicas.c.tier != ORIGIN_TIER, ~is_promised(replicas.c.blob)),
     )
     if connection.scalar(other.limit(1)) is None:
         raise Conflict(f"blob {blob} has no other copy than the one in tier {tier}: it stays")

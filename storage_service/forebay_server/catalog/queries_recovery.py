@@ -11,6 +11,7 @@ from sqlalchemy import Connection, func, insert, select
 
 from forebay_server.catalog.queries_manifests import insert_manifest
 from forebay_server.catalog.queries_objects import insert_object_replica, mark_remote
+from forebay_server.catalog.queries_origins import name_origins
 from forebay_server.catalog.queries_runs import parent_of
 from forebay_server.catalog.tables import (
     attempts,
@@ -35,6 +36,7 @@ from forebay_wire.manifest import (
     DatasetManifest,
     GenerationManifest,
     SelectionManifest,
+    parse,
     read_stamp,
 )
 
@@ -70,6 +72,7 @@ def restore_version(
 ) -> None:
     """Make a dataset version visible again; its blobs are known."""
     insert_manifest(connection, identity, KIND_DATASET, data, found.blobs())
+    name_origins(connection, identity, found)
     mark_remote(connection, identity)
     _insert_missing(connection, datasets, name=found.dataset)
     connection.execute(
@@ -123,6 +126,9 @@ def restore_trashed(
     or KeyError for a tombstone that says nothing."""
     told = json.loads(tombstone)
     insert_manifest(connection, identity, kind, data, named)
+    found = parse(data, f"manifest {identity}", identity)
+    if isinstance(found, DatasetManifest):
+        name_origins(connection, identity, found)
     mark_remote(connection, identity)
     columns = ("deletion", "target", "record", "expires", "created")
     connection.execute(

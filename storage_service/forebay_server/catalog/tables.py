@@ -390,8 +390,19 @@ origins = Table(
     Column("num_bytes", BigInteger, nullable=False),
     # JSON: {"version": ..., "etag": ..., "mtime_ns": ..., "inode": ...}, whatever the place has.
     Column("validator", Text, nullable=False),
-    # The segment table once every byte was read; NULL before.
+    # The blob that its bytes make, and that one's segment table, once every byte was read; NULL
+    # before.
+    Column("blob", _name(64)),
     Column("segments", LargeBinary),
     _created(),
     Index("origins_by_url", "url"),
+    Index("origins_by_blob", "blob"),
+)
+
+manifest_origins = Table(
+    "manifest_origins",
+    metadata,
+    Column("manifest", ForeignKey("manifests.manifest", ondelete="CASCADE"), primary_key=True),
+    Column("origin", ForeignKey("origins.origin"), primary_key=True),
+    Index("manifest_origins_by_origin", "origin"),
 )

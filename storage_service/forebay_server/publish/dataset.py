@@ -19,6 +19,7 @@ from forebay_server.catalog.queries_datasets import (
 )
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, TOMBSTONE, Job, job_of
 from forebay_server.catalog.queries_manifests import read_manifest
+from forebay_server.catalog.queries_origins import OriginRow, find_origins
 from forebay_server.catalog.queries_trash import trash_dataset
 from forebay_server.catalog.queries_uploads import claim_landed
 from forebay_server.model.splits import split_bounds
@@ -60,7 +61,7 @@ class JobRunner(Protocol):
 
 @dataclass(frozen=True)
 class ShardCommit:
-    """A sealed shard, with the session that holds it."""
+    """A sealed shard, with the session that holds it; without one a registered origin."""
 
     session: str
     blob: str
@@ -70,7 +71,8 @@ class ShardCommit:
 
     def check(self) -> ShardRef:
         """What the manifest says of it; :class:`InvalidRequest` if it contradicts itself."""
-        check_random_name("session", self.session)
+        if self.session:
+            check_random_name("session", self.session)
         check_id("blob", self.blob)
         if sum(self.batch_rows) != self.num_rows or not all(self.batch_rows):
             raise InvalidRequest(
@@ -172,7 +174,7 @@ class Datasets:
         base, done = await self._base_of(commit)
         if done is not None:
             return done
-        manifest = _manifest_of(commit, refs, base)
+        manifest = _manifest_of(commit, await self._with_origins(commit, refs), base)
         manifest_id, data = manifest.encode()
         failpoint("dataset.before_commit")
 
@@ -182,7 +184,9 @@ class Datasets:
                 return repeated
             _check_base(connection, commit, manifest.parent)
             _check_sizes(connection, commit.shards)
-            claim_landed(connection, uid, {shard.session: shard.blob for shard in commit.shards})
+            claim_landed(
+                connection, uid, {one.session: one.blob for one in commit.shards if one.session}
+            )
             made = queries.insert_version(connection, manifest, manifest_id, data, commit.request)
             queries.enqueue_flush(connection, manifest_id)
             failpoint("dataset.inside_commit")
@@ -190,9 +194,22 @@ class Datasets:
 
         made = await self._catalog.write(apply)
         failpoint("dataset.after_commit")
-        self._uploads.committed(shard.session for shard in commit.shards)
+        self._uploads.committed(shard.session for shard in commit.shards if shard.session)
         self._jobs.wake()
         return made
+
+    async def _with_origins(
+        self, commit: VersionCommit, refs: tuple[ShardRef, ...]
+    ) -> tuple[ShardRef, ...]:
+        """*refs*, with where the origins among them lie."""
+        ids = [shard.blob for shard in commit.shards if not shard.session]
+        if not ids:
+            return refs
+        known = await self._catalog.read(lambda connection: find_origins(connection, ids))
+        return tuple(
+            ref if shard.session else _origin_shard(ref, known.get(ref.blob))
+            for shard, ref in zip(commit.shards, refs, strict=True)
+        )
 
     async def _base_of(
         self, commit: VersionCommit
@@ -358,10 +375,20 @@ def _check_commit(commit: VersionCommit) -> tuple[ShardRef, ...]:
     )
     if not commit.schema:
         raise InvalidRequest(f"the commit of dataset {commit.dataset} has no schema")
-    sessions = {shard.session for shard in commit.shards}
-    if len(sessions) != len(commit.shards):
+    sessions = [shard.session for shard in commit.shards if shard.session]
+    if len(set(sessions)) != len(sessions):
         raise InvalidRequest("two shards of one commit name the same upload session")
     return tuple(shard.check() for shard in commit.shards)
+
+
+def _origin_shard(ref: ShardRef, known: OriginRow | None) -> ShardRef:
+    if known is None:
+        raise NotFound(f"origin {ref.blob} is not registered: register its URL first")
+    if known.num_bytes != ref.num_bytes:
+        raise InvalidRequest(
+            f"origin {known.ref.url} has {known.num_bytes} bytes, the commit says {ref.num_bytes}"
+        )
+    return replace(ref, origin=known.ref)
 
 
 def _find_repeated(connection: Connection, commit: VersionCommit) -> VersionInfo | None:

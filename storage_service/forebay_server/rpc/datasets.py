@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import grpc.aio
 
 from forebay_server.catalog.queries_datasets import DatasetInfo, VersionInfo
+from forebay_server.catalog.queries_origins import OriginRow
 from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.publish.origins import OriginDatasets, Registered
 from forebay_server.rpc.interceptors import caller_uid
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.v1 import datasets_pb2 as messages
@@ -19,8 +22,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
     """What each call promises stands in ``datasets.proto``."""
 
-    def __init__(self, datasets: Datasets) -> None:
+    def __init__(self, datasets: Datasets, origins: OriginDatasets) -> None:
         self._datasets = datasets
+        self._origins = origins
 
     async def ListDatasets(
         self, request: messages.ListDatasetsRequest, context: Context
@@ -75,6 +79,27 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
         delete = self._datasets.delete_now if request.now else self._datasets.delete
         return messages.DeleteDatasetResponse(existed=await delete(request.name))
 
+    async def RegisterOrigins(
+        self, request: messages.RegisterOriginsRequest, context: Context
+    ) -> messages.RegisterOriginsResponse:
+        found = await self._origins.register(request.urls)
+        return messages.RegisterOriginsResponse(origins=[_convert_registered(one) for one in found])
+
+    async def ListOrigins(
+        self, request: messages.ListOriginsRequest, context: Context
+    ) -> messages.ListOriginsResponse:
+        page, more = await self._origins.page(
+            request.dataset, request.version, request.after, request.limit
+        )
+        return messages.ListOriginsResponse(
+            origins=[_convert_origin(one) for one in page], more=more
+        )
+
+    async def PinOrigins(
+        self, request: messages.PinOriginsRequest, context: Context
+    ) -> messages.DatasetVersion:
+        return convert_version(await self._origins.pin(request.dataset, request.request))
+
     async def WaitVersion(
         self, request: messages.WaitVersionRequest, context: Context
     ) -> messages.DatasetVersion:
@@ -83,6 +108,28 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
                 request.dataset, request.version, request.durability, request.timeout_seconds
             )
         )
+
+
+def _convert_registered(found: Registered) -> messages.Origin:
+    return messages.Origin(
+        origin=found.origin,
+        url=found.ref.url,
+        num_bytes=found.num_bytes,
+        validator_json=json.dumps(found.ref.validator),
+        schema=found.content.schema,
+        batch_rows=found.content.batch_rows,
+        has_dictionaries=found.content.has_dictionaries,
+    )
+
+
+def _convert_origin(row: OriginRow) -> messages.Origin:
+    return messages.Origin(
+        origin=row.origin,
+        url=row.ref.url,
+        num_bytes=row.num_bytes,
+        validator_json=json.dumps(row.ref.validator),
+        blob=row.blob,
+    )
 
 
 def convert_version(version: VersionInfo) -> messages.DatasetVersion:

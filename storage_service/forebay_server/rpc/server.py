@@ -14,7 +14,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from forebay_server.config import Address
+from forebay_server.addresses import Address
 from forebay_server.rpc.interceptors import Gate
 from forebay_wire.errors import StorageError
 from forebay_wire.limits import KIB, MAX_COMMIT_BYTES, MAX_MESSAGE_BYTES

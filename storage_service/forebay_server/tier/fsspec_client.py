@@ -80,7 +80,8 @@ class FsspecClient(StoreClient):
         return f"{self._root}/{key}"
 
     def _info(self, key: str, found: dict[str, Any]) -> ObjectInfo:
-        return ObjectInfo(key, int(found["size"]), "", _modified(found))
+        etag = str(found.get("ETag") or found.get("etag") or "")
+        return ObjectInfo(key, int(found["size"]), etag, _modified(found))
 
     def _call(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
         try:

@@ -36,7 +36,7 @@ class Tiers:
     """
 
     def __init__(self, tiers: Sequence[Tier], slots: SlotPool) -> None:
-        """At most one of *tiers* is of kind ``object``; names are unique."""
+        """At most one of *tiers* is of kind ``object``, beside a foreign one; names are unique."""
         self.all = tuple(tiers)
         self.slots = slots
         self.sealed = SealedBlobs(slots)
@@ -48,7 +48,9 @@ class Tiers:
             )
         )
         """The tiers that take new bytes, best first."""
-        self.object = next((tier for tier in tiers if tier.kind == "object"), None)
+        self.object = next(
+            (tier for tier in tiers if tier.kind == "object" and not tier.is_foreign), None
+        )
         self.relieve: Callable[[Tier, int], Awaitable[int]] = _relieve_nothing
         """Gives back so many bytes of a landing tier by removing copies that other tiers have, as
         far as they may go; answers how many."""

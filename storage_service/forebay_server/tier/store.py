@@ -84,6 +84,8 @@ class Tier(ABC):
     kind: TierKind
     location: str
     """Folder or URL, for people."""
+    is_foreign: bool = False
+    """Its files are the user's own: they are read here, and never written or deleted."""
     encoding: str = "raw"
     """What copies that come here for keeping are encoded as, or ``auto``: one of
     ``forebay_server.model.encodings.SETTINGS``. New bytes land raw."""

@@ -31,9 +31,15 @@ _STEPS = (
     " event {text32} NOT NULL, detail TEXT NOT NULL)",
     "CREATE INDEX history_by_subject ON history (subject, seq)",
     "CREATE TABLE origins (origin {text64} NOT NULL PRIMARY KEY, url TEXT NOT NULL,"
-    " num_bytes BIGINT NOT NULL, validator TEXT NOT NULL, segments {binary},"
+    " num_bytes BIGINT NOT NULL, validator TEXT NOT NULL, blob {text64}, segments {binary},"
     " created {double} NOT NULL)",
     "CREATE INDEX origins_by_url ON origins (url)",
+    "CREATE INDEX origins_by_blob ON origins (blob)",
+    "CREATE TABLE manifest_origins (manifest {text64} NOT NULL, origin {text64} NOT NULL,"
+    " PRIMARY KEY (manifest, origin),"
+    " FOREIGN KEY(manifest) REFERENCES manifests (manifest) ON DELETE CASCADE,"
+    " FOREIGN KEY(origin) REFERENCES origins (origin))",
+    "CREATE INDEX manifest_origins_by_origin ON manifest_origins (origin)",
 )
 
 

@@ -1,0 +1,187 @@
+"""Datasets of files that stay where they are: registered, shown, and made blobs; part of
+:class:`forebay.Client`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from forebay.methods import Datasets
+from forebay_wire.errors import InvalidRequest, SchemaMismatch
+from forebay_wire.ids import check_name, new_random_name
+from forebay_wire.limits import MAX_PAGE_ROWS
+from forebay_wire.v1 import datasets_pb2
+
+if TYPE_CHECKING:
+    from forebay._channel import RpcChannel
+    from forebay.dataset.dataset import Dataset
+    from forebay.dataset.schema import Schema
+
+URLS_AT_ONCE = 50
+LOOK_SECONDS = 600.0
+"""The daemon reads the ends of each file."""
+PIN_SECONDS = 7 * 86400.0
+"""The daemon reads all of it."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One file that a dataset reads where it lies."""
+
+    url: str
+    num_bytes: int
+    validator: dict[str, str | int]
+    """What tells it from a changed one, beside its size."""
+    blob: str
+    """What its bytes made when they were first read; empty: not read yet."""
+
+    @property
+    def trust(self) -> str:
+        """In words, for people."""
+        if not self.blob:
+            return "trusted on first use: not read yet"
+        return "trusted on first use: read, and verified since"
+
+
+class OriginCalls:
+    """The calls of :class:`forebay.Client` about origins. Thread-safe."""
+
+    channel: RpcChannel
+
+    def dataset(self, name: str, version: int | str = "latest") -> Dataset:
+        """Of :class:`forebay.Client`."""
+        raise NotImplementedError
+
+    def register_dataset(
+        self,
+        name: str,
+        urls: Sequence[str | os.PathLike[str]],
+        *,
+        append: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Dataset:
+        """A dataset of Arrow IPC files that stay where they are: absolute URLs or paths, in the
+        order of rows, each below one of the daemon's ``origin-prefixes``.
+
+        Nothing is copied: a file's bytes are trusted when they are first read, and compared with
+        that ever since. One that changes is OriginChanged from then on. *append* adds a version to
+        a dataset that exists. NotFound, PermissionDenied, InvalidRequest, SchemaMismatch name the
+        file that will not do; AlreadyExists, Conflict.
+        """
+        check_name("dataset", name)
+        if isinstance(urls, (str, os.PathLike)) or not urls:
+            raise InvalidRequest(f"dataset {name!r}: give a list of at least one URL")
+        base = self.dataset(name) if append else None
+        given = [_absolute(os.fspath(url)) for url in urls]
+        schema = base.schema if base is not None else None
+        shards: list[datasets_pb2.ShardCommit] = []
+        for start in range(0, len(given), URLS_AT_ONCE):
+            request = datasets_pb2.RegisterOriginsRequest(urls=given[start : start + URLS_AT_ONCE])
+            found = self.channel.call(Datasets.RegisterOrigins, request, timeout=LOOK_SECONDS)
+            for one in found.origins:
+                schema = _fitting(one, schema)
+                shards.append(_shard(one))
+        assert schema is not None, "there is a URL"
+        commit = datasets_pb2.CommitVersionRequest(
+            dataset=name,
+            base_version=0 if base is None else base.version,
+            schema=schema.arrow.serialize().to_pybytes(),
+            shards=shards,
+            request=new_random_name(),
+            metadata_json=json.dumps(dict(metadata)) if metadata is not None else "",
+        )
+        made = self.channel.call(Datasets.CommitVersion, commit, timeout=LOOK_SECONDS)
+        return self.dataset(name, made.version)
+
+    def origins(self, name: str, version: int | str = "latest") -> list[Origin]:
+        """The files that a dataset version reads where they lie, in the order of shards."""
+        number = 0 if version == "latest" else int(version)
+        found: list[Origin] = []
+        more = True
+        while more:
+            request = datasets_pb2.ListOriginsRequest(
+                dataset=check_name("dataset", name),
+                version=number,
+                after=len(found),
+                limit=MAX_PAGE_ROWS,
+            )
+            page = self.channel.call(Datasets.ListOrigins, request)
+            found.extend(
+                Origin(one.url, one.num_bytes, json.loads(one.validator_json), one.blob)
+                for one in page.origins
+            )
+            more = page.more
+        return found
+
+    def pin_origins(self, name: str) -> Dataset:
+        """Make all origins of a dataset blobs, in a new version: read, verified, kept, and on their
+        way to the object tier. The originals may go once it is "remote" (or "local", if this
+        node's disk is safe enough).
+
+        A version without origins is returned as it is; a call that broke off goes on where it was.
+        OriginChanged, ResourceExhausted if the local tiers cannot hold them, Conflict.
+        """
+        request = datasets_pb2.PinOriginsRequest(
+            dataset=check_name("dataset", name), request=new_random_name()
+        )
+        made = self.channel.call(Datasets.PinOrigins, request, timeout=PIN_SECONDS)
+        return self.dataset(name, made.version)
+
+
+def _absolute(url: str) -> str:
+    return url if "://" in url else os.path.abspath(url)
+
+
+def _shard(found: datasets_pb2.Origin) -> datasets_pb2.ShardCommit:
+    if not all(found.batch_rows):
+        raise InvalidRequest(f"{found.url} has a record batch without rows: write it without")
+    return datasets_pb2.ShardCommit(
+        blob=found.origin,
+        num_bytes=found.num_bytes,
+        num_rows=sum(found.batch_rows),
+        batch_rows=found.batch_rows,
+    )
+
+
+def _fitting(found: datasets_pb2.Origin, wanted: Schema | None) -> Schema:
+    """The schema of the dataset, which is that of its first file; SchemaMismatch for a file that
+    cannot be read with it as it lies."""
+    import pyarrow as pa
+
+    from forebay.dataset.schema import Schema
+
+    schema = pa.ipc.read_schema(pa.py_buffer(found.schema))
+    if found.has_dictionaries:
+        raise SchemaMismatch(
+            f"{found.url} has dictionary-encoded columns, which cannot be read in place: import it "
+            "(forebay dataset import), or write it with plain columns"
+        )
+    ours = Schema.from_arrow(schema)
+    for column, there in zip(ours.columns, schema, strict=True):
+        if _layout(column.arrow_type) != _layout(there.type):
+            raise SchemaMismatch(
+                f"{found.url}, column {column.name!r}: {there.type} cannot be read in place; "
+                f"write it as {column.arrow_type}, or import the file (forebay dataset import)"
+            )
+    if wanted is not None and not (wanted.accepts(ours) and wanted.names == ours.names):
+        raise SchemaMismatch(
+            f"{found.url} has other columns ({ours}) than the dataset ({wanted}): register it as "
+            "another one"
+        )
+    return ours if wanted is None else wanted
+
+
+def _layout(kind: Any) -> Any:
+    """How values of an Arrow type lie in memory."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.FixedShapeTensorType):
+        kind = kind.storage_type
+    if pa.types.is_fixed_size_list(kind):
+        return "fixed", kind.list_size, kind.value_type
+    if pa.types.is_list(kind):
+        return "list", kind.value_type
+    return kind
