@@ -22,7 +22,8 @@ def daemon(
 ) -> Iterator[DaemonProcess]:
     if request.param == "http":
         monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
-    with DaemonProcess(tmp_path / "data") as process:
+    # Raw, so that each part of a copy can be damaged; encoded ones: test_encodings.
+    with DaemonProcess(tmp_path / "data", "--object-encoding", "raw") as process:
         yield process
 
 

@@ -34,6 +34,10 @@ def data(
     return tmp_path / "data"
 
 
+RAW = ("--object-encoding", "raw")
+"""Copies as large as what they are copies of."""
+
+
 def flip_a_bit(folder: Path, known: set[Path]) -> set[Path]:
     """Damage every large file that came since; the files that there are now."""
     files = {path for path in folder.rglob("*") if path.is_file()}
@@ -51,7 +55,7 @@ def flip_a_bit(folder: Path, known: set[Path]) -> set[Path]:
 def test_damage_makes_latest_fall_back_and_a_named_step_an_error(
     data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with DaemonProcess(data), forebay.connect(data) as client:
+    with DaemonProcess(data, *RAW), forebay.connect(data) as client:
         for step in (1, 2):
             weights = Weights(step)
             checkpointer = forebay.Checkpointer(client, "run", weights=weights)
@@ -80,7 +84,7 @@ def test_damage_makes_latest_fall_back_and_a_named_step_an_error(
 
 
 def test_nothing_undamaged_left_is_an_error_that_names_it(data: Path) -> None:
-    with DaemonProcess(data), forebay.connect(data) as client:
+    with DaemonProcess(data, *RAW), forebay.connect(data) as client:
         checkpointer = forebay.Checkpointer(client, "run", weights=Weights(1))
         checkpointer.save(1).wait("remote", 60)
         flip_a_bit(data, set())
