@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +221,50 @@ def test_a_file_replaced_by_a_link_after_registering_is_not_followed(
     (folder / "sub").symlink_to(tmp_path / "moved")
     with pytest.raises(PermissionDenied, match="by a link"):
         read_all(client)
+
+
+@pytest.mark.parametrize("failpoint", ["origin.before_row", "origin.after_row"])
+def test_a_first_read_that_is_killed_begins_again(
+    tmp_path: Path, folder: Path, failpoint: str
+) -> None:
+    path = write(folder / "a.arrow")
+    killed = DaemonProcess(tmp_path / "data", "--origin-prefixes", str(folder))
+    killed.environment["FOREBAY_FAILPOINTS"] = failpoint
+    with killed as daemon, forebay.connect(daemon.address()["rpc"]) as client:
+        dataset = client.register_dataset("d", [path])
+        with ThreadPoolExecutor(1) as threads:
+            rows = threads.submit(dataset.take, np.arange(NUM_ROWS))
+            assert daemon.wait_exit() == -signal.SIGKILL
+            del killed.environment["FOREBAY_FAILPOINTS"]
+            daemon.start().wait_ready()
+            assert list(rows.result(60)["x"]) == list(range(NUM_ROWS))
+        (origin,) = client.origins("d")
+        assert origin.blob
+        used = {tier.name: tier.num_files for tier in client.status().tiers}
+        assert used["ssd"] == 1  # and nothing left over
+
+
+def test_a_pin_that_is_killed_is_made_again(tmp_path: Path, folder: Path) -> None:
+    path = write(folder / "a.arrow")
+    killed = DaemonProcess(tmp_path / "data", "--origin-prefixes", str(folder))
+    killed.environment["FOREBAY_FAILPOINTS"] = "origin.before_pin"
+    with killed as daemon, forebay.connect(daemon.address()["rpc"]) as client:
+        client.register_dataset("d", [path])
+        with ThreadPoolExecutor(1) as threads:
+            pinned = threads.submit(client.pin_origins, "d")
+            assert daemon.wait_exit() == -signal.SIGKILL
+            del killed.environment["FOREBAY_FAILPOINTS"]
+            daemon.start().wait_ready()
+            assert pinned.result(60).version == 2
+        path.unlink()
+        assert read_all(client) == list(range(NUM_ROWS))
+
+
+def test_missing_numbers_are_told_not_made_up(client: forebay.Client, folder: Path) -> None:
+    path = write(folder / "a.arrow", n=pa.array([1, None, 3]))
+    dataset = client.register_dataset("d", [path])
+    with pytest.raises(SchemaMismatch, match="'n' of int64 has missing values"):
+        dataset.take([0])
 
 
 def test_without_prefixes_nothing_is_read(tmp_path: Path) -> None:

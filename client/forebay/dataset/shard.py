@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay.dataset.schema import Column, Schema
-from forebay_wire.errors import IntegrityError, InvalidRequest
+from forebay_wire.errors import IntegrityError, InvalidRequest, SchemaMismatch
 from forebay_wire.limits import MAX_SEGMENT_BYTES
 
 ARROW_MAGIC: Final = b"ARROW1"
@@ -243,6 +243,11 @@ class BatchColumns:
 def _as_numbers(values: pa.Array, column: Column) -> NDArray[Any]:
     if column.kind == "array":
         values = values.storage.values
+    if values.null_count and not pa.types.is_floating(values.type):
+        raise SchemaMismatch(
+            f"column {column.name!r} of {column.text} has missing values, which no number stands "
+            "for: write the file without, or import it with a column that may have them"
+        )
     if pa.types.is_boolean(values.type) or values.null_count:
         flat: NDArray[Any] = values.to_numpy(zero_copy_only=False)
     else:
