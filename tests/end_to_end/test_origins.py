@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +114,42 @@ def test_what_was_read_once_is_cached_and_verified_after_a_kill(
         assert read_all(again) == list(range(NUM_ROWS))
         path.unlink()  # the cache has it
         assert read_all(again) == list(range(NUM_ROWS))
+
+
+def test_a_file_is_read_once_however_many_ask(
+    client: forebay.Client, daemon: DaemonProcess, folder: Path
+) -> None:
+    path = write(folder / "a.arrow", num_rows=500_000)
+    client.register_dataset("d", [path])
+    rpc = daemon.address()["rpc"]
+
+    def read(number: int) -> int:
+        with forebay.connect(rpc) as another:
+            return int(another.dataset("d").take([number * 1000])["x"][0])
+
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(read, range(6))) == [number * 1000 for number in range(6)]
+    with urllib.request.urlopen(daemon.address()["http_url"] + "/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    (line,) = [one for one in text.splitlines() if 'forebay_fetched_bytes{tier="origin"}' in one]
+    assert float(line.split()[1]) == path.stat().st_size
+
+
+def test_a_large_file_that_changes_while_it_is_streamed_is_told(
+    tmp_path: Path, folder: Path
+) -> None:
+    path = write(folder / "a.arrow", num_rows=1_500_000)
+    assert path.stat().st_size > 16 << 20
+    options = ("--origin-prefixes", str(folder), "--ssd-bytes", "1000000", "--hdd-path", "none")
+    with (
+        DaemonProcess(tmp_path / "small", *options) as daemon,
+        forebay.connect(daemon.address()["rpc"]) as client,
+    ):
+        dataset = client.register_dataset("d", [path])
+        assert int(dataset.take([0])["x"][0]) == 0
+        touch_again(path, b"changed")
+        with pytest.raises(OriginChanged, match=r"a\.arrow has changed"):
+            dataset.take(np.arange(len(dataset)))
 
 
 def test_a_changed_file_is_refused_with_its_name(

@@ -409,6 +409,9 @@ class Opener:
             self._promoter.policy.read(one.blob, one.length + one.table_length)
 
     async def _open_stream(self, client: str, place: Place) -> OpenedBlob:
+        tier = self._tiers.get(place.tier)
+        if tier.is_foreign:  # a stream that is shared would not see that the file has changed
+            await self._tiers.run(tier, tier.head, place.file)
         stream = await self.streams.open(place)
         loop = asyncio.get_running_loop()
 
