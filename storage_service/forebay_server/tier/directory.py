@@ -79,8 +79,12 @@ class DirectoryTier(Tier):
             self._ledger.join(device_of(self._folder))
         except OSError as error:
             raise from_os_error(error, "opening the volume", self._where) from error
-        self._publication.open()
-        self._count()
+        try:
+            self._publication.open()
+            self._count()
+        except BaseException:
+            self._volume.close()
+            raise
 
     def close(self) -> None:
         self._volume.close()
