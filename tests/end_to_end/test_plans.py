@@ -35,17 +35,17 @@ with forebay.connect(sys.argv[1]) as client:
 """
 
 
-def eventually(condition, seconds: float = 60.0):
+def eventually(condition, seconds: float = 60.0, told=lambda: "it did not come true"):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come true"
+        assert time.monotonic() < deadline, told()
         time.sleep(0.02)
     return found
 
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory) -> Path:
-    """A folder with an object tier of one dataset, one sample a blob."""
+    """An object tier of one dataset, one sample a blob, and a catalog of just that."""
     folder = tmp_path_factory.mktemp("plans")
     arguments = ("--object-url", f"file://{folder}/objects", "--reserve-bytes", "0")
     with (
@@ -58,20 +58,20 @@ def cold(tmp_path_factory) -> Path:
             for number in range(NUM_BLOBS):
                 writer.write(x=random.integers(0, 255, SAMPLE_BYTES, np.uint8), number=number)
         client.dataset("d").wait("remote", timeout=60)
+    recover = ["recover", "--data", str(folder / "node"), f"file://{folder}/objects"]
+    command = [sys.executable, "-m", "forebay_server", *recover]
+    subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
 @pytest.fixture
 def node(cold, tmp_path):
     """A daemon that has only the object tier's copies, and room for a third of them."""
-    shutil.copytree(cold / "objects", tmp_path / "objects")
-    recover = ["recover", "--data", str(tmp_path / "node"), f"file://{tmp_path}/objects"]
-    command = [sys.executable, "-m", "forebay_server", *recover]
-    subprocess.run(command, check=True, capture_output=True)
+    shutil.copytree(cold / "node", tmp_path / "node")
     ssd_bytes = NUM_BLOBS // 3 * (SAMPLE_BYTES + 16384)
     with DaemonProcess(
         tmp_path / "node",
-        *("--object-url", f"file://{tmp_path}/objects", "--hdd-path", "none"),
+        *("--object-url", f"file://{cold}/objects", "--hdd-path", "none"),
         *("--reserve-bytes", "0", "--ssd-bytes", str(ssd_bytes)),
     ) as daemon:
         yield daemon
@@ -111,7 +111,8 @@ def test_a_loader_plans_by_itself_and_reads_more_than_the_cache_holds(node, no_l
                     assert len(seen) % 6 or used_bytes(client, "ssd") <= limit
                 assert sorted(seen) == list(range(NUM_BLOBS))
             [plan] = eventually(
-                lambda: [one for one in plans_of(rpc) if (one.epoch, one.position) == (2, 0)]
+                lambda: [one for one in plans_of(rpc) if (one.epoch, one.position) == (2, 0)],
+                told=lambda: f"{plans_of(rpc)}, {loader.report()}",
             )
             assert plan.dataset == "d@1"
             assert plan.num_samples == NUM_BLOBS

@@ -194,7 +194,8 @@ class Plans:
                 "register the plan again"
             )
         self._renew(found)
-        if after == before:
+        if after == before:  # the end of an epoch is the start of the next
+            found.epoch, found.position = epoch, position
             return found
         now = self._foresight.clock()
         took = now - found.advanced_at
