@@ -157,10 +157,11 @@ def test_an_upload_that_fails_leaves_no_parts(
 def test_an_object_that_somebody_replaced_is_not_read_on(
     s3: S3Bucket, tier: RemoteTier, name: str
 ) -> None:
-    tier.put(name, b"12345")
+    """More than its end, which is read as it is opened."""
+    tier.put(name, random_bytes(8192, 1))
     place = tier.location.removeprefix("s3://")
     with tier.read(name) as reader:
-        s3.file_system().pipe_file(f"{place}/{name}", b"other")
+        s3.file_system().pipe_file(f"{place}/{name}", random_bytes(8192, 2))
         with pytest.raises(IntegrityError, match="somebody else writes there"):
             reader.read_into(0, bytearray(5))
 

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 LEFT_OVER_SECONDS: Final = 24 * 3600.0
 """Age at which an unfinished upload is a dead writer's: longer than any upload takes."""
 
+TAIL_BYTES: Final = 4096
+"""Read as an object is opened: a segment table, unless the blob is large, and what points to it."""
+
 
 class StorePlace(Place):
     """A store behind a client. Thread-safe."""
@@ -76,10 +79,10 @@ class StorePlace(Place):
         return ObjectWriter(self._parts, self._retrier, self._where, name, reservation)
 
     def read(self, name: str, where: str) -> TierReader:
-        info = self._look_up(name)
-        if info is None:
+        found = self._retrier.run(f"looking up file {name}", partial(self._tail, name))
+        if found is None:
             raise NotFound(f"there is no such file ({where})")
-        return ObjectReader(self._client, self._retrier, info, where)
+        return ObjectReader(self._client, self._retrier, found[0], where, found[1])
 
     def head(self, name: str) -> int | None:
         info = self._look_up(name)
@@ -124,6 +127,12 @@ class StorePlace(Place):
 
     def free_bytes(self) -> int:
         return UNBOUNDED
+
+    def _tail(self, name: str) -> tuple[ObjectInfo, bytes] | None:
+        found = self._client.tail(name, TAIL_BYTES)
+        if found is None:
+            self._client.check_place()  # in one that is gone, no object is gone
+        return found
 
     def _look_up(self, name: str) -> ObjectInfo | None:
         def look() -> ObjectInfo | None:

@@ -289,7 +289,16 @@ class ObjectWriter(TierWriter):
 class ObjectReader(TierReader):
     """Reads one object by ranges, as long as it is the one that it was when it was opened."""
 
-    def __init__(self, client: StoreClient, retrier: Retrier, info: ObjectInfo, where: str) -> None:
+    def __init__(
+        self,
+        client: StoreClient,
+        retrier: Retrier,
+        info: ObjectInfo,
+        where: str,
+        tail: bytes = b"",
+    ) -> None:
+        """*tail*: the object's last bytes, as far as they are known already."""
+        self._tail = tail
         self.size_bytes = info.size_bytes
         self.where = where
         self._client = client
@@ -299,6 +308,10 @@ class ObjectReader(TierReader):
     def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
         view = memoryview(buffer).cast("B")
         end = offset + view.nbytes
+        first = self.size_bytes - len(self._tail)
+        if first <= offset and end <= self.size_bytes:
+            view[:] = self._tail[offset - first : end - first]
+            return
         while view.nbytes and offset < self.size_bytes:
             num_bytes = self._read_some(offset, view)
             if not num_bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -114,6 +115,30 @@ class S3Client(PartStoreClient):
             return None
         modified = found["LastModified"].timestamp()
         return ObjectInfo(key, found["ContentLength"], found.get("ETag", ""), modified)
+
+    def tail(self, key: str, num_bytes: int) -> tuple[ObjectInfo, bytes] | None:
+        async def fetch() -> tuple[ObjectInfo, bytes] | None:
+            client = await self._files.set_session()
+            found = await client.get_object(
+                Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes=-{num_bytes}"
+            )
+            async with found["Body"] as body:
+                data = await body.read()
+            # "bytes FIRST-LAST/SIZE"; a store that knows no such ranges sends all or something else
+            sent, _, size = found.get("ContentRange", "").removeprefix("bytes ").partition("/")
+            first, _, last = sent.partition("-")
+            if not (first.isdecimal() and last == str(int(size or 0) - 1)):
+                return None
+            if len(data) != int(size) - int(first):
+                return None
+            modified = found["LastModified"].timestamp()
+            return ObjectInfo(key, int(size), found.get("ETag", ""), modified), data
+
+        with contextlib.suppress(StoreFault):
+            told = self._run(fetch, num_bytes)
+            if told is not None:
+                return told
+        return super().tail(key, num_bytes)  # which says what is wrong, if something is
 
     def delete(self, key: str) -> None:
         self._call("delete_object", Key=self._prefix + key)

@@ -113,6 +113,12 @@ class StoreClient(ABC):
     def head(self, key: str) -> ObjectInfo | None:
         """The object, None if there is none (or no place)."""
 
+    def tail(self, key: str, num_bytes: int) -> tuple[ObjectInfo, bytes] | None:
+        """The object, and its last *num_bytes* if that takes no call more, else nothing of it; None
+        if there is none (or no place)."""
+        info = self.head(key)
+        return None if info is None else (info, b"")
+
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
