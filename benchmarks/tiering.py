@@ -2,7 +2,8 @@
 
 The replay (``tiering_replay.py``) runs traces of blob names through the daemon's decisions and its
 peers'; ``tiering_real.py`` runs the daemon with its object tier behind a throttled link,
-``tiering_cold.py`` with a real S3 server, against its bare client. With ``--json FILE`` a plot is written beside it where matplotlib is installed.
+``tiering_cold.py`` with a real S3 server, against its bare client. With
+``--json FILE`` a plot is written beside it where matplotlib is installed.
 """
 
 from __future__ import annotations
