@@ -19,6 +19,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from forebay_server.catalog import row_digests
 from forebay_server.exit_codes import ExitCode
 from forebay_server.observe.metrics import METRICS
 from forebay_server.testing.daemon import DaemonProcess
@@ -379,6 +380,7 @@ def test_unreadable_object_url_is_one_clear_error(tmp_path: Path) -> None:
 def test_catalog_of_a_newer_forebay_exits_with_4(daemon: DaemonProcess) -> None:
     daemon.terminate()
     with sqlite3.connect(daemon.data / "catalog.sqlite") as connection:
+        row_digests.register(connection)
         connection.execute("UPDATE settings SET value = '99' WHERE key = 'schema_version'")
     connection.close()
     done = run_command(*serve_command(daemon.data))

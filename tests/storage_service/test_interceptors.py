@@ -22,6 +22,9 @@ from forebay_wire.v1 import (
     blobs_pb2_grpc,
     checkpoints_pb2_grpc,
     datasets_pb2_grpc,
+    integrity_pb2_grpc,
+    movement_pb2_grpc,
+    plans_pb2_grpc,
 )
 
 AUTH = Auth(bytes(32), "node")
@@ -56,6 +59,9 @@ class Edge:
             blobs=blobs_pb2_grpc.BlobsServicer(),
             checkpoints=checkpoints_pb2_grpc.CheckpointsServicer(),
             datasets=datasets_pb2_grpc.DatasetsServicer(),
+            integrity=integrity_pb2_grpc.IntegrityServicer(),
+            movement=movement_pb2_grpc.MovementServicer(),
+            plans=plans_pb2_grpc.PlansServicer(),
         )
         self.server = RpcServer(gate, services, reflection_enabled=False)
         self.channel = grpc.aio.insecure_channel(f"unix:{socket}")
