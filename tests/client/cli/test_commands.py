@@ -151,7 +151,7 @@ def test_commands_are_exactly_these(forebay_command) -> None:
     groups = {name: sorted(getattr(one, "commands", ())) for name, one in commands.commands.items()}
     assert groups == {
         "status": [],
-        "dataset": ["delete", "import", "list", "show", "warm"],
+        "dataset": ["delete", "import", "list", "pin", "register", "show", "warm"],
         "checkpoint": ["delete", "list", "show"],
         "jobs": [],
         "why": [],
@@ -164,6 +164,9 @@ def test_commands_are_exactly_these(forebay_command) -> None:
         "serve": [],
         "backup": [],
         "recover": [],
+        "scrub": [],
+        "fsck": [],
+        "gc": [],
     }
 
 
