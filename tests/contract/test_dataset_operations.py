@@ -197,4 +197,5 @@ class Operations(RuleBasedStateMachine):
 
 
 Operations.TestCase.settings = settings(max_examples=8, stateful_step_count=12, deadline=None)
-TestDatasetOperations = Operations.TestCase
+# Every step commits durably: slow where the disk is.
+TestDatasetOperations = pytest.mark.timeout(600)(Operations.TestCase)

@@ -7,7 +7,6 @@ looked up by its transaction number once the server answers again.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +51,9 @@ CONNECTION: Final = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,
 }
+NO_SUCH_TRANSACTION: Final = "22023"
+"""What pg_xact_status says of a number that the server has not given out."""
+
 ASK_SECONDS: Final = 0.1
 
 
@@ -155,10 +157,14 @@ class PostgresqlDatabase:
         deadline = time.monotonic() + AWAY_SECONDS
         answer = None
         while time.monotonic() < deadline:
-            with contextlib.suppress(exc.DBAPIError), self.readers.connect() as connection:
-                answer = connection.exec_driver_sql(
-                    "SELECT pg_xact_status(%s::xid8)", (number,)
-                ).scalar_one_or_none()
+            try:
+                with self.readers.connect() as connection:
+                    answer = connection.exec_driver_sql(
+                        "SELECT pg_xact_status(%s::xid8)", (number,)
+                    ).scalar_one_or_none()
+            except exc.DBAPIError as error:
+                if sqlstate(error) == NO_SUCH_TRANSACTION:
+                    return False  # the server crashed before its log had anything of it
             if answer in ("committed", "aborted"):
                 return bool(answer == "committed")
             time.sleep(ASK_SECONDS)

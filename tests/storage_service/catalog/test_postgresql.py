@@ -141,6 +141,7 @@ async def test_an_owner_that_lost_its_catalog_to_another_writes_no_more(
 # ------------------------------------------------------------------------- a server that goes away
 
 
+@pytest.mark.slow
 async def test_work_goes_on_over_restarts_of_the_server(
     url: str, open_catalog: Callable[..., Catalog]
 ) -> None:
@@ -164,8 +165,10 @@ async def test_work_goes_on_over_restarts_of_the_server(
         for _ in range(3):
             before = acknowledged
             async with asyncio.timeout(60):
-                while acknowledged < before + 20:  # noqa: ASYNC110 - a counter
+                while acknowledged < before + 20:
                     await asyncio.sleep(0.01)
+                    for task in working:
+                        assert not task.done(), task.exception()
             await asyncio.to_thread(server.stop)
             await asyncio.to_thread(server.start)
         is_over.set()
