@@ -71,8 +71,8 @@ def test_daemon_tells_where_it_listens(daemon: DaemonProcess) -> None:
     address = daemon.address()
     assert address["pid"] == daemon.pid
     assert address["tcp"] is None
-    for line in (address["rpc"], address["http_url"]):
-        assert line in daemon.log()
+    for line in (address["rpc"], address["http_url"]):  # said after the address is written
+        wait_until(lambda line=line: line in daemon.log())
 
 
 def test_sockets_and_secrets_are_for_this_user_only(daemon: DaemonProcess) -> None:

@@ -195,7 +195,7 @@ class Dataset:
     def define_splits(self, shares: Mapping[str, float], seed: int = 0) -> None:
         """Define splits of this version: name to fraction, disjoint, chosen at random by *seed*.
 
-        Repeating the call is a no-op; the same names with other shares raise AlreadyExists.
+        Repeating the call is a no-op; shares that select other rows raise AlreadyExists.
         """
         self._client().define_splits(self.name, self.version, shares, seed)
 

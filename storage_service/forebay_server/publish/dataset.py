@@ -241,8 +241,9 @@ class Datasets:
     ) -> DatasetInfo:
         """Name shares of a version (0: newest) under one seeded permutation of its rows.
 
-        A repeat with the same arguments changes nothing, in whatever order the splits are named;
-        other splits of the same version are refused (:class:`AlreadyExists`).
+        A repeat changes nothing, in whatever order the splits are named; so do other fractions that
+        select the same rows, as all do of a version without rows. Splits that select other rows of
+        the same version are refused (:class:`AlreadyExists`).
         """
         for split in fractions:
             check_name("split", split)
