@@ -83,6 +83,7 @@ from forebay_server.tier.owner import Owner, claim
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.remote import RemoteTier
 from forebay_server.tier.store import Tier
+from forebay_server.tier.wrap import MeteredTier, Record
 from forebay_server.version import forebay_version
 from forebay_wire.errors import InvalidRequest, StorageError
 from forebay_wire.protocol import protocol_range
@@ -97,8 +98,9 @@ STOP_GRACE_SECONDS: Final = 1.0
 IDLE_LOOK_SECONDS: Final = 1.0
 
 
-def open_tiers(config: Config, node: str) -> Tiers:
-    """The tiers that *config* names, not started; local ones are *node*'s."""
+def open_tiers(config: Config, node: str, record: Record) -> Tiers:
+    """The tiers that *config* names, not started; local ones are *node*'s. *record* is told of
+    each call."""
     reserve = config.reserve_bytes
     tiers: list[Tier] = []
     if config.ssd_folder is not None:
@@ -136,7 +138,8 @@ def open_tiers(config: Config, node: str) -> Tiers:
     encodings = {"hdd": config.hdd_encoding, "object": config.object_encoding}
     for tier in tiers:
         tier.encoding = encodings.get(tier.name, RAW)
-    used = [*map(GuardedTier, tiers), *open_origins(config)]
+    guarded = [GuardedTier(MeteredTier(tier, record)) for tier in tiers]
+    used = [*guarded, *open_origins(config)]
     return Tiers(used, SlotPool(config.ram_bytes or default_ram_bytes()))
 
 
@@ -205,7 +208,8 @@ class Daemon:
         await self._rpc.set_serving()
 
     async def _open_storage(self, stack: AsyncExitStack) -> None:
-        self._tiers = open_tiers(self._config, self._node)
+        self._metrics = Metrics()
+        self._tiers = open_tiers(self._config, self._node, self._metrics.tier_call)
         await self._tiers.start()
         stack.push_async_callback(self._tiers.close)
         url = self._config.catalog or sqlite_url(self._config.data / CATALOG_FILE_NAME)
@@ -334,7 +338,6 @@ class Daemon:
     async def _open_edges(self, stack: AsyncExitStack) -> None:
         """Descriptor socket, HTTP, gRPC: the handshake comes last, as it names the others."""
         self._attached = Attached()
-        self._metrics = Metrics()
         self._status = StatusReader(
             self._tiers, self._catalog, self._opener, self._read_daemon_state
         )

@@ -25,7 +25,16 @@ from forebay_server.observe.metrics import METRICS
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.rpc import RpcClient, call_metadata, rebuild_error, rpc_client
 from forebay_wire.errors import Unauthenticated, VersionMismatch
-from forebay_wire.v1 import admin_pb2, admin_pb2_grpc, blobs_pb2, checkpoints_pb2, datasets_pb2
+from forebay_wire.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    blobs_pb2,
+    checkpoints_pb2,
+    datasets_pb2,
+    integrity_pb2,
+    movement_pb2,
+    plans_pb2,
+)
 
 SERVING: Any = health_pb2.HealthCheckResponse.SERVING
 
@@ -48,7 +57,15 @@ def run_command(*command: str) -> subprocess.CompletedProcess[str]:
 
 def all_methods() -> list[Any]:
     """Descriptors of every method of every service."""
-    modules = (admin_pb2, blobs_pb2, checkpoints_pb2, datasets_pb2)
+    modules = (
+        admin_pb2,
+        blobs_pb2,
+        checkpoints_pb2,
+        datasets_pb2,
+        integrity_pb2,
+        movement_pb2,
+        plans_pb2,
+    )
     return [
         method
         for module in modules
@@ -121,6 +138,7 @@ def test_metrics_and_health_over_http(daemon: DaemonProcess) -> None:
         text = answer.read().decode()
     assert 'forebay_tier_bytes{kind="free",tier="ssd"}' in text
     assert all(f"# HELP {name} " in text for name in METRICS)
+    assert 'forebay_tier_seconds_count{operation="open",tier="ssd"} 1.0' in text
 
 
 # ---------------------------------------------------------------------------------------- entry

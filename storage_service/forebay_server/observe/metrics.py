@@ -52,6 +52,26 @@ METRICS: Final[dict[str, MetricSpec]] = {
         ),
         MetricSpec("forebay_tier_files", "gauge", ("tier",), "Files of a tier."),
         MetricSpec(
+            "forebay_tier_seconds",
+            "histogram",
+            ("tier", "operation"),
+            "Seconds that a call on a tier took: its create, write, publish, read (opening a "
+            "file), read_into, head, delete, list and the like.",
+        ),
+        MetricSpec(
+            "forebay_tier_moved_bytes_total",
+            "counter",
+            ("tier", "operation"),
+            "Bytes that calls on a tier were to move (write, read_into); what clients map or have "
+            "sent by the kernel is not among them.",
+        ),
+        MetricSpec(
+            "forebay_tier_errors_total",
+            "counter",
+            ("tier", "operation"),
+            "Calls on a tier that ended with an error.",
+        ),
+        MetricSpec(
             "forebay_tier_healthy", "gauge", ("tier",), "1 while the tier answers, 0 if it fails."
         ),
         MetricSpec(
@@ -160,14 +180,35 @@ class Metrics:
         self._registry.register(self._gauges)
         self.rpc_calls = self._counter("forebay_rpc_calls_total")
         self.rpc_internal_errors = self._counter("forebay_rpc_internal_errors_total")
-        spec = METRICS["forebay_rpc_seconds"]
-        self.rpc_seconds = Histogram(
-            spec.name, spec.meaning, spec.labels, registry=self._registry, buckets=SECONDS_BUCKETS
-        )
+        self.rpc_seconds = self._histogram("forebay_rpc_seconds")
+        self._tier_seconds = self._histogram("forebay_tier_seconds")
+        self._tier_bytes = self._counter("forebay_tier_moved_bytes_total")
+        self._tier_errors = self._counter("forebay_tier_errors_total")
+        self._tier_calls: dict[tuple[str, str], Histogram] = {}
 
     def _counter(self, name: str) -> Counter:
         spec = METRICS[name]
         return Counter(name, spec.meaning, spec.labels, registry=self._registry)
+
+    def _histogram(self, name: str) -> Histogram:
+        spec = METRICS[name]
+        return Histogram(
+            spec.name, spec.meaning, spec.labels, registry=self._registry, buckets=SECONDS_BUCKETS
+        )
+
+    def tier_call(
+        self, tier: str, operation: str, num_bytes: int, seconds: float, failed: bool
+    ) -> None:
+        """Count one call on a tier. From any thread."""
+        calls = self._tier_calls.get((tier, operation))
+        if calls is None:
+            calls = self._tier_seconds.labels(tier, operation)
+            self._tier_calls[tier, operation] = calls
+        calls.observe(seconds)
+        if num_bytes:
+            self._tier_bytes.labels(tier, operation).inc(num_bytes)
+        if failed:
+            self._tier_errors.labels(tier, operation).inc()
 
     def render(self, samples: Iterable[Sample]) -> bytes:
         """The exposition text, with *samples* as the gauges' values."""

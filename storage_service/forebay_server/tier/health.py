@@ -13,7 +13,7 @@ from typing import Final
 
 from forebay_server.model.health import DEVICE, VolumeHealth
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import HEALTHY, Tier, TierWriter
+from forebay_server.tier.store import HEALTHY, Tier, TierReader, TierWriter
 from forebay_server.tier.wrap import TierWrapper
 from forebay_wire.errors import ForebayError, IntegrityError, StorageError
 from forebay_wire.ids import new_random_name
@@ -87,13 +87,24 @@ class GuardedTier(TierWrapper):
         try:
             yield
         except ForebayError as error:
-            code = self._note(error)
-            if isinstance(error, IntegrityError) and code in DEVICE and self._is_out():
-                raise StorageError(
-                    f"tier {self.name} is out of service, nothing is known of file {name}: "
-                    f"{error.message}"
-                ) from error
+            self._failed(name, error)
             raise
+
+    def read(self, name: str) -> TierReader:
+        try:
+            return self.surround(name, self.inner.read(name))
+        except ForebayError as error:
+            self._failed(name, error)
+            raise
+
+    def _failed(self, name: str, error: ForebayError) -> None:
+        """Count *error*; :class:`StorageError` if it says more of the volume than of the file."""
+        code = self._note(error)
+        if isinstance(error, IntegrityError) and code in DEVICE and self._is_out():
+            raise StorageError(
+                f"tier {self.name} is out of service, nothing is known of file {name}: "
+                f"{error.message}"
+            ) from error
 
     def _is_out(self) -> bool:
         return not self._health.in_service

@@ -12,18 +12,25 @@ from forebay_server.tier.store import FileInfo, RoomPromise, Tier, TierReader, T
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-Record = Callable[[str, str, int, float], None]
-"""``record(tier, operation, bytes, seconds)``; called from any thread, also for failed calls."""
+Record = Callable[[str, str, int, float, bool], None]
+"""``record(tier, operation, bytes, seconds, failed)``; called from any thread, and cheap: opening a
+blob for a client waits for it."""
 
 
 class TierWrapper(Tier):
-    """Passes everything on, every call through :meth:`around`: subclasses override that."""
+    """Passes everything on, every call through :meth:`around`: subclasses override that.
+
+    What surrounds each call in production also overrides :meth:`read`, without a generator: it is
+    on the way of every blob that is opened.
+    """
 
     def __init__(self, inner: Tier) -> None:
         self.inner = inner
         self.name = inner.name
         self.kind = inner.kind
         self.location = inner.location
+        self.is_foreign = inner.is_foreign
+        self.caches_only = inner.caches_only
         self.encoding = inner.encoding
 
     @property
@@ -54,11 +61,15 @@ class TierWrapper(Tier):
 
     def read(self, name: str) -> TierReader:
         with self.around("read", name, 0):
-            return _Reader(self, name, self.inner.read(name))
+            return self.surround(name, self.inner.read(name))
+
+    def surround(self, name: str, inner: TierReader) -> TierReader:
+        """*inner*, its reads through :meth:`around`."""
+        return _Reader(self, name, inner)
 
     def read_medium(self, name: str) -> TierReader:
         with self.around("read_medium", name, 0):
-            return _Reader(self, name, self.inner.read_medium(name))
+            return self.surround(name, self.inner.read_medium(name))
 
     def head(self, name: str) -> int | None:
         with self.around("head", name, 0):
@@ -90,10 +101,23 @@ class MeteredTier(TierWrapper):
     @contextmanager
     def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
         started = time.perf_counter()
+        failed = False
         try:
             yield
+        except Exception:
+            failed = True
+            raise
         finally:
-            self._record(self.name, operation, num_bytes, time.perf_counter() - started)
+            self._record(self.name, operation, num_bytes, time.perf_counter() - started, failed)
+
+    def read(self, name: str) -> TierReader:
+        started = time.perf_counter()
+        found: TierReader | None = None
+        try:
+            found = self.inner.read(name)
+        finally:
+            self._record(self.name, "read", 0, time.perf_counter() - started, found is None)
+        return self.surround(name, found)
 
 
 class ThrottledTier(TierWrapper):

@@ -10,8 +10,10 @@ import pytest
 
 from forebay_server.testing.faults import FaultyTier
 from forebay_server.tier.directory import DirectoryTier
-from forebay_server.tier.wrap import MeteredTier, ThrottledTier
-from forebay_wire.errors import ResourceExhausted, StorageError
+from forebay_server.tier.health import GuardedTier
+from forebay_server.tier.store import Tier
+from forebay_server.tier.wrap import MeteredTier, ThrottledTier, TierWrapper
+from forebay_wire.errors import NotFound, ResourceExhausted, StorageError
 from forebay_wire.ids import new_random_name
 
 
@@ -31,6 +33,33 @@ def test_every_byte_is_recorded(ssd: DirectoryTier) -> None:
     assert ("ssd", "write", 5) in calls
     assert ("ssd", "read_into", 5) in calls
     assert [call[1] for call in calls] == ["create", "write", "publish", "read", "read_into"]
+
+
+def test_a_failed_call_is_recorded_as_one(ssd: DirectoryTier) -> None:
+    calls: list[tuple[str, bool]] = []
+    tier = MeteredTier(
+        ssd, lambda _, operation, size, seconds, failed: calls.append((operation, failed))
+    )
+    with pytest.raises(NotFound):
+        tier.read(new_random_name())
+    for _ in range(2):
+        tier.put(new_random_name(), b"1")
+    listing = iter(tier.list())
+    next(listing)
+    listing.close()  # whoever needs no more of a list ends it early
+    assert [call for call in calls if call[1]] == [("read", True)]
+    assert ("list", False) in calls
+
+
+@pytest.mark.parametrize("wrap", [MeteredTier, GuardedTier])
+def test_a_wrapper_says_what_its_tier_says(wrap: type[TierWrapper], ssd: DirectoryTier) -> None:
+    ssd.is_foreign, ssd.encoding = True, "lz4"
+    tier = GuardedTier(ssd) if wrap is GuardedTier else MeteredTier(ssd, lambda *call: None)
+    for name in Tier.__annotations__:
+        assert getattr(tier, name) == getattr(ssd, name), name
+    for name, method in vars(Tier).items():  # what a tier may have better than the base class
+        if callable(method) and not name.startswith("_") and name not in ("put", "get"):
+            assert getattr(type(tier), name) is not method, name
 
 
 def test_a_slow_tier_takes_its_time(ssd: DirectoryTier) -> None:
