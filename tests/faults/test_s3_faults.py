@@ -15,6 +15,7 @@ from forebay_server.testing.seaweed import KEY, SECRET, SeaweedFS, seaweed_progr
 from forebay_server.testing.tier_contract import random_bytes
 from forebay_server.tier.parts import PART_BYTES
 from forebay_server.tier.remote import ObjectClientName, RemoteTier
+from forebay_server.tier.retry import CannotGiveRemote
 from forebay_wire.errors import (
     AlreadyExists,
     IntegrityError,
@@ -306,3 +307,28 @@ def test_a_server_that_is_killed_and_comes_back_has_what_it_acknowledged(tmp_pat
         tier.put("data/after", b"again")
         assert tier.get("data/after") == b"again"
         tier.close()
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_store_that_ignores_conditions_can_only_cache(
+    s3: S3Bucket, client: ObjectClientName
+) -> None:
+    if client == "obstore":
+        pytest.importorskip("obstore")
+    with FaultyProxy(s3.endpoint) as careless:
+        careless.ignores_conditions = (s3.key, s3.secret)
+        behind = replace(s3, endpoint=careless.endpoint)
+        with pytest.raises(CannotGiveRemote, match="only if it does not exist"):
+            behind.tier(f"careless-{client}", client).open()
+        tier = behind.tier(f"careless-{client}", client, caches_only=True)
+        tier.open()
+        try:
+            assert list(tier.list()) == []
+            for num_bytes in (5, LARGE_BYTES):
+                name, data = tier.blob_name(new_random_name()), random_bytes(num_bytes, 1)
+                tier.put(name, data)
+                with pytest.raises(AlreadyExists):
+                    tier.put(name, data)
+                assert tier.get(name) == data
+        finally:
+            tier.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import re
 import socket
 import threading
 import time
@@ -9,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 FaultKind = Literal["answer", "answer after", "cut request", "cut answer"]
 
@@ -58,6 +61,8 @@ class FaultyProxy:
         self._threads: list[threading.Thread] = []
         self.latency_seconds = 0.0
         """Every request waits so long before it is passed on."""
+        self.ignores_conditions: tuple[str, str] | None = None
+        """Key id and secret: requests go on without ``If-None-Match``, signed again with these."""
         self.requests: list[str] = []
         """``METHOD target`` of all requests that came, faulty ones included."""
 
@@ -134,6 +139,8 @@ class FaultyProxy:
         if request is None:
             return False
         fault = self._take_fault(request)
+        if self.ignores_conditions is not None:
+            request.drop_condition(*self.ignores_conditions)
         time.sleep(self.latency_seconds)
         if request.expects_continue:
             down.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -190,6 +197,41 @@ class _Message:
         self.expects_continue = "expect" in self._headers
         kept = [line for line in lines if not line.lower().startswith("expect:")]
         self.head = "\r\n".join(kept).encode("latin-1") + _HEAD_END
+
+    def drop_condition(self, key: str, secret: str) -> None:
+        """Take ``If-None-Match`` out of a request of S3, and sign what is left."""
+        if self._headers.pop("if-none-match", None) is None:
+            return
+        scope = re.search(r"Credential=[^/]+/([^,]+)", self._headers["authorization"])
+        signed = re.search(r"SignedHeaders=([^,]+)", self._headers["authorization"])
+        assert scope is not None and signed is not None, "signed as S3 has it since 2012"
+        names = [one for one in signed[1].split(";") if one != "if-none-match"]
+        self._headers["authorization"] = (
+            f"AWS4-HMAC-SHA256 Credential={key}/{scope[1]}, SignedHeaders={';'.join(names)}, "
+            f"Signature={self._signature(names, scope[1], secret)}"
+        )
+        lines = [f"{name}: {value}" for name, value in self._headers.items() if name != "expect"]
+        first = f"{self.method} {self.target} HTTP/1.1"
+        self.head = "\r\n".join([first, *lines]).encode("latin-1") + _HEAD_END
+
+    def _signature(self, names: list[str], scope: str, secret: str) -> str:
+        url = urlsplit(self.target)
+        query = sorted(parse_qsl(url.query, keep_blank_values=True))
+        canonical = [
+            self.method,
+            url.path,
+            "&".join(f"{quote(name, '')}={quote(value, '')}" for name, value in query),
+            *(f"{name}:{self._headers[name]}" for name in names),
+            "",
+            ";".join(names),
+            self._headers["x-amz-content-sha256"],
+        ]
+        digest = hashlib.sha256("\n".join(canonical).encode()).hexdigest()
+        text = "\n".join(["AWS4-HMAC-SHA256", self._headers["x-amz-date"], scope, digest])
+        signing = f"AWS4{secret}".encode()
+        for word in [*scope.split("/"), text]:
+            signing = hmac.digest(signing, word.encode(), "sha256")
+        return signing.hex()
 
     @property
     def is_chunked(self) -> bool:

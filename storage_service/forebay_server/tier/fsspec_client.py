@@ -1,4 +1,4 @@
-"""Any fsspec file system that can create a whole object exclusively, in one call."""
+"""Any fsspec file system: exclusively, where it can create a whole object so in one call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,12 @@ class FsspecClient(StoreClient):
         return own.pipe_file is not default or hasattr(own, "_pipe_file")
 
     def put(self, key: str, data: memoryview, mark: str) -> None:
-        self._call(self.files.pipe_file, self._path(key), bytes(data), mode="create")
+        path = self._path(key)
+        if self.is_exclusive:
+            self._call(self.files.pipe_file, path, bytes(data), mode="create")
+            return
+        self._call(self.files.makedirs, path.rpartition("/")[0], exist_ok=True)
+        self._call(self.files.pipe_file, path, bytes(data))
 
     def is_ours(self, key: str, data: memoryview | None, mark: str) -> bool:
         return bool(self._call(self.files.cat_file, self._path(key)) == data)

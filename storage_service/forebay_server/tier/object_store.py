@@ -1,4 +1,4 @@
-"""Objects in a store that creates them exclusively."""
+"""Objects in a store."""
 
 from __future__ import annotations
 
@@ -37,8 +37,17 @@ class StorePlace(Place):
     """A store behind a client. Thread-safe."""
 
     def __init__(
-        self, tier: str, client: StoreClient, where: str, left_over_seconds: float
+        self,
+        tier: str,
+        client: StoreClient,
+        where: str,
+        left_over_seconds: float,
+        *,
+        must_be_exclusive: bool = True,
     ) -> None:
+        """*must_be_exclusive* False: the store is not asked to create objects only if they do not
+        exist; who writes looks before, which is no promise."""
+        client.is_exclusive = must_be_exclusive
         self._client = client
         self._where = where
         self._left_over_seconds = left_over_seconds
@@ -56,9 +65,12 @@ class StorePlace(Place):
         return next(self.list(prefix), None) is not None
 
     def open(self) -> None:
-        doing = "checking that objects can be created only if they do not exist"
+        is_exclusive = self._client.is_exclusive
+        doing = "checking that objects can be written and read"
+        if is_exclusive:
+            doing = "checking that objects can be created only if they do not exist"
         try:
-            self._retrier.attempt(doing, self._probe)
+            self._retrier.attempt(doing, self._probe if is_exclusive else self._probe_plainly)
         except StoreFault as fault:
             raise self._retrier.refusal(doing, fault) from None
         self.sweep()
@@ -149,7 +161,7 @@ class StorePlace(Place):
         if isinstance(client, FsspecClient) and not client.may_create_exclusively:
             raise _not_exclusive()
         try:
-            client.put(probe, memoryview(b"probe"), probe)
+            _put_first(client, probe)
             if not _is_refused(partial(client.put, probe, memoryview(b"again"), probe)):
                 raise _not_exclusive()
             if isinstance(client, PartStoreClient) and not _refuses_parts(client, probe):
@@ -158,6 +170,28 @@ class StorePlace(Place):
             with contextlib.suppress(StoreFault):
                 client.delete(probe)
         client.proves_writes = client.refuses_damage(probe)
+
+    def _probe_plainly(self) -> None:
+        """Create an object and read it."""
+        client, probe, data = self._client, f"probe-{new_random_name()}", b"probe"
+        try:
+            client.put(probe, memoryview(data), probe)
+            found = bytearray(len(data))
+            if client.read_into(probe, "", 0, memoryview(found)) != len(data) or found != data:
+                raise StoreFault("misconfigured", "it gives back other bytes than were written")
+        finally:
+            with contextlib.suppress(StoreFault):
+                client.delete(probe)
+
+
+def _put_first(client: StoreClient, probe: str) -> None:
+    """Create an object that is not there, and would not be replaced."""
+    try:
+        client.put(probe, memoryview(b"probe"), probe)
+    except StoreFault as fault:
+        if fault.kind in ("misconfigured", "refused"):
+            raise _not_exclusive(f" ({fault.text})") from None
+        raise
 
 
 def _refuses_parts(client: PartStoreClient, taken: str) -> bool:
@@ -181,9 +215,9 @@ def _is_refused(create: Callable[[], None]) -> bool:
     return False
 
 
-def _not_exclusive() -> StoreFault:
+def _not_exclusive(told: str = "") -> StoreFault:
     return StoreFault(
-        "misconfigured",
-        "the store cannot create an object only if it does not exist, so it cannot be the object "
-        "tier and give anybody remote: use an S3 with conditional writes or file:///some/folder",
+        "not exclusive",
+        f"the store cannot create an object only if it does not exist{told}, so nothing becomes "
+        "remote there: use an S3 with conditional writes or file:///some/folder",
     )

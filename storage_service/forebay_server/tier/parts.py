@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Final
 
@@ -55,6 +55,20 @@ class PartSender:
         self._room = threading.BoundedSemaphore(PARTS_IN_FLIGHT)
         self._lock = threading.Lock()
         self._free: list[bytearray] = []
+        self._creating: set[str] = set()
+
+    @contextlib.contextmanager
+    def creating(self, name: str) -> Iterator[None]:
+        """Inside, nobody else of this process creates *name* in a store that cannot tell."""
+        with self._lock:
+            if name in self._creating:
+                raise StoreFault("taken", "somebody is just creating it")
+            self._creating.add(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._creating.remove(name)
 
     def take(self, num_bytes: int) -> bytearray:
         """A buffer of *num_bytes*."""
@@ -212,7 +226,10 @@ class ObjectWriter(TierWriter):
 
         doing = f"publishing file {self._name}"
         try:
-            self._retrier.attempt(doing, attempt)
+            if self._client.is_exclusive:
+                self._retrier.attempt(doing, attempt)
+            else:
+                self._create_after_look(doing, attempt)
         except StoreFault as fault:
             if fault.kind == "taken":
                 raise AlreadyExists(
@@ -221,6 +238,14 @@ class ObjectWriter(TierWriter):
             if fault.kind == "missing":  # an answer to PUT: nothing was asked for
                 fault = StoreFault("refused", fault.text)
             raise self._retrier.error(doing, fault) from None
+
+    def _create_after_look(self, doing: str, attempt: Callable[[], None]) -> None:
+        """*attempt* if the name is free, where the store itself would not say."""
+        with self._parts.creating(self._name):
+            looking = f"looking whether file {self._name} is there"
+            if self._retrier.attempt(looking, lambda: self._client.head(self._name)) is not None:
+                raise StoreFault("taken", "it is there")
+            self._retrier.attempt(doing, attempt)
 
     # ------------------------------------------------------------------------------- buffers
 

@@ -35,9 +35,9 @@ class RemoteTier(Tier):
 
     A directory (``file://``) publishes like the local tiers: fsspec's local file system would write
     the final name in place, without fsync. S3 takes large objects in parts and shows them with the
-    last call. Others create exclusively in one call; one that cannot is refused by ``open``: what
-    lies there could be replaced by another writer, so it can give nobody ``remote``. Listings are
-    never cached.
+    last call. Others create exclusively in one call; one that cannot is refused by ``open``
+    (:class:`CannotGiveRemote`), unless it is to cache only: what lies there could be replaced by
+    another writer. Listings are never cached.
     """
 
     kind: Literal["object"]
@@ -53,12 +53,15 @@ class RemoteTier(Tier):
         options: Mapping[str, Any] | None = None,
         must_have: str = "",
         left_over_seconds: float = LEFT_OVER_SECONDS,
+        caches_only: bool = False,
     ) -> None:
         """*client* is who speaks with S3; *options* are those of :class:`S3Options` there, else the
         fsspec file system's; *reserve_bytes* stay free where *url* is a directory. With
         *must_have*, a prefix like ``manifests/``: ``open`` makes nothing in a place without such
-        objects and raises :class:`NotFound`. Unfinished uploads of that age are a dead writer's."""
+        objects and raises :class:`NotFound`. Unfinished uploads of that age are a dead writer's.
+        With *caches_only* the store need not create exclusively; *url* is this node's alone."""
         self.name = name
+        self.caches_only = caches_only
         self.kind = "object"
         self.location = _CREDENTIALS.sub("//", url)
         self._url = url
@@ -176,7 +179,13 @@ class RemoteTier(Tier):
             ) from error
 
     def _store_place(self, client: StoreClient) -> StorePlace:
-        return StorePlace(self.name, client, self._where, self._left_over_seconds)
+        return StorePlace(
+            self.name,
+            client,
+            self._where,
+            self._left_over_seconds,
+            must_be_exclusive=not self.caches_only,
+        )
 
 
 def _checked(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from forebay_server.model.backoff import store_delay_seconds
+from forebay_server.tier.course import doing as spending
 from forebay_server.tier.store_client import FaultKind, StoreFault
 from forebay_wire.errors import (
     ForebayError,
@@ -19,6 +20,11 @@ from forebay_wire.errors import (
 )
 
 T = TypeVar("T")
+
+
+class CannotGiveRemote(InvalidRequest):
+    """The store cannot create an object only if it does not exist: at most it may cache."""
+
 
 TRIES: Final = 6
 """Tries of one call: with the delays between them about four seconds, plus what each takes."""
@@ -75,7 +81,8 @@ class Retrier:
                         f"one: {fault.text}; is the store up, reachable and not overloaded? "
                         "Nothing stored there is given up"
                     ) from None
-                self._sleep(store_delay_seconds(tried, random.random()))
+                with spending("throttle"):
+                    self._sleep(store_delay_seconds(tried, random.random()))
 
     def error(self, doing: str, fault: StoreFault) -> ForebayError:
         """Our error for *fault*, which came while *doing* something."""
@@ -86,6 +93,8 @@ class Retrier:
             return ResourceExhausted(text)
         if fault.kind == "changed":
             return IntegrityError(text)
+        if fault.kind == "not exclusive":
+            return CannotGiveRemote(text)
         return StorageError(text)
 
     def refusal(self, doing: str, fault: StoreFault) -> ForebayError:

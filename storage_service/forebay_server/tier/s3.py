@@ -91,6 +91,11 @@ class S3Client(PartStoreClient):
         self.delete(key)
         return False
 
+    @property
+    def _if_free(self) -> dict[str, str]:
+        """The condition of a call that creates an object."""
+        return {"IfNoneMatch": "*"} if self.is_exclusive else {}
+
     # ------------------------------------------------------------------------- whole objects
 
     def put(self, key: str, data: memoryview, mark: str) -> None:
@@ -100,9 +105,9 @@ class S3Client(PartStoreClient):
             Key=self._prefix + key,
             Body=_body(data),
             ContentLength=data.nbytes,
-            IfNoneMatch="*",
             Metadata={MARK: mark},
             ChecksumCRC32=_checksum(data),
+            **self._if_free,
         )
 
     def is_ours(self, key: str, data: memoryview | None, mark: str) -> bool:
@@ -221,7 +226,7 @@ class S3Client(PartStoreClient):
             Key=self._prefix + key,
             UploadId=upload,
             MultipartUpload={"Parts": named},
-            IfNoneMatch="*",
+            **self._if_free,
         )
 
     def abort(self, key: str, upload: str) -> None:

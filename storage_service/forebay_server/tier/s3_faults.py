@@ -90,6 +90,8 @@ def kind_of(code: str, status: int) -> FaultKind:
         return "no place"
     if code == "NoSuchUpload":
         return "no upload"
+    if status == 501:  # also how a store says that it knows no conditional writes
+        return "misconfigured"
     if status >= 500 or status in (408, 409, 429) or code in _BUSY:
         return "busy"
     if code in _DENIED or status in (401, 403):

@@ -54,7 +54,7 @@ class ObstoreClient(S3Client):
             self._prefix + key,
             bytes(data),
             attributes={MARK: mark},
-            mode="create",
+            mode="create" if self.is_exclusive else "overwrite",
             use_multipart=False,
         )
 

@@ -86,6 +86,9 @@ class Tier(ABC):
     """Folder or URL, for people."""
     is_foreign: bool = False
     """Its files are the user's own: they are read here, and never written or deleted."""
+    caches_only: bool = False
+    """Its copies may serve, and count for nothing when another copy or a promise depends on them:
+    the store would let another writer replace them."""
     encoding: str = "raw"
     """What copies that come here for keeping are encoded as, or ``auto``: one of
     ``forebay_server.model.encodings.SETTINGS``. New bytes land raw."""

@@ -15,6 +15,7 @@ FaultKind = Literal[
     "missing",  # no such object
     "no place",  # no such bucket
     "no upload",  # no such unfinished upload: completed, aborted or swept
+    "not exclusive",  # the store would replace what is there, or cannot say that it would not
     "refused",  # it will never work
     "taken",  # the name of a create-only call is taken
 ]
@@ -73,6 +74,9 @@ class StoreClient(ABC):
     proves_writes: bool = False
     """Whether the store checks all that it is sent against a checksum of ours. Set by who asked
     :meth:`refuses_damage`."""
+    is_exclusive: bool = True
+    """Whether the store itself refuses to replace an object. Where it does not, whoever writes
+    looks first, and :meth:`put` and ``complete`` create without a condition."""
 
     @abstractmethod
     def open(self) -> None:
@@ -88,7 +92,8 @@ class StoreClient(ABC):
 
     @abstractmethod
     def put(self, key: str, data: memoryview, mark: str) -> None:
-        """Create the whole object, durable and visible on return; ``taken`` if there is one.
+        """Create the whole object, durable and visible on return; ``taken`` if there is one, unless
+        the store is not exclusive.
 
         *mark* tells the writer's own object from others, see :meth:`is_ours`.
         """

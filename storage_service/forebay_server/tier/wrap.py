@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from forebay_server.tier.course import doing
 from forebay_server.tier.store import FileInfo, RoomPromise, Tier, TierReader, TierSpace, TierWriter
 
 if TYPE_CHECKING:
@@ -132,8 +133,11 @@ class ThrottledTier(TierWrapper):
     def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
         started = time.monotonic()
         yield
-        due = started + self._latency_seconds + num_bytes / self._bytes_per_second
+        due = started + self._latency_seconds
         time.sleep(max(0.0, due - time.monotonic()))
+        due += num_bytes / self._bytes_per_second
+        with doing("throttle"):
+            time.sleep(max(0.0, due - time.monotonic()))
 
 
 class _Writer(TierWriter):
