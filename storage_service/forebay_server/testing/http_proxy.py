@@ -204,7 +204,8 @@ class _Message:
             return
         scope = re.search(r"Credential=[^/]+/([^,]+)", self._headers["authorization"])
         signed = re.search(r"SignedHeaders=([^,]+)", self._headers["authorization"])
-        assert scope is not None and signed is not None, "signed as S3 has it since 2012"
+        assert scope is not None, "signed as S3 has it since 2012"
+        assert signed is not None
         names = [one for one in signed[1].split(";") if one != "if-none-match"]
         self._headers["authorization"] = (
             f"AWS4-HMAC-SHA256 Credential={key}/{scope[1]}, SignedHeaders={';'.join(names)}, "

@@ -92,7 +92,7 @@ class S3Client(PartStoreClient):
         return False
 
     @property
-    def _if_free(self) -> dict[str, str]:
+    def _if_free(self) -> dict[str, Any]:
         """The condition of a call that creates an object."""
         return {"IfNoneMatch": "*"} if self.is_exclusive else {}
 
