@@ -75,6 +75,7 @@ from forebay_server.rpc.movement import MovementService
 from forebay_server.rpc.plans import PlansService
 from forebay_server.rpc.server import RpcServer, Services
 from forebay_server.serve.open import Opener
+from forebay_server.serve.standing import PlanReader
 from forebay_server.serve.status import DaemonState, StatusReader
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.health import GuardedTier, TierWatch
@@ -388,9 +389,15 @@ class Daemon:
             descriptor_socket=str(self._sockets.descriptors),
             http_url=self._http_url,
         )
+        plans = PlanReader(self._tiers, self._catalog, self._ahead.plans)
         services = Services(
             admin=AdminService(
-                identity, self._auth, self._attached, self._status.read, lambda: self._state
+                identity,
+                self._auth,
+                self._attached,
+                self._status.read,
+                lambda: self._state,
+                plans,
             ),
             blobs=BlobsService(
                 self._uploads,
@@ -402,7 +409,7 @@ class Daemon:
             datasets=DatasetsService(self._datasets, self._origins),
             integrity=IntegrityService(self._integrity),
             movement=MovementService(self._movement),
-            plans=PlansService(self._ahead.plans),
+            plans=PlansService(self._ahead.plans, plans),
         )
         gate = Gate(self._auth, self._metrics, lambda: self._state != "serving")
         reflection = self._config.reflection

@@ -11,12 +11,13 @@ from forebay.cli.session import Session, with_session
 
 if TYPE_CHECKING:
     from forebay_wire.v1.admin_pb2 import JobStatus, StatusResponse, TierStatus
+    from forebay_wire.v1.plans_pb2 import PlanSummary, Waits
 
 
 @click.command()
 @with_session
 def status(session: Session) -> None:
-    """Tiers with their bytes, datasets, runs, background work."""
+    """Tiers with their bytes, datasets, runs, background work, and the plans of loaders."""
     with session.connect() as client:
         found = client.status()
     session.show(record(found), lambda: _print(found))
@@ -42,6 +43,11 @@ def _print(found: StatusResponse) -> None:
         )
     else:
         print("No background work.")
+    if found.plans:
+        print_table(
+            ("loader", "reads", ">at", ">samples/s", ">ahead", ">ready", ">ends in", "waited"),
+            [(*_plan(plan), _waits(plan.waits)) for plan in found.plans],
+        )
 
 
 def _tier(tier: TierStatus) -> tuple[str, ...]:
@@ -64,3 +70,32 @@ def _tier(tier: TierStatus) -> tuple[str, ...]:
 def _job(job: JobStatus) -> tuple[str, ...]:
     done = f"{size(job.done_bytes)} of {size(job.total_bytes)}" if job.total_bytes else ""
     return (job.kind, job.target, job.state, done, str(job.tries), job.error)
+
+
+def _plan(plan: PlanSummary) -> tuple[str, ...]:
+    """Ahead: of the blobs that come next; ready: of these, in a local tier."""
+    place = f"{plan.epoch}:{plan.position}" if plan.dataset else str(plan.position)
+    return (
+        plan.loader,
+        plan.dataset or "ranges",
+        place,
+        f"{plan.rate:.0f}",
+        size(plan.ahead_bytes),
+        size(plan.ready_bytes),
+        f"{plan.expires_seconds:.0f} s",
+    )
+
+
+def _waits(waits: Waits) -> str:
+    """How often and how long readers waited, and why."""
+    parts = {
+        "tier": waits.tier_seconds,
+        "queue": waits.queue_seconds,
+        "throttle": waits.throttle_seconds,
+        "origin": waits.origin_seconds,
+    }
+    if not waits.num_waits:
+        return "never"
+    reasons = ", ".join(f"{reason} {took:.2f}" for reason, took in parts.items() if took >= 0.005)
+    total = f"{sum(parts.values()):.2f} s in {waits.num_waits}"
+    return f"{total} ({reasons}; longest {waits.longest_seconds:.2f})" if reasons else total

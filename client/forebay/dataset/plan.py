@@ -32,7 +32,8 @@ class PlanNews:
     """Why there is no plan: the loader reads without one, only slower."""
     waits: Mapping[str, float] = field(default_factory=dict)
     """``num_waits`` and, by reason, ``tier_seconds``, ``queue_seconds``, ``throttle_seconds``,
-    ``origin_seconds``: how long opens of blobs took in the daemon, and why."""
+    ``origin_seconds``: how long blobs were waited for in the daemon, and why; ``longest_seconds``
+    of one wait."""
 
 
 @dataclass

@@ -30,9 +30,11 @@ class LoaderReport:
     wait_p50_seconds: float
     wait_p99_seconds: float
     open_waits: Mapping[str, float] = field(default_factory=dict)
-    """How long opens of shards took in the daemon, by reason: ``num_waits``; ``tier_seconds``
-    (reading a local tier), ``queue_seconds`` (behind other fetches), ``throttle_seconds`` (held
-    back by a bandwidth limit), ``origin_seconds`` (on the object tier)."""
+    """How long this loader waited for shards in the daemon, by reason: ``num_waits``;
+    ``tier_seconds`` (at a local tier, or the catalog), ``queue_seconds`` (behind other work: for a
+    thread, a buffer, room), ``throttle_seconds`` (held back by a bandwidth limit, or by a store
+    that is busy), ``origin_seconds`` (at the object tier, or the origin), which add up to the
+    time waited; ``longest_seconds`` (one wait)."""
     plan_problem: str = ""
     """Why the daemon has no plan of this loader, so that it reads without being fetched for."""
 

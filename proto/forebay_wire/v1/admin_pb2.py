@@ -22,31 +22,32 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from forebay_wire.v1 import plans_pb2 as forebay__wire_dot_v1_dot_plans__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay_wire/v1/admin.proto\x12\nforebay.v1\"=\n\x10HandshakeRequest\x12\x11\n\tprotocols\x18\x01 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x02 \x01(\t\"\xb1\x01\n\x11HandshakeResponse\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x61ta_folder\x18\x05 \x01(\t\x12\x19\n\x11\x64\x65scriptor_socket\x18\x06 \x01(\t\x12\x10\n\x08http_url\x18\x07 \x01(\t\x12\r\n\x05token\x18\x08 \x01(\t\"\x0f\n\rStatusRequest\"\xdb\x01\n\nTierStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08location\x18\x03 \x01(\t\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x12\n\nfree_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x07 \x01(\x04\x12\x12\n\nopen_bytes\x18\x08 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\t \x01(\x04\x12\x11\n\tnum_files\x18\n \x01(\x04\x12\x0e\n\x06health\x18\x0b \x01(\t\"\xc6\x01\n\tJobStatus\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\ndone_bytes\x18\x05 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x04\x12\r\n\x05tries\x18\x07 \x01(\r\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x14\n\x0c\x63reated_unix\x18\n \x01(\x01\x12\x10\n\x08\x64ue_unix\x18\x0b \x01(\x01\"\xb6\x02\n\x0eStatusResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x61ta_folder\x18\x04 \x01(\t\x12\x14\n\x0cstarted_unix\x18\x05 \x01(\x01\x12%\n\x05tiers\x18\x06 \x03(\x0b\x32\x16.forebay.v1.TierStatus\x12\x14\n\x0cnum_datasets\x18\x07 \x01(\r\x12\x10\n\x08num_runs\x18\x08 \x01(\r\x12\x13\n\x0bnum_clients\x18\t \x01(\r\x12\x13\n\x0bnum_uploads\x18\n \x01(\r\x12#\n\x04jobs\x18\x0b \x03(\x0b\x32\x15.forebay.v1.JobStatus\x12\r\n\x05state\x18\x0c \x01(\t\x12\x11\n\taddresses\x18\r \x03(\t\"\x1d\n\rAttachRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x0b\x41ttachEvent\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t2\xd2\x01\n\x05\x41\x64min\x12H\n\tHandshake\x12\x1c.forebay.v1.HandshakeRequest\x1a\x1d.forebay.v1.HandshakeResponse\x12?\n\x06Status\x12\x19.forebay.v1.StatusRequest\x1a\x1a.forebay.v1.StatusResponse\x12>\n\x06\x41ttach\x12\x19.forebay.v1.AttachRequest\x1a\x17.forebay.v1.AttachEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay_wire/v1/admin.proto\x12\nforebay.v1\x1a\x1b\x66orebay_wire/v1/plans.proto\"=\n\x10HandshakeRequest\x12\x11\n\tprotocols\x18\x01 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x02 \x01(\t\"\xb1\x01\n\x11HandshakeResponse\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x61ta_folder\x18\x05 \x01(\t\x12\x19\n\x11\x64\x65scriptor_socket\x18\x06 \x01(\t\x12\x10\n\x08http_url\x18\x07 \x01(\t\x12\r\n\x05token\x18\x08 \x01(\t\"\x0f\n\rStatusRequest\"\xdb\x01\n\nTierStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08location\x18\x03 \x01(\t\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x04\x12\x12\n\nused_bytes\x18\x05 \x01(\x04\x12\x12\n\nfree_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x64irty_bytes\x18\x07 \x01(\x04\x12\x12\n\nopen_bytes\x18\x08 \x01(\x04\x12\x16\n\x0ereserved_bytes\x18\t \x01(\x04\x12\x11\n\tnum_files\x18\n \x01(\x04\x12\x0e\n\x06health\x18\x0b \x01(\t\"\xc6\x01\n\tJobStatus\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\ndone_bytes\x18\x05 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x04\x12\r\n\x05tries\x18\x07 \x01(\r\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x14\n\x0c\x63reated_unix\x18\n \x01(\x01\x12\x10\n\x08\x64ue_unix\x18\x0b \x01(\x01\"\xde\x02\n\x0eStatusResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x61ta_folder\x18\x04 \x01(\t\x12\x14\n\x0cstarted_unix\x18\x05 \x01(\x01\x12%\n\x05tiers\x18\x06 \x03(\x0b\x32\x16.forebay.v1.TierStatus\x12\x14\n\x0cnum_datasets\x18\x07 \x01(\r\x12\x10\n\x08num_runs\x18\x08 \x01(\r\x12\x13\n\x0bnum_clients\x18\t \x01(\r\x12\x13\n\x0bnum_uploads\x18\n \x01(\r\x12#\n\x04jobs\x18\x0b \x03(\x0b\x32\x15.forebay.v1.JobStatus\x12\r\n\x05state\x18\x0c \x01(\t\x12\x11\n\taddresses\x18\r \x03(\t\x12&\n\x05plans\x18\x0e \x03(\x0b\x32\x17.forebay.v1.PlanSummary\"\x1d\n\rAttachRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x0b\x41ttachEvent\x12\r\n\x05state\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t2\xd2\x01\n\x05\x41\x64min\x12H\n\tHandshake\x12\x1c.forebay.v1.HandshakeRequest\x1a\x1d.forebay.v1.HandshakeResponse\x12?\n\x06Status\x12\x19.forebay.v1.StatusRequest\x1a\x1a.forebay.v1.StatusResponse\x12>\n\x06\x41ttach\x12\x19.forebay.v1.AttachRequest\x1a\x17.forebay.v1.AttachEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay_wire.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HANDSHAKEREQUEST']._serialized_start=43
-  _globals['_HANDSHAKEREQUEST']._serialized_end=104
-  _globals['_HANDSHAKERESPONSE']._serialized_start=107
-  _globals['_HANDSHAKERESPONSE']._serialized_end=284
-  _globals['_STATUSREQUEST']._serialized_start=286
-  _globals['_STATUSREQUEST']._serialized_end=301
-  _globals['_TIERSTATUS']._serialized_start=304
-  _globals['_TIERSTATUS']._serialized_end=523
-  _globals['_JOBSTATUS']._serialized_start=526
-  _globals['_JOBSTATUS']._serialized_end=724
-  _globals['_STATUSRESPONSE']._serialized_start=727
-  _globals['_STATUSRESPONSE']._serialized_end=1037
-  _globals['_ATTACHREQUEST']._serialized_start=1039
-  _globals['_ATTACHREQUEST']._serialized_end=1068
-  _globals['_ATTACHEVENT']._serialized_start=1070
-  _globals['_ATTACHEVENT']._serialized_end=1119
-  _globals['_ADMIN']._serialized_start=1122
-  _globals['_ADMIN']._serialized_end=1332
+  _globals['_HANDSHAKEREQUEST']._serialized_start=72
+  _globals['_HANDSHAKEREQUEST']._serialized_end=133
+  _globals['_HANDSHAKERESPONSE']._serialized_start=136
+  _globals['_HANDSHAKERESPONSE']._serialized_end=313
+  _globals['_STATUSREQUEST']._serialized_start=315
+  _globals['_STATUSREQUEST']._serialized_end=330
+  _globals['_TIERSTATUS']._serialized_start=333
+  _globals['_TIERSTATUS']._serialized_end=552
+  _globals['_JOBSTATUS']._serialized_start=555
+  _globals['_JOBSTATUS']._serialized_end=753
+  _globals['_STATUSRESPONSE']._serialized_start=756
+  _globals['_STATUSRESPONSE']._serialized_end=1106
+  _globals['_ATTACHREQUEST']._serialized_start=1108
+  _globals['_ATTACHREQUEST']._serialized_end=1137
+  _globals['_ATTACHEVENT']._serialized_start=1139
+  _globals['_ATTACHEVENT']._serialized_end=1188
+  _globals['_ADMIN']._serialized_start=1191
+  _globals['_ADMIN']._serialized_end=1401
 # @@protoc_insertion_point(module_scope)

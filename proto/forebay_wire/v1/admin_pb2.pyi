@@ -1,3 +1,4 @@
+from forebay_wire.v1 import plans_pb2 as _plans_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -91,7 +92,7 @@ class JobStatus(_message.Message):
     def __init__(self, job: _Optional[str] = ..., kind: _Optional[str] = ..., target: _Optional[str] = ..., state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., tries: _Optional[int] = ..., error: _Optional[str] = ..., priority: _Optional[int] = ..., created_unix: _Optional[float] = ..., due_unix: _Optional[float] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("server_version", "node", "incarnation", "data_folder", "started_unix", "tiers", "num_datasets", "num_runs", "num_clients", "num_uploads", "jobs", "state", "addresses")
+    __slots__ = ("server_version", "node", "incarnation", "data_folder", "started_unix", "tiers", "num_datasets", "num_runs", "num_clients", "num_uploads", "jobs", "state", "addresses", "plans")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +106,7 @@ class StatusResponse(_message.Message):
     JOBS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    PLANS_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     node: str
     incarnation: str
@@ -118,7 +120,8 @@ class StatusResponse(_message.Message):
     jobs: _containers.RepeatedCompositeFieldContainer[JobStatus]
     state: str
     addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, server_version: _Optional[str] = ..., node: _Optional[str] = ..., incarnation: _Optional[str] = ..., data_folder: _Optional[str] = ..., started_unix: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., num_datasets: _Optional[int] = ..., num_runs: _Optional[int] = ..., num_clients: _Optional[int] = ..., num_uploads: _Optional[int] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ..., state: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    plans: _containers.RepeatedCompositeFieldContainer[_plans_pb2.PlanSummary]
+    def __init__(self, server_version: _Optional[str] = ..., node: _Optional[str] = ..., incarnation: _Optional[str] = ..., data_folder: _Optional[str] = ..., started_unix: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., num_datasets: _Optional[int] = ..., num_runs: _Optional[int] = ..., num_clients: _Optional[int] = ..., num_uploads: _Optional[int] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ..., state: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., plans: _Optional[_Iterable[_Union[_plans_pb2.PlanSummary, _Mapping]]] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("name",)

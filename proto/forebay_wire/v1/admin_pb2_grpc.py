@@ -66,7 +66,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """One page about everything: tiers, datasets, runs, background work. Idempotent.
+        """One page about everything: tiers, datasets, runs, background work, plans. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

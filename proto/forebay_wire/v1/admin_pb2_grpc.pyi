@@ -39,7 +39,7 @@ class AdminStub:
     that says what to upgrade. Idempotent.
     """
     Status: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]
-    """One page about everything: tiers, datasets, runs, background work. Idempotent."""
+    """One page about everything: tiers, datasets, runs, background work, plans. Idempotent."""
     Attach: _grpc.UnaryStreamMultiCallable[_admin_pb2.AttachRequest, _admin_pb2.AttachEvent]
     """Keeps a folder's own daemon alive while this stream is open: the client holds
     one per connection; its end (or the client's death) lets the daemon's idle
@@ -57,7 +57,7 @@ class AdminAsyncStub(AdminStub):
     that says what to upgrade. Idempotent.
     """
     Status: _aio.UnaryUnaryMultiCallable[_admin_pb2.StatusRequest, _admin_pb2.StatusResponse]  # type: ignore[assignment]
-    """One page about everything: tiers, datasets, runs, background work. Idempotent."""
+    """One page about everything: tiers, datasets, runs, background work, plans. Idempotent."""
     Attach: _aio.UnaryStreamMultiCallable[_admin_pb2.AttachRequest, _admin_pb2.AttachEvent]  # type: ignore[assignment]
     """Keeps a folder's own daemon alive while this stream is open: the client holds
     one per connection; its end (or the client's death) lets the daemon's idle
@@ -84,7 +84,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.StatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.StatusResponse, _abc.Awaitable[_admin_pb2.StatusResponse]]:
-        """One page about everything: tiers, datasets, runs, background work. Idempotent."""
+        """One page about everything: tiers, datasets, runs, background work, plans. Idempotent."""
 
     @_abc_1.abstractmethod
     def Attach(

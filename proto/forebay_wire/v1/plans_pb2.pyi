@@ -73,18 +73,34 @@ class AdvancePlanRequest(_message.Message):
     def __init__(self, plan: _Optional[str] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class Waits(_message.Message):
-    __slots__ = ("num_waits", "tier_seconds", "queue_seconds", "throttle_seconds", "origin_seconds")
+    __slots__ = ("num_waits", "tier_seconds", "queue_seconds", "throttle_seconds", "origin_seconds", "longest_seconds")
     NUM_WAITS_FIELD_NUMBER: _ClassVar[int]
     TIER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     THROTTLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_SECONDS_FIELD_NUMBER: _ClassVar[int]
     num_waits: int
     tier_seconds: float
     queue_seconds: float
     throttle_seconds: float
     origin_seconds: float
-    def __init__(self, num_waits: _Optional[int] = ..., tier_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., throttle_seconds: _Optional[float] = ..., origin_seconds: _Optional[float] = ...) -> None: ...
+    longest_seconds: float
+    def __init__(self, num_waits: _Optional[int] = ..., tier_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., throttle_seconds: _Optional[float] = ..., origin_seconds: _Optional[float] = ..., longest_seconds: _Optional[float] = ...) -> None: ...
+
+class Wait(_message.Message):
+    __slots__ = ("ago_seconds", "tier_seconds", "queue_seconds", "throttle_seconds", "origin_seconds")
+    AGO_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TIER_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    THROTTLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ago_seconds: float
+    tier_seconds: float
+    queue_seconds: float
+    throttle_seconds: float
+    origin_seconds: float
+    def __init__(self, ago_seconds: _Optional[float] = ..., tier_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., throttle_seconds: _Optional[float] = ..., origin_seconds: _Optional[float] = ...) -> None: ...
 
 class PlanStanding(_message.Message):
     __slots__ = ("plan", "lease_seconds", "waits")
@@ -113,7 +129,7 @@ class ListPlansRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class PlanSummary(_message.Message):
-    __slots__ = ("plan", "loader", "dataset", "epoch", "position", "num_samples", "ready_bytes", "rate", "waits")
+    __slots__ = ("plan", "loader", "dataset", "epoch", "position", "num_samples", "ready_bytes", "rate", "waits", "ahead_bytes", "expires_seconds", "recent")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     LOADER_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +139,9 @@ class PlanSummary(_message.Message):
     READY_BYTES_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
     WAITS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RECENT_FIELD_NUMBER: _ClassVar[int]
     plan: str
     loader: str
     dataset: str
@@ -132,7 +151,10 @@ class PlanSummary(_message.Message):
     ready_bytes: int
     rate: float
     waits: Waits
-    def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., dataset: _Optional[str] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_samples: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., rate: _Optional[float] = ..., waits: _Optional[_Union[Waits, _Mapping]] = ...) -> None: ...
+    ahead_bytes: int
+    expires_seconds: float
+    recent: _containers.RepeatedCompositeFieldContainer[Wait]
+    def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., dataset: _Optional[str] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_samples: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., rate: _Optional[float] = ..., waits: _Optional[_Union[Waits, _Mapping]] = ..., ahead_bytes: _Optional[int] = ..., expires_seconds: _Optional[float] = ..., recent: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ...) -> None: ...
 
 class ListPlansResponse(_message.Message):
     __slots__ = ("plans",)

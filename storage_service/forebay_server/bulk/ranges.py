@@ -22,6 +22,7 @@ from forebay_server.serve.open import Opener
 from forebay_server.serve.opened import OpenedBlob
 from forebay_server.serve.plans import Plans
 from forebay_server.serve.stream import Stream
+from forebay_server.tier.course import Course, add_seconds, begin_course
 from forebay_wire.errors import (
     HTTP_STATUS,
     DeadlineExceeded,
@@ -203,7 +204,9 @@ class _Handlers:
             if wanted:
                 response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{opened.length}"
             if opened.stream is not None:
-                return await self._send_stream(request, response, opened.stream, start, stop)
+                return await self._send_stream(
+                    request, response, opened.stream, start, stop, opened.plan
+                )
             piece = FilePiece(opened.fd, start, stop - start)
             return await self._send(request, response, piece)
 
@@ -281,8 +284,10 @@ class _Handlers:
         stream: Stream,
         start: int,
         stop: int,
+        plan: str,
     ) -> web.StreamResponse:
-        """Send bytes [start, stop) of a blob as its segments arrive."""
+        """Send bytes [start, stop) of a blob as its segments arrive, to a reader of *plan*."""
+        waits: dict[str, float] = {}
         response.content_type = BYTES_TYPE
         response.content_length = stop - start
         response.headers["Accept-Ranges"] = "bytes"
@@ -290,12 +295,16 @@ class _Handlers:
         try:
             if request.method != "HEAD":
                 for index, first, last in stream.table.parts_of(start, stop):
+                    course = begin_course(Course())
                     async with self._opener.streams.segment(stream, index) as view:
+                        add_seconds(waits, course.so_far())
                         await _write(response, view[first:last])
         except BaseException:
             if request.transport is not None:
                 request.transport.abort()
             raise
+        finally:
+            self._opener.waited(plan, waits)
         await response.write_eof()
         return response
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -13,6 +13,8 @@ import grpc.aio
 
 from forebay_server.catalog.queries_jobs import Job
 from forebay_server.rpc.interceptors import current_caller
+from forebay_server.rpc.plans import convert_standing
+from forebay_server.serve.standing import PlanReader, Standing
 from forebay_server.serve.status import Status
 from forebay_wire.errors import DaemonUnavailable
 from forebay_wire.protocol import agree, protocol_range
@@ -91,12 +93,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         attached: Attached,
         read_status: Callable[[], Any],
         read_state: Callable[[], str],
+        plans: PlanReader,
     ) -> None:
         self._identity = identity
         self._tokens = tokens
         self._attached = attached
         self._read_status = read_status
         self._read_state = read_state
+        self._plans = plans
 
     async def Handshake(
         self,
@@ -125,7 +129,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         request: admin_pb2.StatusRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> admin_pb2.StatusResponse:
-        return convert_status(await self._read_status(), self._identity)
+        plans = await self._plans.read()
+        return convert_status(await self._read_status(), self._identity, plans)
 
     async def Attach(
         self,
@@ -147,7 +152,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         )
 
 
-def convert_status(status: Status, identity: Identity) -> admin_pb2.StatusResponse:
+def convert_status(
+    status: Status, identity: Identity, plans: Sequence[Standing]
+) -> admin_pb2.StatusResponse:
     """The message of a status page."""
     return admin_pb2.StatusResponse(
         server_version=identity.version,
@@ -163,6 +170,7 @@ def convert_status(status: Status, identity: Identity) -> admin_pb2.StatusRespon
         jobs=[convert_job(job) for job in status.counts.jobs],
         state=status.state,
         addresses=status.addresses,
+        plans=[convert_standing(plan) for plan in plans],
     )
 
 

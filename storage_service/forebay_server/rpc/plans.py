@@ -7,7 +7,8 @@ from typing import Any
 import grpc.aio
 
 from forebay_server.rpc.interceptors import caller_uid
-from forebay_server.serve.plans import OrderParameters, Plan, Plans
+from forebay_server.serve.plans import OrderParameters, Plan, Plans, Waited
+from forebay_server.serve.standing import PlanReader, Standing
 from forebay_wire.v1 import plans_pb2 as messages
 from forebay_wire.v1 import plans_pb2_grpc
 
@@ -17,8 +18,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class PlansService(plans_pb2_grpc.PlansServicer):
     """What each call promises stands in ``plans.proto``."""
 
-    def __init__(self, plans: Plans) -> None:
+    def __init__(self, plans: Plans, reader: PlanReader) -> None:
         self._plans = plans
+        self._reader = reader
 
     async def RegisterPlan(
         self, request: messages.RegisterPlanRequest, context: Context
@@ -70,7 +72,8 @@ class PlansService(plans_pb2_grpc.PlansServicer):
     async def ListPlans(
         self, request: messages.ListPlansRequest, context: Context
     ) -> messages.ListPlansResponse:
-        return messages.ListPlansResponse(plans=[_summary(plan) for plan in self._plans.all])
+        found = await self._reader.read()
+        return messages.ListPlansResponse(plans=[convert_standing(one) for one in found])
 
     def _standing(self, plan: Plan) -> messages.PlanStanding:
         return messages.PlanStanding(
@@ -78,7 +81,9 @@ class PlansService(plans_pb2_grpc.PlansServicer):
         )
 
 
-def _summary(plan: Plan) -> messages.PlanSummary:
+def convert_standing(standing: Standing) -> messages.PlanSummary:
+    """The message of a plan."""
+    plan = standing.plan
     return messages.PlanSummary(
         plan=plan.name,
         loader=plan.loader,
@@ -88,7 +93,16 @@ def _summary(plan: Plan) -> messages.PlanSummary:
         num_samples=plan.num_samples,
         rate=plan.rate,
         waits=_waits(plan),
+        ahead_bytes=standing.ahead_bytes,
+        ready_bytes=standing.ready_bytes,
+        expires_seconds=standing.expires_seconds,
+        recent=[_wait(one, standing.now) for one in reversed(plan.recent)],
     )
+
+
+def _wait(waited: Waited, now: float) -> messages.Wait:
+    parts = {f"{reason}_seconds": seconds for reason, seconds in waited.parts.items()}
+    return messages.Wait(ago_seconds=now - waited.until, **parts)
 
 
 def _waits(plan: Plan) -> messages.Waits:

@@ -7,8 +7,8 @@ import logging
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from forebay_server.catalog.engine import Catalog
@@ -18,7 +18,7 @@ from forebay_server.model.landing import reading_order
 from forebay_server.quarantine import Quarantine
 from forebay_server.serve.bring import Bringer
 from forebay_server.serve.holds import Hold, Holds
-from forebay_server.serve.opened import OpenedBlob, Reading, no_copy, reading
+from forebay_server.serve.opened import OpenedBlob, Reading, no_copy, opened_at, reading
 from forebay_server.serve.origin import OriginContents
 from forebay_server.serve.promote import (
     CachePolicy,
@@ -28,7 +28,9 @@ from forebay_server.serve.promote import (
     nobody,
     places_of,
 )
+from forebay_server.serve.shared import Shared
 from forebay_server.serve.stream import SMALLEST_BYTES, Streams
+from forebay_server.tier.course import doing
 from forebay_server.tier.memory import Window
 from forebay_server.tier.publication import DescriptorReader
 from forebay_server.tier.registry import Tiers
@@ -41,7 +43,6 @@ from forebay_wire.errors import (
     ResourceExhausted,
     StorageError,
 )
-from forebay_wire.segments import table_bytes_for
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ class _HeldWindow:
 class _Fetch:
     """One running fetch of a blob, however many wait for it."""
 
-    task: asyncio.Task[Place | _HeldWindow]
-    num_waiting: int = field(default=0)
+    work: Shared[Place | _HeldWindow]
+    num_waiting: int = 0
 
 
 class Opener:
@@ -114,7 +115,7 @@ class Opener:
 
     async def close(self) -> None:
         """Cancel running fetches and let windows go. Idempotent."""
-        tasks = [fetch.task for fetch in self._fetches.values()]
+        tasks = [fetch.work.task for fetch in self._fetches.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._checks.values(), return_exceptions=True)
@@ -175,7 +176,8 @@ class Opener:
         """
         asking = Reading(plan, can_stream)
         reading.set(asking)  # the tasks below inherit it
-        located = await self._locate_unknown(blobs)
+        with asking.looking():
+            located = await self._locate_unknown(blobs)
         tasks = [
             asyncio.create_task(self._open_or_error(client, blob, located.get(blob)))
             for blob in blobs
@@ -212,6 +214,10 @@ class Opener:
     def fetched_bytes(self) -> Counter[str]:
         """Tier to bytes that were read there for readers, and ahead of them, since the start."""
         return self._promoter.fetched_bytes + self.streams.read_bytes
+
+    def waited(self, plan: str, seconds: Mapping[str, float]) -> None:
+        """A reader of *plan* waited for bytes of a stream: reason to seconds."""
+        self._promoter.policy.waited(plan, seconds)
 
     def open_bytes(self) -> dict[str, int]:
         """Tier to bytes of blobs that are open."""
@@ -312,15 +318,16 @@ class Opener:
     async def _open_or_error(
         self, client: str, blob: str, located: BlobLocation | None
     ) -> OpenedBlob | ForebayError:
-        try:
-            cached = self.open_cached(client, [blob])
-            if cached is not None:
-                return cached[0]
-            if located is None and (content := await self.origins.content_of(blob)) is not None:
-                return await self._open_located(client, content, None)
-            return await self._open_located(client, blob, located)
-        except ForebayError as error:
-            return error
+        with reading.get().waiting():
+            try:
+                cached = self.open_cached(client, [blob])
+                if cached is not None:
+                    return cached[0]
+                if located is None and (content := await self.origins.content_of(blob)) is not None:
+                    return await self._open_located(client, content, None)
+                return await self._open_located(client, blob, located)
+            except ForebayError as error:
+                return error
 
     async def _open_located(
         self, client: str, blob: str, located: BlobLocation | None
@@ -344,7 +351,8 @@ class Opener:
         tried: set[str] = set()
         for _ in range(2):
             if located is None:
-                located = (await self._catalog.locate([blob])).get(blob)
+                with doing("tier"):
+                    located = (await self._catalog.locate([blob])).get(blob)
             if located is None:
                 raise NotFound(
                     f"blob {blob} is not in the catalog: its version or generation was deleted, "
@@ -383,18 +391,16 @@ class Opener:
         if tier.kind == "object" or place.encoding != RAW:
             is_streamed = place.num_bytes >= SMALLEST_BYTES and place.blob not in self._fetches
             if is_streamed and not asking.can_stream:
-                return _opened(place, place.tier, -1)  # the reader asks again, by HTTP
+                return opened_at(place, place.tier, -1)  # the reader asks again, by HTTP
             self.num_opens["miss"] += 1
             self._promoter.policy.asked(asking.plan, place.blob)
             self._promoter.policy.read(place.blob, place.file_bytes)
-            with asking.waiting("origin" if tier.kind == "object" else "tier"):
-                if is_streamed:
-                    return await self._open_stream(client, place)
-                return await self._open_fetched(client, place)
+            if is_streamed:
+                return await self._open_stream(client, place)
+            return await self._open_fetched(client, place)
         self._num_opening[place.blob] += 1
         try:
-            with asking.waiting("tier"):
-                opened = await self._tiers.run(tier, self._open_checked, place)
+            opened = await self._tiers.run(tier, self._open_checked, place)
             kept = self._keep(client, place, opened)
             self._note_hits([kept])
             return kept
@@ -418,7 +424,8 @@ class Opener:
         def let_go() -> None:
             loop.call_soon_threadsafe(self.streams.release, stream)
 
-        opened = replace(_opened(place, place.tier, -1), stream=stream, let_go=let_go)
+        opened = opened_at(place, place.tier, -1)
+        opened = replace(opened, stream=stream, let_go=let_go, plan=reading.get().plan)
         self._hold_or_close(client, opened)
         return opened
 
@@ -426,7 +433,7 @@ class Opener:
         fetch = self._fetches.get(source.blob) or self._begin_fetch(source, self._fetch(source))
         fetch.num_waiting += 1
         try:
-            found = await asyncio.shield(fetch.task)
+            found = await fetch.work.wait()
             if isinstance(found, Place):
                 return await self._open_promoted(client, found)
             with self._lock:
@@ -438,9 +445,8 @@ class Opener:
             self._end_fetch(source.blob)
 
     def _begin_fetch(self, source: Place, work: Coroutine[Any, Any, Place | _HeldWindow]) -> _Fetch:
-        task = asyncio.create_task(work, name=f"fetch-{source.blob}")
-        fetch = self._fetches[source.blob] = _Fetch(task)
-        task.add_done_callback(lambda _: self._end_fetch(source.blob))
+        fetch = self._fetches[source.blob] = _Fetch(Shared(work, f"fetch-{source.blob}"))
+        fetch.work.task.add_done_callback(lambda _: self._end_fetch(source.blob))
         return fetch
 
     async def bring_ahead(self, source: Place, tier: Tier) -> None:
@@ -450,7 +456,7 @@ class Opener:
             await self.streams.copy(source)
         elif source.blob not in self._fetches:
             fetch = self._begin_fetch(source, self._fetch_ahead(source, tier))
-            await asyncio.shield(fetch.task)
+            await fetch.work.wait()
 
     async def _fetch_ahead(self, source: Place, tier: Tier) -> Place | _HeldWindow:
         try:
@@ -472,10 +478,11 @@ class Opener:
     def _end_fetch(self, blob: str) -> None:
         """Forget a fetch that is done and that nobody waits for; its window goes if unused."""
         fetch = self._fetches.get(blob)
-        if fetch is None or fetch.num_waiting or not fetch.task.done():
+        if fetch is None or fetch.num_waiting or not fetch.work.task.done():
             return
         del self._fetches[blob]
-        if not fetch.task.cancelled() and (error := fetch.task.exception()) is not None:
+        task = fetch.work.task
+        if not task.cancelled() and (error := task.exception()) is not None:
             logger.info("blob %s was not fetched: %s", blob, error)
         self._drop_unused_window(blob)
 
@@ -499,7 +506,7 @@ class Opener:
                 f"blob {place.blob} has {reader.size_bytes} bytes instead of {place.file_bytes} "
                 f"({reader.where}); it is damaged"
             )
-        return _opened(place, place.tier, reader.detach())
+        return opened_at(place, place.tier, reader.detach())
 
     def _open_checked(self, place: Place) -> OpenedBlob:
         """Open, and check the table before anybody maps it."""
@@ -530,7 +537,7 @@ class Opener:
         )
 
     def _open_window(self, held: _HeldWindow) -> OpenedBlob:
-        return _opened(held.place, WINDOW_TIER, held.window.open_read_only())
+        return opened_at(held.place, WINDOW_TIER, held.window.open_read_only())
 
     def _keep(self, client: str, place: Place, opened: OpenedBlob) -> OpenedBlob:
         """Remember where a good copy lies, and count it for *client*."""
@@ -583,14 +590,3 @@ class Opener:
             one.close()
             if one.let_go is not None:
                 one.let_go()
-
-
-def _opened(place: Place, tier: str, descriptor: int) -> OpenedBlob:
-    return OpenedBlob(
-        blob=place.blob,
-        length=place.num_bytes,
-        tier=tier,
-        fd=descriptor,
-        table_offset=place.num_bytes,
-        table_length=table_bytes_for(place.num_segments),
-    )

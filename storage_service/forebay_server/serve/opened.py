@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final
 
+from forebay_server.serve.promote import Place
 from forebay_server.serve.stream import Stream
+from forebay_server.tier.course import Course, add_seconds, begin_course, doing
 from forebay_wire.errors import ForebayError, IntegrityError, StorageError
+from forebay_wire.segments import table_bytes_for
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class OpenedBlob:
 
     stream: Stream | None = None
     """Where its bytes come from, segment by segment, instead of a descriptor."""
+    plan: str = ""
+    """That its reader reads by, where it waits for bytes of the stream."""
 
     @property
     def extents(self) -> tuple[tuple[int, int, int], ...]:
@@ -65,24 +69,54 @@ class Reading:
     can_stream: bool = False
     """Whether it takes a :class:`~forebay_server.serve.stream.Stream`; else it is told to come back
     by HTTP."""
-    waits: dict[str, float] = field(default_factory=dict)
-    """Reason to the longest wait of its blobs, in seconds."""
+    looks: dict[str, float] = field(default_factory=dict)
+    """Reason to seconds, before its blobs are waited for: together, so that the slowest counts."""
+    slowest: dict[str, float] = field(default_factory=dict)
+    """The same, of that blob."""
+
+    @property
+    def waits(self) -> Mapping[str, float]:
+        """Reason to seconds: they add up to the whole wait."""
+        total = dict(self.looks)
+        add_seconds(total, self.slowest)
+        return total
 
     @contextmanager
-    def waiting(self, reason: str) -> Iterator[None]:
-        """Inside, a blob is waited for; those of one request are waited for together."""
-        started = time.monotonic()
+    def looking(self) -> Iterator[None]:
+        """Inside, this task looks where the blobs are."""
+        course = begin_course(Course())
+        with doing("tier"):
+            yield
+        self.looks.update(course.so_far())
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this task opens one of the blobs."""
+        course = begin_course(Course())
         try:
             yield
         finally:
-            took = time.monotonic() - started
-            self.waits[reason] = max(self.waits.get(reason, 0.0), took)
+            seconds = course.so_far()
+            if sum(seconds.values()) > sum(self.slowest.values()):
+                self.slowest.update(seconds)
 
 
 NOBODY: Final = Reading()
 
 reading: Final[ContextVar[Reading]] = ContextVar("forebay_reading", default=NOBODY)
 """For whom the current task opens blobs."""
+
+
+def opened_at(place: Place, tier: str, descriptor: int) -> OpenedBlob:
+    """The blob at *place*, read in *tier*, by *descriptor* if it has one."""
+    return OpenedBlob(
+        blob=place.blob,
+        length=place.num_bytes,
+        tier=tier,
+        fd=descriptor,
+        table_offset=place.num_bytes,
+        table_length=table_bytes_for(place.num_segments),
+    )
 
 
 def no_copy(blob: str, problems: Sequence[ForebayError]) -> ForebayError:

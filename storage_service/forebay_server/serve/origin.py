@@ -15,9 +15,10 @@ from forebay_server.catalog.queries_origins import (
     keep_digests,
     place_content,
 )
-from forebay_server.serve.opened import reading
 from forebay_server.serve.promote import Place, Promoter
+from forebay_server.serve.shared import Shared
 from forebay_server.tier.buffers import aligned_buffer
+from forebay_server.tier.course import doing
 from forebay_server.tier.origin import OriginFile
 from forebay_server.tier.origin_tier import OriginTier, off
 from forebay_server.tier.registry import Tiers
@@ -51,11 +52,11 @@ class OriginContents:
         self._catalog = catalog
         self._promoter = promoter
         self._tier = next((tier for tier in tiers.all if isinstance(tier, OriginTier)), None)
-        self._first_reads: dict[str, asyncio.Task[str]] = {}
+        self._first_reads: dict[str, Shared[str]] = {}
 
     async def close(self) -> None:
         """Idempotent. A read that runs on a thread ends by itself, and is of no use."""
-        tasks = list(self._first_reads.values())
+        tasks = [one.task for one in self._first_reads.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -68,20 +69,20 @@ class OriginContents:
         compared with ever since. :class:`OriginChanged`, :class:`PermissionDenied`,
         :class:`StorageError`.
         """
-        found = await self._catalog.read(lambda one: find_origins(one, [origin]))
+        with doing("tier"):
+            found = await self._catalog.read(lambda one: find_origins(one, [origin]))
         row = found.get(origin)
         if row is None:
             return None
         if row.blob:
             await self._place(row)
             return row.blob
-        task = self._first_reads.get(origin)
-        if task is None:
-            task = asyncio.create_task(self._read_first(row), name=f"origin-{origin}")
-            self._first_reads[origin] = task
-            task.add_done_callback(lambda _: self._first_reads.pop(origin, None))
-        with reading.get().waiting("origin"):
-            return await asyncio.shield(task)
+        reading = self._first_reads.get(origin)
+        if reading is None:
+            reading = Shared(self._read_first(row), f"origin-{origin}")
+            self._first_reads[origin] = reading
+            reading.task.add_done_callback(lambda _: self._first_reads.pop(origin, None))
+        return await reading.wait()
 
     async def _place(self, row: OriginRow) -> None:
         """A blob that was forgotten with the last dataset that named it is known again."""
@@ -104,7 +105,8 @@ class OriginContents:
         self._promoter.fetched_bytes[self._tier.name] += row.num_bytes
         failpoint("origin.before_row")
         try:
-            blob, replica = await self._catalog.write(lambda one: _enter(one, row, table, copy))
+            with doing("tier"):
+                blob, replica = await self._catalog.write(lambda one: _enter(one, row, table, copy))
         except Exception:
             await self._drop(copy)
             raise
@@ -143,7 +145,8 @@ class OriginContents:
                 writer.write(table.encoded)
                 writer.write(encode_trailer(table.total_bytes, len(table.encoded)))
                 num_bytes = writer.num_bytes
-                writer.publish()
+                with doing("tier"):
+                    writer.publish()
             return table, _Copy(target, name, num_bytes)
         finally:
             file.close()
@@ -160,7 +163,8 @@ def _digest(file: OriginFile, writer: TierWriter | None) -> SegmentTable:
             piece = view[first : first + MAX_SEGMENT_BYTES]
             builder.add(piece)
             if writer is not None:
-                writer.write(piece)
+                with doing("tier"):
+                    writer.write(piece)
     return builder.build()
 
 

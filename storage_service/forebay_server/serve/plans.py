@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -28,6 +29,9 @@ LOOK_SECONDS: Final = 2.0
 MAX_PLANS: Final = 4096
 
 MAX_LOADER_CHARACTERS: Final = 200
+
+MAX_RECENT: Final = 16
+"""Waits of a plan that are remembered one by one."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,26 @@ class Waits:
     queue_seconds: float = 0.0
     throttle_seconds: float = 0.0
     origin_seconds: float = 0.0
+    longest_seconds: float = 0.0
 
     def add(self, parts: Mapping[str, float]) -> None:
         """One more wait, made up of *parts*: reason ("tier", "queue", "throttle", "origin") to
         seconds."""
         self.num_waits += 1
+        self.longest_seconds = max(self.longest_seconds, sum(parts.values()))
         for reason, seconds in parts.items():
             name = f"{reason}_seconds"
             setattr(self, name, getattr(self, name) + seconds)
+
+
+@dataclass(frozen=True)
+class Waited:
+    """One wait."""
+
+    until: float
+    """When it ended, by the clock of :class:`~forebay_server.serve.foresight.Foresight`."""
+    parts: Mapping[str, float]
+    """Reason to seconds."""
 
 
 @dataclass
@@ -82,6 +98,7 @@ class Plan:
     epoch: int = 0
     position: int = 0
     waits: Waits = field(default_factory=Waits)
+    recent: deque[Waited] = field(default_factory=lambda: deque(maxlen=MAX_RECENT))
     rate: float = 0.0
     """Samples a second, lately."""
     advanced_at: float = 0.0
@@ -112,6 +129,10 @@ class Plans:
     @property
     def lease_seconds(self) -> float:
         return self._lease_seconds
+
+    def clock(self) -> float:
+        """The time that plans' times are of, in seconds."""
+        return self._foresight.clock()
 
     @property
     def all(self) -> Sequence[Plan]:
@@ -157,7 +178,7 @@ class Plans:
         before = self._plans.pop(plan, None)
         if before is not None:
             self._foresight.remove_plan(plan)
-            made.waits = before.waits
+            made.waits, made.recent = before.waits, before.recent
         made.loader = loader[:MAX_LOADER_CHARACTERS]
         made.epoch, made.position = epoch, position
         made.advanced_at = self._foresight.clock()
@@ -227,6 +248,7 @@ class Plans:
         found = self._plans.get(plan)
         if found is not None:
             found.waits.add(parts)
+            found.recent.append(Waited(self._foresight.clock(), parts))
 
     def expire(self) -> None:
         """End the plans whose lease ran out."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import (
@@ -18,15 +18,19 @@ from forebay_server.catalog.queries_blobs import (
 )
 from forebay_server.model.encodings import RAW
 from forebay_server.model.landing import Room, choose_landing
+from forebay_server.tier.course import Course, Reason, current_course, doing, on_thread
 from forebay_server.tier.encode import StoredFile, encode_into, open_plain
 from forebay_server.tier.memory import Window
-from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import Tier, TierWriter
+from forebay_server.tier.registry import Tiers, reason_of
+from forebay_server.tier.store import Tier, TierReader, TierWriter
 from forebay_server.tier.verify import copy_verified, verify_file
 from forebay_wire.errors import IntegrityError, NotFound, ResourceExhausted, StorageError
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import new_random_name
 from forebay_wire.segments import SegmentTable, encode_trailer, file_bytes_for
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +241,8 @@ class Promoter:
             return _record(connection, target, stored.num_bytes)
 
         try:
-            replica_id = await self._catalog.write(enter)
+            with doing("tier"):
+                replica_id = await self._catalog.write(enter)
         except Exception:  # after a cancellation the row may still come: at worst it is garbage
             await self._tiers.run(tier, tier.delete, file)
             raise
@@ -263,7 +268,10 @@ class Promoter:
     ) -> StoredFile:
         origin = self._tiers.get(source.tier)
         with open_plain(origin, source.file, source.encoding, source.blob) as reader:
-            return encode_into(reader, tier, file, setting, source.blob, advance=progress)
+            course = current_course()
+            told = _ToldReader(reader, course, reason_of(origin)) if course is not None else reader
+            with doing("tier"):
+                return encode_into(told, tier, file, setting, source.blob, advance=progress)
 
     def _fill_window(self, source: Place) -> Window:
         origin = self._tiers.get(source.tier)
@@ -276,6 +284,28 @@ class Promoter:
             window.close()
             raise
         return window
+
+
+class _ToldReader(TierReader):
+    """Reads of a source that somebody may wait for, beside the writing of what was read."""
+
+    def __init__(self, inner: TierReader, course: Course, reason: Reason) -> None:
+        """Whoever made *inner* closes it."""
+        self.size_bytes = inner.size_bytes
+        self.where = inner.where
+        self._inner = inner
+        self._course = course
+        self._reason = reason
+
+    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
+        with on_thread(self._course, self._reason):
+            self._inner.read_into(offset, buffer)
+
+    def fileno(self) -> int | None:
+        return self._inner.fileno()
+
+    def close(self) -> None:
+        pass
 
 
 def _finish(writer: TierWriter, table: SegmentTable) -> None:

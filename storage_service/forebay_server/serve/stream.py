@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from forebay_server.serve.promote import Foreground, Place, Promoter, nobody
+from forebay_server.serve.shared import Shared
 from forebay_server.tier.buffers import aligned_buffer
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.registry import Tiers
@@ -45,7 +46,7 @@ class _Loaded:
     """One segment in a buffer, or on its way into it."""
 
     buffer: memoryview
-    task: asyncio.Task[memoryview] | None = None
+    work: Shared[memoryview] | None = None
     num_users: int = 0
     is_kept: bool = False
     """For the copy."""
@@ -99,7 +100,7 @@ class Streams:
         self._tiers = tiers
         self._promoter = promoter
         self._foreground = foreground
-        self._streams: dict[str, asyncio.Task[Stream]] = {}
+        self._streams: dict[str, Shared[Stream]] = {}
         self._loaded: OrderedDict[Key, _Loaded] = OrderedDict()
         self._free: list[memoryview] = []
         self._num_unmade = NUM_BUFFERS
@@ -111,8 +112,8 @@ class Streams:
 
     async def close(self) -> None:
         """End copies and reads. Idempotent."""
-        reads = [one.task for one in self._loaded.values() if one.task is not None]
-        tasks = [*self._copies, *self._streams.values(), *reads]
+        reads = [one.work.task for one in self._loaded.values() if one.work is not None]
+        tasks = [*self._copies, *(one.task for one in self._streams.values()), *reads]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._closing, return_exceptions=True)
@@ -140,12 +141,12 @@ class Streams:
     async def _shared(self, source: Place) -> Stream:
         opening = self._streams.get(source.blob)
         if opening is None:
-            opening = asyncio.create_task(self._open(source), name=f"stream-{source.blob}")
+            opening = Shared(self._open(source), f"stream-{source.blob}")
             self._streams[source.blob] = opening
         try:
-            return await asyncio.shield(opening)
+            return await opening.wait()
         except BaseException:
-            if opening.done() and self._streams.get(source.blob) is opening:
+            if opening.task.done() and self._streams.get(source.blob) is opening:
                 del self._streams[source.blob]
             raise
 
@@ -172,8 +173,8 @@ class Streams:
         loaded.num_users += 1
         try:
             self._load_ahead(stream, index)
-            assert loaded.task is not None, "it is being loaded"
-            yield await asyncio.shield(loaded.task)
+            assert loaded.work is not None, "it is being loaded"
+            yield await loaded.work.wait()
         finally:
             loaded.num_users -= 1
             self._freed.set()
@@ -187,7 +188,7 @@ class Streams:
         stream.read_from(source.tier, reader)
         targets = await self._promoter.policy.tiers_for(source)
         if targets:
-            stream.copying = asyncio.create_task(self._copy(stream, targets[0]))
+            stream.copying = Shared(self._copy(stream, targets[0])).task
             self._copies.add(stream.copying)
             stream.copying.add_done_callback(lambda task: self._end_copy(stream, task))
         return stream
@@ -210,8 +211,8 @@ class Streams:
         running = []
         for key in [key for key in self._loaded if key[0] == stream.source.blob]:
             loaded = self._loaded[key]
-            if loaded.task is not None and not loaded.task.done():
-                running.append(loaded.task)
+            if loaded.work is not None and not loaded.work.task.done():
+                running.append(loaded.work.task)
             elif not loaded.num_users:
                 self._free.append(self._loaded.pop(key).buffer)
         self._freed.set()
@@ -289,9 +290,15 @@ class Streams:
         is_ahead = stream.is_copying and index >= stream.num_copied
         loaded.is_kept = is_ahead and self._num_kept() < NUM_KEPT
         self._loaded[key] = loaded
-        loaded.task = asyncio.create_task(self._read(stream, index, buffer))
-        loaded.task.add_done_callback(_look_at_error)
+        loaded.work = Shared(self._read(stream, index, buffer))
+        loaded.work.task.add_done_callback(self._end_read)
         return loaded
+
+    def _end_read(self, task: asyncio.Task[memoryview]) -> None:
+        """What was read ahead, and nobody uses, may go for others now."""
+        self._freed.set()
+        if not task.cancelled():
+            task.exception()  # nobody may have waited for it
 
     async def _read(self, stream: Stream, index: int, buffer: memoryview) -> memoryview:
         offsets = stream.table.offsets
@@ -314,7 +321,7 @@ class Streams:
             self._num_unmade -= 1
             return aligned_buffer(MAX_SEGMENT_BYTES)
         for key, loaded in self._loaded.items():
-            is_done = loaded.task is not None and loaded.task.done()
+            is_done = loaded.work is not None and loaded.work.task.done()
             if is_done and not loaded.num_users and not loaded.is_kept:
                 del self._loaded[key]
                 return loaded.buffer
@@ -327,13 +334,8 @@ async def _close_after(stream: Stream, running: list[asyncio.Task[memoryview]]) 
 
 
 def _has_failed(loaded: _Loaded) -> bool:
-    task = loaded.task
+    task = None if loaded.work is None else loaded.work.task
     return task is not None and task.done() and (task.cancelled() or task.exception() is not None)
-
-
-def _look_at_error(task: asyncio.Task[memoryview]) -> None:
-    if not task.cancelled():
-        task.exception()  # nobody may have waited for what was read ahead
 
 
 def _open_reader(tier: Tier, place: Place) -> tuple[TierReader, SegmentTable]:

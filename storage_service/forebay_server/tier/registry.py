@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
 
+from forebay_server.tier.course import Reason, current_course, on_thread
 from forebay_server.tier.memory import SlotPool
 from forebay_server.tier.sealed import SealedBlobs
 from forebay_server.tier.store import Tier, TierKind
@@ -35,8 +36,12 @@ class Tiers:
     ``start`` opens them all; ``close`` waits for running calls.
     """
 
-    def __init__(self, tiers: Sequence[Tier], slots: SlotPool) -> None:
-        """At most one of *tiers* is of kind ``object``, beside a foreign one; names are unique."""
+    def __init__(
+        self, tiers: Sequence[Tier], slots: SlotPool, *, why_not_remote: str = ""
+    ) -> None:
+        """At most one of *tiers* is of kind ``object``, beside a foreign one; names are unique.
+        *why_not_remote*: why nothing ever becomes remote although there is an object store."""
+        self.why_not_remote = why_not_remote
         self.all = tuple(tiers)
         self.slots = slots
         self.sealed = SealedBlobs(slots)
@@ -48,9 +53,10 @@ class Tiers:
             )
         )
         """The tiers that take new bytes, best first."""
-        self.object = next(
-            (tier for tier in tiers if tier.kind == "object" and not tier.is_foreign), None
-        )
+        self.object = next((tier for tier in tiers if tier.kind == "object" and tier.keeps), None)
+        """Where what is ``remote`` lies."""
+        self.caches = tuple(tier for tier in tiers if tier.caches_only)
+        """Where copies lie that count for nothing."""
         self.relieve: Callable[[Tier, int], Awaitable[int]] = _relieve_nothing
         """Gives back so many bytes of a landing tier by removing copies that other tiers have, as
         far as they may go; answers how many."""
@@ -103,8 +109,15 @@ class Tiers:
         self, tier: Tier | SlotPool, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """*call* on a thread of *tier*. A cancelled caller does not stop a call that runs."""
-        threads = self._threads[tier.name]
-        return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))
+        threads, course = self._threads[tier.name], current_course()
+        if course is None:
+            return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))
+
+        def told() -> T:
+            with on_thread(course, reason_of(tier)):
+                return call(*args, **kwargs)
+
+        return await asyncio.wrap_future(threads.submit(told))
 
     async def run_landing(
         self, tier: Tier, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -119,6 +132,11 @@ class Tiers:
         """Like :meth:`run`, for a *call* that moves bytes in the background and may wait."""
         threads = self._moving_threads[tier.name]
         return await asyncio.wrap_future(threads.submit(call, *args, **kwargs))
+
+
+def reason_of(tier: Tier | SlotPool) -> Reason:
+    """Why somebody waits who waits for a call of *tier*."""
+    return "origin" if tier.kind == "object" else "tier"
 
 
 async def _relieve_nothing(tier: Tier, num_bytes: int) -> int:

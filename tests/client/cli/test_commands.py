@@ -1,8 +1,11 @@
 """Commands against a real daemon: tables for people, JSON for programs, exit statuses."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +39,32 @@ def test_status(forebay_command, filled: DaemonProcess) -> None:
     assert found["num_datasets"] == 1
     assert [tier["name"] for tier in found["tiers"]] == ["ram", "ssd", "hdd", "object"]
     assert all(isinstance(tier["used_bytes"], int) for tier in found["tiers"])
+
+
+def test_status_shows_the_plans_of_loaders(forebay_command, filled: DaemonProcess) -> None:
+    with (
+        forebay.connect(filled.address()["rpc"]) as client,
+        forebay.DataLoader(client.dataset("odd"), global_batch_size=1) as loader,
+    ):
+        batches = iter(loader)
+        next(batches)
+
+        def shown() -> list[dict[str, Any]]:
+            return forebay_command("status", "--data", filled.data, "--json").json["plans"]
+
+        deadline = time.monotonic() + 60
+        while not (plans := shown()) or plans[0]["position"] < 1:
+            assert time.monotonic() < deadline, plans
+        [plan] = plans
+        shards = client.dataset("odd").manifest.shards
+        assert plan["dataset"] == "odd@2"
+        assert f"pid {os.getpid()}" in plan["loader"]
+        assert plan["ahead_bytes"] == plan["ready_bytes"] == sum(one.num_bytes for one in shards)
+        assert 0 < plan["expires_seconds"] <= 30
+        assert plan["waits"]["num_waits"] == len(plan["recent"])
+        out = forebay_command("status", "--data", filled.data).out
+        for part in ("odd@2", f"pid {os.getpid()}", "0:", "ahead", "ready", "waited"):
+            assert part in out
 
 
 @pytest.mark.parametrize("way", ["option", "environment"])
