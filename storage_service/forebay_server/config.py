@@ -23,6 +23,7 @@ from forebay_server.model.placement import Policy
 from forebay_server.model.watermarks import Watermarks
 from forebay_server.object_options import ObjectOptions
 from forebay_server.policy_file import DEFAULT, all_policies, parse_policies
+from forebay_server.tier_folders import check_folders, folder_of
 from forebay_wire.errors import InvalidRequest
 
 ENVIRONMENT_PREFIX: Final = "FOREBAY_SERVER_"
@@ -462,6 +463,15 @@ class Config:
                 f"{names}"
             )
         _ = (self.rpc_addresses, self.http_address)
+        location = self.object_location
+        check_folders(
+            self.data,
+            {
+                "ssd-path": self.ssd_folder,
+                "hdd-path": self.hdd_folder,
+                "object-url": None if location is None else folder_of(location),
+            },
+        )
         return self
 
 

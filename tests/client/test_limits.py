@@ -1,7 +1,9 @@
 """Each limit at its edge, where the client enforces it: before anything is sent or mapped."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from forebay.dataset.write import DatasetWriter
 from forebay.methods import Blobs, Datasets
 from forebay.testing.blobs import store_blob
 from forebay.transfer import replica
+from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire import limits
 from forebay_wire.limits import KIB, MIB
 from forebay_wire.v1 import blobs_pb2, datasets_pb2
@@ -49,6 +52,21 @@ def test_mappings(local_client: forebay.Client, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_default_of_mappings_leaves_most_to_others() -> None:
     assert limits.MAX_OPEN_BLOBS_PER_CLIENT < limits.MAX_MAPS_PER_CLIENT < 65530 // 2
+
+
+def test_more_writers_than_memory_take_turns(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with DaemonProcess(data, "--ram-bytes", "12MiB"), forebay.connect(data) as client:
+        row = np.zeros(2 * MIB, np.uint8)
+
+        def write(name: str) -> int:
+            with client.create_dataset(name, shard_bytes=8 * MIB) as writer:
+                for number in range(12):
+                    writer.write(x=row + number)
+            return client.dataset(name).num_rows
+
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(write, "abcd")) == [12] * 4
 
 
 def fill(writer: DatasetWriter, num_shards: int) -> None:

@@ -360,6 +360,10 @@ def test_show_config_names_every_origin(tmp_path: Path) -> None:
         (("--ram-bytes", "much"), "not a size"),
         (("--ram-byte", "1"), "--ram-bytes"),
         (("--config", "/no/such/file.toml"), "cannot read the configuration"),
+        (("--ssd-bytes", "1024PiB"), "its disk has"),
+        (("--ssd-path", "/tmp/one", "--hdd-path", "/tmp/one"), "is the folder of"),
+        (("--ssd-path", "/tmp/one", "--object-url", "file:///tmp/one/two"), "overlaps with"),
+        (("--object-url", "/"), "holds the data folder"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_a_sentence(
@@ -388,10 +392,11 @@ def test_data_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert "is no folder" in done.stderr
 
 
-def test_unreadable_object_url_is_one_clear_error(tmp_path: Path) -> None:
-    done = run_command(*serve_command(tmp_path / "data", "--object-url", "nosuchscheme://x/y"))
+@pytest.mark.parametrize("url", ["nosuchscheme://x/y", "ftp://127.0.0.1:1/x"])
+def test_unreadable_object_url_is_one_clear_error(tmp_path: Path, url: str) -> None:
+    done = run_command(*serve_command(tmp_path / "data", "--object-url", url))
     assert done.returncode in (ExitCode.USAGE, ExitCode.FAILURE)
-    assert "nosuchscheme" in done.stderr
+    assert url in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -32,7 +32,7 @@ from forebay_server.publish.session import (
     ended,
     slot_owner,
 )
-from forebay_server.publish.slots import SlotKeeper
+from forebay_server.publish.slots import SLOT_WAIT_SECONDS, NoSlotNow, SlotKeeper
 from forebay_server.quarantine import Quarantine
 from forebay_server.tier.memory import Slot
 from forebay_server.tier.registry import Tiers
@@ -153,7 +153,8 @@ class Uploads:
 
         *owner* says what it is for (``dataset NAME``); its slots are reused among its sessions.
         *bind* is called with the new session's name in the transaction that records it; if it
-        raises, there is no session. :class:`ResourceExhausted` if no landing tier has room.
+        raises, there is no session. Memory that others have on loan is waited for, 20 s at most.
+        :class:`ResourceExhausted` if no landing tier has room, or there is no memory.
         """
         check_limit("bytes of the blob", total_bytes, MAX_BLOB_BYTES, "write several blobs")
         check_limit("slot bytes", slot_bytes, MAX_UPLOAD_SLOT_BYTES, "append in pieces")
@@ -163,7 +164,17 @@ class Uploads:
                 f"{len(self._sessions)} upload sessions are open, the limit is {MAX_SESSIONS}: "
                 "commit or abort some"
             )
-        return await self._finish(self._begin(uid, owner, total_bytes, slot_bytes, bind))
+        deadline = asyncio.get_running_loop().time() + SLOT_WAIT_SECONDS
+        while True:
+            returned = self._slots.returned
+            try:
+                return await self._finish(self._begin(uid, owner, total_bytes, slot_bytes, bind))
+            except NoSlotNow as error:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await returned.wait()
+                except TimeoutError:
+                    raise ResourceExhausted(error.message) from error
 
     async def append(
         self, session: str, uid: int, sequence: int, num_bytes: int, cuts: Sequence[int]

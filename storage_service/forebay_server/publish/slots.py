@@ -17,8 +17,15 @@ from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import ResourceExhausted
 from forebay_wire.limits import MAX_SEGMENT_BYTES
 
+SLOT_WAIT_SECONDS: Final = 20.0
+"""How long a client waits for memory that others have on loan before it is refused."""
+
 SLOT_IDLE_SECONDS: Final = 900.0
 """How long an owner without sessions keeps its slots warm: more than most times between saves."""
+
+
+class NoSlotNow(ResourceExhausted):
+    """There is no memory for a slot, and others have some on loan that may come back."""
 
 
 class SlotKeeper:
@@ -29,34 +36,47 @@ class SlotKeeper:
         self._pool = tiers.slots
         self._held: dict[str, Slot] = {}  # by session, oldest first
         self._last_used: dict[str, float] = {}
+        self.returned = asyncio.Event()
+        """Set, and replaced, when a slot has come back."""
 
     async def lend(self, owner: str, num_bytes: int) -> Slot:
         """A slot of *num_bytes*, or of fewer where memory is short.
 
         Rather than refuse, the owner's oldest held slot is closed: what landed from it is on disk.
-        :class:`ResourceExhausted` with the numbers if that does not help.
+        :class:`ResourceExhausted` with the numbers if that does not help, :class:`NoSlotNow` where
+        waiting may.
         """
         while True:
+            returned = self.returned
             try:
                 return await self._tiers.run(
                     self._pool, self._pool.acquire, owner, num_bytes, MAX_SEGMENT_BYTES
                 )
-            except ResourceExhausted:
+            except ResourceExhausted as error:
                 oldest = next(
                     (name for name, slot in self._held.items() if slot.owner == owner), ""
                 )
-                if not oldest:
+                if oldest:
+                    await self.close(self._held.pop(oldest))
+                elif returned.is_set() or self._pool.num_lent > len(self._held):
+                    raise NoSlotNow(error.message) from error
+                else:
                     raise
-                await self.close(self._held.pop(oldest))
 
     def keep_warm(self, slot: Slot) -> None:
         """Take *slot* back for its owner's next session: its client has let it go."""
         self._pool.release(slot)
         self._last_used[slot.owner] = asyncio.get_running_loop().time()
+        self._tell_returned()
 
     async def close(self, slot: Slot) -> None:
         """Take *slot* back for good: its client may still write to it."""
         await self._tiers.run(self._pool, self._pool.discard, slot)
+        self._tell_returned()
+
+    def _tell_returned(self) -> None:
+        self.returned.set()
+        self.returned = asyncio.Event()
 
     def hold(self, session: str, slot: Slot) -> None:
         """Leave *slot* lent, though its session has landed, until one of the next two calls."""

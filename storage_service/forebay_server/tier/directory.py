@@ -25,7 +25,7 @@ from forebay_server.tier.store import (
     from_os_error,
 )
 from forebay_server.tier.volume import VOLUME_FILE, Volume
-from forebay_wire.errors import NotFound, StorageError
+from forebay_wire.errors import InvalidRequest, NotFound, StorageError
 from forebay_wire.ids import check_random_name
 from forebay_wire.limits import GIB
 
@@ -75,6 +75,7 @@ class DirectoryTier(Tier):
     def open(self) -> None:
         try:
             make_folders(self._folder)
+            self._check_limit()
             self._volume.open()
             self._ledger.join(device_of(self._folder))
         except OSError as error:
@@ -85,6 +86,17 @@ class DirectoryTier(Tier):
         except BaseException:
             self._volume.close()
             raise
+
+    def _check_limit(self) -> None:
+        """Refuse a limit that could never be what ends the room: somebody meant another disk."""
+        device = os.statvfs(self._folder)
+        device_bytes = device.f_blocks * device.f_frsize
+        if device_bytes and self._ledger.limit_bytes > device_bytes:
+            raise InvalidRequest(
+                f"{self._where} is to hold {self._ledger.limit_bytes} bytes, its disk has "
+                f"{device_bytes} in all: is it mounted? Lower {self.name}-bytes, or leave it out "
+                "to use what the disk has"
+            )
 
     def close(self) -> None:
         self._volume.close()

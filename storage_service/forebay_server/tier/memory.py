@@ -198,7 +198,13 @@ class SlotPool:
         measure: Callable[[], int] = free_memory,
     ) -> None:
         """*limit_bytes* for all slots and windows; *reserve_bytes* of the machine stay free."""
-        self._ledger = SpaceLedger("tier ram", limit_bytes, reserve_bytes, measure)
+        self._ledger = SpaceLedger(
+            "tier ram",
+            limit_bytes,
+            reserve_bytes,
+            measure,
+            advice="have fewer writers at a time, write smaller shards, or raise ram-bytes",
+        )
         self._lock = threading.Lock()
         self._warm: dict[str, list[Slot]] = {}
         self._lent: dict[str, Slot] = {}
@@ -305,6 +311,12 @@ class SlotPool:
             free_bytes=space.free_bytes,
             num_files=num_slots,
         )
+
+    @property
+    def num_lent(self) -> int:
+        """Slots that somebody has."""
+        with self._lock:
+            return len(self._lent)
 
     def close(self) -> None:
         """Give all memory back; clients' mappings live on. Idempotent."""

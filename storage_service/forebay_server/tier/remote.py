@@ -149,6 +149,11 @@ class RemoteTier(Tier):
                 f"object URL {self.location} cannot be opened: {error}; use a URL that fsspec "
                 "knows, like file:///some/folder, and install what it needs"
             ) from error
+        except Exception as error:  # whatever a file system raises that cannot reach its server
+            raise StorageError(
+                f"object URL {self.location} cannot be opened: {error!r}; is "
+                "the server up, and are address and credentials right?"
+            ) from error
         if isinstance(files, LocalFileSystem):
             return FolderPlace(Path(root), self._where)
         return self._store_place(FsspecClient(files, root))

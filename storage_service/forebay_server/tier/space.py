@@ -87,11 +87,19 @@ class SpaceLedger:
     """
 
     def __init__(
-        self, what: str, limit_bytes: int, reserve_bytes: int, measure: Callable[[], int]
+        self,
+        what: str,
+        limit_bytes: int,
+        reserve_bytes: int,
+        measure: Callable[[], int],
+        *,
+        advice: str = "delete datasets or generations, or raise the limit",
     ) -> None:
-        """*what* names the tier in messages; *limit_bytes* 0: none of its own; *reserve_bytes* stay
-        free on the device; *measure* answers the bytes that the device has left."""
+        """*what* names the tier in messages, *advice* says there what gives room; *limit_bytes* 0:
+        none of its own; *reserve_bytes* stay free on the device; *measure* answers the bytes that
+        the device has left."""
         self.what = what
+        self._advice = advice
         self.limit_bytes = limit_bytes
         self.reserve_bytes = reserve_bytes
         self._measure = measure
@@ -159,8 +167,8 @@ class SpaceLedger:
             f"{self.what} has no room: {num_bytes} bytes needed, {self._room()} free; "
             f"{self._num_files} files hold {self._used_bytes} bytes{limit}, running uploads "
             f"{self._reserved_bytes}, the device has {self._measure()} left of which "
-            f"{self.reserve_bytes} stay free and {self._device.pending_bytes} are promised: delete "
-            "datasets or generations, or raise the limit"
+            f"{self.reserve_bytes} stay free and {self._device.pending_bytes} are promised: "
+            f"{self._advice}"
         )
 
 

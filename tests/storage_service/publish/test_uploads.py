@@ -225,6 +225,27 @@ async def test_a_full_first_tier_lets_the_second_take_it(tmp_path: Path) -> None
             await node.uploads.begin(UID, "dataset d", 2 * MIB, MIB)
 
 
+async def test_memory_that_another_has_on_loan_is_waited_for(tmp_path: Path) -> None:
+    async with open_storage(tmp_path, ram_bytes=6 * MIB) as node:
+        first = await node.uploads.begin(UID, "dataset a", 5 * MIB, 5 * MIB)
+        second = asyncio.create_task(node.uploads.begin(UID, "dataset b", 5 * MIB, 5 * MIB))
+        done, _ = await asyncio.wait([second], timeout=0.3)
+        assert not done
+        await node.uploads.seal(first.session, UID, 0, 10, [10])
+        async with asyncio.timeout(10):
+            assert (await second).slot_bytes == 5 * MIB
+
+
+async def test_memory_that_does_not_come_back_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forebay_server.publish.lease.SLOT_WAIT_SECONDS", 0.2)
+    async with open_storage(tmp_path, ram_bytes=6 * MIB) as node:
+        await node.uploads.begin(UID, "dataset a", 5 * MIB, 5 * MIB)
+        with pytest.raises(ResourceExhausted, match=r"tier ram .* raise ram-bytes"):
+            await node.uploads.begin(UID, "dataset b", 5 * MIB, 5 * MIB)
+
+
 # ------------------------------------------------------------------------------ in the background
 
 
