@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.serve.cache import Cache
+from forebay_server.serve.disk_runs import DiskRuns, Needed
 from forebay_server.serve.foresight import Foresight
 from forebay_server.serve.promote import Place, places_of
 from forebay_server.tier.registry import Tiers
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 STREAMS: Final = {"object": 24, "hdd": 1}
 """Fetches at a time by the kind of tier where they come from: fewer than the tier has threads, so
-that there is one for whoever waits. A disk reads one file after the other."""
+that there is one for whoever waits. A disk reads one file after the other, in runs."""
 
 FIRST_STREAMS: Final = 4
 """Fetches that begin together after a pause; each that ends lets one more begin. All at once would
@@ -83,6 +84,7 @@ class Prefetcher:
         self._woken = asyncio.Event()
         self._known: dict[str, _Known] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._runs = DiskRuns(tiers)
         self._num_running = dict.fromkeys(STREAMS, 0)
         self._bytes_running = 0
         self._num_streams = FIRST_STREAMS
@@ -126,14 +128,7 @@ class Prefetcher:
         ):
             return
         self._cache.ask_ahead()
-        uses = self._foresight.upcoming(LOOK, self._may_be_missing)
-        await self._locate([use.blob for use in uses])
-        now = self._foresight.clock()
-        sources = []
-        for use in uses:
-            known = self._known.get(use.blob)
-            if known is not None and known.source is not None:
-                sources.append((use.time - now, known.source))
+        sources = await self._needed()
         is_held_up = False
         for seconds, source in sources:
             kind = self._tiers.get(source.tier).kind
@@ -142,10 +137,28 @@ class Prefetcher:
             if self._is_busy(source.tier):
                 is_held_up = True
                 continue
-            if self._is_enough(source) or not await self._begin(source, seconds):
+            if self._is_enough(source):
+                break
+            if not await self._begin_some(source, seconds, sources):
                 break
         if is_held_up:
             asyncio.get_running_loop().call_later(YIELD_SECONDS, self.wake)
+
+    async def _needed(self) -> list[Needed]:
+        """What is needed next and lies in slower tiers only, in order of need."""
+        uses = self._foresight.upcoming(LOOK, self._may_be_missing)
+        await self._locate([use.blob for use in uses])
+        now = self._foresight.clock()
+        sources = []
+        for use in uses:
+            known = self._known.get(use.blob)
+            if known is not None and known.source is not None:
+                sources.append((use.time - now, known.source))
+        await self._runs.learn([source for _, source in sources if self._is_on_disk(source)])
+        return sources
+
+    def _is_on_disk(self, source: Place) -> bool:
+        return self._tiers.get(source.tier).kind == "hdd"
 
     def _is_enough(self, source: Place) -> bool:
         """Whether so much is on its way that the blob at *source* has to wait."""
@@ -183,11 +196,30 @@ class Prefetcher:
         here.sort(key=lambda place: self._tiers.get(place.tier).kind != "hdd")
         return here[0] if here else None
 
-    async def _begin(self, source: Place, seconds: float) -> bool:
+    async def _begin_some(self, source: Place, seconds: float, sources: Sequence[Needed]) -> bool:
+        """Begin to fetch *source*, or what its disk is to read before that in its run."""
+        if not self._is_on_disk(source):
+            return await self._begin(source, seconds)
+        disk = source.tier
+        needed = [
+            (at, one) for at, one in sources if one.tier == disk and one.blob not in self._running
+        ]
+        first_seconds, first = self._runs.choose(disk, needed)
+        if await self._begin(first, first_seconds, self._runs.seconds_left(disk)):
+            self._runs.begun(first)
+            return True
+        self._runs.give_up(disk)
+        if first.blob == source.blob or not await self._begin(source, seconds):
+            return False
+        self._runs.begun(source)
+        return True
+
+    async def _begin(self, source: Place, seconds: float, run_seconds: float = 0.0) -> bool:
         """Begin to fetch one blob that is needed in *seconds*; False: there is no room for it, nor
-        for what is needed later."""
+        for what is needed later. What is read in one run of *run_seconds* takes its room at once.
+        """
         tier = self._tiers.landing[0]
-        soon = max(SOONEST_SECONDS, MARGIN * self._fetch_seconds)
+        soon = max(SOONEST_SECONDS, MARGIN * max(self._fetch_seconds, run_seconds))
         if not self._cache.has_room(tier, source) and (
             seconds > soon or not await self._cache.make_room(tier, source)
         ):
@@ -215,6 +247,8 @@ class Prefetcher:
             logger.log(level, "blob %s is not prefetched: %s", source.blob, error)
             return
         took = time.monotonic() - started
+        if self._is_on_disk(source):
+            self._runs.ended(source, took)
         self._fetch_seconds += 0.2 * (took - self._fetch_seconds)
         self._failed.pop(source.blob, None)
         self.num_fetched += 1

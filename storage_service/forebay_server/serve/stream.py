@@ -64,6 +64,8 @@ class Stream:
         """Segments that the copy has."""
         self.moved = asyncio.Event()
         """Set, and replaced, when the copy has one more, or ends."""
+        self.turn = asyncio.Lock()
+        """Of reading a disk, which takes one segment after the other."""
         self._readers: list[TierReader] = []
         self.tier = source.tier
         """Where segments are read now."""
@@ -236,7 +238,8 @@ class Streams:
 
         try:
             place = await self._promoter.copy_pieces(stream.source, stream.table, tier, pieces())
-        except ResourceExhausted:
+        except (ResourceExhausted, StorageError) as error:
+            logger.info("blob %s is not kept in %s: %s", stream.source.blob, tier.name, error)
             return None
         local = self._tiers.get(place.tier)
         reader, _ = await self._tiers.run(local, _open_reader, local, place)
@@ -303,12 +306,12 @@ class Streams:
     async def _read(self, stream: Stream, index: int, buffer: memoryview) -> memoryview:
         offsets = stream.table.offsets
         start, stop = int(offsets[index]), int(offsets[index + 1])
-        view, tier = buffer[: stop - start], stream.tier
-        with self._foreground(tier) if stream.num_holders else nullcontext():
-            await self._tiers.run(
-                self._tiers.get(tier), _read_checked, stream.reader, stream.table, index, view
-            )
-        self.read_bytes[tier] += stop - start
+        view, name = buffer[: stop - start], stream.tier
+        tier = self._tiers.get(name)
+        async with stream.turn if tier.kind == "hdd" else nullcontext():
+            with self._foreground(name) if stream.num_holders else nullcontext():
+                await self._tiers.run(tier, _read_checked, stream.reader, stream.table, index, view)
+        self.read_bytes[name] += stop - start
         return view
 
     def _num_kept(self) -> int:
