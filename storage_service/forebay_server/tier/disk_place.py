@@ -20,7 +20,7 @@ def disk_position(descriptor: int) -> int:
     """A number that grows with the place on the disk where the open file begins.
 
     The byte where the file system says that its first extent lies; else the number of its inode:
-    file systems give those out in order, and put what was written together near together. ``OSError``
+    file systems give those out in order, and put near together what was written so. ``OSError``
     if the file cannot even be looked at.
     """
     start = _first_byte(descriptor)

@@ -24,7 +24,7 @@ from forebay_server.tier.wrap import ThrottledTier, TierWrapper
 from forebay_wire.limits import KIB, MIB
 
 ENDLESS = 1e15
-LATENCY = 0.1
+LATENCY = 0.05
 
 
 class Told(KeepWhatFits):
@@ -87,7 +87,6 @@ async def test_a_distant_store_is_waited_for_as_origin(tmp_path):
         table = await storage.add_blob([random_bytes(MIB, 1)], "object")
         waits = await open_and_time(storage, follow(storage), table.blob_id)
         assert waits["origin"] >= 2 * LATENCY  # opening and reading
-        assert waits["origin"] > waits["tier"] + waits["queue"] + waits["throttle"]
 
 
 async def test_a_slow_disk_is_waited_for_as_tier(tmp_path):
@@ -138,10 +137,10 @@ async def test_who_stands_behind_others_waits_in_the_queue(tmp_path, monkeypatch
         told = follow(storage)
         await asyncio.gather(*(storage.opener.open("c", [one.blob_id], "p") for one in tables))
         first, *others = sorted(told.waits, key=lambda waits: waits["queue"])
-        assert first["origin"] > first["queue"]
+        assert first["origin"] >= 2 * LATENCY
         for number, waits in enumerate(others, 1):
-            assert waits["queue"] > 0.8 * number * first["origin"]
-            assert waits["origin"] == pytest.approx(first["origin"], rel=0.5)
+            assert waits["queue"] >= 0.8 * number * 2 * LATENCY
+            assert waits["queue"] > first["queue"]
 
 
 async def test_who_comes_late_to_a_fetch_waits_for_the_rest_of_it(tmp_path):
