@@ -23,7 +23,7 @@ from forebay_server.model.placement import Policy
 from forebay_server.model.watermarks import Watermarks
 from forebay_server.object_options import ObjectOptions
 from forebay_server.policy_file import DEFAULT, all_policies, parse_policies
-from forebay_server.tier_folders import check_folders, folder_of
+from forebay_server.tier_folders import VOLATILE, check_folders, folder_of
 from forebay_wire.errors import InvalidRequest
 
 ENVIRONMENT_PREFIX: Final = "FOREBAY_SERVER_"
@@ -230,12 +230,19 @@ class Config:
         "smallest, and raw where that saves less than a sixteenth.",
         SETTINGS,
     )
+    replaced: tuple[str, ...] = _option(
+        (),
+        _parse_texts,
+        "tier",
+        "For one start: this local tier's volume is lost for good and the empty one is to take its "
+        "place. What has copies elsewhere comes back, the rest is given up.",
+    )
     object_url: str = _option(
         "",
         _parse_text,
         "fsspec URL",
         'Where the object tier lies; empty: file://DATA/object; "none": no object tier, and '
-        "nothing ever becomes remote.",
+        "nothing ever becomes remote. A store that cannot create conditionally caches only.",
     )
     object_client: Literal["s3fs", "obstore"] = _option(
         "s3fs",
@@ -330,7 +337,7 @@ class Config:
         DEFAULT.name,
         _parse_text,
         "policy",
-        "The policy of datasets and runs that none is assigned to, for where new bytes land.",
+        "The policy of datasets and runs that none is assigned to.",
     )
     trash_seconds: float = _option(
         86400.0,
@@ -456,6 +463,9 @@ class Config:
             )
         if self.lease_seconds < 1:
             raise InvalidRequest("lease-seconds: at least 1, clients renew within a third of it")
+        for name in self.replaced:
+            if name not in ("ssd", "hdd"):
+                raise InvalidRequest(f"replaced = {name!r}: there are the local tiers ssd and hdd")
         if self.default_policy not in self.all_policies:
             names = ", ".join(sorted(self.all_policies))
             raise InvalidRequest(
@@ -464,6 +474,11 @@ class Config:
             )
         _ = (self.rpc_addresses, self.http_address)
         location = self.object_location
+        if location is not None and location.startswith(VOLATILE):
+            raise InvalidRequest(
+                f"object-url = {location!r}: that is the daemon's own memory, gone with it; use a "
+                'place that lasts, or "none"'
+            )
         check_folders(
             self.data,
             {

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -33,7 +33,7 @@ from forebay_server.catalog.queries_jobs import (
     FLUSH,
     SLOW_KINDS,
 )
-from forebay_server.catalog.queries_objects import enqueue_missing
+from forebay_server.catalog.queries_objects import enqueue_missing, is_anything_remote
 from forebay_server.catalog.queries_settings import own_name
 from forebay_server.catalog.queries_status import count_below_local
 from forebay_server.config import Config
@@ -52,13 +52,13 @@ from forebay_server.folder import (
 )
 from forebay_server.integrity import Integrity
 from forebay_server.locks import NamedLocks
-from forebay_server.model.encodings import RAW
 from forebay_server.move.budget import Budget
 from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.movement import Movement
+from forebay_server.node_tiers import open_tiers
 from forebay_server.observe.metrics import Metrics
-from forebay_server.origins import find_sources, open_origins
+from forebay_server.origins import find_sources
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
 from forebay_server.publish.lease import Uploads
@@ -77,14 +77,9 @@ from forebay_server.rpc.server import RpcServer, Services
 from forebay_server.serve.open import Opener
 from forebay_server.serve.standing import PlanReader
 from forebay_server.serve.status import DaemonState, StatusReader
-from forebay_server.tier.directory import DirectoryTier
-from forebay_server.tier.health import GuardedTier, TierWatch
-from forebay_server.tier.memory import SlotPool
+from forebay_server.tier.health import TierWatch
 from forebay_server.tier.owner import Owner, claim
-from forebay_server.tier.registry import Tiers
-from forebay_server.tier.remote import RemoteTier
-from forebay_server.tier.store import Tier
-from forebay_server.tier.wrap import MeteredTier, Record
+from forebay_server.tier.retry import CannotGiveRemote
 from forebay_server.version import forebay_version
 from forebay_wire.errors import InvalidRequest, StorageError
 from forebay_wire.protocol import protocol_range
@@ -97,59 +92,6 @@ STOP_GRACE_SECONDS: Final = 1.0
 """After the drain, calls that still run get this long to end by themselves."""
 
 IDLE_LOOK_SECONDS: Final = 1.0
-
-
-def open_tiers(config: Config, node: str, record: Record) -> Tiers:
-    """The tiers that *config* names, not started; local ones are *node*'s. *record* is told of
-    each call."""
-    reserve = config.reserve_bytes
-    tiers: list[Tier] = []
-    if config.ssd_folder is not None:
-        tiers.append(
-            DirectoryTier(
-                "ssd",
-                "ssd",
-                config.ssd_folder,
-                limit_bytes=config.ssd_bytes,
-                reserve_bytes=reserve,
-                node=node,
-            )
-        )
-    if config.hdd_folder is not None:
-        tiers.append(
-            DirectoryTier(
-                "hdd",
-                "hdd",
-                config.hdd_folder,
-                limit_bytes=config.hdd_bytes,
-                reserve_bytes=reserve,
-                node=node,
-            )
-        )
-    if config.object_location is not None:
-        tiers.append(
-            RemoteTier(
-                "object",
-                config.object_location,
-                reserve_bytes=reserve,
-                client=config.object_client,
-                options=config.object_options.as_dict(),
-            )
-        )
-    encodings = {"hdd": config.hdd_encoding, "object": config.object_encoding}
-    for tier in tiers:
-        tier.encoding = encodings.get(tier.name, RAW)
-    guarded = [GuardedTier(MeteredTier(tier, record)) for tier in tiers]
-    used = [*guarded, *open_origins(config)]
-    return Tiers(used, SlotPool(config.ram_bytes or default_ram_bytes()))
-
-
-def default_ram_bytes() -> int:
-    """A quarter of the memory that this process may use: the machine's or its cgroup's."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return total // 4
 
 
 class Daemon:
@@ -210,8 +152,7 @@ class Daemon:
 
     async def _open_storage(self, stack: AsyncExitStack) -> None:
         self._metrics = Metrics()
-        self._tiers = open_tiers(self._config, self._node, self._metrics.tier_call)
-        await self._tiers.start()
+        await self._start_tiers()
         stack.push_async_callback(self._tiers.close)
         url = self._config.catalog or sqlite_url(self._config.data / CATALOG_FILE_NAME)
         self._catalog = await asyncio.to_thread(Catalog.open, url, owner=f"node {self._node}")
@@ -220,8 +161,26 @@ class Daemon:
         find_sources(self._tiers, self._catalog)
         await self._claim_objects()
 
+    async def _start_tiers(self) -> None:
+        """Open all tiers; an object store that cannot give ``remote`` caches."""
+        made = self._config, self._node, self._metrics.tier_call
+        self._tiers = open_tiers(*made)
+        try:
+            await self._tiers.start()
+        except CannotGiveRemote as problem:
+            logger.warning("%s. It is used as a cache only", problem)
+            self._tiers = open_tiers(*made, problem.message)
+            await self._tiers.start()
+
     async def _claim_objects(self) -> None:
-        """Refuse an object tier that another catalog deletes in."""
+        """Refuse an object tier that another catalog deletes in, and one that was one and now can
+        only cache."""
+        has_remote = await self._catalog.read(is_anything_remote)
+        if self._tiers.why_not_remote and has_remote:
+            raise InvalidRequest(
+                f"{self._tiers.why_not_remote}. This data folder has remote bytes, which only a "
+                "store that can create conditionally may hold: give it the one that it had"
+            )
         tier = self._tiers.object
         if tier is not None:
             name = await self._catalog.write(own_name)
@@ -254,10 +213,12 @@ class Daemon:
             self._budget,
             self._config.all_policies,
             self._config.default_policy,
-            make_room=self._ahead.evictor.make_room,
+            make_room=self._ahead.evictor.make_room_or_leave,
+            room_in=self._ahead.evictor.fill_room,
             seconds_until_use=self._ahead.foresight.seconds_until,
             wake=lambda: self._jobs.wake(),
         )
+        self._ahead.evictor.claim = self._movement.book.claim
         self._uploads.prefer(self._movement.landing_order)
         self._jobs = Jobs(
             self._catalog,
@@ -268,14 +229,14 @@ class Daemon:
         )
         self._opener.listen(self._jobs.wake)
         self._jobs.listen(lambda _: self._ahead.evictor.expect_more())
-        self._checkpoints = Checkpoints(
-            self._catalog, self._uploads, self._jobs, trash_seconds=self._config.trash_seconds
-        )
+        rules: Any = {
+            "trash_seconds": self._config.trash_seconds,
+            "why_not_remote": self._tiers.why_not_remote,
+        }
+        self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs, **rules)
         self._uploads.listen(self._checkpoints.session_ended)
         stack.push_async_callback(self._checkpoints.close)
-        self._datasets = Datasets(
-            self._catalog, self._uploads, self._jobs, trash_seconds=self._config.trash_seconds
-        )
+        self._datasets = Datasets(self._catalog, self._uploads, self._jobs, **rules)
         self._origins = OriginDatasets(
             self._catalog,
             self._tiers,
@@ -314,7 +275,7 @@ class Daemon:
         num_aborted = await recover_catalog_state(self._catalog)
         num_jobs = await take_over_jobs(self._catalog)
         num_queued = await self._catalog.write(enqueue_missing)
-        await reconcile(self._catalog, self._tiers)
+        await reconcile(self._catalog, self._tiers, replaced=self._config.replaced)
         await self._catalog.write(enqueue_return)
         logger.info(
             "aborted %d generations, took over %d jobs, queued %d",

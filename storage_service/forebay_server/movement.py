@@ -12,13 +12,15 @@ from forebay_server.move.budget import Budget
 from forebay_server.move.copy import Copier
 from forebay_server.move.jobs import Handler, Jobs
 from forebay_server.move.migrate import Migrator
-from forebay_server.move.pins import MakeRoom, Pins
+from forebay_server.move.pins import Pins
 from forebay_server.move.planner import EVERYTHING, Planner
-from forebay_server.move.policies import PolicyBook
+from forebay_server.move.policies import Assignment, PolicyBook
+from forebay_server.move.room import MakeRoom, RoomMaker
 from forebay_server.move.trash import Tombstones, Trash
 from forebay_server.move.why import Story
 from forebay_server.serve.open import Opener
 from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import Tier
 
 
 class Movement:
@@ -35,15 +37,18 @@ class Movement:
         default_policy: str,
         *,
         make_room: MakeRoom,
+        room_in: Callable[[Tier], int],
         seconds_until_use: Callable[[str], float | None],
         wake: Callable[[], object],
     ) -> None:
-        """*locks* are shared with whoever publishes and collects; *make_room* evicts; *wake* is
+        """*locks* are shared with whoever publishes and collects; *make_room* evicts; *room_in*:
+        bytes that may be added in a tier without taking others'; *wake* is
         called when jobs were queued."""
         self._catalog = catalog
         self.book = PolicyBook(catalog, policies, default_policy)
-        self.story = Story(catalog, self.book.find, seconds_until_use)
-        copier = Copier(opener.bringer, budget, locks)
+        self.story = Story(catalog, tiers, self.book.find, seconds_until_use)
+        room = RoomMaker(tiers, make_room, room_in)
+        copier = Copier(opener.bringer, budget, locks, room.ensure)
         self.pins = Pins(catalog, tiers, opener.bringer, copier, make_room=make_room)
         planner = Planner(
             catalog,
@@ -53,6 +58,7 @@ class Movement:
             seconds_until_use=seconds_until_use,
             take_uses=opener.take_uses,
             wake=wake,
+            room_in=room.left_in,
         )
         self.handlers: dict[str, Handler] = {
             COPY: copier,
@@ -69,8 +75,18 @@ class Movement:
         self.jobs = jobs
         self.trash = Trash(self._catalog, jobs)
         await self.book.load()
+        await self._look()
+
+    async def assign(self, owner: str, policy: str) -> Assignment:
+        """:meth:`PolicyBook.assign`, and have what that asks for done."""
+        made = await self.book.assign(owner, policy)
+        await self._look()
+        return made
+
+    async def _look(self) -> None:
+        """Plan now."""
         await self._catalog.write(lambda connection: enqueue(connection, PLAN, EVERYTHING))
-        jobs.wake()
+        self.jobs.wake()
 
     def landing_order(self, owner: str) -> tuple[str, ...]:
         """The kinds of tiers where the bytes of *owner* (``dataset NAME``, ``run NAME …``) land,

@@ -35,8 +35,11 @@ def _print(found: StatusResponse) -> None:
             ("clients", f"{found.num_clients}, with {found.num_uploads} uploads open"),
         ]
     )
-    columns = ("tier", ">used", ">limit", ">free", ">dirty", ">open", ">reserved", ">files")
-    print_table((*columns, "health", "where"), [_tier(tier) for tier in found.tiers])
+    columns = ("tier", ">used", ">plain", ">limit", ">free", ">dirty", ">open", ">reserved")
+    print_table((*columns, ">files", "health", "where"), [_tier(tier) for tier in found.tiers])
+    for tier in found.tiers:
+        if tier.note:
+            print(f"Tier {tier.name}: {tier.note}.")
     if found.jobs:
         print_table(
             ("work", "of", "state", ">done", ">tries", "error"), [_job(job) for job in found.jobs]
@@ -56,6 +59,7 @@ def _tier(tier: TierStatus) -> tuple[str, ...]:
     return (
         tier.name,
         used,
+        size(tier.plain_bytes) if tier.plain_bytes else "–",
         limit if tier.limit_bytes else "–",
         free,
         dirty,

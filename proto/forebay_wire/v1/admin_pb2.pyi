@@ -40,7 +40,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("name", "kind", "location", "limit_bytes", "used_bytes", "free_bytes", "dirty_bytes", "open_bytes", "reserved_bytes", "num_files", "health")
+    __slots__ = ("name", "kind", "location", "limit_bytes", "used_bytes", "free_bytes", "dirty_bytes", "open_bytes", "reserved_bytes", "num_files", "health", "note", "plain_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     LOCATION_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,8 @@ class TierStatus(_message.Message):
     RESERVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_FILES_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: str
     location: str
@@ -63,7 +65,9 @@ class TierStatus(_message.Message):
     reserved_bytes: int
     num_files: int
     health: str
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., location: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., dirty_bytes: _Optional[int] = ..., open_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., num_files: _Optional[int] = ..., health: _Optional[str] = ...) -> None: ...
+    note: str
+    plain_bytes: int
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., location: _Optional[str] = ..., limit_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., dirty_bytes: _Optional[int] = ..., open_bytes: _Optional[int] = ..., reserved_bytes: _Optional[int] = ..., num_files: _Optional[int] = ..., health: _Optional[str] = ..., note: _Optional[str] = ..., plain_bytes: _Optional[int] = ...) -> None: ...
 
 class JobStatus(_message.Message):
     __slots__ = ("job", "kind", "target", "state", "done_bytes", "total_bytes", "tries", "error", "priority", "created_unix", "due_unix")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, exists, or_, select
+from sqlalchemy import Connection, exists, or_, select, true
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_blobs import ORIGIN_TIER, is_promised
+from forebay_server.catalog.queries_policies import Claim, is_claimed
 from forebay_server.catalog.tables import extents, files, pin_blobs, pins, replicas
 
 PAGE_ROWS = 10_000
@@ -24,10 +25,18 @@ class Spare:
 
 
 def spare_replicas(
-    connection: Connection, tier: str, among: Collection[str], after: str = "", *, node: str = ""
+    connection: Connection,
+    tier: str,
+    among: Collection[str],
+    after: str = "",
+    *,
+    claim: Claim | None = None,
+    only: Sequence[str] | None = None,
+    node: str = "",
 ) -> list[Spare]:
     """A page of the live copies in *tier* whose blobs lie in another of the tiers *among*, too, and
-    that nothing pins; in the order of blobs, those after the blob *after*."""
+    that neither a pin nor a policy of *claim* keeps; in the order of blobs, those after *after*,
+    and of *only*, if that is given."""
     other = replicas.alias("other")
     elsewhere = exists().where(
         other.c.blob == replicas.c.blob,
@@ -54,6 +63,8 @@ def spare_replicas(
             extents.c.seq == 0,
             elsewhere,
             ~pinned,
+            ~is_claimed(replicas.c.blob, claim) if claim is not None else true(),
+            replicas.c.blob.in_(only) if only is not None else true(),
         )
         .order_by(replicas.c.blob)
         .limit(PAGE_ROWS)

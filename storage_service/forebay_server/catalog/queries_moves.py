@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from sqlalchemy import Connection, exists, or_, select
+from sqlalchemy import Connection, exists, literal, or_, select
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_blobs import (
@@ -15,6 +15,7 @@ from forebay_server.catalog.queries_blobs import (
     remove_replica,
 )
 from forebay_server.catalog.queries_history import record
+from forebay_server.catalog.queries_policies import Claim, is_claimed
 from forebay_server.catalog.tables import pin_blobs, pins, replicas
 from forebay_wire.errors import Conflict
 
@@ -40,14 +41,15 @@ def give_up_replica(
     reason: str,
     *,
     among: Collection[str],
+    claim: Claim | None = None,
     node: str = "",
 ) -> list[FileRef]:
     """Forget the live replica of *blob* in *tier*, and why; its files, for the caller to delete
     after the transaction. Empty if there is none any more.
 
     *among*: the tiers that can be reached now. :class:`Conflict` if none of them has another live
-    copy of the blob, or a pin keeps it there. Call it in a transaction that is guarded
-    (``Progress.guard``), and tell the opener to forget the blob.
+    copy of the blob, or a pin, or a policy of *claim*, keeps it there. Call it in a transaction
+    that is guarded (``Progress.guard``), and tell the opener to forget the blob.
     """
     replica: str | None = connection.scalar(
         select(replicas.c.replica).where(
@@ -72,5 +74,7 @@ def give_up_replica(
         raise Conflict(f"blob {blob} has no other copy than the one in tier {tier}: it stays")
     if is_pinned(connection, blob, tier):
         raise Conflict(f"blob {blob} is pinned in tier {tier}: it stays until it is unpinned")
+    if claim is not None and connection.scalar(select(is_claimed(literal(blob), claim))):
+        raise Conflict(f"blob {blob} has a policy that keeps it in tier {tier}: it stays")
     record(connection, f"blob {blob}", event, f"{tier}: {reason}")
     return remove_replica(connection, replica)

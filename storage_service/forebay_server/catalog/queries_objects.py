@@ -45,6 +45,8 @@ from forebay_wire.ids import new_random_name
 
 OBJECT_TIER: Final = "object"
 """The name of the object tier in the catalog."""
+CACHE_TIER: Final = "cache"
+"""That of what is there in its place where the store can only cache."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ class ManifestRecord:
     data: bytes
     blobs: tuple[str, ...]
     is_remote: bool
+
+
+def is_anything_remote(connection: Connection) -> bool:
+    """Whether any blob has a copy in the object tier."""
+    found = select(replicas.c.replica).where(replicas.c.tier == OBJECT_TIER).limit(1)
+    return connection.scalar(found) is not None
 
 
 def _is_named() -> ColumnElement[bool]:

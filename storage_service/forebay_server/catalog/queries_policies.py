@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, exists, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    case,
+    delete,
+    exists,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_history import record
-from forebay_server.catalog.queries_jobs import COPY, MIGRATE
+from forebay_server.catalog.queries_jobs import COPY, LIVE, MIGRATE
 from forebay_server.catalog.tables import (
     assigned_policies,
     blobs,
@@ -22,6 +35,7 @@ from forebay_server.catalog.tables import (
     replicas,
     versions,
 )
+from forebay_wire.segments import file_bytes_for
 
 
 def policy_of(connection: Connection, owner: str) -> str | None:
@@ -53,7 +67,8 @@ class PlacedBlob:
     """A blob of an owner, as a policy looks at it."""
 
     blob: str
-    num_bytes: int
+    file_bytes: int
+    """Of a raw copy."""
     created_unix: float
     used_unix: float
     tiers: tuple[str, ...]
@@ -63,6 +78,46 @@ class PlacedBlob:
     """All that keep it: ``dataset NAME``, ``run NAME``."""
     has_job: bool
     """Something is being moved already."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Which policies keep copies in a kind of tier, by name: eviction for room leaves them."""
+
+    wanting: frozenset[str]
+    known: frozenset[str]
+    """All that the configuration has; the default one holds where another is assigned."""
+    default: str
+
+
+def is_claimed(blob: ColumnElement[str], claim: Claim) -> ColumnElement[bool]:
+    """Whether a dataset or run that has *blob* has one of the policies of *claim*."""
+    policy = case(
+        (assigned_policies.c.policy.in_(sorted(claim.known)), assigned_policies.c.policy),
+        else_=claim.default,
+    )
+    wanted = and_(manifest_blobs.c.blob == blob, policy.in_(sorted(claim.wanting)))
+    of = manifest_blobs.join(versions, versions.c.manifest == manifest_blobs.c.manifest)
+    by = manifest_blobs.join(generations, generations.c.manifest == manifest_blobs.c.manifest)
+    of_dataset = assigned_policies.c.owner == "dataset " + versions.c.dataset
+    by_run = assigned_policies.c.owner == "run " + generations.c.run
+    return or_(
+        exists().select_from(of.outerjoin(assigned_policies, of_dataset)).where(wanted),
+        exists().select_from(by.outerjoin(assigned_policies, by_run)).where(wanted),
+    )
+
+
+def unassigned_owners(connection: Connection) -> list[str]:
+    """The datasets and runs that have no policy of their own, in order."""
+    taken = select(assigned_policies.c.owner)
+    of = select(versions.c.dataset).where(("dataset " + versions.c.dataset).not_in(taken))
+    by = select(generations.c.run).where(
+        generations.c.manifest.is_not(None), ("run " + generations.c.run).not_in(taken)
+    )
+    return [
+        *sorted(f"dataset {name}" for name in connection.scalars(of.distinct())),
+        *sorted(f"run {name}" for name in connection.scalars(by.distinct())),
+    ]
 
 
 def blobs_of_owner(connection: Connection, owner: str, after: str, limit: int) -> list[PlacedBlob]:
@@ -81,49 +136,91 @@ def blobs_of_owner(connection: Connection, owner: str, after: str, limit: int) -
     rows = connection.execute(
         select(blobs).where(mine, blobs.c.blob > after).order_by(blobs.c.blob).limit(limit)
     ).all()
-    return [_placed(connection, row) for row in rows]
-
-
-def _placed(connection: Connection, row: Row[Any]) -> PlacedBlob:
-    blob = row.blob
-    tiers = connection.scalars(
-        select(replicas.c.tier).where(replicas.c.blob == blob, replicas.c.state == "live")
+    ids = [row.blob for row in rows]
+    tiers = _by_blob(
+        connection,
+        select(replicas.c.blob, replicas.c.tier).where(
+            replicas.c.blob.in_(ids), replicas.c.state == "live"
+        ),
     )
     live = or_(pins.c.expires.is_(None), pins.c.expires > now())
-    pinned = connection.scalars(
-        select(pins.c.tier).join(pin_blobs).where(pin_blobs.c.blob == blob, live)
+    pinned = _by_blob(
+        connection,
+        select(pin_blobs.c.blob, pins.c.tier).join(pins).where(pin_blobs.c.blob.in_(ids), live),
     )
-    busy = select(jobs.c.job).where(
-        jobs.c.state.in_(("queued", "running")), jobs.c.target.like(f"{blob} %")
-    )
-    return PlacedBlob(
-        blob,
-        row.num_bytes,
-        row.created,
-        row.used,
-        tuple(tiers),
-        frozenset(pinned),
-        tuple(_owners(connection, blob)),
-        connection.scalar(busy.limit(1)) is not None,
-    )
+    owners = _owners(connection, ids)
+    busy = _moved_blobs(connection)
+    return [
+        PlacedBlob(
+            row.blob,
+            file_bytes_for(row.num_bytes, row.num_segments),
+            row.created,
+            row.used,
+            tuple(tiers[row.blob]),
+            frozenset(pinned[row.blob]),
+            tuple(owners[row.blob]),
+            row.blob in busy,
+        )
+        for row in rows
+    ]
 
 
-def _owners(connection: Connection, blob: str) -> list[str]:
-    named = select(manifest_blobs.c.manifest).where(manifest_blobs.c.blob == blob)
-    of = connection.scalars(
-        select(versions.c.dataset).where(versions.c.manifest.in_(named)).distinct()
-    )
-    by = connection.scalars(
-        select(generations.c.run).where(generations.c.manifest.in_(named)).distinct()
-    )
-    return [*(f"dataset {name}" for name in of), *(f"run {name}" for name in by)]
+def _by_blob(connection: Connection, pairs: Select[Any]) -> defaultdict[str, list[str]]:
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for row in connection.execute(pairs):
+        found[row[0]].append(row[1])
+    return found
 
 
-def count_moves(connection: Connection) -> int:
+def _moved_blobs(connection: Connection) -> set[str]:
+    """Those that a job is about; its target begins with the blob."""
+    targets = connection.scalars(
+        select(jobs.c.target).where(jobs.c.state.in_(LIVE), jobs.c.target.like("% %"))
+    )
+    return {target.partition(" ")[0] for target in targets}
+
+
+def _owners(connection: Connection, ids: Sequence[str]) -> defaultdict[str, list[str]]:
+    mine = manifest_blobs.c.blob.in_(ids)
+    of = _by_blob(
+        connection,
+        select(manifest_blobs.c.blob, versions.c.dataset)
+        .join(versions, versions.c.manifest == manifest_blobs.c.manifest)
+        .where(mine)
+        .distinct(),
+    )
+    by = _by_blob(
+        connection,
+        select(manifest_blobs.c.blob, generations.c.run)
+        .join(generations, generations.c.manifest == manifest_blobs.c.manifest)
+        .where(mine)
+        .distinct(),
+    )
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for blob in ids:
+        found[blob] = [f"dataset {name}" for name in of[blob]]
+        found[blob] += [f"run {name}" for name in by[blob]]
+    return found
+
+
+@dataclass(frozen=True)
+class Move:
+    """A copy or migration that has not ended."""
+
+    kind: str
+    tier: str
+    """Where the bytes go."""
+    num_bytes: int
+
+
+def live_moves(connection: Connection) -> list[Move]:
     """Copies and migrations that have not ended."""
-    live = jobs.c.state.in_(("queued", "running"))
-    statement = select(func.count()).where(jobs.c.kind.in_((COPY, MIGRATE)), live)
-    return connection.scalar(statement) or 0
+    rows = connection.execute(
+        select(jobs.c.kind, jobs.c.target, jobs.c.total_bytes).where(
+            jobs.c.kind.in_((COPY, MIGRATE)), jobs.c.state.in_(LIVE)
+        )
+    )
+    return [Move(row.kind, row.target.rpartition(" ")[2], row.total_bytes) for row in rows]
 
 
 def store_uses(connection: Connection, used: Mapping[str, float]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, case, exists, func, select
+from sqlalchemy import Connection, case, exists, func, or_, select
 
 from forebay_server.catalog.queries_jobs import Job, is_scheduled, job_from
 from forebay_server.catalog.tables import (
@@ -36,6 +37,8 @@ class Counts:
     dirty_bytes: dict[str, int]
     """Tier to bytes of live replicas whose blob has none in the object tier; tier ``ram`` to
     bytes of sealed packs that have not landed."""
+    plain_bytes: dict[str, int]
+    """Tier to bytes of the data whose live replicas lie there, encoded or not."""
     num_quarantined: dict[str, int]
     """Tier to replicas that were found damaged or missing and serve nobody."""
     num_jobs: dict[tuple[str, str], int]
@@ -45,12 +48,14 @@ class Counts:
 
 def count_all(connection: Connection, object_tier: str) -> Counts:
     """All numbers of the status page; *object_tier* is the name of the most durable tier."""
+    dirty, plain = _tier_bytes(connection, object_tier)
     return Counts(
         num_datasets=_count(connection, select(func.count()).select_from(datasets)),
         num_runs=_count(connection, select(func.count()).select_from(runs)),
         num_uploads=_count(connection, select(func.count()).select_from(uploads)),
         num_below_local=count_below_local(connection),
-        dirty_bytes=_dirty_bytes(connection, object_tier),
+        dirty_bytes=dirty,
+        plain_bytes=plain,
         num_quarantined=_count_quarantined(connection),
         num_jobs=_count_jobs(connection),
         jobs=_list_jobs(connection),
@@ -68,7 +73,8 @@ def _count(connection: Connection, statement: object) -> int:
     return int(connection.scalar(statement) or 0)  # type: ignore[call-overload]
 
 
-def _dirty_bytes(connection: Connection, object_tier: str) -> dict[str, int]:
+def _tier_bytes(connection: Connection, object_tier: str) -> tuple[dict[str, int], dict[str, int]]:
+    """``(dirty, plain)`` bytes of each tier."""
     remote = replicas.alias("remote")
     is_remote = exists().where(
         remote.c.blob == replicas.c.blob,
@@ -76,19 +82,28 @@ def _dirty_bytes(connection: Connection, object_tier: str) -> dict[str, int]:
         remote.c.state == "live",
     )
     rows = connection.execute(
-        select(replicas.c.tier, func.sum(extents.c.num_bytes))
+        select(
+            replicas.c.tier,
+            case((or_(replicas.c.tier == object_tier, is_remote), 1), else_=0).label("is_clean"),
+            func.sum(extents.c.num_bytes).label("num_bytes"),
+        )
         .select_from(replicas.join(extents))
-        .where(replicas.c.state == "live", replicas.c.tier != object_tier, ~is_remote)
-        .group_by(replicas.c.tier)
+        .where(replicas.c.state == "live")
+        .group_by(replicas.c.tier, "is_clean")
     )
-    dirty = {str(tier): int(num_bytes) for tier, num_bytes in rows}
+    dirty: Counter[str] = Counter()
+    plain: Counter[str] = Counter()
+    for row in rows:
+        plain[row.tier] += int(row.num_bytes)
+        if not row.is_clean:
+            dirty[row.tier] += int(row.num_bytes)
     # Those of aborted and failed generations stay as rows only, to tell a late seal.
     in_slots = (
         select(func.sum(packs.c.num_bytes))
         .select_from(packs.join(generations))
         .where(packs.c.state == "sealed", generations.c.state.in_(("open", "sealed")))
     )
-    return {**dirty, "ram": _count(connection, in_slots)}
+    return {**dirty, "ram": _count(connection, in_slots)}, dict(plain)
 
 
 def _count_quarantined(connection: Connection) -> dict[str, int]:

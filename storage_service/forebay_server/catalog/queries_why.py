@@ -137,20 +137,32 @@ def owners_of(connection: Connection, blob: str) -> list[str]:
     return found[:MAX_NAMED]
 
 
+def count_without(connection: Connection, ids: Sequence[str], tiers: Sequence[str]) -> int:
+    """How many of the blobs *ids* have no live copy in any of *tiers*."""
+    there = exists().where(
+        replicas.c.blob == blobs.c.blob, replicas.c.tier.in_(tiers), replicas.c.state == "live"
+    )
+    counted = select(func.count()).select_from(blobs)
+    return sum(
+        connection.scalar(counted.where(blobs.c.blob.in_(part), ~there)) or 0
+        for part in batches(ids)
+    )
+
+
 def jobs_about(
-    connection: Connection, manifests: Sequence[str], blob: str, limit: int
+    connection: Connection, manifests: Sequence[str], ids: Sequence[str], limit: int
 ) -> list[Job]:
-    """Live and failed jobs that concern any of *manifests*, or *blob* if that is one."""
+    """Live and failed jobs that concern any of *manifests*, or of the blobs *ids*."""
     found: list[Job] = []
     live = jobs.c.state != "done"
     for part in batches(manifests):
         rows = connection.execute(select(jobs).where(live, jobs.c.target.in_(part)).limit(limit))
         found.extend(job_from(row) for row in rows)
-    if blob:
-        rows = connection.execute(
-            select(jobs).where(live, jobs.c.target.like(f"{blob} %")).limit(limit)
-        )
-        found.extend(job_from(row) for row in rows)
+    wanted = set(ids)
+    moves = select(jobs).where(live, jobs.c.target.like("% %"))
+    for row in connection.execute(moves.order_by(jobs.c.created, jobs.c.job)):
+        if len(found) < limit and row.target.partition(" ")[0] in wanted:
+            found.append(job_from(row))
     return found[:limit]
 
 

@@ -7,7 +7,7 @@ durability: what counts are the replicas that are live now, not the ones that it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
@@ -15,8 +15,15 @@ from typing import Final
 DURABILITY: Final[Mapping[str, int]] = MappingProxyType({"ram": 0, "ssd": 1, "hdd": 1, "object": 2})
 """Tier kind to how much its copies survive: a process, this node, the node's loss."""
 
+CACHE: Final = "cache"
+"""Kind of a tier that stands in for ``object`` where the store can only cache: its copies serve
+readers, and count for nothing when another one is to go. Policies do not name it."""
+
 WHEN_IDLE: Final = math.inf
 """Due time of a copy that policy wants, but by no particular time."""
+
+AHEAD_SECONDS: Final = 300.0
+"""Before a copy is due, room begins to be made for it: until then it takes what is free."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,8 @@ class Copy:
     due: float
     encoding: str
     reason: str
+    makes_room: bool = False
+    """There is no room: copies that nothing pins or promises go for it."""
 
 
 @dataclass(frozen=True)
@@ -134,25 +143,23 @@ class Drop:
 Action = Copy | Drop
 
 
-def landing_order(policy: Policy, rooms: Sequence[TierRoom], num_bytes: int) -> tuple[str, ...]:
-    """The tiers where new bytes of *num_bytes* may land now, best first; empty: none has room."""
-    return tuple(
-        room.tier
-        for kind in policy.land
-        for room in rooms
-        if room.kind == kind and room.free_bytes >= num_bytes
+def fills(kind: str, wanted: str) -> bool:
+    """Whether a copy in a tier of *kind* is one that a policy wants in *wanted*."""
+    return kind == wanted or (kind == CACHE and wanted == "object")
+
+
+def has_work(policy: Policy, kinds: Collection[str]) -> bool:
+    """Whether *policy* may ever ask for copies in, or drops from, tiers of *kinds*."""
+    return any(kind in policy.demote_after_seconds for kind in kinds) or any(
+        fills(kind, wanted) for kind in kinds for wanted in policy.copies
     )
-
-
-def is_wanted(policy: Policy, facts: BlobFacts, replica: ReplicaFacts) -> bool:
-    """Whether policy or a pin wants *replica* where it is: eviction for room must leave it."""
-    return replica.kind in policy.copies or replica.tier in facts.pinned_tiers
 
 
 def decide(policy: Policy, facts: BlobFacts, rooms: Sequence[TierRoom]) -> list[Action]:
     """What to do about one blob, most urgent copies first, drops last.
 
-    Copies go to tiers of *rooms* with space for it. A drop of this list is safe whatever else of
+    Copies go to tiers of *rooms* with space for it, or, if they are due soon, to one where space
+    has to be made. A drop of this list is safe whatever else of
     the list was or was not done: another live replica of *facts* at least as durable stays.
     """
     if not facts.replicas:
@@ -164,20 +171,25 @@ def decide(policy: Policy, facts: BlobFacts, rooms: Sequence[TierRoom]) -> list[
 def _copies(policy: Policy, facts: BlobFacts, rooms: Sequence[TierRoom]) -> list[Copy]:
     wanted: dict[str, Copy] = {}
     for kind, within in policy.copies.items():
-        to = _tier_with_room(kind, facts.num_bytes, rooms)
-        if to is None or any(replica.kind == kind for replica in facts.replicas):
+        room = _best_room(kind, rooms)
+        if room is None or any(fills(replica.kind, kind) for replica in facts.replicas):
             continue
-        due = WHEN_IDLE if within is None else facts.created + within
+        due = demanded = WHEN_IDLE if within is None else facts.created + within
         if kind != "object" and facts.planned_next_use is not None:
             due = min(due, facts.planned_next_use)
+        fits = room.free_bytes >= facts.num_bytes
+        if not fits and demanded > facts.now + AHEAD_SECONDS:
+            continue
         reason = f"policy {policy.name} keeps a copy in {kind}"
-        wanted[to] = Copy(to, due, policy.encoding.get(kind, "raw"), reason)
+        encoding = policy.encoding.get(kind, "raw")
+        wanted[room.tier] = Copy(room.tier, due, encoding, reason, makes_room=not fits)
     held = {replica.tier for replica in facts.replicas}
     for room in rooms:
-        fits = room.free_bytes >= facts.num_bytes
-        if room.tier in facts.pinned_tiers and room.tier not in held and fits:
+        if room.tier in facts.pinned_tiers and room.tier not in held:
+            fits = room.free_bytes >= facts.num_bytes
             encoding = policy.encoding.get(room.kind, "raw")
-            wanted[room.tier] = Copy(room.tier, facts.now, encoding, "it is pinned there")
+            reason = "it is pinned there"
+            wanted[room.tier] = Copy(room.tier, facts.now, encoding, reason, makes_room=not fits)
     return list(wanted.values()) or _copies_before_demotion(policy, facts, rooms)
 
 
@@ -204,6 +216,12 @@ def _below(kind: str) -> Sequence[str]:
     return steps[steps.index(kind) + 1 :] if kind in steps else ()
 
 
+def _best_room(kind: str, rooms: Sequence[TierRoom]) -> TierRoom | None:
+    """The tier for copies that are wanted in *kind*: the one with the most room."""
+    found = [room for room in rooms if fills(room.kind, kind)]
+    return max(found, key=lambda room: (room.kind == kind, room.free_bytes), default=None)
+
+
 def _tier_with_room(kind: str, num_bytes: int, rooms: Sequence[TierRoom]) -> str | None:
     fitting = [room for room in rooms if room.kind == kind and room.free_bytes >= num_bytes]
     return max(fitting, key=lambda room: room.free_bytes).tier if fitting else None
@@ -222,17 +240,21 @@ def _reason_to_drop(policy: Policy, facts: BlobFacts, replica: ReplicaFacts) -> 
     return f"unused for {idle:.0f} s, policy {policy.name} keeps it {after:.0f} s in {replica.kind}"
 
 
+def _survives(kind: str) -> int:
+    return DURABILITY.get(kind, -1)
+
+
 def _is_covered(replica: ReplicaFacts, others: Sequence[ReplicaFacts]) -> bool:
     """Whether the bytes of *replica* have another place among *others*, at least as durable."""
-    wanted = DURABILITY[replica.kind]
-    return any(other.tier != replica.tier and DURABILITY[other.kind] >= wanted for other in others)
+    wanted = max(_survives(replica.kind), 0)
+    return any(other.tier != replica.tier and _survives(other.kind) >= wanted for other in others)
 
 
 def _drops(policy: Policy, facts: BlobFacts) -> list[Drop]:
     """Copies that may go together: each is covered by what stays."""
     staying = list(facts.replicas)
     drops: list[Drop] = []
-    for replica in sorted(facts.replicas, key=lambda one: DURABILITY[one.kind]):
+    for replica in sorted(facts.replicas, key=lambda one: _survives(one.kind)):
         reason = _reason_to_drop(policy, facts, replica)
         rest = [one for one in staying if one.tier != replica.tier]
         if reason and _is_covered(replica, rest):

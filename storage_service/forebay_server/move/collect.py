@@ -106,11 +106,9 @@ class Collector:
             progress.repeat_after(self._repeat_seconds)
         num_open = await self._collect_orphans(progress)
         if progress.target == GARBAGE:
-            for tier in self._tiers.landing:
+            for tier in self._tiers.own:
                 await self._sweep(tier)
-            if self._tiers.object is not None:
-                await self._sweep(self._tiers.object)
-                await self._tiers.run(self._tiers.object, self._tiers.object.sweep)
+                await self._tiers.run(tier, tier.sweep)
         if num_open:
             raise Conflict(f"{num_open} deleted blobs are still open in clients: they go later")
 

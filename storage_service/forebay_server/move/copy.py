@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 from forebay_server.catalog.engine import Connection
@@ -13,6 +13,11 @@ from forebay_wire.errors import InvalidRequest
 
 ENCODING: Final = "encoding"
 """Key of the journal: how the copy is to lie there, where a policy says so."""
+MAKES_ROOM: Final = "makes room"
+"""Key of the journal: what nothing pins or promises goes for the copy if it does not fit."""
+
+EnsureRoom = Callable[[str, int], Awaitable[None]]
+"""Has so many bytes of a tier free; :class:`ResourceExhausted` if not so much may go."""
 
 
 class Bringer(Protocol):
@@ -41,8 +46,15 @@ class Bringer(Protocol):
 class Copier:
     """Handles jobs of the kind ``copy``; the target is ``BLOB TIER``. Idempotent."""
 
-    def __init__(self, bringer: Bringer, budget: Budget, locks: NamedLocks) -> None:
+    def __init__(
+        self,
+        bringer: Bringer,
+        budget: Budget,
+        locks: NamedLocks,
+        ensure_room: EnsureRoom | None = None,
+    ) -> None:
         """*locks* are shared with whoever collects and flushes blobs."""
+        self._ensure_room = ensure_room
         self._bringer = bringer
         self._budget = budget
         self._locks = locks
@@ -65,6 +77,10 @@ class Copier:
                 self._budget.take(one, num_bytes, lambda: progress.advance(0))
             progress.advance(num_bytes)
 
+        if progress.journal.get(MAKES_ROOM) and self._ensure_room is not None:
+            if await self._bringer.has(blob, tier):
+                return False
+            await self._ensure_room(tier, progress.total_bytes)
         encoding = str(progress.journal.get(ENCODING, ""))
         return await self._bringer.bring(blob, tier, moved, progress.guard, encoding)
 

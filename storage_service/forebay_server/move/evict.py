@@ -11,17 +11,18 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final, Protocol
 
 from forebay_server.catalog.engine import Catalog
-from forebay_server.catalog.queries_blobs import FileRef
+from forebay_server.catalog.queries_blobs import FileRef, batches
 from forebay_server.catalog.queries_evict import PAGE_ROWS, Spare, spare_replicas
 from forebay_server.catalog.queries_moves import give_up_replica
+from forebay_server.catalog.queries_policies import Claim
 from forebay_server.model.watermarks import START, Watermarks, step
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.space import in_blocks
-from forebay_server.tier.store import Tier, TierSpace
+from forebay_server.tier.store import HEALTHY, Tier, TierSpace
 from forebay_wire.errors import Conflict, ForebayError
 from forebay_wire.failpoints import failpoint
 
@@ -69,7 +70,9 @@ class Evictor:
         self._forget = forget
         self._marks = marks or Watermarks()
         self._clock = clock
-        self._names = frozenset(tier.name for tier in tiers.all)
+        self._names = frozenset(tier.name for tier in tiers.all if not tier.caches_only)
+        self.claim: Callable[[str], Claim | None] = lambda kind: None
+        """The policies that keep copies in a kind of tier."""
         self._states = {tier.name: START for tier in tiers.landing}
         self._going: set[tuple[str, str]] = set()
         self._left: list[tuple[Tier, str, FileRef]] = []
@@ -82,11 +85,18 @@ class Evictor:
 
     async def run(self) -> None:
         """Keep the tiers between their watermarks, until cancelled."""
-        await self.reload()
+        self._is_stale = True
         while True:
             if self._is_stale and self._clock() >= self._reload_at:
-                await self.reload()
+                try:
+                    await self.reload()
+                except ForebayError as error:
+                    self._is_stale = True
+                    self._reload_at = self._clock() + LOOK_SECONDS
+                    logger.warning("which copies may go is not known: %s", error)
             for tier in self._tiers.landing:
+                if tier.health != HEALTHY:  # it has no room for the time being, not too many files
+                    continue
                 try:
                     await self.keep_marks(tier)
                 except ForebayError as error:
@@ -106,23 +116,24 @@ class Evictor:
         self._is_stale = False
         started = self._clock()
         for tier in self._tiers.landing:
-            async for spare in self._spares(tier.name):
+            async for spare in self._spares(tier):
                 if (tier.name, spare.blob) not in self._going:
                     self._order.stored(tier.name, spare.blob, in_blocks(spare.num_bytes))
         took = self._clock() - started
         self._reload_at = self._clock() + max(took / RELOAD_SHARE, LOOK_SECONDS)
 
-    async def _spares(self, tier: str) -> AsyncIterator[Spare]:
-        page = await self._catalog.read(lambda one: spare_replicas(one, tier, self._names))
+    async def _spares(self, tier: Tier) -> AsyncIterator[Spare]:
+        look = functools.partial(
+            spare_replicas, tier=tier.name, among=self._names, claim=self.claim(tier.kind)
+        )
+        page = await self._catalog.read(look)
         while page:
             for spare in page:
                 yield spare
             last = page[-1].blob
             if len(page) < PAGE_ROWS:
                 return
-            page = await self._catalog.read(
-                functools.partial(spare_replicas, tier=tier, among=self._names, after=last)
-            )
+            page = await self._catalog.read(functools.partial(look, after=last))
 
     async def keep_marks(self, tier: Tier) -> int:
         """One look at the fill levels of *tier*; the bytes given back."""
@@ -188,6 +199,40 @@ class Evictor:
             freed += await self.evict(tier, victims)
         return freed
 
+    async def make_room_or_leave(self, tier: Tier, num_bytes: int) -> bool:
+        """Give back at least *num_bytes* of *tier*, or, if not so much may go, nothing; whether it
+        did."""
+        while True:
+            victims = self._order.victims(
+                tier.name, num_bytes, lambda blob: self.may_go(tier.name, blob)
+            )
+            spare = await self._spare_among(tier, victims)
+            if sum(spare.values()) >= num_bytes:
+                return await self.evict(tier, list(spare)) >= num_bytes
+            stale = [blob for blob in victims if blob not in spare]
+            for blob in stale:
+                self._order.removed(tier.name, blob)
+            if not stale:
+                if self._clock() < self._reload_at:
+                    return False
+                await self.reload()
+
+    async def _spare_among(self, tier: Tier, blobs: Sequence[str]) -> dict[str, int]:
+        """Those of *blobs* whose copy in *tier* may go by the catalog, with its bytes."""
+        found: dict[str, int] = {}
+        for part in batches(blobs):
+            spares = await self._catalog.read(
+                functools.partial(
+                    spare_replicas,
+                    tier=tier.name,
+                    among=self._names,
+                    claim=self.claim(tier.kind),
+                    only=part,
+                )
+            )
+            found.update((one.blob, in_blocks(one.num_bytes)) for one in spares)
+        return found
+
     async def evict(self, tier: Tier, blobs: list[str]) -> int:
         """Take the copies of *blobs* out of *tier*, those that may go; the bytes given back."""
         before = tier.space().used_bytes
@@ -208,7 +253,13 @@ class Evictor:
             try:
                 gone = await self._catalog.write(
                     lambda connection: give_up_replica(
-                        connection, blob, tier.name, "evicted", "needed last", among=self._names
+                        connection,
+                        blob,
+                        tier.name,
+                        "evicted",
+                        "needed last",
+                        among=self._names,
+                        claim=self.claim(tier.kind),
                     )
                 )
             except Conflict as error:

@@ -21,7 +21,7 @@ from forebay_server.catalog.queries_objects import without_object_replica
 from forebay_server.catalog.queries_scrub import is_live
 from forebay_server.locks import NamedLocks
 from forebay_server.move.collect import BLOBS, MANIFESTS, TOMBSTONES
-from forebay_server.move.lists import list_problem, own_tiers, rewrite_list
+from forebay_server.move.lists import list_problem, rewrite_list
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import FileInfo, Tier
 from forebay_wire.errors import ForebayError, IntegrityError, InvalidRequest, NotFound
@@ -101,7 +101,7 @@ class Fsck:
         return findings
 
     async def _all(self) -> AsyncIterator[Found]:
-        for tier in own_tiers(self._tiers):
+        for tier in self._tiers.own:
             try:
                 async for found in self._tier(tier):
                     yield found

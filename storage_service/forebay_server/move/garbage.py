@@ -11,7 +11,6 @@ from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import orphan_blobs
 from forebay_server.catalog.queries_fsck import OrphanRow
 from forebay_server.move.fsck import Strays
-from forebay_server.move.lists import own_tiers
 from forebay_server.tier.registry import Tiers
 
 MOST: Final = 100_000
@@ -76,6 +75,6 @@ class Garbage:
     async def _files(self) -> list[Doomed]:
         return [
             Doomed(f"file {info.name}", (tier.name,), info.size_bytes, "no row names it")
-            for tier in own_tiers(self._tiers)
+            for tier in self._tiers.own
             for info in await self._collector.strays(tier)
         ]

@@ -5,15 +5,9 @@ from __future__ import annotations
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
 from forebay_server.move.collect import BLOBS
 from forebay_server.tier.encode import open_plain
-from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
 from forebay_server.tier.verify import verify_file
 from forebay_wire.errors import IntegrityError, NotFound
-
-
-def own_tiers(tiers: Tiers) -> list[Tier]:
-    """The tiers whose files are this catalog's: those that take new bytes, and the object tier."""
-    return [*tiers.landing, *([tiers.object] if tiers.object is not None else [])]
 
 
 def list_problem(tier: Tier, blob: str, file: str, encoding: str) -> str:

@@ -41,7 +41,7 @@ class Migrator:
         again later; *forget* is told the id of a blob that moved."""
         self._catalog = catalog
         self._tiers = tiers
-        self._names = frozenset(tier.name for tier in tiers.all)
+        self._names = frozenset(tier.name for tier in tiers.all if not tier.caches_only)
         self._copier = copier
         self._locks = locks
         self._is_open = is_open

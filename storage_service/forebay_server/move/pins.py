@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal, Protocol
@@ -19,6 +19,7 @@ from forebay_server.catalog.queries_subjects import resolve
 from forebay_server.model.subjects import Subject, parse_subject
 from forebay_server.move.copy import Bringer, Copier
 from forebay_server.move.jobs import Progress
+from forebay_server.move.room import MakeRoom
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.space import in_blocks
 from forebay_server.tier.store import RoomPromise, Tier
@@ -66,10 +67,6 @@ class Waker(Protocol):
     def wake(self) -> None:
         """There may be new work."""
         ...
-
-
-MakeRoom = Callable[[Tier, int], Awaitable[object]]
-"""Gives so many bytes of a tier back, if there is that much that may go."""
 
 
 class Pins:

@@ -10,17 +10,20 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_history import prune
 from forebay_server.catalog.queries_jobs import COPY, MIGRATE, enqueue
 from forebay_server.catalog.queries_pins import drop_ended
 from forebay_server.catalog.queries_policies import (
+    Move,
     PlacedBlob,
     blobs_of_owner,
-    count_moves,
+    live_moves,
     store_uses,
 )
 from forebay_server.catalog.queries_trash import EXPIRED, empty_trash, seconds_until_expiry
@@ -34,11 +37,13 @@ from forebay_server.model.placement import (
     TierRoom,
     decide,
 )
-from forebay_server.move.copy import ENCODING, copy_target
+from forebay_server.move.copy import ENCODING, MAKES_ROOM, copy_target
 from forebay_server.move.jobs import Progress
 from forebay_server.move.migrate import migrate_target
 from forebay_server.move.policies import PolicyBook
+from forebay_server.move.room import kind_of
 from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import HEALTHY, Tier
 from forebay_wire.errors import ForebayError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +53,7 @@ EVERYTHING: Final = "everything"
 REPEAT_SECONDS: Final = 30.0
 SOONEST_SECONDS: Final = 0.2
 MAX_MOVES: Final = 256
-"""Moves that wait at a time because a policy wants them."""
+"""Copies into one tier, and removals, that wait at a time because a policy wants them."""
 PAGE: Final = 200
 OVERDUE_PRIORITY: Final = 5
 
@@ -66,11 +71,13 @@ class Planner:
         seconds_until_use: Callable[[str], float | None] = lambda blob: None,
         take_uses: Callable[[], Mapping[str, float]] = dict,
         wake: Callable[[], object] = lambda: None,
+        room_in: Callable[[Tier], int] = lambda tier: tier.space().free_bytes,
         clock: Callable[[], float] = time.time,
         repeat_seconds: float = REPEAT_SECONDS,
     ) -> None:
-        """*seconds_until_use*: when a plan reads a blob; *take_uses* answers, and forgets, which
-        blobs were opened when since the last time; *wake* is called when jobs were queued."""
+        """*room_in*: bytes that may be added in a tier without taking others'; *seconds_until_use*:
+        when a plan reads a blob; *take_uses* answers, and forgets, which blobs were opened when
+        since the last time; *wake* is called when jobs were queued."""
         self._catalog = catalog
         self._tiers = tiers
         self._book = book
@@ -78,6 +85,7 @@ class Planner:
         self._seconds_until_use = seconds_until_use
         self._take_uses = take_uses
         self._wake = wake
+        self._room_in = room_in
         self._clock = clock
         self._repeat_seconds = repeat_seconds
 
@@ -88,8 +96,9 @@ class Planner:
         uses = self._take_uses()
         if uses:
             await self._catalog.write(lambda connection: store_uses(connection, uses))
-        for assignment in self._book.assignments():
-            await self._plan(assignment.owner, progress)
+        kinds = {room.kind for room in self._rooms()}
+        for owner in await self._book.owners(kinds):
+            await self._plan(owner, progress)
         progress.repeat_after(await self._next_seconds())
         self._wake()
 
@@ -101,23 +110,33 @@ class Planner:
     async def _plan(self, owner: str, progress: Progress) -> None:
         after = ""
         while True:
-            room = MAX_MOVES - await self._catalog.read(count_moves)
+            turns = _Turns(await self._catalog.read(live_moves))
             page = await self._catalog.read(
                 functools.partial(blobs_of_owner, owner=owner, after=after, limit=PAGE)
             )
-            if not page or room <= 0:
-                return
             rooms = self._rooms()
-            wanted = [(one, action) for one in page for action in self._decide(one, rooms)]
-            await self._queue(wanted[:room], progress)
+            if not page or turns.are_over(rooms):
+                return
+            wanted: list[tuple[PlacedBlob, Action]] = []
+            for placed in page:
+                left = [turns.left_of(room) for room in rooms]
+                wanted += [
+                    (placed, action)
+                    for action in self._decide(placed, left)
+                    if turns.take(action, placed.file_bytes)
+                ]
+            await self._queue(wanted, progress)
             progress.advance(0)
             after = page[-1].blob
 
     def _rooms(self) -> list[TierRoom]:
         rooms = []
-        for tier in self._tiers.landing:
+        caches = [tier for tier in self._tiers.all if tier.caches_only]
+        for tier in [*self._tiers.landing, *caches]:
+            if tier.health != HEALTHY:
+                continue
             try:
-                rooms.append(TierRoom(tier.name, tier.kind, tier.space().free_bytes))
+                rooms.append(TierRoom(tier.name, self._kind(tier.name), self._room_in(tier)))
             except ForebayError as error:  # out of service: it takes no part
                 logger.info("tier %s takes no part in planning: %s", tier.name, error)
         return rooms
@@ -152,7 +171,7 @@ class Planner:
             now=now,
             created=placed.created_unix,
             last_used=now if opened else placed.used_unix,
-            num_bytes=placed.num_bytes,
+            num_bytes=placed.file_bytes,
             replicas=tuple(
                 ReplicaFacts(tier, self._kind(tier), opened)
                 for tier in placed.tiers
@@ -163,7 +182,7 @@ class Planner:
         )
 
     def _kind(self, tier: str) -> str:
-        return self._tiers.get(tier).kind
+        return kind_of(self._tiers.get(tier))
 
     async def _queue(self, wanted: list[tuple[PlacedBlob, Action]], progress: Progress) -> None:
         if not wanted:
@@ -175,13 +194,17 @@ class Planner:
             for placed, action in wanted:
                 if isinstance(action, Copy):
                     priority = OVERDUE_PRIORITY if action.due <= now else 0
-                    said = {ENCODING: action.encoding} if action.encoding != RAW else {}
+                    said: dict[str, Any] = {}
+                    if action.encoding != RAW:
+                        said[ENCODING] = action.encoding
+                    if action.makes_room:
+                        said[MAKES_ROOM] = True
                     target = copy_target(placed.blob, action.to)
                     enqueue(
                         connection,
                         COPY,
                         target,
-                        total_bytes=placed.num_bytes,
+                        total_bytes=placed.file_bytes,
                         priority=priority,
                         journal=json.dumps(said),
                     )
@@ -190,6 +213,42 @@ class Planner:
                     enqueue(connection, MIGRATE, target, total_bytes=0)
 
         await self._catalog.write(queue)
+
+
+class _Turns:
+    """What may be queued in one look: so many moves at a time, into room that none of them has."""
+
+    def __init__(self, moves: Sequence[Move]) -> None:
+        """*moves* have been queued before."""
+        self._numbers = Counter(_lane(move.kind, move.tier) for move in moves)
+        self._promised: Counter[str] = Counter()
+        for move in moves:
+            self._promised[move.tier] += move.num_bytes
+
+    def left_of(self, room: TierRoom) -> TierRoom:
+        """*room* without what those that are queued will take."""
+        return replace(room, free_bytes=max(0, room.free_bytes - self._promised[room.tier]))
+
+    def take(self, action: Action, num_bytes: int) -> bool:
+        """Whether *action* may be queued; it counts then."""
+        lane = _lane(COPY, action.to) if isinstance(action, Copy) else _lane(MIGRATE, "")
+        if self._numbers[lane] >= MAX_MOVES:
+            return False
+        self._numbers[lane] += 1
+        if isinstance(action, Copy) and not action.makes_room:
+            self._promised[action.to] += num_bytes
+        return True
+
+    def are_over(self, rooms: Sequence[TierRoom]) -> bool:
+        """Whether nothing more may be queued at all."""
+        lanes = [_lane(MIGRATE, ""), *(_lane(COPY, room.tier) for room in rooms)]
+        return all(self._numbers[lane] >= MAX_MOVES for lane in lanes)
+
+
+def _lane(kind: str, tier: str) -> tuple[str, str]:
+    """Copies that wait for room in one tier hold up neither those into others nor what gives room
+    back."""
+    return (kind, tier if kind == COPY else "")
 
 
 def _drops(actions: list[Action], drop: Drop) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from forebay_server.catalog import queries_policies as queries
 from forebay_server.catalog.engine import Catalog
-from forebay_server.model.placement import Policy
+from forebay_server.model.placement import Policy, has_work
 from forebay_server.model.subjects import parse_subject
 from forebay_wire.errors import InvalidRequest
 
@@ -77,6 +77,21 @@ class PolicyBook:
         )
         await self.load()
         return Assignment(name, policy or self._default.name)
+
+    def claim(self, kind: str) -> queries.Claim | None:
+        """The policies that keep copies in tiers of *kind*; None if no dataset or run has one."""
+        wanting = {name for name, one in self._policies.items() if kind in one.copies}
+        in_use = {self._default.name, *(self.find(name).name for name in self._assigned.values())}
+        if not wanting & in_use:
+            return None
+        return queries.Claim(frozenset(wanting), frozenset(self._policies), self._default.name)
+
+    async def owners(self, kinds: Collection[str]) -> list[str]:
+        """The datasets and runs whose policies may ask for something in tiers of *kinds*."""
+        found = [owner for owner in sorted(self._assigned) if has_work(self.of(owner), kinds)]
+        if has_work(self._default, kinds):
+            found += await self._catalog.read(queries.unassigned_owners)
+        return found
 
     def assignments(self) -> list[Assignment]:
         """All that is assigned, by owner."""

@@ -24,7 +24,6 @@ from forebay_server.catalog.queries_history import record
 from forebay_server.locks import NamedLocks
 from forebay_server.move.copy import parse_target
 from forebay_server.move.jobs import Progress
-from forebay_server.move.lists import own_tiers
 from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import ForebayError, IntegrityError, StorageError
 from forebay_wire.failpoints import failpoint
@@ -70,7 +69,7 @@ class Repairer:
         publishes, moves and collects; *forget* is told the id of a blob whose copies changed."""
         self._catalog = catalog
         self._tiers = tiers
-        self._names = frozenset(tier.name for tier in own_tiers(tiers))
+        self._names = frozenset(tier.name for tier in tiers.own)
         self._copier = copier
         self._publisher = publisher
         self._locks = locks

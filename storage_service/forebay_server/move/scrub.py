@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
@@ -22,7 +22,7 @@ from forebay_server.catalog.queries_scrub import BACKGROUND, Copy
 from forebay_server.locks import NamedLocks
 from forebay_server.move.budget import Budget
 from forebay_server.move.jobs import Progress
-from forebay_server.move.lists import list_problem, own_tiers, rewrite_list
+from forebay_server.move.lists import list_problem, rewrite_list
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
@@ -100,11 +100,11 @@ class Scrub:
         self._quarantine = quarantine
         self._budget = budget
         self._locks = locks
-        self._rate = Budget({tier.name: bytes_per_second for tier in own_tiers(tiers)})
+        self._rate = Budget({tier.name: bytes_per_second for tier in tiers.own})
         self._interval_seconds = interval_seconds
-        self.num_bytes: Counter[str] = Counter({tier.name: 0 for tier in own_tiers(tiers)})
+        self.num_bytes: Counter[str] = Counter({tier.name: 0 for tier in tiers.own})
         """Tier to bytes that were read since the start."""
-        self.num_damaged: Counter[str] = Counter({tier.name: 0 for tier in own_tiers(tiers)})
+        self.num_damaged: Counter[str] = Counter({tier.name: 0 for tier in tiers.own})
         """Tier to copies that were found bad since the start."""
 
     async def __call__(self, progress: Progress) -> None:
@@ -130,13 +130,13 @@ class Scrub:
                 report.num_unread,
             )
 
-    def _tiers_of(self, target: str) -> list[Tier]:
+    def _tiers_of(self, target: str) -> Sequence[Tier]:
         _, _, name = target.partition(" ")
         if not name:
-            return own_tiers(self._tiers)
+            return self._tiers.own
         return [self._tiers.get(name)]
 
-    async def _begin(self, report: Report, tiers: list[Tier], progress: Progress) -> None:
+    async def _begin(self, report: Report, tiers: Sequence[Tier], progress: Progress) -> None:
         names = [tier.name for tier in tiers]
 
         def begin(connection: Connection) -> int:
@@ -252,7 +252,7 @@ def read_report(journal: str) -> Report:
 
 def scrub_target(tier: str, tiers: Tiers) -> str:
     """The target of a scrub that somebody asks for, of one tier or (empty) of all."""
-    names = [one.name for one in own_tiers(tiers)]
+    names = [one.name for one in tiers.own]
     if tier and tier not in names:
         raise InvalidRequest(f"there is no tier {tier!r} on this node; it has {', '.join(names)}")
     return f"{NOW} {tier}" if tier else NOW

@@ -10,14 +10,16 @@ from forebay_server.catalog import queries_why as queries
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_datasets import find_dataset
 from forebay_server.catalog.queries_history import Event, list_events
-from forebay_server.catalog.queries_jobs import Job
+from forebay_server.catalog.queries_jobs import COPY, Job
 from forebay_server.catalog.queries_pins import list_pins, pins_of_blob
 from forebay_server.catalog.queries_policies import policy_of
 from forebay_server.catalog.queries_subjects import resolve_all
 from forebay_server.catalog.queries_why import Copies
-from forebay_server.model.placement import Policy
+from forebay_server.model.placement import Policy, fills
 from forebay_server.model.subjects import Subject, parse_subject
 from forebay_server.move.pins import PinState, state_of
+from forebay_server.move.room import kind_of
+from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import InvalidRequest, NotFound
 from forebay_wire.limits import MAX_PAGE_ROWS
 
@@ -50,11 +52,13 @@ class Story:
     def __init__(
         self,
         catalog: Catalog,
+        tiers: Tiers,
         find_policy: Callable[[str], Policy],
         seconds_until_use: Callable[[str], float | None] = lambda blob: None,
     ) -> None:
         """*find_policy* knows the named policies; *seconds_until_use* when a plan reads a blob."""
         self._catalog = catalog
+        self._tiers = tiers
         self._find_policy = find_policy
         self._seconds_until_use = seconds_until_use
 
@@ -100,6 +104,9 @@ class Story:
         policy, source = self._policy(connection, subject, kept_by)
         copies = queries.count_copies(connection, blobs)
         pins = self._pins(connection, subject, name)
+        jobs = queries.jobs_about(connection, manifests, blobs, MAX_JOBS)
+        because = self._because(policy, source, copies, dirty, pins, kept_by, blobs, blob)
+        because += self._missing(connection, policy, blobs, jobs) if kept_by or not blob else []
         return Why(
             subject=name,
             num_blobs=number,
@@ -109,9 +116,9 @@ class Story:
             policy_from=source,
             copies=copies,
             kept_by=kept_by,
-            because=self._because(policy, source, copies, dirty, pins, kept_by, blobs, blob),
+            because=because,
             pins=pins,
-            jobs=queries.jobs_about(connection, manifests, blob, MAX_JOBS),
+            jobs=jobs,
             history=events,
         )
 
@@ -169,6 +176,56 @@ class Story:
         if blob and not kept_by:
             told.append("nothing names it: it is collected once nobody has it open")
         return told
+
+    def _missing(
+        self,
+        connection: Connection,
+        policy: Policy,
+        blobs: Sequence[str],
+        jobs: Sequence[Job],
+    ) -> list[str]:
+        """Why copies that *policy* wants are not there."""
+        told = []
+        for wanted in policy.copies:
+            tiers = [
+                tier
+                for tier in self._tiers.all
+                if not tier.is_foreign and fills(kind_of(tier), wanted)
+            ]
+            if not tiers:
+                continue
+            names = [tier.name for tier in tiers]
+            number = queries.count_without(connection, blobs, names)
+            if not number:
+                continue
+            troubles = {
+                job.error
+                for job in jobs
+                if job.kind == COPY and job.target.rpartition(" ")[2] in names and job.error
+            }
+            free = None if wanted == "object" else max(one.space().free_bytes for one in tiers)
+            told.append(missing_text(policy, wanted, number, free, sorted(troubles)))
+        return told
+
+
+def missing_text(
+    policy: Policy, kind: str, num_missing: int, free_bytes: int | None, troubles: Sequence[str]
+) -> str:
+    """Why so many blobs have no copy in tiers of *kind*, which *policy* wants.
+
+    *free_bytes*: what is left there, None: nobody can say; *troubles*: what kept the jobs from
+    making them when they were last tried.
+    """
+    within = policy.copies[kind]
+    when = "at leisure" if within is None else f"within {within:g} s"
+    text = f"{num_missing} blobs have no copy in {kind}, which policy {policy.name} wants {when}"
+    if troubles:
+        return f"{text}: {troubles[0]}"
+    if free_bytes is None:
+        return f"{text}: the copies are on their way"
+    if within is None:
+        return f"{text}: they are made where there is room, and {free_bytes} bytes are free"
+    return f"{text}: they are on their way, or not due yet while only {free_bytes} bytes are free"
 
 
 def describe(policy: Policy) -> str:

@@ -82,15 +82,22 @@ class Checkpoints:
     """
 
     def __init__(
-        self, catalog: Catalog, uploads: Uploads, jobs: JobQueue, *, trash_seconds: float = 0.0
+        self,
+        catalog: Catalog,
+        uploads: Uploads,
+        jobs: JobQueue,
+        *,
+        trash_seconds: float = 0.0,
+        why_not_remote: str = "",
     ) -> None:
-        """*trash_seconds*: how long what is deleted can be restored."""
+        """*trash_seconds*: how long what is deleted can be restored; *why_not_remote*: why nothing
+        ever becomes remote, empty: it does."""
         self._trash_seconds = trash_seconds
         self._catalog = catalog
         self._uploads = uploads
         self._jobs = jobs
         self._sealed = SealedGenerations(catalog, uploads)
-        self.generations = Generations(catalog, self._sealed)
+        self.generations = Generations(catalog, self._sealed, why_not_remote)
         jobs.listen(self.generations.announce)  # the target of a flush is a manifest
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followed: set[str] = set()

@@ -102,9 +102,17 @@ class Datasets:
     """The use cases of datasets. Belongs to the event loop; holds no state."""
 
     def __init__(
-        self, catalog: Catalog, uploads: Uploads, jobs: JobRunner, *, trash_seconds: float = 0.0
+        self,
+        catalog: Catalog,
+        uploads: Uploads,
+        jobs: JobRunner,
+        *,
+        trash_seconds: float = 0.0,
+        why_not_remote: str = "",
     ) -> None:
-        """*trash_seconds*: how long what is deleted can be restored."""
+        """*trash_seconds*: how long what is deleted can be restored; *why_not_remote*: why nothing
+        ever becomes remote, empty: it does."""
+        self._why_not_remote = why_not_remote
         self._trash_seconds = trash_seconds
         self._catalog = catalog
         self._uploads = uploads
@@ -144,6 +152,8 @@ class Datasets:
                 f"a timeout of {timeout_seconds} s; allowed: 0 to {MAX_WAIT_SECONDS:.0f}"
             )
         wanted = await self._version(name, version)
+        if durability == "remote" and timeout_seconds:
+            self._refuse_remote(wanted)
 
         def reached(connection: Connection) -> VersionInfo | NotFound | None:
             now = queries.find_version(connection, name, wanted.version)
@@ -159,6 +169,13 @@ class Datasets:
         if found is None:
             raise await self._not_remote(wanted, timeout_seconds)
         return found
+
+    def _refuse_remote(self, version: VersionInfo) -> None:
+        if self._why_not_remote and version.durability != "remote":
+            raise InvalidRequest(
+                f"version {version.version} of dataset {version.dataset} is local and never "
+                f"becomes remote: {self._why_not_remote}"
+            )
 
     # ----------------------------------------------------------------------------------- commit
 

@@ -46,7 +46,11 @@ MAX_STEP: Final = (1 << 63) - 1
 class Generations:
     """The reading side of checkpoints. Belongs to the event loop."""
 
-    def __init__(self, catalog: Catalog, sealed: SealedGenerations) -> None:
+    def __init__(
+        self, catalog: Catalog, sealed: SealedGenerations, why_not_remote: str = ""
+    ) -> None:
+        """*why_not_remote*: why nothing ever becomes remote, empty: it does."""
+        self._why_not_remote = why_not_remote
         self._catalog = catalog
         self._sealed = sealed
         self._changes = Changes()
@@ -68,12 +72,23 @@ class Generations:
         """
         wanted = check_durability(durability)
         deadline = asyncio.get_running_loop().time() + timeout_seconds
+        if wanted is Durability.REMOTE and timeout_seconds:
+            await self._refuse_remote(generation)
         with self._changes.watch(str(generation)) as changed:
             info = await self._until(generation, wanted, changed, deadline)
         if wanted is not Durability.REMOTE or info.manifest is None:
             return info
         with self._changes.watch(info.manifest, str(generation)) as changed:
             return await self._until(generation, Durability.REMOTE, changed, deadline, remote=True)
+
+    async def _refuse_remote(self, generation: GenerationId) -> None:
+        if not self._why_not_remote:
+            return
+        info = await self.look(generation)
+        if not reaches(Durability(info.durability), Durability.REMOTE):
+            raise InvalidRequest(
+                f"generation {generation} never becomes remote: {self._why_not_remote}"
+            )
 
     async def _until(
         self,
@@ -169,7 +184,10 @@ class Generations:
         states = COMMITTED_OR_LANDING if sealed else COMMITTED
         point = _select(lineage, selector, states, skip)
         if point is None:
-            raise NotFound(_nothing_found(run, selector, lineage, wanted, skip))
+            text = _nothing_found(run, selector, lineage, wanted, skip)
+            if wanted is Durability.REMOTE and self._why_not_remote:
+                raise InvalidRequest(f"{text}. Nothing becomes remote: {self._why_not_remote}")
+            raise NotFound(text)
         return point
 
     async def _until_readable(

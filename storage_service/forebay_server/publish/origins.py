@@ -185,7 +185,7 @@ class OriginDatasets:
             below, version=base.version + 1, parent=base.manifest, shards=tuple(shards)
         )
         manifest_id, data = manifest.encode()
-        names = [tier.name for tier in self._tiers.all if not tier.is_foreign]
+        names = [tier.name for tier in self._tiers.all if tier.keeps]
         fresh = [
             shard.blob
             for shard, before in zip(shards, below.shards, strict=True)

@@ -58,7 +58,7 @@ class MovementService(movement_pb2_grpc.MovementServicer):
     async def SetPolicy(
         self, request: messages.SetPolicyRequest, context: Context
     ) -> messages.PolicyAssignment:
-        made = await self._movement.book.assign(request.owner, request.policy)
+        made = await self._movement.assign(request.owner, request.policy)
         return messages.PolicyAssignment(**vars(made))
 
     async def ListPolicies(

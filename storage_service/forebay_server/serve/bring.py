@@ -26,7 +26,7 @@ class Bringer:
         self._catalog = catalog
         self._promoter = promoter
         self._quarantine = quarantine
-        self._landing = frozenset(tier.name for tier in tiers.landing)
+        self._landing = frozenset(tier.name for tier in (*tiers.landing, *tiers.caches))
 
     async def has(self, blob: str, tier: str) -> bool:
         """Whether *tier* has a live copy of *blob*."""

@@ -9,6 +9,7 @@ from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_status import Counts, count_all
 from forebay_server.observe.metrics import Sample
 from forebay_server.serve.open import Opener
+from forebay_server.tier.memory import SlotPool
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import HEALTHY, Tier, TierSpace
 from forebay_wire.errors import ForebayError
@@ -29,6 +30,8 @@ class TierState:
     reserved_bytes: int
     num_files: int
     health: str
+    note: str
+    plain_bytes: int
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,13 @@ class StatusReader:
         object_name = self._tiers.object.name if self._tiers.object else "object"
         counts = await self._catalog.read(lambda connection: count_all(connection, object_name))
         opened = self._opener.open_bytes()
-        states = [_ram_state(self._tiers.slots.space(), counts, opened.get("ram", 0))]
+        slots = self._tiers.slots
+        states = [_state(slots, slots.space(), counts, opened.get("ram", 0))]
         for tier in self._tiers.all:
             space, health = await self._measure(tier)
-            dirty, in_use = counts.dirty_bytes.get(tier.name, 0), opened.get(tier.name, 0)
-            states.append(_state(tier.name, tier.kind, tier.location, space, dirty, in_use, health))
+            note = self._tiers.why_not_remote if tier.caches_only else ""
+            note = note and f"caches only, nothing becomes remote: {note}"
+            states.append(_state(tier, space, counts, opened.get(tier.name, 0), health, note))
         return Status(tiers=tuple(states), counts=counts, **vars(self._read_daemon()))
 
     async def read_samples(self) -> Sequence[Sample]:
@@ -92,26 +97,28 @@ class StatusReader:
             return TierSpace(0, 0, 0, 0, 0), error.message
 
 
-def _ram_state(space: TierSpace, counts: Counts, open_bytes: int) -> TierState:
-    dirty = counts.dirty_bytes["ram"]
-    return _state("ram", "ram", "shared memory", space, dirty, open_bytes, HEALTHY)
-
-
 def _state(
-    name: str, kind: str, location: str, space: TierSpace, dirty: int, in_use: int, health: str
+    tier: Tier | SlotPool,
+    space: TierSpace,
+    counts: Counts,
+    open_bytes: int,
+    health: str = HEALTHY,
+    note: str = "",
 ) -> TierState:
     return TierState(
-        name=name,
-        kind=kind,
-        location=location,
+        name=tier.name,
+        kind=tier.kind,
+        location=tier.location,
         limit_bytes=space.limit_bytes,
         used_bytes=space.used_bytes,
         free_bytes=space.free_bytes,
-        dirty_bytes=dirty,
-        open_bytes=in_use,
+        dirty_bytes=counts.dirty_bytes.get(tier.name, 0),
+        open_bytes=open_bytes,
         reserved_bytes=space.reserved_bytes,
         num_files=space.num_files,
         health=health,
+        note=note,
+        plain_bytes=counts.plain_bytes.get(tier.name, 0),
     )
 
 

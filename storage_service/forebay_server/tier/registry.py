@@ -36,9 +36,7 @@ class Tiers:
     ``start`` opens them all; ``close`` waits for running calls.
     """
 
-    def __init__(
-        self, tiers: Sequence[Tier], slots: SlotPool, *, why_not_remote: str = ""
-    ) -> None:
+    def __init__(self, tiers: Sequence[Tier], slots: SlotPool, *, why_not_remote: str = "") -> None:
         """At most one of *tiers* is of kind ``object``, beside a foreign one; names are unique.
         *why_not_remote*: why nothing ever becomes remote although there is an object store."""
         self.why_not_remote = why_not_remote
@@ -57,6 +55,8 @@ class Tiers:
         """Where what is ``remote`` lies."""
         self.caches = tuple(tier for tier in tiers if tier.caches_only)
         """Where copies lie that count for nothing."""
+        self.own = (*self.landing, *(one for one in (self.object,) if one), *self.caches)
+        """Those whose files are this catalog's."""
         self.relieve: Callable[[Tier, int], Awaitable[int]] = _relieve_nothing
         """Gives back so many bytes of a landing tier by removing copies that other tiers have, as
         far as they may go; answers how many."""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, Self
 from forebay_wire.errors import (
     ForebayError,
     IntegrityError,
-    NotFound,
     ResourceExhausted,
     StorageError,
 )
@@ -89,6 +88,12 @@ class Tier(ABC):
     caches_only: bool = False
     """Its copies may serve, and count for nothing when another copy or a promise depends on them:
     the store would let another writer replace them."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a copy here is a place that another one may be given up for."""
+        return not self.is_foreign and not self.caches_only
+
     encoding: str = "raw"
     """What copies that come here for keeping are encoded as, or ``auto``: one of
     ``forebay_server.model.encodings.SETTINGS``. New bytes land raw."""
@@ -296,12 +301,12 @@ def from_os_error(error: OSError, doing: str, where: str) -> ForebayError:
             f"{where} is full while {doing} ({error.strerror}): delete datasets or generations, "
             "or give it more room"
         )
-    if isinstance(error, FileNotFoundError):
-        return NotFound(f"{where} failed {doing}: there is no such file")
     return StorageError(f"{where} failed {doing}: {error.strerror or error}; {_advice(error)}")
 
 
 def _advice(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "was its folder removed, or is its disk not mounted?"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (ulimit -n)"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

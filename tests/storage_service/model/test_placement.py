@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay_server.model.placement import (
+    AHEAD_SECONDS,
     BUILT_IN,
     COLD,
     DURABILITY,
@@ -24,8 +25,7 @@ from forebay_server.model.placement import (
     ReplicaFacts,
     TierRoom,
     decide,
-    is_wanted,
-    landing_order,
+    has_work,
 )
 
 DAY = 86400.0
@@ -104,8 +104,52 @@ def test_nothing_is_copied_to_a_tier_that_it_would_leave_at_once() -> None:
     assert summary(demoting, blob("ssd", idle=70.0), object=0) == []
 
 
-def test_copies_to_a_full_tier_wait() -> None:
-    assert summary(HOT, blob("object"), ssd=9) == []
+@pytest.mark.parametrize(
+    ("within", "makes_room"),
+    [
+        (0.0, True),
+        (50 * DAY + AHEAD_SECONDS, True),
+        (50 * DAY + AHEAD_SECONDS + 1, None),
+        (None, None),
+    ],
+)
+def test_room_is_made_in_a_full_tier_for_what_is_due_soon(
+    within: float | None, makes_room: bool | None
+) -> None:
+    policy = Policy("own", copies={"ssd": within})
+    copies = [one for one in decide(policy, blob("object"), rooms(ssd=9)) if isinstance(one, Copy)]
+    assert [one.makes_room for one in copies] == ([] if makes_room is None else [makes_room])
+    (fits,) = decide(policy, blob("object"), rooms(ssd=10))
+    assert isinstance(fits, Copy)
+    assert not fits.makes_room
+
+
+def test_a_plan_alone_makes_no_room_for_policies() -> None:
+    policy = Policy("own", copies={"ssd": None})
+    assert decide(policy, blob("object", planned_next_use=NOW + 5), rooms(ssd=9)) == []
+
+
+def test_a_store_that_caches_gets_the_copies_and_frees_nothing() -> None:
+    cache = TierRoom("cache", "cache", 1000)
+    (copy,) = decide(HOT, blob("ssd"), [*rooms()[:2], cache])
+    assert isinstance(copy, Copy)
+    assert copy.to == "cache"
+    (copy,) = decide(HOT, blob("ssd"), [cache, *rooms()])
+    assert isinstance(copy, Copy)
+    assert copy.to == "object"  # where there is one
+    demoting = Policy("own", demote_after_seconds={"ssd": 0.0, "hdd": 0.0})
+    assert decide(demoting, blob("ssd", "cache"), [cache]) == []
+    assert decide(demoting, blob("ssd", "hdd", "cache"), [cache]) == [
+        Drop("ssd", "unused for 0 s, policy own keeps it 0 s in ssd")
+    ]
+
+
+def test_policies_without_work_are_not_looked_at() -> None:
+    assert has_work(HOT, {"ssd"})
+    assert has_work(WARM, {"ssd"})
+    assert has_work(HOT, {"cache"})
+    assert not has_work(Policy("own", copies={"object": None}), {"ssd", "hdd"})
+    assert not has_work(WARM, {"hdd"})
 
 
 def test_a_replica_that_is_open_stays() -> None:
@@ -138,20 +182,6 @@ def test_copies_are_encoded_as_the_policy_says() -> None:
     (copy,) = decide(policy, blob("object"), rooms())
     assert isinstance(copy, Copy)
     assert copy.encoding == "lz4"
-
-
-def test_eviction_for_room_leaves_what_policy_or_a_pin_wants() -> None:
-    ssd = ReplicaFacts("ssd", "ssd")
-    assert is_wanted(HOT, blob("ssd"), ssd)
-    assert not is_wanted(WARM, blob("ssd"), ssd)
-    assert is_wanted(WARM, blob("ssd", pinned_tiers=frozenset({"ssd"})), ssd)
-
-
-def test_new_bytes_land_in_the_first_tier_with_room() -> None:
-    assert landing_order(WARM, rooms(), 10) == ("ssd", "hdd")
-    assert landing_order(COLD, rooms(), 10) == ("hdd", "ssd")
-    assert landing_order(WARM, rooms(ssd=9), 10) == ("hdd",)
-    assert landing_order(WARM, rooms(ssd=9, hdd=9), 10) == ()
 
 
 def test_the_built_in_policies_are_known_by_name() -> None:
@@ -249,7 +279,10 @@ def test_nothing_that_is_done_of_a_decision_loses_durability(
     for action in actions:
         if isinstance(action, Copy):
             assert action.to not in held
-            assert next(room.free_bytes for room in free if room.tier == action.to) >= 10
+            fits = next(room.free_bytes for room in free if room.tier == action.to) >= 10
+            assert action.makes_room is not fits
+            is_demanded = action.due <= facts.now + AHEAD_SECONDS
+            assert fits or is_demanded
 
 
 @settings(max_examples=150)
