@@ -12,7 +12,7 @@ from blake3 import blake3
 from sqlalchemy import Connection, Engine, Transaction, create_engine, event
 from sqlalchemy.pool import QueuePool
 
-from forebay_server.catalog import row_digests, seal
+from forebay_server.catalog import row_digests, seal, wal
 from forebay_server.catalog.failures import is_sqlite_io_error
 from forebay_wire.errors import AlreadyExists, IntegrityError, NotFound, StorageError
 
@@ -59,6 +59,7 @@ class SqliteDatabase:
         self.where = str(path)
         self.writer = writer_engine(path)
         self.readers = reader_engine(path, num_readers)
+        self._marker = wal.Marker(path)
 
     @classmethod
     def open(cls, path: Path, num_readers: int) -> SqliteDatabase:
@@ -76,6 +77,7 @@ class SqliteDatabase:
 
     def commit(self, transaction: Transaction, entered: object) -> None:
         transaction.commit()
+        self._marker.note()
 
     def lost_transaction(self, connection: Connection) -> bool:
         driver = connection.connection.dbapi_connection
@@ -108,11 +110,19 @@ class SqliteDatabase:
         )
 
     def close(self) -> None:
+        self._marker.close()
+        drop_mark(self.path)
         # Readers first: the last connection to close must be able to empty and remove the WAL.
         self.readers.dispose()
         self.writer.dispose()
         if was_closed_cleanly(self.path):
             seal.put_seal(self.path)
+
+
+def drop_mark(path: Path) -> None:
+    """Remove the mark, durably: the log that it speaks of is about to go, or is known to be whole."""
+    if wal.drop_mark(path):
+        seal.sync_folder(path.parent)
 
 
 def create_file(path: Path) -> None:
@@ -173,8 +183,13 @@ def _engine(path: Path, mode: str, pragmas: tuple[str, ...], begin: str, pool_si
 def check(path: Path) -> None:
     """Read all of the file; :class:`IntegrityError` unless it is as it was written.
 
-    Structure, indexes and constraints by SQLite, the schema and every row by their digests.
+    The log by its mark, structure, indexes and constraints by SQLite, the schema and every row by
+    their digests.
     """
+    lost = wal.find_loss(path)
+    if lost is not None:
+        raise IntegrityError(f"the catalog {path} has lost commits ({lost}): {_WHAT_TO_DO}")
+    drop_mark(path)
     connection = sqlite3.connect(
         f"file:{quote(str(path))}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None
     )

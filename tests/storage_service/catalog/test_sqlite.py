@@ -93,6 +93,7 @@ def test_the_files_are_readable_for_their_owner_only(catalog: Catalog, path: Pat
     found = sorted(path.parent.iterdir())
     assert [file.name for file in found] == [
         "catalog.sqlite",
+        "catalog.sqlite-mark",
         "catalog.sqlite-shm",
         "catalog.sqlite-wal",
     ]
