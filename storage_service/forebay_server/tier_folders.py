@@ -9,6 +9,9 @@ from typing import Final
 
 from forebay_wire.errors import InvalidRequest
 
+VOLATILE: Final = "memory:"
+"""What fsspec keeps in the process."""
+
 _FILE_SCHEMES: Final = ("file://", "local://")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_settings import get_setting, put_setting
 from forebay_server.catalog.queries_uploads import end_all_uploads
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import Tier
+from forebay_server.tier.store import HEALTHY, Tier
 from forebay_server.tier.volume import VOLUME_FILE
 from forebay_wire.errors import StorageError
 
@@ -45,14 +45,17 @@ class Reconciled:
     """Files that a row names and that are gone or cut short."""
 
 
-async def reconcile(catalog: Catalog, tiers: Tiers) -> Reconciled:
+async def reconcile(
+    catalog: Catalog, tiers: Tiers, *, replaced: Collection[str] = ()
+) -> Reconciled:
     """Bring *catalog* and the landing tiers together; before anything else is served.
 
     Raises :class:`StorageError` where a tier holds another volume than the catalog knows: deleting
-    or giving up anything there would be wrong.
+    or giving up anything there would be wrong. A tier among *replaced* may: what lay on the volume
+    before is given up, and comes back from other copies as far as there are any.
     """
     for tier in tiers.landing:
-        await _check_volume(catalog, tiers, tier)
+        await _check_volume(catalog, tiers, tier, is_replaced=tier.name in replaced)
     num_sessions = await catalog.write(end_all_uploads)
     num_orphans = await _forget_orphans(catalog, [tier.name for tier in tiers.landing])
     num_removed = removed_bytes = num_missing = 0
@@ -60,6 +63,8 @@ async def reconcile(catalog: Catalog, tiers: Tiers) -> Reconciled:
         sizes = await tiers.run(tier, _sizes, tier)
         known = await catalog.read(functools.partial(queries.known_files, tier=tier.name))
         strays = sorted(sizes.keys() - known.keys())
+        if tier.health != HEALTHY:  # a read-only volume: they go at a later start
+            strays = []
         for name in strays:
             await tiers.run(tier, tier.delete, name)
             num_removed += 1
@@ -84,7 +89,7 @@ async def _log(catalog: Catalog, tier: Tier, files: Sequence[str]) -> None:
         await catalog.write(log)
 
 
-async def _check_volume(catalog: Catalog, tiers: Tiers, tier: Tier) -> None:
+async def _check_volume(catalog: Catalog, tiers: Tiers, tier: Tier, *, is_replaced: bool) -> None:
     """Refuse a volume that is not the catalog's; remember that of a tier that is new to it."""
     volume = await tiers.run(tier, _volume_of, tier)
     sizes = await tiers.run(tier, _has_files, tier)
@@ -94,12 +99,18 @@ async def _check_volume(catalog: Catalog, tiers: Tiers, tier: Tier) -> None:
         expected = get_setting(connection, key)
         if expected == volume:
             return
-        if expected is not None and queries.known_files(connection, tier.name):
+        known = queries.known_files(connection, tier.name) if expected is not None else {}
+        if known and not is_replaced:
             raise StorageError(
-                f"tier {tier.name} at {tier.location} is volume {volume}, the catalog's files lie "
-                f"on volume {expected}: is a disk not mounted, or the folder of the tier wrong? "
-                "Nothing was changed"
+                f"tier {tier.name} at {tier.location} is volume {volume}, {len(known)} files of "
+                f"the catalog lie on volume {expected}: is a disk not mounted, or the folder of "
+                "the tier wrong? If that volume is lost for good, start once with --replaced "
+                f"{tier.name}: what has copies elsewhere comes back, the rest is given up"
             )
+        if known:
+            given_up = f"volume {expected} with {len(known)} files is given up for {volume}"
+            logger.warning("tier %s: %s", tier.name, given_up)
+            record(connection, f"tier {tier.name}", "replaced", given_up)
         if sizes:
             raise StorageError(
                 f"tier {tier.name} at {tier.location} holds files that this catalog does not know "

@@ -13,7 +13,7 @@ from forebay_server.serve.foresight import Foresight
 from forebay_server.serve.promote import Place
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.space import in_blocks
-from forebay_server.tier.store import Tier
+from forebay_server.tier.store import HEALTHY, Tier
 from forebay_wire.errors import ForebayError
 
 logger = logging.getLogger(__name__)
@@ -208,6 +208,8 @@ class Cache:
             return
         self._ask_at = now + ASK_SECONDS
         for tier in self._tiers.landing:
+            if tier.health != HEALTHY:
+                continue
             space = tier.space()
             share = int((space.used_bytes + space.reserved_bytes + space.free_bytes) * ASK_SHARE)
             if self._evictor.fill_room(tier, 0) < share:
@@ -217,4 +219,4 @@ class Cache:
         """The landing tiers that are faster than the one where the blob lies."""
         names = [tier.name for tier in self._tiers.landing]
         stop = names.index(source.tier) if source.tier in names else len(names)
-        return list(self._tiers.landing[:stop])
+        return [tier for tier in self._tiers.landing[:stop] if tier.health == HEALTHY]

@@ -147,7 +147,8 @@ class Promoter:
                     found = await self.promote_into(source, tier)
                     if found.encoding == RAW:  # else somebody has just put one there for keeping
                         return found
-                except ResourceExhausted as error:
+                except (ResourceExhausted, StorageError) as error:
+                    # One that cannot be read from says so again below.
                     logger.info("blob %s is not promoted to %s: %s", source.blob, tier.name, error)
             from_tier = self._tiers.get(source.tier)
             window = await self._tiers.run(from_tier, self._fill_window, source)

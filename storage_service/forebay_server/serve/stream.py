@@ -8,6 +8,7 @@ is read there once the copy is complete.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
@@ -21,9 +22,11 @@ from forebay_server.tier.encode import open_plain
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier, TierReader
 from forebay_server.tier.verify import read_table
-from forebay_wire.errors import ResourceExhausted
+from forebay_wire.errors import ResourceExhausted, StorageError
 from forebay_wire.limits import MAX_SEGMENT_BYTES, MIB
 from forebay_wire.segments import SegmentTable
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_BYTES: Final = 8 * MIB
 """Smaller blobs are not worth it: they are fetched whole, and handed over then."""

@@ -13,6 +13,7 @@ from forebay_server.tier.publication import (
     PublicationFolder,
     PublicationWriter,
     allocated_bytes,
+    away,
     make_folders,
 )
 from forebay_server.tier.space import SpaceLedger, device_of, free_in_folder
@@ -25,7 +26,7 @@ from forebay_server.tier.store import (
     from_os_error,
 )
 from forebay_server.tier.volume import VOLUME_FILE, Volume
-from forebay_wire.errors import InvalidRequest, NotFound, StorageError
+from forebay_wire.errors import InvalidRequest, NotFound
 from forebay_wire.ids import check_random_name
 from forebay_wire.limits import GIB
 
@@ -158,10 +159,7 @@ class DirectoryTier(Tier):
         """Raise :class:`StorageError` where the whole volume is away: no file of it is gone."""
         self._publication.check_present()
         if not self._volume.is_there():
-            raise StorageError(
-                f"{self._where} is away: it has no {VOLUME_FILE}; is the disk mounted? Nothing in "
-                "it is given up"
-            )
+            raise away(self._where, f"it has no {VOLUME_FILE}")
 
     def _path(self, name: str) -> Path:
         return self._files / check_random_name("file", name)[:2] / name

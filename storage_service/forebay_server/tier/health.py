@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Final
 
 from forebay_server.model.health import DEVICE, VolumeHealth
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import HEALTHY, Tier, TierReader, TierWriter
+from forebay_server.tier.store import HEALTHY, Tier, TierReader, TierSpace, TierWriter
 from forebay_server.tier.wrap import TierWrapper
 from forebay_wire.errors import ForebayError, IntegrityError, StorageError
 from forebay_wire.ids import new_random_name
@@ -47,6 +49,8 @@ class GuardedTier(TierWrapper):
         self._clock = clock
         self._lock = threading.Lock()
         self._health = VolumeHealth()
+        self._space: TierSpace | None = None
+        self._is_open = True
 
     @property
     def health(self) -> str:
@@ -57,6 +61,17 @@ class GuardedTier(TierWrapper):
         """Have *changed* told from now on."""
         self._changed = changed
 
+    def open(self) -> None:
+        """As the tier does; one that is read-only is out of service until a probe opens it."""
+        self._is_open = False
+        try:
+            self.inner.open()
+            self._is_open = True
+        except ForebayError as error:
+            if self._note(error) != errno.EROFS:
+                raise
+            logger.error("tier %s starts out of service: %s", self.name, error)
+
     def create(self, name: str, expected_bytes: int) -> TierWriter:
         found = self._health
         if not found.in_service:
@@ -66,10 +81,24 @@ class GuardedTier(TierWrapper):
             )
         return super().create(name, expected_bytes)
 
+    def space(self) -> TierSpace:
+        """As it was when it was last told, without room, while it is out of service or away."""
+        try:
+            self._space = self.inner.space()
+        except ForebayError as error:
+            self._note(error)
+            if self._space is None:
+                raise
+            return replace(self._space, free_bytes=0)
+        return self._space if self._health.in_service else replace(self._space, free_bytes=0)
+
     def probe(self) -> bool:
         """Write a file, read it back, remove it; whether the tier is in service then. Blocks."""
         name, data = self.inner.blob_name(new_random_name()), os.urandom(PROBE_BYTES)
         try:
+            if not self._is_open:
+                self.inner.open()
+                self._is_open = True
             self.inner.put(name, data)
             try:
                 good = self.inner.get(name) == data

@@ -60,6 +60,13 @@ def allocated_bytes(found: os.stat_result) -> int:
     return found.st_blocks * 512
 
 
+def away(where: str, what: str) -> StorageError:
+    """The error for a whole place that is not there; its cause counts against the volume."""
+    error = StorageError(f"{where} is away: {what}; is the disk mounted? Nothing in it is given up")
+    error.__cause__ = OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    return error
+
+
 class PublicationFolder:
     """A folder of published files, with a folder for unfinished ones beside it. Thread-safe.
 
@@ -80,10 +87,7 @@ class PublicationFolder:
         """Raise :class:`StorageError` unless the folder is where it was: what is missing in one
         that is away (a disk that is not mounted) is not gone."""
         if not self._unfinished.is_dir():
-            raise StorageError(
-                f"{self.where} is away: {self._unfinished} is not there; is the disk mounted? "
-                "Nothing in it is given up"
-            )
+            raise away(self.where, f"{self._unfinished} is not there")
 
     def open(self) -> None:
         """Make the folders, remove what dead writers left, see whether direct writes work."""
@@ -91,6 +95,9 @@ class PublicationFolder:
             make_folders(self.root)
             make_folders(self._unfinished)
             fsync_folder(self.root.parent)  # who made it before us may have died before this
+            self._durable_folders.add(self.root)
+            if os.statvfs(self._unfinished).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             if not os.access(self._unfinished, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "the folder is not writable")
             self._sweep()
@@ -127,13 +134,18 @@ class PublicationFolder:
 
         Whether it exists says nothing: the one who made it may have died before its fsync.
         """
-        if folder in self._durable_folders or folder == self.root:
+        if folder in self._durable_folders or folder == self.root.parent:
             return
         self.make_parents_durable(folder.parent)
         folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
         fsync_folder(folder.parent)
         with self._lock:
             self._durable_folders.add(folder)
+
+    def forget_folders(self) -> None:
+        """Make folders again that were made before: they may be gone."""
+        with self._lock:
+            self._durable_folders.clear()
 
     def _create_locked(self, path: Path) -> int:
         while True:
@@ -212,8 +224,7 @@ class PublicationWriter(TierWriter):
             self._write_tail()
             os.ftruncate(self._descriptor, self.num_bytes)
             os.fsync(self._descriptor)
-            self._folder.make_parents_durable(self._path.parent)
-            os.link(self._unfinished, self._path)
+            self._link()
         except FileExistsError:
             self.abort()
             raise AlreadyExists(
@@ -229,6 +240,16 @@ class PublicationWriter(TierWriter):
             fsync_folder(self._path.parent)
         except OSError as error:
             raise self._failure(error, "publishing") from error
+
+    def _link(self) -> None:
+        try:
+            self._folder.make_parents_durable(self._path.parent)
+            os.link(self._unfinished, self._path)
+        except FileNotFoundError:  # somebody has removed folders, or the disk is not there
+            self._folder.check_present()
+            self._folder.forget_folders()
+            self._folder.make_parents_durable(self._path.parent)
+            os.link(self._unfinished, self._path)
 
     def abort(self) -> None:
         if self._descriptor < 0:

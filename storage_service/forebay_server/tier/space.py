@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def free_in_folder(folder: str | os.PathLike[str]) -> int:
         raise StorageError(
             f"the room in folder {os.fspath(folder)} cannot be measured ({error.strerror}): was it "
             "removed, or is its disk not mounted?"
-        ) from error
+        ) from OSError(errno.ENODEV if error.errno == errno.ENOENT else error.errno, str(error))
     return found.f_bavail * found.f_frsize
 
 
