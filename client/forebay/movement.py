@@ -128,8 +128,9 @@ class MovementCalls:
         return list(answer.entries)
 
     def restore_trash(self, which: str) -> movement_pb2.TrashEntry:
-        """Bring back what one deletion took: its name or, if that is one deletion, its target
-        (``"dataset NAME"``). AlreadyExists if the name is taken by now, NotFound."""
+        """Bring back what one deletion took: its own name, or what was deleted last under a name
+        (``"mnist"``, ``"dataset mnist"``). AlreadyExists if the name is taken by now, Conflict if
+        it may mean more than one thing, NotFound."""
         request = movement_pb2.RestoreTrashRequest(deletion=which)
         return self.channel.call(Movement.RestoreTrash, request)
 

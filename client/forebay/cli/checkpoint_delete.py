@@ -5,8 +5,10 @@ from __future__ import annotations
 import click
 
 from forebay.cli.confirm import confirm
+from forebay.cli.output import record
 from forebay.cli.selector import parse_generation, split_run
 from forebay.cli.session import Session, with_session
+from forebay.cli.trash import telling, way_back
 from forebay_wire.errors import InvalidRequest
 
 
@@ -30,8 +32,18 @@ def delete_checkpoint(
     what = f"run {run!r} with all generations" if whole_run else f"{generation} of run {run!r}"
     with session.connect() as client:
         confirm(f"Delete {what}?", is_sure=yes)
-        num_deleted = client.delete_checkpoints(run, attempt=attempt, step=step, now=now)
+        target = f"run {run}" if whole_run else f"generation {run}@{attempt}/{step}"
+        with telling(client, target) as made:
+            num_deleted = client.delete_checkpoints(run, attempt=attempt, step=step, now=now)
+    said = f"Deleted {num_deleted} generation{'' if num_deleted == 1 else 's'}."
+    if num_deleted:
+        said += f" {way_back(made)}"
     session.show(
-        {"run": run, "generation": generation, "num_deleted": num_deleted},
-        lambda: print(f"Deleted {num_deleted} generation{'' if num_deleted == 1 else 's'}."),
+        {
+            "run": run,
+            "generation": generation,
+            "num_deleted": num_deleted,
+            "trash": [record(one) for one in made],
+        },
+        lambda: print(said),
     )

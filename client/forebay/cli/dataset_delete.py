@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from forebay.cli.confirm import confirm
+from forebay.cli.output import record
 from forebay.cli.session import Session, with_session
+from forebay.cli.trash import telling, way_back
 from forebay_wire.errors import NotFound
 
 
@@ -22,8 +24,12 @@ def delete_dataset(session: Session, name: str, yes: bool, now: bool, missing_ok
             f"Delete dataset {name!r} with all its versions{' for good' if now else ''}?",
             is_sure=yes,
         )
-        existed = client.delete_dataset(name, now=now)
+        with telling(client, f"dataset {name}") as made:
+            existed = client.delete_dataset(name, now=now)
     if not existed and not missing_ok:
         raise NotFound(f"there is no dataset {name!r}: forebay dataset list shows what there is")
-    said = f"Deleted dataset {name!r}." if existed else f"There was no dataset {name!r}."
-    session.show({"name": name, "existed": existed}, lambda: print(said))
+    said = f"There was no dataset {name!r}."
+    if existed:
+        said = f"Deleted dataset {name!r}. {way_back(made)}"
+    value = {"name": name, "existed": existed, "trash": [record(one) for one in made]}
+    session.show(value, lambda: print(said))

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import click
 
 from forebay.cli.confirm import confirm
 from forebay.cli.output import moment, print_table, record
 from forebay.cli.session import Session, with_session
+
+if TYPE_CHECKING:
+    from forebay.client import Client
+    from forebay_wire.v1.movement_pb2 import TrashEntry
 
 
 @click.group()
@@ -41,10 +49,42 @@ def list_trash(session: Session) -> None:
 @click.argument("which")
 @with_session
 def restore_trash(session: Session, which: str) -> None:
-    """Bring back WHICH: a deletion's name, or what it took ("dataset NAME", "run NAME")."""
+    """Bring back WHICH: what was deleted last under that name (NAME, or "dataset NAME", "run NAME"
+    where both were), or a deletion's own name."""
     with session.connect() as client:
         found = client.restore_trash(which)
-    session.show(record(found), lambda: print(f"Restored {found.target}."))
+        older = [one for one in client.trash() if one.target == found.target]
+
+    def people() -> None:
+        print(f"Restored {found.target}, deleted {moment(found.deleted_unix)}.")
+        if older:
+            print(
+                f"Older ones of that name in the trash: {', '.join(one.deletion for one in older)}."
+            )
+
+    session.show(record(found), people)
+
+
+@contextmanager
+def telling(client: Client, target: str) -> Iterator[list[TrashEntry]]:
+    """Around what deletes *target*: afterwards the list has what that put into the trash."""
+    before = {one.deletion for one in client.trash()}
+    made: list[TrashEntry] = []
+    yield made
+    made.extend(
+        one for one in client.trash() if one.target == target and one.deletion not in before
+    )
+
+
+def way_back(made: Sequence[TrashEntry]) -> str:
+    """How to undo a deletion, as a sentence; of one for good that it cannot be."""
+    if not made:
+        return "It is gone for good."
+    entry = made[0]
+    return (
+        f"It is in the trash until {moment(entry.expires_unix)}; forebay trash restore "
+        f'"{entry.target}" brings it back.'
+    )
 
 
 @trash.command("empty")

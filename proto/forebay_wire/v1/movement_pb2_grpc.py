@@ -161,7 +161,8 @@ class MovementServicer:
 
     def RestoreTrash(self, request, context):
         """Brings back what one deletion took. ALREADY_EXISTS if its name is taken by now; nothing is
-        changed then. NOT_FOUND if the trash does not have it.
+        changed then. ABORTED if the name may mean more than one thing. NOT_FOUND if the trash does not
+        have it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

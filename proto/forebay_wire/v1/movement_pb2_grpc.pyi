@@ -61,7 +61,8 @@ class MovementStub:
     """What was deleted and can be restored, newest first. Idempotent."""
     RestoreTrash: _grpc.UnaryUnaryMultiCallable[_movement_pb2.RestoreTrashRequest, _movement_pb2.TrashEntry]
     """Brings back what one deletion took. ALREADY_EXISTS if its name is taken by now; nothing is
-    changed then. NOT_FOUND if the trash does not have it.
+    changed then. ABORTED if the name may mean more than one thing. NOT_FOUND if the trash does not
+    have it.
     """
     EmptyTrash: _grpc.UnaryUnaryMultiCallable[_movement_pb2.EmptyTrashRequest, _movement_pb2.EmptyTrashResponse]
     """Ends the grace period of one deletion, or of all: what they took goes now. Idempotent."""
@@ -103,7 +104,8 @@ class MovementAsyncStub(MovementStub):
     """What was deleted and can be restored, newest first. Idempotent."""
     RestoreTrash: _aio.UnaryUnaryMultiCallable[_movement_pb2.RestoreTrashRequest, _movement_pb2.TrashEntry]  # type: ignore[assignment]
     """Brings back what one deletion took. ALREADY_EXISTS if its name is taken by now; nothing is
-    changed then. NOT_FOUND if the trash does not have it.
+    changed then. ABORTED if the name may mean more than one thing. NOT_FOUND if the trash does not
+    have it.
     """
     EmptyTrash: _aio.UnaryUnaryMultiCallable[_movement_pb2.EmptyTrashRequest, _movement_pb2.EmptyTrashResponse]  # type: ignore[assignment]
     """Ends the grace period of one deletion, or of all: what they took goes now. Idempotent."""
@@ -190,7 +192,8 @@ class MovementServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_movement_pb2.TrashEntry, _abc.Awaitable[_movement_pb2.TrashEntry]]:
         """Brings back what one deletion took. ALREADY_EXISTS if its name is taken by now; nothing is
-        changed then. NOT_FOUND if the trash does not have it.
+        changed then. ABORTED if the name may mean more than one thing. NOT_FOUND if the trash does not
+        have it.
         """
 
     @_abc_1.abstractmethod

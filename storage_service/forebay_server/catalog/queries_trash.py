@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, Table, delete, func, insert, or_, select
+from sqlalchemy import Connection, Row, Table, delete, func, insert, select
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_history import record
@@ -35,6 +35,7 @@ from forebay_server.catalog.tables import (
     trash,
     versions,
 )
+from forebay_server.model.trash_names import named_by
 from forebay_wire.errors import AlreadyExists, Conflict, NotFound
 from forebay_wire.ids import GenerationId, new_random_name
 
@@ -152,14 +153,23 @@ def list_trash(connection: Connection) -> list[TrashEntry]:
 
 
 def find_deletion(connection: Connection, which: str) -> TrashEntry:
-    """The deletion that *which* names: its own name, or its target if that was deleted once."""
-    found = [one for one in list_trash(connection) if which in (one.deletion, one.target)]
+    """The deletion that *which* names: its own name, or, of what was deleted, the newest."""
+    return _of_one_target(connection, which)[0]
+
+
+def _of_one_target(connection: Connection, which: str) -> list[TrashEntry]:
+    """The deletions that *which* names, newest first. :class:`Conflict` if it may mean more than
+    one thing."""
+    found = named_by(which, list_trash(connection))
     if not found:
         raise NotFound(f"the trash has no {which!r}: `forebay trash list` names what it has")
-    if len(found) > 1:
-        names = ", ".join(one.deletion for one in found)
-        raise Conflict(f"{which!r} was deleted {len(found)} times: name one of {names}")
-    return found[0]
+    targets = sorted({one.target for one in found})
+    if len(targets) > 1:
+        raise Conflict(
+            f"{which!r} may be any of {', '.join(map(repr, targets))}: write one of these, or a "
+            "deletion's own name of `forebay trash list`"
+        )
+    return found
 
 
 def tombstone_of(connection: Connection, manifest: str) -> bytes | None:
@@ -288,12 +298,11 @@ def empty_trash(connection: Connection, which: str = "", reason: str = "emptied"
     everything; how many deletions."""
     doomed = select(trash)
     if which:
-        doomed = doomed.where(or_(trash.c.deletion == which, trash.c.target == which))
+        named = [one.deletion for one in _of_one_target(connection, which)]
+        doomed = doomed.where(trash.c.deletion.in_(named))
     elif reason == EXPIRED:
         doomed = doomed.where(trash.c.expires <= now())
     rows = connection.execute(doomed).all()
-    if which and not rows:
-        raise NotFound(f"the trash has no {which!r}: `forebay trash list` names what it has")
     for row in rows:
         connection.execute(delete(trash).where(trash.c.manifest == row.manifest))
         enqueue(connection, DELETE, row.manifest)

@@ -8,7 +8,7 @@ import grpc.aio
 
 from forebay_server.move.jobs import Jobs
 from forebay_server.move.pins import Pins, PinState
-from forebay_server.move.policies import PolicyBook
+from forebay_server.move.policies import Assignment, PolicyBook
 from forebay_server.move.trash import Trash
 from forebay_server.move.why import Story, describe
 from forebay_server.rpc.admin import convert_job
@@ -26,6 +26,10 @@ class Movement(Protocol):
     trash: Trash
     story: Story
     jobs: Jobs
+
+    async def assign(self, owner: str, policy: str) -> Assignment:
+        """Give *owner* a policy, and have what that asks for done."""
+        ...
 
 
 class MovementService(movement_pb2_grpc.MovementServicer):

@@ -121,22 +121,30 @@ def test_a_deleted_dataset_comes_back_from_the_trash(
     with connect(filled) as client:
         write(client, "mistake", 5)
         blob = client.dataset("mistake").manifest.shards[0].blob
-    assert forebay_command("dataset", "delete", "mistake", "--yes", "--data", filled.data).out
+    deleted = forebay_command("dataset", "delete", "mistake", "--yes", "--data", filled.data)
+    assert 'forebay trash restore "dataset mistake" brings it back' in deleted.out
+    assert "It is in the trash until 20" in deleted.out
     with connect(filled) as client, pytest.raises(forebay.NotFound):
         client.dataset("mistake")
     (entry,) = forebay_command("trash", "list", "--data", filled.data, "--json").json
     assert entry["target"] == "dataset mistake"
     assert "trash: dataset mistake" in forebay_command("why", blob, "--data", filled.data).out
-    restored = forebay_command("trash", "restore", "dataset mistake", "--data", filled.data)
-    assert restored.out == "Restored dataset mistake.\n"
+    restored = forebay_command("trash", "restore", "mistake", "--data", filled.data)
+    assert restored.out.startswith("Restored dataset mistake, deleted 20")
     with connect(filled) as client:
         assert len(client.dataset("mistake")) == 5
     forebay_command("dataset", "delete", "mistake", "--yes", "--data", filled.data)
+    again = forebay_command("dataset", "delete", "mistake", "--yes", "--data", filled.data)
+    assert again.status == ExitCode.NOT_FOUND
     emptied = forebay_command("trash", "empty", "--yes", "--data", filled.data)
     assert "1 deletion can no longer be undone" in emptied.out
     events = forebay_command("why", "mistake", "--data", filled.data).out
     for event in ("trashed", "restored", "deleted"):
         assert event in events
+    with connect(filled) as client:
+        write(client, "mistake", 5)
+    gone = forebay_command("dataset", "delete", "mistake", "--yes", "--now", "--data", filled.data)
+    assert "It is gone for good." in gone.out
 
 
 def test_jobs_and_the_story_of_what_never_was(forebay_command, filled: DaemonProcess) -> None:

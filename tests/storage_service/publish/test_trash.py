@@ -71,17 +71,36 @@ async def test_a_taken_name_is_not_restored_over(tmp_path: Path) -> None:
     async with open_checkpoints(tmp_path) as node:
         datasets = datasets_of(node)
         await commit(datasets, node, "d", b"old")
+        (oldest,) = (await datasets.get("d")).versions
         await datasets.delete("d")
         await commit(datasets, node, "d", b"new")
         with pytest.raises(AlreadyExists, match="there is another one of that name"):
             await node.trash.restore("dataset d")
         await datasets.delete("d")
-        with pytest.raises(Conflict, match="was deleted 2 times"):
-            await node.trash.restore("dataset d")
         newer, older = await node.trash.list()
+        assert (await node.trash.restore("d")).deletion == newer.deletion
+        await datasets.delete("d")
+        again, still = await node.trash.list()
+        assert still.deletion == older.deletion
         await node.trash.restore(older.deletion)
-        assert (await datasets.get("d")).versions[0].num_bytes == 3
-        assert [one.deletion for one in await node.trash.list()] == [newer.deletion]
+        assert (await datasets.get("d")).versions[0].manifest == oldest.manifest
+        assert [one.deletion for one in await node.trash.list()] == [again.deletion]
+
+
+async def test_a_name_that_may_mean_two_things_brings_back_none(tmp_path: Path) -> None:
+    async with open_checkpoints(tmp_path, trash_seconds=HOUR) as node:
+        datasets = datasets_of(node)
+        await commit(datasets, node, RUN, b"data")
+        await datasets.delete(RUN)
+        await node.begin()
+        await save_remote(node, 1, os.urandom(1000))
+        await node.checkpoints.delete_run(RUN)
+        for call in (node.trash.restore, node.trash.empty):
+            with pytest.raises(Conflict, match=f"any of 'dataset {RUN}', 'run {RUN}'"):
+                await call(RUN)
+        assert len(await node.trash.list()) == 2
+        assert (await node.trash.restore(f"run {RUN}")).target == f"run {RUN}"
+        assert (await node.trash.restore(RUN)).target == f"dataset {RUN}"
 
 
 async def test_the_same_content_can_be_committed_again_while_it_lies_in_the_trash(
