@@ -234,8 +234,9 @@ class Config:
         (),
         _parse_texts,
         "tier",
-        "For one start: this local tier's volume is lost for good and the empty one is to take its "
-        "place. What has copies elsewhere comes back, the rest is given up.",
+        "For one start: what this tier (ssd, hdd or object) held is lost for good, and the empty "
+        "place that it has now is to take over. What has copies elsewhere comes back, the rest is "
+        "given up.",
     )
     object_url: str = _option(
         "",
@@ -464,8 +465,8 @@ class Config:
         if self.lease_seconds < 1:
             raise InvalidRequest("lease-seconds: at least 1, clients renew within a third of it")
         for name in self.replaced:
-            if name not in ("ssd", "hdd"):
-                raise InvalidRequest(f"replaced = {name!r}: there are the local tiers ssd and hdd")
+            if name not in ("ssd", "hdd", "object"):
+                raise InvalidRequest(f"replaced = {name!r}: tiers are ssd, hdd and object")
         if self.default_policy not in self.all_policies:
             names = ", ".join(sorted(self.all_policies))
             raise InvalidRequest(

@@ -33,8 +33,7 @@ from forebay_server.catalog.queries_jobs import (
     FLUSH,
     SLOW_KINDS,
 )
-from forebay_server.catalog.queries_objects import enqueue_missing, is_anything_remote
-from forebay_server.catalog.queries_settings import own_name
+from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_status import count_below_local
 from forebay_server.config import Config
 from forebay_server.exit_codes import ExitCode
@@ -64,7 +63,7 @@ from forebay_server.publish.dataset import Datasets
 from forebay_server.publish.lease import Uploads
 from forebay_server.publish.manifests import ObjectPublisher
 from forebay_server.publish.origins import OriginDatasets
-from forebay_server.publish.reconcile import reconcile
+from forebay_server.publish.reconcile import claim_objects, reconcile
 from forebay_server.rpc.admin import AdminService, Attached, Identity
 from forebay_server.rpc.blobs import BlobsService
 from forebay_server.rpc.checkpoints import CheckpointsService
@@ -78,7 +77,6 @@ from forebay_server.serve.open import Opener
 from forebay_server.serve.standing import PlanReader
 from forebay_server.serve.status import DaemonState, StatusReader
 from forebay_server.tier.health import TierWatch
-from forebay_server.tier.owner import Owner, claim
 from forebay_server.tier.retry import CannotGiveRemote
 from forebay_server.version import forebay_version
 from forebay_wire.errors import InvalidRequest, StorageError
@@ -159,7 +157,13 @@ class Daemon:
         self._catalog.listen_failure(_end_at_once)
         stack.push_async_callback(asyncio.to_thread, self._catalog.close)
         find_sources(self._tiers, self._catalog)
-        await self._claim_objects()
+        await claim_objects(
+            self._catalog,
+            self._tiers,
+            self._node,
+            str(self._config.data.resolve()),
+            is_replaced="object" in self._config.replaced,
+        )
 
     async def _start_tiers(self) -> None:
         """Open all tiers; an object store that cannot give ``remote`` caches."""
@@ -171,21 +175,6 @@ class Daemon:
             logger.warning("%s. It is used as a cache only", problem)
             self._tiers = open_tiers(*made, problem.message)
             await self._tiers.start()
-
-    async def _claim_objects(self) -> None:
-        """Refuse an object tier that another catalog deletes in, and one that was one and now can
-        only cache."""
-        has_remote = await self._catalog.read(is_anything_remote)
-        if self._tiers.why_not_remote and has_remote:
-            raise InvalidRequest(
-                f"{self._tiers.why_not_remote}. This data folder has remote bytes, which only a "
-                "store that can create conditionally may hold: give it the one that it had"
-            )
-        tier = self._tiers.object
-        if tier is not None:
-            name = await self._catalog.write(own_name)
-            owner = Owner(name, self._node, str(self._config.data.resolve()))
-            await self._tiers.run(tier, claim, tier, owner)
 
     async def _open_use_cases(self, stack: AsyncExitStack) -> None:
         self._budget = Budget(self._config.move_rates)

@@ -157,3 +157,37 @@ def test_a_volume_that_is_lost_for_good_is_replaced_when_somebody_says_so(
     daemon.terminate()
     daemon.arguments = ()
     daemon.start().wait_ready()
+
+
+@pytest.mark.parametrize("lost", ["emptied", "another"])
+def test_an_object_tier_that_is_not_the_catalogs_is_refused_until_somebody_says_so(
+    daemon: DaemonProcess,
+    connect: Callable[[], forebay.Client],
+    write_rows: Rows,
+    check_rows: Rows,
+    tmp_path: Path,
+    lost: str,
+) -> None:
+    daemon.start().wait_ready()
+    with connect() as client:
+        write_remote(client, "rows", 1, write_rows)
+    daemon.terminate()
+    location = daemon.data / "object" if lost == "emptied" else tmp_path / "other"
+    if lost == "emptied":
+        shutil.rmtree(location)
+    url = ("--object-url", f"file://{location}")
+    command = [sys.executable, "-m", "forebay_server", "serve", "--data", str(daemon.data), *url]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 2
+    assert "--replaced object" in refused.stderr
+    daemon.arguments = (*url, "--replaced", "object")
+    daemon.start().wait_ready()
+    with connect() as client:
+        client.dataset("rows").wait("remote", timeout=60)
+        check_rows(client, "rows", 1)
+    daemon.terminate()
+    shutil.rmtree(daemon.data / "ssd")
+    daemon.arguments = (*url, "--replaced", "ssd")
+    daemon.start().wait_ready()
+    with connect() as client:  # it is really there
+        check_rows(client, "rows", 1)

@@ -365,7 +365,7 @@ def test_show_config_names_every_origin(tmp_path: Path) -> None:
         (("--ssd-path", "/tmp/one", "--object-url", "file:///tmp/one/two"), "overlaps with"),
         (("--object-url", "/"), "holds the data folder"),
         (("--object-url", "memory://x"), "gone with it"),
-        (("--replaced", "object"), "ssd and hdd"),
+        (("--replaced", "ram"), "tiers are ssd, hdd and object"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_a_sentence(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from forebay_server.catalog.queries_blobs import FileRef, batches, live_replica, remove_replica
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import REPAIR, RETURN, enqueue
 from forebay_server.catalog.queries_objects import OBJECT_TIER, flush_again
-from forebay_server.catalog.tables import extents, files, replicas
+from forebay_server.catalog.tables import extents, files, manifest_remote, replicas
 
 EVERYTHING = "quarantined"
 """The target of the jobs that look at all quarantined replicas."""
@@ -61,6 +61,14 @@ def mark_missing(connection: Connection, names: Sequence[str], reason: str) -> i
             .values(state="quarantined", reason=reason)
         ).rowcount
     return changed
+
+
+def give_up_objects(connection: Connection) -> int:
+    """The object tier is lost: none of its copies serves any more, no manifest is there; how many
+    copies that were. ``enqueue_missing`` has what is left stored again."""
+    names = connection.scalars(select(files.c.file).where(files.c.tier == OBJECT_TIER)).all()
+    connection.execute(delete(manifest_remote))
+    return mark_missing(connection, names, "the object tier was replaced")
 
 
 def return_to_service(connection: Connection, replica_id: str) -> bool:

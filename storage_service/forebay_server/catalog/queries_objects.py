@@ -60,9 +60,11 @@ class ManifestRecord:
 
 
 def is_anything_remote(connection: Connection) -> bool:
-    """Whether any blob has a copy in the object tier."""
-    found = select(replicas.c.replica).where(replicas.c.tier == OBJECT_TIER).limit(1)
-    return connection.scalar(found) is not None
+    """Whether any blob has a live copy in the object tier, or any manifest is there."""
+    live = (replicas.c.tier == OBJECT_TIER) & (replicas.c.state == "live")
+    copies = select(replicas.c.replica).where(live).limit(1)
+    stored = select(manifest_remote.c.manifest).limit(1)
+    return any(connection.scalar(found) is not None for found in (copies, stored))
 
 
 def _is_named() -> ColumnElement[bool]:

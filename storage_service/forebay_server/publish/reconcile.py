@@ -16,14 +16,16 @@ from typing import Final
 
 from forebay_server.catalog import queries_blobs as queries
 from forebay_server.catalog.engine import Catalog, Connection
-from forebay_server.catalog.queries_damage import mark_missing
+from forebay_server.catalog.queries_damage import give_up_objects, mark_missing
 from forebay_server.catalog.queries_history import record
-from forebay_server.catalog.queries_settings import get_setting, put_setting
+from forebay_server.catalog.queries_objects import is_anything_remote
+from forebay_server.catalog.queries_settings import get_setting, own_name, put_setting
 from forebay_server.catalog.queries_uploads import end_all_uploads
+from forebay_server.tier.owner import Owner, claim, is_claimed
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import HEALTHY, Tier
 from forebay_server.tier.volume import VOLUME_FILE
-from forebay_wire.errors import StorageError
+from forebay_wire.errors import InvalidRequest, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,34 @@ async def reconcile(
     found = Reconciled(num_sessions, num_orphans, num_removed, removed_bytes, num_missing)
     logger.info("left over from before: %s", found)
     return found
+
+
+async def claim_objects(
+    catalog: Catalog, tiers: Tiers, node: str, folder: str, *, is_replaced: bool
+) -> None:
+    """Make the object tier the catalog's; before the first object is read.
+
+    :class:`InvalidRequest` for a tier that another catalog deletes in, for one that was to give
+    ``remote`` and now can only cache, and for one that is not where the catalog's objects are,
+    unless it *is_replaced*: then those are given up.
+    """
+    has_remote = await catalog.read(is_anything_remote)
+    if tiers.why_not_remote and has_remote:
+        raise InvalidRequest(
+            f"{tiers.why_not_remote}. This data folder has remote bytes, which only a store that "
+            "can create conditionally may hold: give it the one that it had"
+        )
+    tier = tiers.object
+    if tier is None:
+        return
+    owner = Owner(await catalog.write(own_name), node, folder)
+    if has_remote and is_replaced and not await tiers.run(tier, is_claimed, tier):
+        num_copies = await catalog.write(give_up_objects)
+        given_up = f"{num_copies} copies are given up for what is at {tier.location} now"
+        logger.warning("tier %s: %s", tier.name, given_up)
+        await catalog.write(lambda c: record(c, f"tier {tier.name}", "replaced", given_up))
+        has_remote = False
+    await tiers.run(tier, functools.partial(claim, may_be_new=not has_remote), tier, owner)
 
 
 async def _log(catalog: Catalog, tier: Tier, files: Sequence[str]) -> None:

@@ -31,12 +31,20 @@ class Owner:
     """The data folder when it claimed the tier: for people."""
 
 
-def claim(tier: Tier, owner: Owner) -> None:
+def claim(tier: Tier, owner: Owner, *, may_be_new: bool = True) -> None:
     """Make *tier* that of *owner* unless it has one; durable on return. Blocks.
 
-    :class:`InvalidRequest` if it is another catalog's.
+    :class:`InvalidRequest` if it is another catalog's; and, unless it *may_be_new*, if nobody has
+    claimed it: what the catalog says of its objects is true of another place, or of what was here.
     """
     number, found = _newest(tier)
+    if found is None and not may_be_new:
+        raise InvalidRequest(
+            f"the object tier at {tier.location} is nobody's, the catalog has objects in its own: "
+            "was object-url changed, or the store emptied? Give the one that it had. If that is "
+            "lost for good, start once with --replaced object: what has copies in other tiers is "
+            "stored here again, the rest is given up"
+        )
     if found is None:
         try:
             _write(tier, number + 1, owner)
@@ -51,6 +59,11 @@ def claim(tier: Tier, owner: Owner) -> None:
         "this one an object-url of its own, or, if that data folder is lost, recover: forebay "
         f"recover {tier.location} --data NEW_FOLDER"
     )
+
+
+def is_claimed(tier: Tier) -> bool:
+    """Whether *tier* is any catalog's. Blocks."""
+    return _newest(tier)[1] is not None
 
 
 def take_over(tier: Tier, owner: Owner) -> None:
