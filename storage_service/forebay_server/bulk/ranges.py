@@ -16,7 +16,7 @@ from aiohttp import web
 from forebay_server.bulk.descriptors import UploadSlots
 from forebay_server.bulk.held import HeldOpens
 from forebay_server.bulk.plan_requests import PLAN_OPERATIONS, answer_plan
-from forebay_server.bulk.sending import SEND_SECONDS, FilePiece, FileSender
+from forebay_server.bulk.sending import FilePiece, Sender
 from forebay_server.bulk.tickets import Auth, Method, Ticket
 from forebay_server.serve.open import Opener
 from forebay_server.serve.opened import OpenedBlob
@@ -33,7 +33,7 @@ from forebay_wire.errors import (
     Unauthenticated,
 )
 from forebay_wire.ids import check_id, check_random_name
-from forebay_wire.limits import MAX_NAME_BYTES, MAX_OPEN_BLOBS_PER_CLIENT, MIB, check_limit
+from forebay_wire.limits import MAX_NAME_BYTES, MAX_OPEN_BLOBS_PER_CLIENT, check_limit
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class _Handlers:
     ) -> None:
         self._held = held
         self._plans = plans
-        self._sender = FileSender()
+        self._sender = Sender()
         self._opener = opener
         self._uploads = uploads
         self._auth = auth
@@ -292,16 +292,22 @@ class _Handlers:
         response.content_length = stop - start
         response.headers["Accept-Ranges"] = "bytes"
         await response.prepare(request)
+        transport = request.transport
         try:
+            if transport is None:
+                raise ConnectionResetError("the client went away")
             if request.method != "HEAD":
                 for index, first, last in stream.table.parts_of(start, stop):
                     course = begin_course(Course())
                     async with self._opener.streams.segment(stream, index) as view:
                         add_seconds(waits, course.so_far())
-                        await _write(response, view[first:last])
+                        sent = await self._sender.send_memory(transport, view[first:last])
+                        left = bytes(view[first + sent : last])  # who is slow holds no segment
+                    if left:
+                        await self._sender.send_rest(response, transport, left)
         except BaseException:
-            if request.transport is not None:
-                request.transport.abort()
+            if transport is not None:
+                transport.abort()
             raise
         finally:
             self._opener.waited(plan, waits)
@@ -342,13 +348,6 @@ class _Handlers:
                 "GET", uid=uid, client=client, blob=opened.blob, stop=opened.length
             ),
         }
-
-
-async def _write(response: web.StreamResponse, view: memoryview) -> None:
-    """Send *view*, which may be overwritten afterwards: what waits to be sent is a copy."""
-    for start in range(0, len(view), MIB):
-        async with asyncio.timeout(SEND_SECONDS):
-            await response.write(bytes(view[start : start + MIB]))
 
 
 async def _receive_body(request: web.Request, descriptor: int, offset: int, stop: int) -> int:

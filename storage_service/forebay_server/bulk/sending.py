@@ -1,8 +1,8 @@
-"""Sends stretches of files into HTTP connections by sendfile, as fast as the kernel moves them.
+"""Sends stretches of files, and memory, into HTTP connections as fast as the kernel moves them.
 
-Threads do it: so streams run on several cores, and the event loop never waits for a disk (1.0 to
-1.5 times the rate of asyncio's own sendfile). A reader that is slower than a thread's patience is
-left to asyncio, so that slow readers hold no threads.
+Files go by sendfile. Threads do it: so streams run on several cores, and the event loop never waits
+for a disk (1.0 to 1.5 times the rate of asyncio's own sendfile). A reader that is slower than a
+thread's patience is left to asyncio, so that slow readers hold no threads.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import asyncio
 import os
 import select
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 from aiohttp import web
@@ -44,7 +46,7 @@ class FilePiece:
     count: int
 
 
-class FileSender:
+class Sender:
     """Sends for all connections. Belongs to the event loop; ``close`` ends its threads."""
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
@@ -68,24 +70,45 @@ class FileSender:
             return
         while count:
             window = min(count, WINDOW_BYTES)
-            sent = await self._send_by_thread(transport, descriptor, offset, window)
+            sent = await self._send_by_thread(
+                transport, partial(_send_file, descriptor=descriptor, offset=offset, count=window)
+            )
             if sent < window:
                 await _send_by_loop(transport, descriptor, offset + sent, window - sent)
             offset, count = offset + window, count - window
 
+    async def send_memory(self, transport: asyncio.Transport, view: memoryview) -> int:
+        """Send *view*, a window at most, as far as the client takes it without letting us wait; how
+        many bytes. It may be overwritten afterwards."""
+        if transport.get_extra_info("sslcontext") is not None:
+            return 0
+        return await self._send_by_thread(transport, partial(_send_view, view=view))
+
+    async def send_rest(
+        self, response: web.StreamResponse, transport: asyncio.Transport, data: bytes
+    ) -> None:
+        """Send *data*, as fast as the client takes it."""
+        if transport.is_closing():
+            raise ConnectionResetError("the client went away")
+        async with asyncio.timeout(SEND_SECONDS):
+            if transport.get_extra_info("sslcontext") or transport.get_write_buffer_size():
+                await response.write(data)
+                return
+            with _own_socket(transport) as sock:  # none of it waits in the transport's buffer
+                sock.setblocking(False)
+                await asyncio.get_running_loop().sock_sendall(sock, data)
+
     async def _send_by_thread(
-        self, transport: asyncio.Transport, descriptor: int, offset: int, count: int
+        self, transport: asyncio.Transport, send: Callable[[int], int]
     ) -> int:
-        """How many bytes the client took without letting us wait."""
+        """How many bytes the client took without letting us wait; *send* sends them, given the
+        descriptor of a socket."""
         if transport.is_closing():
             raise ConnectionResetError("the client went away")
         if transport.get_write_buffer_size():
             return 0
-        # A descriptor of its own: the transport may close its one while the thread sends.
-        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
-            sending = asyncio.get_running_loop().run_in_executor(
-                self._threads, _send, sock.fileno(), descriptor, offset, count
-            )
+        with _own_socket(transport) as sock:
+            sending = asyncio.get_running_loop().run_in_executor(self._threads, send, sock.fileno())
             try:
                 return await asyncio.shield(sending)
             except asyncio.CancelledError:
@@ -108,8 +131,27 @@ class FileSender:
             offset, count = offset + len(data), count - len(data)
 
 
-def _send(sock: int, descriptor: int, offset: int, count: int) -> int:
+def _own_socket(transport: asyncio.Transport) -> socket.socket:
+    """A descriptor of its own: the transport may close its one while others send."""
+    return socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+
+
+def _send_view(sock: int, view: memoryview) -> int:
     """Send until all is sent or the reader takes nothing for a while; how many bytes."""
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    sent = 0
+    while sent < len(view):
+        try:
+            sent += os.write(sock, view[sent:])
+        except BlockingIOError:
+            if not poller.poll(PATIENCE_SECONDS * 1000):
+                break
+    return sent
+
+
+def _send_file(sock: int, descriptor: int, offset: int, count: int) -> int:
+    """The same of a stretch of a file."""
     poller = select.poll()
     poller.register(sock, select.POLLOUT)
     sent = 0

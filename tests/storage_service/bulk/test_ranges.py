@@ -22,7 +22,9 @@ from forebay_server.bulk.tickets import Auth
 from forebay_server.serve.open import OpenedBlob
 from forebay_server.testing.node import StorageNode
 from forebay_server.testing.tier_contract import random_bytes
+from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.memory import Slot
+from forebay_server.tier.remote import RemoteTier
 from forebay_wire.errors import InvalidRequest, NotFound
 
 PIECES = [random_bytes(300_000, 1), random_bytes(200_000, 2)]
@@ -206,6 +208,14 @@ async def test_a_client_that_leaves_midway_disturbs_nobody(served: Served) -> No
     assert len((await served.request("GET", path))[1]) == 32 << 20
 
 
+def read_all(sock: socket.socket, num_bytes: int) -> bytes:
+    """The body of the answer."""
+    with sock, sock.makefile("rb") as file:
+        while file.readline() != b"\r\n":
+            pass
+        return file.read(num_bytes)
+
+
 async def test_a_slow_reader_gets_everything_and_holds_no_thread(served: Served) -> None:
     table = await served.node.add_blob([random_bytes(4 << 20, n) for n in range(8)], "ssd")
     [entry] = await served.open(table.blob_id)
@@ -217,16 +227,38 @@ async def test_a_slow_reader_gets_everything_and_holds_no_thread(served: Served)
     for _ in range(3):  # while they do not read
         assert len((await served.request("GET", path))[1]) == 32 << 20
 
-    def read_all(sock: socket.socket) -> bytes:
-        with sock, sock.makefile("rb") as file:
-            while file.readline() != b"\r\n":
-                pass
-            return file.read(32 << 20)
-
     expected = b"".join(random_bytes(4 << 20, n) for n in range(8))
-    assert await asyncio.to_thread(read_all, slow.pop()) == expected
+    assert await asyncio.to_thread(read_all, slow.pop(), 32 << 20) == expected
     for sock in slow:
         sock.close()
+
+
+async def test_slow_readers_of_a_stream_get_everything_and_hold_no_segment(tmp_path: Path) -> None:
+    """More of them than there are buffers and threads, each at another segment."""
+    pieces = [random_bytes(1 << 20, n) for n in range(48)]
+    small = DirectoryTier("ssd", "ssd", tmp_path / "ssd", limit_bytes=1 << 20, reserve_bytes=0)
+    slow_tier = RemoteTier("object", f"file://{tmp_path}/object")
+    async with StorageNode(tmp_path, (small, slow_tier)) as node:
+        served = Served(node)
+        await served.start()
+        table = await node.add_blob(pieces, "object")
+        [entry] = await served.open(table.blob_id)
+        path = f"/v1/blobs/{table.blob_id}?ticket={entry['ticket']}"
+        slow = []
+        for start in range(40):
+            sock = socket.socket()
+            slow.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            await asyncio.to_thread(sock.connect, ("127.0.0.1", served.port))
+            request = f"GET {path} HTTP/1.1\r\nHost: x\r\nRange: bytes={start << 20}-\r\n\r\n"
+            await asyncio.to_thread(sock.sendall, request.encode())
+        for _ in range(3):  # while they do not read
+            assert (await served.request("GET", path))[1] == b"".join(pieces)
+        expected = b"".join(pieces[39:])
+        assert await asyncio.to_thread(read_all, slow.pop(), len(expected)) == expected
+        for sock in slow:
+            sock.close()
+        await served.runner.cleanup()
 
 
 async def test_a_file_that_shrank_ends_the_connection(served: Served) -> None:
