@@ -69,6 +69,24 @@ def test_more_writers_than_memory_take_turns(tmp_path: Path) -> None:
             assert list(threads.map(write, "abcd")) == [12] * 4
 
 
+def test_shards_are_as_small_as_the_room_that_is_left(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    limits_of_tiers = ("--ssd-bytes", "40MiB", "--hdd-path", "none", "--object-url", "none")
+    with DaemonProcess(data, *limits_of_tiers), forebay.connect(data) as client:
+        rows = [np.full(MIB, number, np.uint8) for number in range(26)]
+
+        def write(name: str) -> None:
+            with client.create_dataset(name) as writer:
+                for row in rows:
+                    writer.write(x=row, name=name)
+
+        write("first")
+        found = client.dataset("first").take(range(26))["x"]
+        assert np.array_equal(np.asarray(found), np.stack(rows))
+        with pytest.raises(forebay.ResourceExhausted, match=r"tier ssd .* bytes needed"):
+            write("second")
+
+
 def fill(writer: DatasetWriter, num_shards: int) -> None:
     """Write *num_shards* shards of one row each."""
     with writer:

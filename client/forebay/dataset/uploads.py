@@ -55,12 +55,19 @@ class Uploads:
         self._stop = threading.Event()
         self._renewer: threading.Thread | None = None
 
-    def begin(self, num_bytes: int) -> Upload:
-        """Open a session for a blob of at most *num_bytes*, all of it in one slot."""
+    def begin(self, num_bytes: int, minimum_bytes: int = 0) -> Upload:
+        """Open a session for a blob of at most *num_bytes*, all of it in one slot.
+
+        Where memory or room is short the slot is smaller; with *minimum_bytes* the daemon may go
+        down to that, else only memory makes it smaller.
+        """
         granted = self._channel.call(
             Blobs.BeginUpload,
             blobs_pb2.BeginUploadRequest(
-                total_bytes=num_bytes, slot_bytes=num_bytes, owner=self._owner
+                total_bytes=num_bytes,
+                slot_bytes=num_bytes,
+                owner=self._owner,
+                minimum_bytes=minimum_bytes,
             ),
         )
         slot = self._transfer.upload_slot(

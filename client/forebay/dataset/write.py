@@ -34,6 +34,9 @@ from forebay_wire.v1 import datasets_pb2
 
 SHARD_BYTES: Final = 64 * MIB
 BATCH_BYTES: Final = 2 * MIB
+LEAST_SHARD_BYTES: Final = 4 * MIB
+"""Where room is short, shards get as small as this before a writer is refused."""
+
 SMALLEST_SHARD_BYTES: Final = 64 * KIB
 COMMIT_SECONDS: Final = 120.0
 
@@ -241,7 +244,8 @@ class DatasetWriter:
 
     def _begin_shard(self) -> tuple[Upload, ShardBuilder]:
         assert self._schema is not None
-        upload = self._uploads.begin(self._shard_bytes)
+        least = max(LEAST_SHARD_BYTES, 2 * self._batch_bytes)
+        upload = self._uploads.begin(self._shard_bytes, min(least, self._shard_bytes))
         return upload, ShardBuilder(upload.slot.buffer, self._schema.arrow)
 
     def _finish_shard(self) -> None:

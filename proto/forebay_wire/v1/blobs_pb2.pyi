@@ -7,14 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class BeginUploadRequest(_message.Message):
-    __slots__ = ("total_bytes", "slot_bytes", "owner")
+    __slots__ = ("total_bytes", "slot_bytes", "owner", "minimum_bytes")
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
+    MINIMUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     total_bytes: int
     slot_bytes: int
     owner: str
-    def __init__(self, total_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., owner: _Optional[str] = ...) -> None: ...
+    minimum_bytes: int
+    def __init__(self, total_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., owner: _Optional[str] = ..., minimum_bytes: _Optional[int] = ...) -> None: ...
 
 class UploadSession(_message.Message):
     __slots__ = ("session", "slot_bytes", "lease_seconds", "put_ticket")

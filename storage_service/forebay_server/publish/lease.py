@@ -147,9 +147,12 @@ class Uploads:
         total_bytes: int,
         slot_bytes: int,
         *,
+        minimum_bytes: int = 0,
         bind: Callable[[Connection, str], object] | None = None,
     ) -> Grant:
         """Open a session with a slot of at most *slot_bytes* and room for *total_bytes* reserved.
+
+        With *minimum_bytes* room for as little as that will do, and the slot is no larger then.
 
         *owner* says what it is for (``dataset NAME``); its slots are reused among its sessions.
         *bind* is called with the new session's name in the transaction that records it; if it
@@ -168,7 +171,9 @@ class Uploads:
         while True:
             returned = self._slots.returned
             try:
-                return await self._finish(self._begin(uid, owner, total_bytes, slot_bytes, bind))
+                return await self._finish(
+                    self._begin(uid, owner, total_bytes, slot_bytes, minimum_bytes, bind)
+                )
             except NoSlotNow as error:
                 try:
                     async with asyncio.timeout_at(deadline):
@@ -309,13 +314,19 @@ class Uploads:
         owner: str,
         total_bytes: int,
         slot_bytes: int,
+        minimum_bytes: int,
         bind: Callable[[Connection, str], object] | None,
     ) -> Grant:
         slot = await self._slots.lend(slot_owner(uid, owner), slot_bytes)
         try:
             file = new_random_name()
-            tier, landing = await begin_landing(
-                self._tiers, file, total_bytes, self._writing, order=self._landing_order(owner)
+            tier, landing, room = await begin_landing(
+                self._tiers,
+                file,
+                total_bytes,
+                self._writing,
+                minimum_bytes=minimum_bytes,
+                order=self._landing_order(owner),
             )
         except BaseException:
             self._slots.keep_warm(slot)
@@ -328,7 +339,8 @@ class Uploads:
             raise
         found.renewed_at = asyncio.get_running_loop().time()
         self._sessions[found.name] = found
-        return Grant(found.name, slot.capacity_bytes, self.lease_seconds)
+        usable = slot.capacity_bytes if room >= total_bytes else min(slot.capacity_bytes, room)
+        return Grant(found.name, usable, self.lease_seconds)
 
     def _insert(
         self,

@@ -28,15 +28,40 @@ async def begin_landing(
     data_bytes: int,
     writing: ThreadPoolExecutor,
     *,
+    minimum_bytes: int = 0,
     without: Sequence[Tier] = (),
     order: Sequence[str] = (),
-) -> tuple[Tier, BlobLanding]:
-    """A landing in the best tier that has room for *data_bytes*, those in *without* left out.
-    *order*: kinds of tiers, best first; kinds that it does not name come last.
+) -> tuple[Tier, BlobLanding, int]:
+    """A landing in the best tier that has room for *data_bytes*, those in *without* left out; and
+    for how many bytes it has room: where no tier has it for all, for less, *minimum_bytes* at
+    least unless they are 0. *order*: kinds of tiers, best first; kinds that it does not name come
+    last.
 
     :class:`ResourceExhausted` with the numbers of all if none has; :class:`StorageError` if all
     fail.
     """
+    while True:
+        try:
+            tier, landing = await _begin_somewhere(
+                tiers, file, data_bytes, writing, without=without, order=order
+            )
+        except ResourceExhausted:
+            if not 0 < minimum_bytes < data_bytes:
+                raise
+            data_bytes = max(data_bytes // 2, minimum_bytes)
+        else:
+            return tier, landing, data_bytes
+
+
+async def _begin_somewhere(
+    tiers: Tiers,
+    file: str,
+    data_bytes: int,
+    writing: ThreadPoolExecutor,
+    *,
+    without: Sequence[Tier],
+    order: Sequence[str],
+) -> tuple[Tier, BlobLanding]:
     refusals, failures = [], list[StorageError]()
     ranks = {kind: rank for rank, kind in enumerate(order)}
     for tier in sorted(tiers.landing, key=lambda one: ranks.get(one.kind, len(ranks))):
@@ -111,7 +136,7 @@ async def _move(
 ) -> None:
     """Begin again on a tier that has not *failed*."""
     file = new_random_name()
-    tier, landing = await begin_landing(tiers, file, num_bytes, writing, without=failed)
+    tier, landing, _ = await begin_landing(tiers, file, num_bytes, writing, without=failed)
     before, left_tier, left_file = found.landing, found.tier, found.file
     found.tier, found.file, found.landing = tier, file, landing
     if before is not None:

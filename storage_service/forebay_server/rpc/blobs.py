@@ -51,7 +51,11 @@ class BlobsService(blobs_pb2_grpc.BlobsServicer):
     ) -> messages.UploadSession:
         uid = caller_uid()
         grant = await self._uploads.begin(
-            uid, request.owner, request.total_bytes, request.slot_bytes
+            uid,
+            request.owner,
+            request.total_bytes,
+            request.slot_bytes,
+            minimum_bytes=request.minimum_bytes,
         )
         return self._convert(grant, uid)
 
