@@ -88,6 +88,12 @@ async def test_both_are_recovered_from_there(
         DaemonProcess(tmp_path / "new") as daemon,
         forebay.connect(daemon.address()["rpc"]) as client,
     ):
+        [copy] = client.why("dataset d").copies
+        assert (copy.tier, copy.encoding) == ("object", "shuffle-lz4")
+        assert copy.stored_bytes < copy.num_bytes * 15 / 16
+        (tier,) = [one for one in client.status().tiers if one.name == "object"]
+        assert copy.num_bytes < tier.plain_bytes
+        assert tier.used_bytes < tier.plain_bytes
         rows = client.dataset("d").take(np.arange(NUM_ROWS))["ids"]
         assert all(np.array_equal(rows[row], tokens(row)) for row in range(NUM_ROWS))
         with forebay.Checkpointer(client, run="r") as checkpointer:

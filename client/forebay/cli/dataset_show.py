@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("--version", default="latest", show_default=True, help="Which version to show.")
 @with_session
 def show_dataset(session: Session, name: str, version: str) -> None:
-    """A dataset's versions and splits, and the columns and shards of one version."""
+    """A dataset's versions and splits, and the columns, copies and shards of one version."""
     with session.connect() as client:
         found = client.describe_dataset(name)
         dataset = client.dataset(name, version)
@@ -28,6 +28,17 @@ def show_dataset(session: Session, name: str, version: str) -> None:
             "shown_version": dataset.version,
             "columns": {column.name: column.text for column in dataset.schema.columns},
             "metadata": dataset.manifest.metadata,
+            "copies": [
+                {
+                    "tier": one.tier,
+                    "encoding": one.encoding,
+                    "num_blobs": one.num_blobs,
+                    "num_bytes": one.num_bytes,
+                    "stored_bytes": one.stored_bytes,
+                }
+                for one in client.why(f"dataset {name}@{dataset.version}", 1).copies
+                if one.state == "live"
+            ],
             "shards": [
                 {"blob": shard.blob, "num_bytes": shard.num_bytes, "num_rows": shard.num_rows}
                 for shard in dataset.manifest.shards
@@ -71,6 +82,18 @@ def _print(value: dict[str, Any], dataset: Dataset) -> None:
             *((f"  {name}", text) for name, text in value["columns"].items()),
         ]
     )
+    copies = [
+        (
+            one["tier"],
+            one["encoding"],
+            str(one["num_blobs"]),
+            size(one["num_bytes"]),
+            size(one["stored_bytes"]),
+        )
+        for one in value["copies"]
+    ]
+    if copies:
+        print_table(("copies in", "encoding", ">blobs", ">plain", ">stored"), copies)
     shards = [
         (str(number), one["blob"][:12], f"{one['num_rows']:,}", size(one["num_bytes"]))
         for number, one in enumerate(value["shards"])

@@ -42,14 +42,15 @@ def _print(found: WhyResponse) -> None:
                 one.state,
                 str(one.num_blobs),
                 size(one.num_bytes),
+                size(one.stored_bytes),
                 moment(one.created_unix),
                 moment(one.verified_unix) or "when it was written",
                 one.reason,
             )
             for one in found.copies
         ]
-        columns = ("tier", "encoding", "state", ">blobs", ">bytes", "since", "checked", "reason")
-        print_table(columns, rows)
+        columns = ("tier", "encoding", "state", ">blobs", ">bytes", ">stored", "since", "checked")
+        print_table((*columns, "reason"), rows)
     if found.jobs:
         work = [(job.kind, job.target, job.state, job.error) for job in found.jobs]
         print_table(("work", "of", "state", "error"), work)

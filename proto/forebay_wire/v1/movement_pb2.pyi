@@ -190,7 +190,7 @@ class Event(_message.Message):
     def __init__(self, at_unix: _Optional[float] = ..., subject: _Optional[str] = ..., event: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Copies(_message.Message):
-    __slots__ = ("tier", "encoding", "state", "reason", "num_blobs", "num_bytes", "created_unix", "verified_unix")
+    __slots__ = ("tier", "encoding", "state", "reason", "num_blobs", "num_bytes", "created_unix", "verified_unix", "stored_bytes")
     TIER_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class Copies(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_UNIX_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     tier: str
     encoding: str
     state: str
@@ -207,7 +208,8 @@ class Copies(_message.Message):
     num_bytes: int
     created_unix: float
     verified_unix: float
-    def __init__(self, tier: _Optional[str] = ..., encoding: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., num_blobs: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., verified_unix: _Optional[float] = ...) -> None: ...
+    stored_bytes: int
+    def __init__(self, tier: _Optional[str] = ..., encoding: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., num_blobs: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., verified_unix: _Optional[float] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
 
 class WhyResponse(_message.Message):
     __slots__ = ("subject", "num_blobs", "num_bytes", "dirty_bytes", "policy", "policy_from", "copies", "kept_by", "because", "pins", "jobs", "history")

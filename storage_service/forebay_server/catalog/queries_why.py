@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sqlalchemy import Connection, exists, func, or_, select, tuple_
+from sqlalchemy import Connection, and_, exists, func, or_, select, tuple_
 
 from forebay_server.catalog.queries_blobs import batches
 from forebay_server.catalog.queries_jobs import Job, is_scheduled, job_from
 from forebay_server.catalog.queries_objects import OBJECT_TIER
 from forebay_server.catalog.tables import (
     blobs,
+    extents,
+    files,
     generations,
     jobs,
     manifest_blobs,
@@ -38,6 +40,7 @@ class Copies:
     num_bytes: int
     created_unix: float
     verified_unix: float
+    stored_bytes: int
 
 
 def count_copies(connection: Connection, ids: Sequence[str]) -> list[Copies]:
@@ -54,8 +57,11 @@ def count_copies(connection: Connection, ids: Sequence[str]) -> list[Copies]:
                 func.sum(blobs.c.num_bytes).label("num_bytes"),
                 func.min(replicas.c.created).label("created"),
                 func.min(replicas.c.verified).label("verified"),
+                func.sum(files.c.num_bytes).label("stored_bytes"),
             )
             .join(blobs, blobs.c.blob == replicas.c.blob)
+            .join(extents, and_(extents.c.replica == replicas.c.replica, extents.c.seq == 0))
+            .join(files, files.c.file == extents.c.file)
             .where(replicas.c.blob.in_(part))
             .group_by(replicas.c.tier, replicas.c.encoding, replicas.c.state)
         )
@@ -69,6 +75,7 @@ def count_copies(connection: Connection, ids: Sequence[str]) -> list[Copies]:
                 int(row.num_bytes),
                 row.created,
                 row.verified,
+                int(row.stored_bytes),
             )
             key = (one.tier, one.encoding, one.state)
             found[key] = _add(found[key], one) if key in found else one
@@ -83,6 +90,7 @@ def _add(one: Copies, other: Copies) -> Copies:
         num_bytes=one.num_bytes + other.num_bytes,
         created_unix=min(one.created_unix, other.created_unix),
         verified_unix=min(one.verified_unix, other.verified_unix),
+        stored_bytes=one.stored_bytes + other.stored_bytes,
     )
 
 

@@ -102,6 +102,10 @@ def test_dataset_show(forebay_command, filled: DaemonProcess) -> None:
     assert {one["name"]: one["num_rows"] for one in found["selections"]} == {"train": 8, "test": 2}
     assert found["shown_version"] == 2
     assert sum(shard["num_rows"] for shard in found["shards"]) == 11
+    (ssd,) = [one for one in found["copies"] if one["tier"] == "ssd"]
+    assert ssd["num_bytes"] == sum(shard["num_bytes"] for shard in found["shards"])
+    assert ssd["stored_bytes"] > ssd["num_bytes"]  # raw, with its tables
+    assert "stored" in shown.out
 
 
 def test_dataset_show_of_an_older_version(forebay_command, filled: DaemonProcess) -> None:
