@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,14 +47,14 @@ class Origin:
         return "trusted on first use: read, and verified since"
 
 
-class OriginCalls:
+class OriginCalls(ABC):
     """The calls of :class:`forebay.Client` about origins. Thread-safe."""
 
     channel: RpcChannel
 
+    @abstractmethod
     def dataset(self, name: str, version: int | str = "latest") -> Dataset:
-        """Of :class:`forebay.Client`."""
-        raise NotImplementedError
+        """One version of a dataset, by name."""
 
     def register_dataset(
         self,

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from forebay_server.catalog.engine import Catalog, Connection
@@ -248,7 +248,7 @@ class Promoter:
             await self._tiers.run(tier, tier.delete, file)
             raise
         if replica_id is not None:
-            placed = Place(**{**vars(target), "replica_id": replica_id})
+            placed = replace(target, replica_id=replica_id)
             self.policy.entered(placed)
             return placed
         # Somebody else brought the blob to this tier meanwhile: that copy serves.
