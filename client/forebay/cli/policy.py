@@ -6,6 +6,7 @@ import click
 
 from forebay.cli.output import print_fields, print_table, record
 from forebay.cli.session import Session, with_session
+from forebay.client import Client
 from forebay_wire.errors import InvalidRequest
 
 
@@ -25,7 +26,10 @@ def set_policy(session: Session, owner: str, name: str) -> None:
     """
     with session.connect() as client:
         now = client.set_policy(owner, "" if name == "default" else name)
-    session.show({"owner": owner, "policy": now}, lambda: print(f"{owner}: policy {now}."))
+        exists = _exists(client, owner)
+    later = "" if exists else " It does not exist yet: that holds once it is made."
+    shown = {"owner": owner, "policy": now, "exists": exists}
+    session.show(shown, lambda: print(f"{owner}: policy {now}.{later}"))
 
 
 @policy.command("show")
@@ -59,3 +63,11 @@ def list_policies(session: Session) -> None:
             print_table(("of", "policy"), [(one.owner, one.policy) for one in found.assignments])
 
     session.show(record(found), people)
+
+
+def _exists(client: Client, owner: str) -> bool:
+    """Whether the dataset or run that *owner* names is there."""
+    kind, _, name = owner.rpartition(" ")
+    if kind == "run":
+        return any(run.run == name for run in client.runs())
+    return name in client.datasets()

@@ -13,6 +13,7 @@ from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
 from forebay_server.catalog.queries_manifests import commit_manifest
 from forebay_server.catalog.queries_origins import name_origins
+from forebay_server.catalog.queries_pins import end_pins_of
 from forebay_server.catalog.tables import (
     blobs,
     datasets,
@@ -253,6 +254,7 @@ def delete_dataset(connection: Connection, name: str) -> list[str]:
     connection.execute(delete(datasets).where(datasets.c.name == name))
     if doomed:
         record(connection, f"dataset {name}", "deleted", "at once")
+        end_pins_of(connection, f"dataset {name}")
     for manifest in doomed:
         cancel_queued(connection, FLUSH, manifest)
         enqueue(connection, DELETE, manifest)

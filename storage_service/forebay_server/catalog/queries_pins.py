@@ -24,6 +24,8 @@ from forebay_server.catalog.queries_history import list_events, record
 from forebay_server.catalog.tables import blobs, extents, files, pin_blobs, pins, replicas
 from forebay_wire.errors import NotFound
 
+DELETED: Final = "it was deleted"
+
 KEEP_ENDED_SECONDS: Final = 7 * 86400.0
 """How long one can ask why a pin ended."""
 
@@ -125,6 +127,25 @@ def end_pins(connection: Connection, which: str, reason: str) -> int:
     if not rows and connection.scalar(select(pins.c.pin).where(mine).limit(1)) is None:
         raise NotFound(f"there is no pin {which!r}: `forebay pins` names them")
     return len(rows)
+
+
+def end_pins_of(connection: Connection, subject: str) -> int:
+    """End the pins of *subject*, which is being deleted, and of all its versions; how many."""
+    mine = or_(pins.c.target == subject, pins.c.target.startswith(f"{subject}@", autoescape=True))
+    rows = connection.execute(_rows().where(mine, _is_live())).all()
+    for row in rows:
+        record(connection, row.target, "unpinned", f"{row.tier}: pin {row.pin}: {DELETED}")
+    connection.execute(update(pins).where(mine, _is_live()).values(expires=now()))
+    return len(rows)
+
+
+def why_ended(connection: Connection, found: Pin) -> str:
+    """Why a pin ended, other than by its hold: empty if by that."""
+    for event in list_events(connection, [found.target], 20):
+        start = f"{found.tier}: pin {found.pin}: "
+        if event.event == "unpinned" and event.detail.startswith(start):
+            return event.detail.removeprefix(start)
+    return ""
 
 
 def why_not_there(connection: Connection, blob: str, tier: str) -> str:

@@ -22,6 +22,7 @@ from forebay_server.catalog.queries_jobs import (
     cancel_queued,
     enqueue,
 )
+from forebay_server.catalog.queries_pins import end_pins_of
 from forebay_server.catalog.queries_runs import at
 from forebay_server.catalog.queries_stamps import stamp_of
 from forebay_server.catalog.tables import (
@@ -78,6 +79,7 @@ def trash_dataset(connection: Connection, name: str, grace_seconds: float) -> li
     connection.execute(delete(selections).where(selections.c.dataset == name))
     connection.execute(delete(versions).where(versions.c.dataset == name))
     connection.execute(delete(datasets).where(datasets.c.name == name))
+    end_pins_of(connection, f"dataset {name}")
     return list(found)
 
 

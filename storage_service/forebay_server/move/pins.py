@@ -146,7 +146,7 @@ class Pins:
             name = which
             if queries.find_pin(connection, which) is None:
                 name = resolve(connection, _check_target(which)).target
-            return queries.end_pins(connection, name, "unpinned")
+            return queries.end_pins(connection, name, "it was unpinned")
 
         number = await self._catalog.write(end)
         for pin in list(self._promises):
@@ -303,7 +303,8 @@ def _judge(
     if job is not None and job.state == "failed":
         return "failed", f"it could not be fetched: {job.error}"
     if found.has_ended:
-        return "ended", f"the hold ended at {_moment(found.expires_unix)}"
+        reason = queries.why_ended(connection, found)
+        return "ended", reason or f"the hold ended at {_moment(found.expires_unix)}"
     if job is not None and job.state in ("queued", "running"):
         trouble = f"; the last try failed: {job.error}" if job.error else ""
         return "fetching", f"{job.done_bytes} of {job.total_bytes} bytes are there{trouble}"

@@ -61,7 +61,10 @@ class PolicyBook:
         return self.find(self._assigned.get(" ".join(words[:2]), ""))
 
     async def assign(self, owner: str, policy: str) -> Assignment:
-        """Give *owner* a policy, empty: the default one. InvalidRequest for an unknown one."""
+        """Give *owner* a policy, empty: the default one. InvalidRequest for an unknown one.
+
+        One that does not exist yet gets it when it is made: where its bytes land depends on it.
+        """
         subject = parse_subject(owner)
         if subject.kind not in ("dataset", "run") or subject.version:
             raise InvalidRequest(

@@ -32,7 +32,7 @@ from forebay_server.publish.session import (
     ended,
     slot_owner,
 )
-from forebay_server.publish.slots import SLOT_WAIT_SECONDS, NoSlotNow, SlotKeeper
+from forebay_server.publish.slots import SlotKeeper
 from forebay_server.quarantine import Quarantine
 from forebay_server.tier.memory import Slot
 from forebay_server.tier.registry import Tiers
@@ -167,19 +167,8 @@ class Uploads:
                 f"{len(self._sessions)} upload sessions are open, the limit is {MAX_SESSIONS}: "
                 "commit or abort some"
             )
-        deadline = asyncio.get_running_loop().time() + SLOT_WAIT_SECONDS
-        while True:
-            returned = self._slots.returned
-            try:
-                return await self._finish(
-                    self._begin(uid, owner, total_bytes, slot_bytes, minimum_bytes, bind)
-                )
-            except NoSlotNow as error:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        await returned.wait()
-                except TimeoutError:
-                    raise ResourceExhausted(error.message) from error
+        what = uid, owner, total_bytes, slot_bytes, minimum_bytes, bind
+        return await self._slots.wait_for_memory(lambda: self._finish(self._begin(*what)))
 
     async def append(
         self, session: str, uid: int, sequence: int, num_bytes: int, cuts: Sequence[int]

@@ -9,13 +9,15 @@ it writes into memory that nobody else reads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Awaitable, Callable, Collection
+from typing import Final, TypeVar
 
 from forebay_server.tier.memory import Slot
 from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import ResourceExhausted
 from forebay_wire.limits import MAX_SEGMENT_BYTES
+
+T = TypeVar("T")
 
 SLOT_WAIT_SECONDS: Final = 20.0
 """How long a client waits for memory that others have on loan before it is refused."""
@@ -62,6 +64,21 @@ class SlotKeeper:
                     raise NoSlotNow(error.message) from error
                 else:
                     raise
+
+    async def wait_for_memory(self, begin: Callable[[], Awaitable[T]]) -> T:
+        """What *begin* answers, begun again whenever a slot has come back as long as it raises
+        :class:`NoSlotNow`; :class:`ResourceExhausted` after a while."""
+        deadline = asyncio.get_running_loop().time() + SLOT_WAIT_SECONDS
+        while True:
+            returned = self.returned
+            try:
+                return await begin()
+            except NoSlotNow as error:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await returned.wait()
+                except TimeoutError:
+                    raise ResourceExhausted(error.message) from error
 
     def keep_warm(self, slot: Slot) -> None:
         """Take *slot* back for its owner's next session: its client has let it go."""

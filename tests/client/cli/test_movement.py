@@ -60,7 +60,7 @@ def test_a_warm_dataset_and_its_token(forebay_command, filled: DaemonProcess) ->
     assert "pinned in ssd" in why.out
     assert forebay_command("unpin", found["token"], "--data", filled.data).status == 0
     gone = forebay_command("pins", found["token"], "--data", filled.data)
-    assert "no, because the hold ended" in gone.out
+    assert "no, because it was unpinned" in gone.out
 
 
 def test_warm_that_cannot_fit_says_what_is_needed_and_what_holds_the_room(
@@ -79,9 +79,11 @@ def test_warm_that_cannot_fit_says_what_is_needed_and_what_holds_the_room(
 def test_new_bytes_land_where_the_policy_says_and_are_copied_where_it_wants(
     forebay_command, filled: DaemonProcess, wait_until
 ) -> None:
-    assert forebay_command(
-        "policy", "set", "dataset placed", "mine", "--data", filled.data
-    ).out.startswith("dataset placed: policy mine")
+    told = forebay_command("policy", "set", "dataset placed", "mine", "--data", filled.data).out
+    assert told.startswith("dataset placed: policy mine")
+    assert "does not exist yet" in told
+    told = forebay_command("policy", "set", "small", "default", "--data", filled.data).out
+    assert "does not exist yet" not in told
     with connect(filled) as client:
         write(client, "placed", 10)
         first = client.why("placed").copies

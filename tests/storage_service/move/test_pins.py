@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from forebay_server.catalog.queries_damage import quarantine
+from forebay_server.catalog.queries_datasets import delete_dataset
 from forebay_server.catalog.queries_jobs import PIN
 from forebay_server.catalog.queries_moves import give_up_replica
 from forebay_server.catalog.queries_pins import drop_ended, end_pins, set_expiry
+from forebay_server.catalog.queries_trash import trash_dataset
 from forebay_server.move.pins import PinState
 from forebay_server.testing.moving import MovingNode, open_moving
 from forebay_server.tier.directory import DirectoryTier
@@ -55,7 +57,7 @@ async def test_a_warm_dataset_is_in_the_tier_and_nothing_takes_it_away(tmp_path:
         assert await moving.pins.unpin(state.pin) == 0
         ended = await moving.pins.look(state.pin)
         assert (ended.is_warm, ended.state) == (False, "ended")
-        assert "the hold ended at 20" in ended.because
+        assert ended.because == "it was unpinned"
         await moving.node.catalog.write(
             lambda c: give_up_replica(c, blobs[0], "ssd", "x", "y", among=TIERS)
         )
@@ -70,11 +72,23 @@ async def test_a_hold_counts_from_the_moment_all_is_there_and_ends_by_itself(
         assert state.is_warm
         assert 900 < state.expires_unix - state.created_unix < 1100
         await moving.node.catalog.write(lambda c: set_expiry(c, state.pin, -1.0))
-        assert not (await moving.pins.look(state.pin)).is_warm
+        assert "the hold ended at 20" in (await moving.pins.look(state.pin)).because
         assert await moving.node.catalog.write(lambda c: drop_ended(c, 3600)) == 0
         assert await moving.node.catalog.write(lambda c: drop_ended(c, 0)) == 1
         with pytest.raises(NotFound, match="there is no pin"):
             await moving.pins.look(state.pin)
+
+
+@pytest.mark.parametrize("remove", [delete_dataset, lambda c, name: trash_dataset(c, name, 3600)])
+async def test_a_pin_ends_when_its_dataset_is_deleted(tmp_path: Path, remove: Any) -> None:
+    async with open_moving(tmp_path) as moving:
+        await moving.add_dataset("d", 1000)
+        await moving.add_dataset("dd", 2000)
+        state, other = await warm(moving, "d"), await warm(moving, "dd")
+        await moving.node.catalog.write(lambda c: remove(c, "d"))
+        ended = await moving.pins.look(state.pin)
+        assert (ended.is_warm, ended.state, ended.because) == (False, "ended", "it was deleted")
+        assert (await moving.pins.look(other.pin)).is_warm
 
 
 async def test_what_does_not_fit_is_refused_with_the_numbers_and_leaves_nothing(

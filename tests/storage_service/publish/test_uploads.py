@@ -239,7 +239,7 @@ async def test_memory_that_another_has_on_loan_is_waited_for(tmp_path: Path) -> 
 async def test_memory_that_does_not_come_back_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay_server.publish.lease.SLOT_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("forebay_server.publish.slots.SLOT_WAIT_SECONDS", 0.2)
     async with open_storage(tmp_path, ram_bytes=6 * MIB) as node:
         await node.uploads.begin(UID, "dataset a", 5 * MIB, 5 * MIB)
         with pytest.raises(ResourceExhausted, match=r"tier ram .* raise ram-bytes"):
