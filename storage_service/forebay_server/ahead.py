@@ -59,6 +59,12 @@ class Ahead:
         tiers.relieve = self.evictor.make_room
         self.evictor.listen(self.prefetcher.forget)
 
+    def left(self, tier: str, blob: str) -> None:
+        """A job has taken the copy of *blob* out of *tier*."""
+        self.foresight.removed(tier, blob)
+        self.prefetcher.forget(blob)
+        self.prefetcher.wake()
+
     def samples(self) -> Iterator[Sample]:
         """What it did since the start, as values of the gauges in ``observe.metrics``."""
         for result, number in self._opener.num_opens.items():

@@ -206,6 +206,7 @@ class Daemon:
             room_in=self._ahead.evictor.fill_room,
             seconds_until_use=self._ahead.foresight.seconds_until,
             wake=lambda: self._jobs.wake(),
+            left=self._ahead.left,
         )
         self._ahead.evictor.claim = self._movement.book.claim
         self._uploads.prefer(self._movement.landing_order)

@@ -101,6 +101,7 @@ class Integrity:
             locks,
             bytes_per_second=scrub_bytes_per_second,
             interval_seconds=scrub_interval_seconds,
+            wake=lambda: self._jobs.wake(),
         )
         self.repairer = Repairer(
             catalog,

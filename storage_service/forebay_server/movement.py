@@ -40,10 +40,16 @@ class Movement:
         room_in: Callable[[Tier], int],
         seconds_until_use: Callable[[str], float | None],
         wake: Callable[[], object],
+        left: Callable[[str, str], object] = lambda tier, blob: None,
     ) -> None:
         """*locks* are shared with whoever publishes and collects; *make_room* evicts; *room_in*:
         bytes that may be added in a tier without taking others'; *wake* is
-        called when jobs were queued."""
+        called when jobs were queued; *left* is told tier and id of a blob that moved away."""
+
+        def moved(tier: str, blob: str) -> None:
+            opener.forget(blob)
+            left(tier, blob)
+
         self._catalog = catalog
         self.book = PolicyBook(catalog, policies, default_policy)
         self.story = Story(catalog, tiers, self.book.find, seconds_until_use)
@@ -62,9 +68,7 @@ class Movement:
         )
         self.handlers: dict[str, Handler] = {
             COPY: copier,
-            MIGRATE: Migrator(
-                catalog, tiers, copier, locks, is_open=opener.is_open, forget=opener.forget
-            ),
+            MIGRATE: Migrator(catalog, tiers, copier, locks, is_open=opener.is_open, moved=moved),
             PIN: self.pins.fetch,
             PLAN: planner,
             TOMBSTONE: Tombstones(catalog, tiers, locks),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, delete, exists, select, update
 
 from forebay_server.catalog.queries_blobs import FileRef, batches, live_replica, remove_replica
 from forebay_server.catalog.queries_history import record
@@ -115,6 +115,18 @@ def remove_replaced(connection: Connection, blob: str, tier: str) -> list[FileRe
             gone.extend(remove_replica(connection, row.replica))
             record(connection, f"blob {blob}", "repaired", f"{tier}: a good copy took its place")
     return gone
+
+
+def enqueue_mendable(connection: Connection) -> None:
+    """Queue the repair of all quarantined replicas if some blob with one has a live one, too: it
+    may have come after a repair that found none."""
+    other = replicas.alias("other")
+    found = select(replicas.c.replica).where(
+        replicas.c.state == "quarantined",
+        exists().where(other.c.blob == replicas.c.blob, other.c.state == "live"),
+    )
+    if connection.scalar(found.limit(1)) is not None:
+        enqueue(connection, REPAIR, EVERYTHING, priority=REPAIR_PRIORITY)
 
 
 def enqueue_return(connection: Connection) -> None:

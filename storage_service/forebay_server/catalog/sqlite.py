@@ -120,7 +120,7 @@ class SqliteDatabase:
 
 
 def drop_mark(path: Path) -> None:
-    """Remove the mark, durably: the log that it speaks of is about to go, or is known to be whole."""
+    """Remove the mark, durably: the log that it speaks of is whole, or about to go."""
     if wal.drop_mark(path):
         seal.sync_folder(path.parent)
 

@@ -35,17 +35,17 @@ class Migrator:
         locks: NamedLocks,
         *,
         is_open: Callable[[str], bool] = lambda blob: False,
-        forget: Callable[[str], object] = lambda blob: None,
+        moved: Callable[[str, str], object] = lambda tier, blob: None,
     ) -> None:
         """*is_open* tells whether a client has a blob in hand: then it stays, and the job is tried
-        again later; *forget* is told the id of a blob that moved."""
+        again later; *moved* is told the tier that a blob has left, and its id."""
         self._catalog = catalog
         self._tiers = tiers
         self._names = frozenset(tier.name for tier in tiers.all if not tier.caches_only)
         self._copier = copier
         self._locks = locks
         self._is_open = is_open
-        self._forget = forget
+        self._moved = moved
 
     async def __call__(self, progress: Progress) -> None:
         blob, source, target = parse_target(progress.target, 3)
@@ -72,7 +72,7 @@ class Migrator:
             failpoint("migrate.inside_remove")
 
         await self._catalog.write(remove)
-        self._forget(blob)
+        self._moved(source, blob)
         failpoint("migrate.after_remove")
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from forebay_server.catalog import queries_scrub as queries
 from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_damage import enqueue_mendable
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_scrub import BACKGROUND, Copy
 from forebay_server.locks import NamedLocks
@@ -91,10 +92,12 @@ class Scrub:
         *,
         bytes_per_second: float = 0,
         interval_seconds: float = 0,
+        wake: Callable[[], object] = lambda: None,
     ) -> None:
         """*locks* are shared with whoever publishes and collects blobs; *bytes_per_second* holds
         for each tier in the background (0: no limit);
-        *interval_seconds* lie between two background scrubs (0: there is none)."""
+        *interval_seconds* lie between two background scrubs (0: there is none); *wake* is called
+        when repairs may have been queued."""
         self._catalog = catalog
         self._tiers = tiers
         self._quarantine = quarantine
@@ -102,6 +105,7 @@ class Scrub:
         self._locks = locks
         self._rate = Budget({tier.name: bytes_per_second for tier in tiers.own})
         self._interval_seconds = interval_seconds
+        self._wake = wake
         self.num_bytes: Counter[str] = Counter({tier.name: 0 for tier in tiers.own})
         """Tier to bytes that were read since the start."""
         self.num_damaged: Counter[str] = Counter({tier.name: 0 for tier in tiers.own})
@@ -142,9 +146,11 @@ class Scrub:
         def begin(connection: Connection) -> int:
             report.started_unix = queries.database_now(connection)
             progress.note(connection, asdict(report))
+            enqueue_mendable(connection)
             return queries.due_bytes(connection, names, report.started_unix)
 
         progress.plan(await self._catalog.write(begin))
+        self._wake()
 
     async def _scrub(self, tier: Tier, report: Report, progress: Progress) -> None:
         """All due copies of one tier, the longest unread first."""

@@ -111,9 +111,9 @@ class Foresight:
         """*tier* holds *blob* no more. Idempotent."""
         self._tiers[tier].removed(blob)
 
-    def holds(self, blob: str) -> bool:
-        """Whether a landing tier holds *blob* as something that may go."""
-        return any(blob in known for known in self._tiers.values())
+    def holds(self, tier: str, blob: str) -> bool:
+        """Whether *tier* holds *blob* as something that may go."""
+        return blob in self._tiers[tier]
 
     def victims(self, tier: str, num_bytes: int, may_go: Callable[[str], bool]) -> list[str]:
         """What *tier* gives up first, of together at least *num_bytes*."""

@@ -167,7 +167,8 @@ class Prefetcher:
         return bool(self._running) and self._bytes_running + source.num_bytes > MAX_BYTES
 
     def _may_be_missing(self, blob: str) -> bool:
-        if blob in self._running or self._foresight.holds(blob):
+        best = self._tiers.landing[0].name
+        if blob in self._running or self._foresight.holds(best, blob):
             return False
         if self._failed.get(blob, 0.0) > time.monotonic():
             return False

@@ -127,7 +127,7 @@ async def open_moving(
             copier,
             locks,
             is_open=is_open,
-            forget=node.opener.forget,
+            moved=lambda tier, blob: node.opener.forget(blob),
         )
         pins = Pins(node.catalog, node.tiers, node.opener.bringer, copier, make_room=make_room)
         handlers: dict[str, Handler] = {

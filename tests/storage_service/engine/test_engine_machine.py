@@ -1,13 +1,15 @@
 """The whole engine against a dictionary: whatever happens, right bytes or an error, and an error
-only where every copy was damaged or is away."""
+only where no good copy of that very blob can be reached."""
 
-import asyncio
+import functools
 import os
 import random
 import shutil
 import tempfile
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,305 +25,611 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from forebay_server.ahead import Ahead
-from forebay_server.catalog.queries_jobs import COLLECT
-from forebay_server.catalog.queries_pins import insert_pin
-from forebay_server.model.watermarks import Watermarks
-from forebay_server.serve.open import OpenedBlob, Opener
-from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
-from forebay_wire.errors import ForebayError, NotFound, ResourceExhausted
-from forebay_wire.ids import GenerationId, new_random_name
-from forebay_wire.limits import KIB
-from forebay_wire.segments import SegmentTable
+from forebay_server.testing.checkpoints import CUT_BYTES, RUN
+from forebay_server.testing.engine import EngineDied, EngineProcess
+from forebay_server.testing.engine_calls import BATCH_ROWS
+from forebay_wire import failpoints
+from forebay_wire.errors import (
+    Conflict,
+    ForebayError,
+    InvalidRequest,
+    NotFound,
+    ResourceExhausted,
+)
+from forebay_wire.ids import new_random_name
+from forebay_wire.limits import KIB, MIB
+from forebay_wire.segments import encode_trailer, even_cuts, table_of
 
 SMALL = 40 * KIB
 LARGE = 300 * KIB
 CHOICE = st.integers(0, 1 << 30)
+LANDING = ("ssd", "hdd")
+TIERS = (*LANDING, "object")
+PREFETCH_SECONDS = 30.0
+FOLDER = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+"""In memory an fsync costs nothing; a power loss is the business of another test."""
+
+FAILPOINTS = sorted(
+    {
+        *failpoints.DATASET_COMMIT,
+        *failpoints.GENERATION_COMMIT,
+        *failpoints.REMOTE_FLUSH,
+        *failpoints.MOVE,
+        *failpoints.EVICT,
+        *failpoints.REPAIR,
+    }
+)
+
+Copy = tuple[str, str]
+"""Tier and file."""
+
+
+class Died(Exception):
+    """The engine was killed in a call, and works again."""
+
+
+def survives(step: Callable[..., None]) -> Callable[..., None]:
+    """The step may end with the engine's death: what it was about to say is then not known."""
+
+    @functools.wraps(step)
+    def run(self: Any, *arguments: Any, **options: Any) -> None:
+        with suppress(Died):
+            step(self, *arguments, **options)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Blob:
+    """What the oracle knows of a blob."""
+
+    id: str
+    data: bytes
+    image: bytes
+    """Its raw file."""
+
+    @classmethod
+    def of(cls, data: bytes, cut_bytes: int) -> "Blob":
+        pieces, start = [], 0
+        for length in even_cuts(len(data), cut_bytes):
+            pieces.append(data[start : start + length])
+            start += length
+        table = table_of(pieces)
+        trailer = encode_trailer(table.total_bytes, len(table.encoded))
+        return cls(table.blob_id, data, data + table.encoded + trailer)
 
 
 @dataclass
-class Saved:
-    """One generation as the oracle knows it."""
+class Plan:
+    """A registered plan."""
 
-    packs: list[bytes]
-    is_local: bool = False
-    is_remote: bool = False
-
-
-@dataclass
-class Oracle:
-    """What was acknowledged, and what was done to it from outside."""
-
-    saved: dict[int, Saved] = field(default_factory=dict)
-    deleted: set[int] = field(default_factory=set)
-    damaged: set[Path] = field(default_factory=set)
-    """Files that somebody changed behind the engine's back."""
+    manifest: str
+    num_samples: int
+    time: int = 0
 
 
 class Engine(RuleBasedStateMachine):
-    """Storage, serving and movement of one daemon in one process."""
+    """One engine in a process of its own, and a dictionary of what it has acknowledged."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="engine-"))
-        self.runner = asyncio.Runner()
-        self.oracle = Oracle()
-        self.step = 0
-        self.attempt = 0
-        self.away: Path | None = None
-        self.pinned: set[tuple[str, str]] = set()
+        self.folder = Path(tempfile.mkdtemp(prefix="engine-", dir=FOLDER))
+        self.engine = EngineProcess(self.folder, {"reserve_bytes": 0, "trash_seconds": 0})
+        self.named: dict[tuple[str, int], list[Blob]] = {}
+        """Acknowledged: ("generation", step) or ("dataset", number) to its blobs."""
+        self.unknown: dict[tuple[str, int], list[Blob]] = {}
+        """Begun, and the answer was lost."""
+        self.number = 0
+        self.harmed: set[Copy] = set()
+        """Files that somebody changed behind the engine's back."""
+        self.good: dict[str, set[Copy]] = {}
+        """At the end of the last step: blob to its copies that are good, in tiers that are away
+        too."""
+        self.trusted_bad: set[str] = set()
+        """At that time: blobs with a copy that the engine holds for good and that is not."""
+        self.away = ""
+        self.full: set[str] = set()
+        self.pins: dict[str, tuple[tuple[str, int], str]] = {}
+        self.plans: dict[str, Plan] = {}
 
-    def run(self, work: Any) -> Any:
-        return self.runner.run(asyncio.wait_for(work, 60))
+    # ------------------------------------------------------------------------------ its life
 
     @initialize()
     def start(self) -> None:
-        self.run(self._open())
-        self.run(self._begin(None))
-
-    async def _open(self) -> None:
-        self.stack = AsyncExitStack()
-        self.node: CheckpointNode = await self.stack.enter_async_context(
-            open_checkpoints(self.folder, is_open=lambda blob: self.opener.is_open(blob))
-        )
-        storage = self.node.storage
-        self.opener = Opener(storage.tiers, storage.catalog)
-        self.stack.push_async_callback(self.opener.close)
-        self.ahead = Ahead(
-            storage.tiers, storage.catalog, self.opener, marks=Watermarks(0.5, 0.8, 0.95)
-        )
-
-    async def _begin(self, parent: tuple[int, int] | None) -> None:
-        self.attempt = (await self.node.begin(parent, num_ranks=2)).attempt
+        self.engine.start()
+        self.attempt = self.engine.call("begin_attempt", None)
+        self.save(1, SMALL)
+        self.save(2, LARGE)
+        self.write_dataset(1, 3)
 
     def teardown(self) -> None:
         try:
-            self._bring_back()
-            self.run(self.stack.aclose())
+            if self.engine.is_alive:
+                self._end()
         finally:
-            self.runner.close()
+            self.engine.kill()
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    # ------------------------------------------------------------------------------- operations
+    def _end(self) -> None:
+        """With everything there again, all is read that can be."""
+        with suppress(Died):
+            self.call("live_on")
+            self.call("late_goes_on")
+        self._bring_back()
+        self.call("probe")
+        for key in self.named:
+            for blob in self.named[key]:
+                self._check(blob, 0, len(blob.data))
+        self.engine.stop()
 
-    @rule(seed=st.integers(0, 1 << 30), size=st.sampled_from([1, SMALL, LARGE]))
+    def call(self, name: str, *arguments: Any) -> Any:
+        try:
+            return self.engine.call(name, *arguments)
+        except EngineDied:
+            self._revive()
+            raise Died from None
+
+    def _revive(self) -> None:
+        """A new engine on what the dead one left."""
+        self.engine.kill()
+        self._bring_back()
+        self.full.clear()
+        self.plans.clear()
+        self.engine.start()
+        self._learn()
+
+    def _learn(self) -> None:
+        """What became of that whose answer was lost."""
+        for key, blobs in list(self.unknown.items()):
+            found = self._look(key)
+            if found is not None:
+                assert found == [blob.id for blob in blobs], "half of it is visible"
+                self.named[key] = blobs
+                del self.unknown[key]
+
+    def _look(self, key: tuple[str, int]) -> list[str] | None:
+        """The blobs of a generation or dataset, None if it is not there."""
+        kind, number = key
+        if kind == "dataset":
+            found = self.engine.call("manifest_of", f"d{number}")
+            return None if found is None else found[1]
+        if not self.engine.call("is_committed", self.attempt, number):
+            return None
+        found = self.engine.call("blobs_of", self.attempt, number)
+        assert isinstance(found, list)
+        return found
+
+    @precondition(lambda self: not self.away)
+    @rule()
+    @survives
+    def restart(self) -> None:
+        self.engine.stop()
+        self.full.clear()
+        self.plans.clear()
+        self.engine.start()
+        self._learn()
+
+    @rule()
+    def kill(self) -> None:
+        """SIGKILL, whatever it does in the background."""
+        self._revive()
+
+    @rule(failpoint=st.sampled_from(FAILPOINTS), count=st.integers(1, 3))
+    @survives
+    def die_later(self, failpoint: str, count: int) -> None:
+        """SIGKILL once something comes by there."""
+        self.call("die_at", failpoint, count)
+
+    # ------------------------------------------------------------------------------- put and seal
+
+    @rule(seed=st.integers(0, 3), size=st.sampled_from([1, SMALL, LARGE]))
+    @survives
     def save(self, seed: int, size: int) -> None:
+        """A generation of two ranks; equal seeds make equal blobs."""
         rng = random.Random(seed)
         packs = [rng.randbytes(size), rng.randbytes(size + 7)]
-        self.step += 1
-        generation = GenerationId(RUN, self.attempt, self.step)
+        self.number += 1
+        blobs = [Blob.of(data, CUT_BYTES) for data in packs]
+        self._commit(("generation", self.number), blobs, "save", self.attempt, self.number, packs)
 
-        async def work() -> None:
-            await self.node.save(self.step, packs, attempt=self.attempt)
-            await self.node.wait(generation, "local", 30)
+    @rule(seed=st.integers(0, 3), num_shards=st.integers(1, 3))
+    @survives
+    def write_dataset(self, seed: int, num_shards: int) -> None:
+        rng = random.Random(seed + 100)
+        shards = [rng.randbytes(SMALL + number) for number in range(num_shards)]
+        self.number += 1
+        blobs = [Blob.of(data, MIB) for data in shards]
+        key = ("dataset", self.number)
+        self._commit(key, blobs, "commit_dataset", f"d{self.number}", shards)
 
+    def _commit(self, key: tuple[str, int], blobs: list[Blob], name: str, *arguments: Any) -> None:
+        self.unknown[key] = blobs
         try:
-            self.run(work())
+            self.call(name, *arguments)
         except ResourceExhausted:
-            assert self.is_full(), "refused although there is room"
+            assert self._is_shut(), "refused although there is room"
         except ForebayError:
-            assert self.away is not None
+            assert self.away in LANDING, "refused without a reason"
         else:
-            self.oracle.saved[self.step] = Saved(packs, is_local=True)
+            del self.unknown[key]
+            self.named[key] = blobs
 
-    def is_full(self) -> bool:
-        landing = self.node.storage.tiers.landing
-        return all(tier.space().limit_bytes for tier in landing)
+    def _is_shut(self) -> bool:
+        """Whether no landing tier takes anything."""
+        return all(tier in self.full or tier == self.away for tier in LANDING)
 
-    @precondition(lambda self: self.oracle.saved and self.away is None)
+    @precondition(lambda self: self.named and not self.away)
     @rule(choice=CHOICE)
+    @survives
+    def delete(self, choice: int) -> None:
+        """What it shares with others stays."""
+        key = self._pick(choice)
+        self.unknown[key] = self.named.pop(key)
+        kind, number = key
+        try:
+            if kind == "dataset":
+                self.call("delete_dataset", f"d{number}")
+            else:
+                self.call("delete_generation", self.attempt, number)
+        except Conflict:  # the newest attempt stands on it
+            self.named[key] = self.unknown[key]
+        else:
+            assert self._look(key) is None, "deleted, and still there"
+        del self.unknown[key]
+
+    # ------------------------------------------------------------------------------------ read
+
+    @precondition(lambda self: self.named)
+    @rule(choice=CHOICE, start=st.floats(0, 1), length=st.floats(0, 1))
+    @survives
+    def read(self, choice: int, start: float, length: float) -> None:
+        for blob in self.named[self._pick(choice)]:
+            begin = int(start * len(blob.data))
+            end = begin + int(length * (len(blob.data) - begin))
+            self._check(blob, begin, end)
+
+    def _check(self, blob: Blob, begin: int, end: int) -> None:
+        """Right bytes, or an error and no good copy."""
+        try:
+            found = self.call("read", blob.id, begin, end)
+        except ForebayError as error:
+            assert not self._reachable(blob), f"a good copy is not served: {error}"  # noqa: PT017
+        else:
+            assert found == blob.data[begin:end], "wrong bytes"
+
+    @precondition(lambda self: self.named and not self.away)
+    @rule(choice=CHOICE)
+    @survives
     def flush(self, choice: int) -> None:
         """Everything becomes remote, except what has no good copy left."""
-        step = self._pick(choice)
+        kind, number = key = self._pick(choice)
+        if kind == "dataset":
+            return
+        self.call("hurry")
         try:
-            self.run(self.node.wait(self._id(step), "remote", 10))
+            self.call("wait_remote", self.attempt, number, 20.0)
         except ForebayError:
-            assert self._damaged_blobs(step), "nothing was damaged, and it does not become remote"
+            lost = [blob for blob in self.named[key] if not self._reachable(blob)]
+            assert lost, "everything is there, and it does not become remote"
         else:
-            self.oracle.saved[step].is_remote = True
+            for blob in self.named[key]:
+                copies = self._copies([blob])[blob.id]
+                assert any(tier == "object" for tier, _, state, _ in copies if state == "live")
 
-    @precondition(lambda self: self.oracle.saved)
-    @rule(choice=CHOICE)
-    def read(self, choice: int) -> None:
-        self._check(self._pick(choice))
+    # -------------------------------------------------------------------------------- movement
 
-    @precondition(lambda self: self.oracle.saved)
-    @rule(choice=CHOICE, tier=st.sampled_from(["ssd", "hdd"]))
+    @precondition(lambda self: self.named)
+    @rule(choice=CHOICE, tier=st.sampled_from(LANDING))
+    @survives
     def evict(self, choice: int, tier: str) -> None:
-        step = self._pick(choice)
-        saved = self.oracle.saved[step]
-
-        async def work() -> None:
-            found = self.node.storage.tiers.get(tier)
-            for blob in await self._blobs(step):
-                before = await self._tiers_of(blob)
-                await self.ahead.evictor.evict(found, [blob])
-                after = await self._tiers_of(blob)
+        pinned = self._pinned()
+        for blob in self.named[self._pick(choice)]:
+            before = self._live([blob])[blob.id]
+            with suppress(ForebayError):
+                self.call("evict", blob.id, tier)
+                after = self._live([blob])[blob.id]
                 assert after or not before, "the last copy went"
-                if not saved.is_remote and "object" not in before:
-                    assert after == before, "a dirty copy went"
-                if (blob, tier) in self.pinned:
+                if (blob.id, tier) in pinned:
                     assert (tier in after) == (tier in before), "a pinned copy went"
 
-        if self.away is None:
-            self.run(work())
+    @precondition(lambda self: self.named)
+    @rule(choice=CHOICE, is_down=st.booleans(), is_copy=st.booleans(), is_waiting=st.booleans())
+    @survives
+    def move(self, choice: int, is_down: bool, is_copy: bool, is_waiting: bool) -> None:
+        source, target = LANDING if is_down else LANDING[::-1]
+        for blob in self.named[self._pick(choice)]:
+            if is_copy:
+                self.call("queue_copy", blob.id, target)
+            else:
+                self.call("queue_migration", blob.id, source, target)
+        if is_waiting:
+            self.call("settle")
 
-    @precondition(lambda self: self.oracle.saved and self.away is None)
+    @precondition(lambda self: self.named)
+    @rule(
+        choice=CHOICE,
+        kind=st.sampled_from(["copy", "migrate"]),
+        is_down=st.booleans(),
+        stop_at=st.sampled_from(["begin", "inside", "removal"]),
+    )
+    @survives
+    def mover_stands_still(self, choice: int, kind: str, is_down: bool, stop_at: str) -> None:
+        """Its lease runs out, and somebody else has the job."""
+        blobs = self.named[self._pick(choice)]
+        source, target = LANDING if is_down else LANDING[::-1]
+        blob = blobs[choice % len(blobs)]
+        self.call("late_begins", kind, blob.id, source, target, stop_at)
+
+    @rule()
+    @survives
+    def mover_wakes_up(self) -> None:
+        assert self.call("late_goes_on") != "KeyError"
+
+    @precondition(lambda self: self.named and not self.away)
+    @rule(choice=CHOICE, tier=st.sampled_from(LANDING))
+    @survives
+    def pin(self, choice: int, tier: str) -> None:
+        """What a pin says of itself is so."""
+        kind, number = key = self._pick(choice)
+        names = {"dataset": f"dataset d{number}", "generation": f"generation {RUN}@1/{number}"}
+        try:
+            pin = self.call("pin", names[kind], tier)
+        except ResourceExhausted:
+            assert tier in self.full, "no pin although there is room"
+            return
+        self.call("settle")
+        state, is_warm = self.call("is_pinned_warm", pin)
+        live = self._live(self.named[key])
+        if is_warm:
+            assert all(tier in live[blob.id] for blob in self.named[key]), "it says warm, not so"
+        else:
+            whole = all(self._reachable(blob) for blob in self.named[key])
+            is_hurt = any(self._was_harmed(blob) for blob in self.named[key])
+            assert self.full or is_hurt or not whole, f"it is {state} and not warm"
+        if state in ("held", "fetching"):
+            self.pins[pin] = (key, tier)
+
+    @precondition(lambda self: self.pins)
     @rule(choice=CHOICE)
-    def pin(self, choice: int) -> None:
-        step = self._pick(choice)
+    @survives
+    def unpin(self, choice: int) -> None:
+        pin = sorted(self.pins)[choice % len(self.pins)]
+        del self.pins[pin]
+        with suppress(NotFound):  # what it held was deleted
+            self.call("unpin", pin)
 
-        async def work() -> None:
-            named = await self._blobs(step)
-            target = f"generation {RUN}@{self.attempt}/{step}"
-            await self.node.storage.catalog.write(
-                lambda c: insert_pin(c, new_random_name(), target, "ssd", named)
-            )
-            self.pinned.update({(blob, "ssd") for blob in named})
+    def _pinned(self) -> set[Copy]:
+        return {
+            (blob.id, tier) for key, tier in self.pins.values() for blob in self.named.get(key, ())
+        }
 
-        self.run(work())
+    # ------------------------------------------------------------------------------------- plans
+
+    @precondition(lambda self: any(kind == "dataset" for kind, _ in self.named))
+    @rule(choice=CHOICE, seed=st.integers(0, 9), shuffle=st.sampled_from(["none", "full"]))
+    @survives
+    def plan(self, choice: int, seed: int, shuffle: str) -> None:
+        """A plan brings what it needs into the fastest tier, if nothing is in the way."""
+        datasets = sorted(key for key in self.named if key[0] == "dataset")
+        key = datasets[choice % len(datasets)]
+        manifest, _ = self.call("manifest_of", f"d{key[1]}")
+        name = new_random_name()
+        self.call("register", name, manifest, shuffle, seed, 0)
+        self.plans[name] = Plan(manifest, BATCH_ROWS * len(self.named[key]))
+        deadline = time.monotonic() + PREFETCH_SECONDS
+        while not (self.away or self.full or any(map(self._was_harmed, self.named[key]))):
+            live = self._live(self.named[key])
+            if all("ssd" in tiers for tiers in live.values()):
+                break
+            assert time.monotonic() < deadline, f"not prefetched: {live}"
+            time.sleep(0.02)
+
+    @precondition(lambda self: self.plans)
+    @rule(choice=CHOICE, epoch=st.integers(0, 1), position=st.integers(0, 12))
+    @survives
+    def advance(self, choice: int, epoch: int, position: int) -> None:
+        """A position goes forward only."""
+        name = sorted(self.plans)[choice % len(self.plans)]
+        plan = self.plans[name]
+        position = min(position, plan.num_samples)
+        then = epoch * plan.num_samples + position
+        try:
+            self.call("advance", name, epoch, position)
+        except InvalidRequest:
+            assert then <= plan.time, "a position ahead is refused"
+        except NotFound:  # its lease ran out on a slow machine
+            del self.plans[name]
+        else:
+            assert then >= plan.time, "a plan went back"
+            plan.time = then
+
+    @precondition(lambda self: self.plans)
+    @rule(choice=CHOICE)
+    @survives
+    def end_plan(self, choice: int) -> None:
+        name = sorted(self.plans)[choice % len(self.plans)]
+        del self.plans[name]
+        self.call("end_plan", name)
+
+    # -------------------------------------------------------------------------- mend and collect
+
+    @precondition(lambda self: not self.away)
+    @rule()
+    @survives
+    def scrub(self) -> None:
+        """Afterwards nothing bad is trusted, and what can be repaired is."""
+        self.call("hurry")
+        self.call("scrub")
+        blobs = self._all_blobs()
+        for blob in blobs:
+            for tier, file, state, encoding in self._copies([blob]).get(blob.id, ()):
+                assert state != "live" or self._is_good(blob, tier, file, encoding), (
+                    f"a bad copy in {tier} is still trusted"
+                )
+                if self._reachable(blob) and not self.full:
+                    assert state == "live", f"the copy in {tier} is not repaired"
+
+    @precondition(lambda self: not self.away)
+    @rule()
+    @survives
+    def collect(self) -> None:
+        self.call("collect")
 
     # ---------------------------------------------------------------------------------- harm
 
-    @precondition(lambda self: self.oracle.saved and self.away is None)
+    @precondition(lambda self: self.named)
     @rule(choice=CHOICE, how=st.sampled_from(["flip", "truncate", "remove"]))
+    @survives
     def harm(self, choice: int, how: str) -> None:
-        """One file of one replica is changed behind the engine's back."""
-        step = self._pick(choice)
-        files = self.run(self._files(step))
+        """One file of one copy is changed behind the engine's back."""
+        blobs = self.named[self._pick(choice)]
+        blob = blobs[choice % len(blobs)]
+        files = sorted(self.good.get(blob.id, set()) - self.harmed)
         if not files:
             return
-        path = sorted(files)[choice % len(files)]
-        size = path.stat().st_size
-        position = choice % size
-        if how == "remove":
-            path.unlink()
-        elif how == "truncate":
-            os.truncate(path, position)
-        else:
-            with path.open("r+b") as file:
-                file.seek(position)
-                byte = file.read(1)[0]
-                file.seek(position)
-                file.write(bytes([byte ^ (1 << choice % 8)]))
-        self.oracle.damaged.add(path)
+        copy = files[choice // 7 % len(files)]
+        path = self._path(*copy)
+        if path is None:
+            return  # it is just moving
+        self.harmed.add(copy)
+        with suppress(FileNotFoundError):
+            _harm(path, how, choice)
 
-    @rule(is_full=st.booleans())
-    def fill(self, is_full: bool) -> None:
-        """The landing tiers have no room, or have it again."""
-        for tier in self.node.storage.tiers.landing:
-            tier._ledger.limit_bytes = 1 if is_full else 0  # type: ignore[attr-defined]
+    @precondition(lambda self: not self.away)
+    @rule(tier=st.sampled_from(TIERS))
+    @survives
+    def wipe(self, tier: str) -> None:
+        """A tier loses all that it had."""
+        for blob, copies in self.good.items():
+            for copy in copies:
+                path = self._path(*copy)
+                if copy[0] == tier and path is not None and blob:
+                    self.harmed.add(copy)
+                    path.unlink(missing_ok=True)
 
-    @precondition(lambda self: self.away is None)
-    @rule(tier=st.sampled_from(["ssd", "object"]))
+    @rule(tier=st.sampled_from(LANDING), is_full=st.booleans())
+    @survives
+    def fill(self, tier: str, is_full: bool) -> None:
+        """A landing tier has no room, or has it again."""
+        self.call("limit", tier, 1 if is_full else 0)
+        (self.full.add if is_full else self.full.discard)(tier)
+
+    @precondition(lambda self: not self.away)
+    @rule(tier=st.sampled_from(TIERS))
     def lose(self, tier: str) -> None:
-        place = self.folder / tier
-        place.rename(self.folder / f"{tier}-away")
-        self.away = place
+        (self.folder / tier).rename(self.folder / f"{tier}-away")
+        self.away = tier
 
-    @precondition(lambda self: self.away is not None)
+    @precondition(lambda self: self.away)
     @rule()
+    @survives
     def bring_back(self) -> None:
         self._bring_back()
+        self.call("probe")
 
     def _bring_back(self) -> None:
-        if self.away is not None:
-            shutil.rmtree(self.away, ignore_errors=True)
-            self.away.with_name(f"{self.away.name}-away").rename(self.away)
-            self.away = None
-
-    @precondition(lambda self: self.away is None)
-    @rule()
-    def restart(self) -> None:
-        self.run(self.stack.aclose())
-        self.run(self._open())
-
-    @precondition(lambda self: self.away is None)
-    @rule()
-    def collect(self) -> None:
-        self.run(self.node.settle(COLLECT))
+        if self.away:
+            place = self.folder / self.away
+            shutil.rmtree(place, ignore_errors=True)
+            place.with_name(f"{self.away}-away").rename(place)
+            self.away = ""
 
     # ------------------------------------------------------------------------------- what holds
 
     @invariant()
-    def nothing_is_promised_for_ever(self) -> None:
-        if hasattr(self, "node") and self.away is None:
-            for tier in self.node.storage.tiers.landing:
-                assert tier.space().reserved_bytes == 0
-
-    def _pick(self, choice: int) -> int:
-        steps = sorted(self.oracle.saved)
-        return steps[choice % len(steps)]
-
-    def _id(self, step: int) -> GenerationId:
-        return GenerationId(RUN, self.attempt, step)
-
-    async def _blobs(self, step: int) -> list[str]:
-        return [pack.blob for pack in (await self.node.manifest(self._id(step))).packs]
-
-    async def _tiers_of(self, blob: str) -> set[str]:
-        found = (await self.node.storage.catalog.locate([blob])).get(blob)
-        return {one.tier for one in found.live()} if found is not None else set()
-
-    async def _files(self, step: int) -> list[Path]:
-        """The files of all replicas, good or not."""
-        paths = []
-        for blob in await self._blobs(step):
-            found = (await self.node.storage.catalog.locate([blob]))[blob]
-            for replica in found.replicas:
-                for extent in replica.extents:
-                    paths.extend(self.folder.glob(f"{replica.tier}/**/{extent.file}"))
-        return paths
-
-    def _damaged_blobs(self, step: int) -> bool:
-        return bool(self.oracle.damaged)
-
-    def _check(self, step: int) -> None:
-        packs = self.oracle.saved[step].packs
-        for blob, pack in zip(self.run(self._blobs(step)), packs, strict=True):
-            try:
-                found = self.run(self._read(blob))
-            except NotFound:
-                raise
-            except ForebayError:
-                assert self.oracle.damaged or self.away is not None or self.is_full()
-            else:
-                assert found == pack
-
-    async def _read(self, blob: str) -> bytes:
-        """As a client reads: verify, report damage, open again."""
-        for _ in range(6):
-            [opened] = await self.opener.open("client", [blob])
-            if isinstance(opened, ForebayError):
-                raise opened
-            try:
-                content, bad = _read_verified(opened)
-            finally:
-                self.opener.release("client", [blob])
-            if bad is None:
-                return content
-            await self.opener.report(blob, opened.tier, bad, "digest")
-        raise AssertionError("a bad copy is served again and again")
-
-
-def _read_verified(opened: OpenedBlob) -> tuple[bytes, int | None]:
-    """The data, and the first segment that is not what the table says."""
-    with os.fdopen(opened.fd, "rb") as file:
-        content = file.read()
-    end = opened.table_offset + opened.table_length
-    table = SegmentTable.decode(content[opened.table_offset : end], "test", opened.blob)
-    data = content[: opened.length]
-    for index in range(table.num_segments):
+    def no_copy_is_lost_but_by_harm(self) -> None:
+        """The last good copy goes only where another one, that somebody harmed, was trusted."""
+        if not self.engine.is_alive:
+            return
         try:
-            table.check(index, data[table.offsets[index] : table.offsets[index + 1]], "test")
-        except ForebayError:
-            return data, index
-    return data, None
+            copies = self._copies(self._all_blobs())
+        except Died:
+            copies = self._copies(self._all_blobs())
+        before, trusted_bad = self.good, self.trusted_bad
+        self.good, self.trusted_bad = {}, set()
+        for blob in self._all_blobs():
+            listed = copies.get(blob.id, [])
+            found = {
+                (tier, file)
+                for tier, file, _, way in listed
+                if self._is_good(blob, tier, file, way, also_away=True)
+            }
+            self.good[blob.id] = found
+            if any((tier, file) not in found for tier, file, state, _ in listed if state == "live"):
+                self.trusted_bad.add(blob.id)
+            was_harmed = bool(before.get(blob.id, set()) & self.harmed)
+            assert (
+                found
+                or was_harmed
+                or blob.id in trusted_bad
+                or (blob.id in before and not before[blob.id])
+            ), f"the last good copy of {blob.id} is gone: {before.get(blob.id)} to {listed}"
+
+    # ---------------------------------------------------------------------------------- parts
+
+    def _pick(self, choice: int) -> tuple[str, int]:
+        keys = sorted(self.named)
+        return keys[choice % len(keys)]
+
+    def _all_blobs(self) -> list[Blob]:
+        return list({blob.id: blob for blobs in self.named.values() for blob in blobs}.values())
+
+    def _copies(self, blobs: list[Blob]) -> dict[str, list[tuple[str, str, str, str]]]:
+        found = self.call("copies", [blob.id for blob in blobs])
+        assert isinstance(found, dict)
+        return found
+
+    def _live(self, blobs: list[Blob]) -> dict[str, set[str]]:
+        """Blob to the tiers with a copy that the engine trusts."""
+        copies = self._copies(blobs)
+        return {
+            blob.id: {tier for tier, _, state, _ in copies.get(blob.id, ()) if state == "live"}
+            for blob in blobs
+        }
+
+    def _reachable(self, blob: Blob) -> bool:
+        """Whether a row of the blob leads to a good copy in a tier that is there."""
+        listed = self._copies([blob]).get(blob.id, [])
+        return any(self._is_good(blob, tier, file, encoding) for tier, file, _, encoding in listed)
+
+    def _was_harmed(self, blob: Blob) -> bool:
+        files = {(tier, file) for tier, file, _, _ in self._copies([blob]).get(blob.id, ())}
+        return bool((files | self.good.get(blob.id, set())) & self.harmed)
+
+    def _is_good(
+        self, blob: Blob, tier: str, file: str, encoding: str, *, also_away: bool = False
+    ) -> bool:
+        path = self._path(tier, file, also_away=also_away)
+        assert encoding == "raw", "random bytes are not worth encoding"
+        return path is not None and path.read_bytes() == blob.image
+
+    def _path(self, tier: str, file: str, *, also_away: bool = False) -> Path | None:
+        folder = self.folder / tier
+        if tier == self.away:
+            if not also_away:
+                return None
+            folder = self.folder / f"{tier}-away"
+        path = folder / "data" / file if tier == "object" else folder / "files" / file[:2] / file
+        return path if path.exists() else None
+
+
+def _harm(path: Path, how: str, choice: int) -> None:
+    position = choice % path.stat().st_size
+    if how == "remove":
+        path.unlink()
+    elif how == "truncate":
+        os.truncate(path, position)
+    else:
+        with path.open("r+b") as file:
+            file.seek(position)
+            byte = file.read(1)[0]
+            file.seek(position)
+            file.write(bytes([byte ^ (1 << choice % 8)]))
 
 
 QUICK = settings(
     derandomize=True,
-    max_examples=10,
+    max_examples=6,
     stateful_step_count=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -85,6 +85,22 @@ async def test_without_a_good_copy_it_is_reported_and_stays(tmp_path: Path) -> N
         assert {one.kind for one in found} == {"quarantined", "lost blob"}
 
 
+async def test_a_good_copy_that_comes_after_the_repair_was_given_up_mends_at_the_next_scrub(
+    tmp_path: Path,
+) -> None:
+    async with open_integrity(tmp_path) as node:
+        _, (blob,) = await node.add_dataset(PIECES)
+        flip(await node.node.path_of(blob, "ssd"), 0)
+        await node.scrub()
+        ((_, error),) = await node.run_queued(REPAIR)
+        assert "has no good copy left" in error
+        await node.node.add_blob(PIECES, "hdd")
+        assert (await node.scrub()).num_damaged == 0
+        assert not any(error for _, error in await node.run_queued(REPAIR))
+        assert await node.states(blob) == [("hdd", "live"), ("ssd", "live")]
+        await node.check_copies(blob)
+
+
 async def test_a_last_copy_in_the_object_tier_keeps_its_extent_list(tmp_path: Path) -> None:
     async with open_integrity(tmp_path) as node:
         _, (blob,) = await node.add_dataset(PIECES)
