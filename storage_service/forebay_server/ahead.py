@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 
 from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.queries_blobs import ORIGIN_TIER
 from forebay_server.catalog.queries_generation_blobs import blobs_of_generations
 from forebay_server.model.watermarks import Watermarks
 from forebay_server.move.evict import Evictor
@@ -13,6 +14,7 @@ from forebay_server.observe.metrics import Sample
 from forebay_server.serve.cache import Cache
 from forebay_server.serve.foresight import Foresight
 from forebay_server.serve.open import Opener
+from forebay_server.serve.origin_ahead import OriginAhead
 from forebay_server.serve.plans import Plans
 from forebay_server.serve.prefetch import Prefetcher
 from forebay_server.tier.registry import Tiers
@@ -54,10 +56,21 @@ class Ahead:
         self.prefetcher = Prefetcher(
             tiers, catalog, self.foresight, self.cache, opener.bring_ahead, is_busy=is_busy
         )
-        self.plans = Plans(catalog, self.foresight, changed=self.prefetcher.wake)
+        self.plans = Plans(catalog, self.foresight, changed=self._changed)
+        self.origins = OriginAhead(
+            self.foresight,
+            self.plans,
+            opener.origins.read_ahead,
+            is_busy=lambda: is_busy(ORIGIN_TIER),
+        )
+        opener.origins.listen(self.plans.learned)
         opener.follow(self.cache)
         tiers.relieve = self.evictor.make_room
         self.evictor.listen(self.prefetcher.forget)
+
+    def _changed(self) -> None:
+        self.prefetcher.wake()
+        self.origins.wake()
 
     def left(self, tier: str, blob: str) -> None:
         """A job has taken the copy of *blob* out of *tier*."""
@@ -83,6 +96,7 @@ class Ahead:
             group.create_task(self.cache.run())
             group.create_task(self.plans.run())
             group.create_task(self.prefetcher.run())
+            group.create_task(self.origins.run())
 
 
 def _usable_bytes(tier: Tier) -> int:

@@ -7,8 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -129,10 +130,49 @@ def test_a_file_is_read_once_however_many_ask(
 
     with ThreadPoolExecutor(6) as threads:
         assert list(threads.map(read, range(6))) == [number * 1000 for number in range(6)]
+    assert float(metric(daemon, 'forebay_fetched_bytes{tier="origin"}')) == path.stat().st_size
+
+
+def test_a_plan_has_files_read_before_their_turn(
+    client: forebay.Client, daemon: DaemonProcess, folder: Path
+) -> None:
+    paths = [write(folder / f"{number}.arrow", number * NUM_ROWS) for number in range(12)]
+    dataset = client.register_dataset("d", paths)
+    for name in ("first run", "second run"):
+        with forebay.DataLoader(dataset, batch_size=100, shuffle="none") as loader:
+            batches = iter(loader)
+            assert int(next(batches)["x"][0]) == 0
+            wait_until(
+                lambda: all(one.blob for one in client.origins("d")), f"{name}: all are read"
+            )
+            wait_until(
+                lambda: (
+                    [one.num_files for one in client.status().tiers if one.name == "ssd"] == [12]
+                ),
+                f"{name}: all are kept",
+            )
+            for path in paths:
+                path.rename(path.with_suffix(".away"))
+            assert sum(len(batch["x"]) for batch in batches) == 12 * NUM_ROWS - 100
+            for path in paths:
+                path.with_suffix(".away").rename(path)
+    assert float(metric(daemon, 'forebay_fetched_bytes{tier="origin"}')) == sum(
+        path.stat().st_size for path in paths
+    )
+
+
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60.0
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def metric(daemon: DaemonProcess, name: str) -> str:
     with urllib.request.urlopen(daemon.address()["http_url"] + "/metrics", timeout=30) as answer:
         text = answer.read().decode()
-    (line,) = [one for one in text.splitlines() if 'forebay_fetched_bytes{tier="origin"}' in one]
-    assert float(line.split()[1]) == path.stat().st_size
+    (line,) = [one for one in text.splitlines() if one.startswith(name)]
+    return str(line.split()[-1])
 
 
 def test_a_large_file_that_changes_while_it_is_streamed_is_told(

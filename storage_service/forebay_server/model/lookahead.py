@@ -41,7 +41,7 @@ class OrderView:
     ) -> None:
         """*blobs* and *shard_rows*: the version's shards; *start*: where reading stands."""
         self._order = order
-        self._blobs = blobs
+        self._blobs = list(blobs)
         self._numbers = {blob: number for number, blob in enumerate(blobs)}
         starts: NDArray[np.int64] = np.zeros(len(blobs) + 1, dtype=np.int64)
         np.cumsum(np.array(shard_rows, dtype=np.int64), out=starts[1:])
@@ -68,6 +68,14 @@ class OrderView:
     def knows(self, blob: str) -> bool:
         """Whether *blob* is one of the version's."""
         return blob in self._numbers
+
+    def rename(self, shard: str, blob: str) -> None:
+        """What was known as *shard* is *blob* from now on; nothing if it is none of the version's.
+        Before anybody asks about *blob*."""
+        number = self._numbers.pop(shard, None)
+        if number is not None:
+            self._blobs[number] = blob
+            self._numbers.setdefault(blob, number)
 
     def next_position(self, blob: str, start: int) -> float | None:
         """See ``PlanView``; exact inside the look."""

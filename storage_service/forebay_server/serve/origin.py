@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from forebay_server.catalog.engine import Catalog, Connection
@@ -53,6 +55,33 @@ class OriginContents:
         self._promoter = promoter
         self._tier = next((tier for tier in tiers.all if isinstance(tier, OriginTier)), None)
         self._first_reads: dict[str, Shared[str]] = {}
+        self._listeners: list[Callable[[str, str], object]] = []
+
+    def listen(self, listener: Callable[[str, str], object]) -> None:
+        """Have *listener* told of each origin that was read for the first time, and of the blob
+        that its bytes make, before anybody hears of that blob."""
+        self._listeners.append(listener)
+
+    async def read_ahead(self, origin: str) -> bool:
+        """Read an origin for the first time before anybody asks for it, if a tier has room for the
+        copy: without one it would be read twice. Whether its blob is known on return.
+
+        Errors as those of :meth:`content_of`.
+        """
+        row = (await self._catalog.read(lambda one: find_origins(one, [origin]))).get(origin)
+        if row is None:
+            return False
+        if row.blob:
+            self._tell(origin, row.blob)
+            return True
+        if origin not in self._first_reads:
+            target = await self._target(row)
+            if target is None:
+                return False
+            if origin not in self._first_reads:
+                self._begin(row, target)
+        await self._first_reads[origin].wait()
+        return True
 
     async def close(self) -> None:
         """Idempotent. A read that runs on a thread ends by itself, and is of no use."""
@@ -77,12 +106,20 @@ class OriginContents:
         if row.blob:
             await self._place(row)
             return row.blob
-        reading = self._first_reads.get(origin)
-        if reading is None:
-            reading = Shared(self._read_first(row), f"origin-{origin}")
-            self._first_reads[origin] = reading
-            reading.task.add_done_callback(lambda _: self._first_reads.pop(origin, None))
+        reading = self._first_reads.get(origin) or self._begin(row)
         return await reading.wait()
+
+    def _begin(self, row: OriginRow, target: Tier | None = None) -> Shared[str]:
+        """The first read of *row*, its copy going to *target*, or where the cache has room."""
+        origin = row.origin
+        reading = Shared(self._read_first(row, target), f"origin-{origin}")
+        self._first_reads[origin] = reading
+        reading.task.add_done_callback(lambda _: self._first_reads.pop(origin, None))
+        return reading
+
+    def _tell(self, origin: str, blob: str) -> None:
+        for listener in self._listeners:
+            listener(origin, blob)
 
     async def _place(self, row: OriginRow) -> None:
         """A blob that was forgotten with the last dataset that named it is known again."""
@@ -90,11 +127,12 @@ class OriginContents:
             table = row.table()
             await self._catalog.write(lambda one: place_content(one, row.blob, table))
 
-    async def _read_first(self, row: OriginRow) -> str:
+    async def _read_first(self, row: OriginRow, target: Tier | None) -> str:
         if self._tier is None:
             raise off()
-        target = await self._target(row)
-        with self._promoter._foreground(self._tier.name):
+        is_ahead = target is not None
+        target = target or await self._target(row)
+        with nullcontext() if is_ahead else self._promoter._foreground(self._tier.name):
             try:
                 table, copy = await self._tiers.run(self._tier, self._read, row, target)
             except ResourceExhausted as error:
@@ -111,6 +149,7 @@ class OriginContents:
             await self._drop(copy)
             raise
         failpoint("origin.after_row")
+        self._tell(row.origin, blob)
         if copy is None:
             return blob
         if replica is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_objects import wanted_manifest
+from forebay_server.catalog.queries_origins import find_origins
 from forebay_server.model.lookahead import OrderView, RangesView
 from forebay_server.model.uses import ReadOrder, Split
 from forebay_server.serve.foresight import Foresight
@@ -29,6 +30,9 @@ LOOK_SECONDS: Final = 2.0
 MAX_PLANS: Final = 4096
 
 MAX_LOADER_CHARACTERS: Final = 200
+
+MAX_LEARNED: Final = 1 << 14
+"""First reads that a plan which is being made may have missed."""
 
 MAX_RECENT: Final = 16
 """Waits of a plan that are remembered one by one."""
@@ -95,6 +99,8 @@ class Plan:
     """Of an epoch; 0 for explicit ranges."""
     view: OrderView | RangesView
     expires: float
+    unread: set[str] = field(default_factory=set)
+    """The origins among the shards whose bytes nobody knows yet."""
     epoch: int = 0
     position: int = 0
     waits: Waits = field(default_factory=Waits)
@@ -125,6 +131,21 @@ class Plans:
         self._changed = changed
         self._lease_seconds = lease_seconds
         self._plans: dict[str, Plan] = {}
+        self._learned: OrderedDict[str, str] = OrderedDict()
+        """Origins whose bytes were read lately, and the blobs that they make."""
+
+    def learned(self, origin: str, blob: str) -> None:
+        """The bytes of *origin* were read for the first time and make *blob*: under this name they
+        are stored, kept and served from now on."""
+        self._learned[origin] = blob
+        if len(self._learned) > MAX_LEARNED:
+            self._learned.popitem(last=False)
+        for plan in self._plans.values():
+            _rename(plan, {origin: blob})
+
+    def is_unread(self, shard: str) -> bool:
+        """Whether some plan reads the origin *shard*, of which nobody knows the bytes."""
+        return any(shard in plan.unread for plan in self._plans.values())
 
     @property
     def lease_seconds(self) -> float:
@@ -303,6 +324,8 @@ class Plans:
             num_epochs=order.num_epochs,
         )
         shards = version.shards
+        origins = [shard.blob for shard in shards if shard.origin is not None]
+        known = await self._catalog.read(lambda one: find_origins(one, origins)) if origins else {}
         view = OrderView(
             reading,
             [shard.blob for shard in shards],
@@ -310,7 +333,12 @@ class Plans:
             reading.time(epoch, position),
         )
         dataset = f"{version.dataset}@{version.version}"
-        return Plan(plan, loader, dataset, uid, owner, num_samples, view, 0.0)
+        made = Plan(plan, loader, dataset, uid, owner, num_samples, view, 0.0, set(origins))
+        blobs = {origin: row.blob for origin, row in known.items() if row.blob}
+        _rename(
+            made, {**blobs, **{one: self._learned[one] for one in origins if one in self._learned}}
+        )
+        return made
 
     async def _read(self, manifest: str, what: str) -> object:
         check_id("manifest", manifest)
@@ -349,3 +377,11 @@ class Plans:
         del self._plans[plan.name]
         self._foresight.remove_plan(plan.name)
         self._changed()
+
+
+def _rename(plan: Plan, blobs: Mapping[str, str]) -> None:
+    """Have *plan* know its origins by the blobs that their bytes make."""
+    for origin, blob in blobs.items():
+        plan.unread.discard(origin)
+        if isinstance(plan.view, OrderView):
+            plan.view.rename(origin, blob)

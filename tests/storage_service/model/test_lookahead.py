@@ -42,6 +42,23 @@ def test_the_next_position_is_the_first_use_from_there_on(samples, rows, epochs,
         seen.forget_before(start)
 
 
+@given(st.integers(1, 60), st.integers(1, 9), st.data())
+def test_a_shard_that_turns_out_to_be_a_blob_keeps_its_uses(samples, rows, data):
+    seen, named = view(samples, rows), view(samples, rows)
+    uses = list(seen.uses(0))
+    shards = sorted({shard for _, shard in uses})
+    renamed = {one: f"new {one}" for one in data.draw(st.lists(st.sampled_from(shards)))}
+    for shard, blob in [*renamed.items(), ("none of it", "x")]:
+        named.rename(shard, blob)
+        assert not named.knows(shard)
+        assert named.knows(blob) == (shard != "none of it")
+    start = data.draw(st.integers(0, samples))
+    assert list(named.uses(0)) == [(time, renamed.get(shard, shard)) for time, shard in uses]
+    for shard in shards:
+        blob = renamed.get(shard, shard)
+        assert named.next_position(blob, start) == seen.next_position(shard, start)
+
+
 def test_beyond_the_look_a_blob_is_expected_later_than_all_that_is_seen(monkeypatch):
     monkeypatch.setattr(lookahead, "MAX_USES", 100)
     seen = view(100_000, 1, batch=1)
