@@ -78,6 +78,7 @@ from forebay_server.serve.standing import PlanReader
 from forebay_server.serve.status import DaemonState, StatusReader
 from forebay_server.tier.health import TierWatch
 from forebay_server.tier.retry import CannotGiveRemote
+from forebay_server.tier.store import HEALTHY
 from forebay_server.version import forebay_version
 from forebay_wire.errors import InvalidRequest, StorageError
 from forebay_wire.protocol import protocol_range
@@ -216,6 +217,7 @@ class Daemon:
             self._make_handlers(locks),
             slow_kinds=SLOW_KINDS,
             endless_kinds=ENDLESS_KINDS,
+            may_run=self._may_run,
         )
         self._opener.listen(self._jobs.wake)
         self._jobs.listen(lambda _: self._ahead.evictor.expect_more())
@@ -283,7 +285,13 @@ class Daemon:
         self._background.start("ahead", self._ahead.run())
         self._background.start("tiers", TierWatch(self._tiers, self._note_tier).run())
 
+    def _may_run(self, kind: str) -> bool:
+        """Flushes wait while there is nowhere to bring anything."""
+        store = self._tiers.object
+        return kind != FLUSH or store is None or store.health == HEALTHY
+
     async def _note_tier(self, tier: str, event: str, detail: str) -> None:
+        self._jobs.wake()
         subject = f"tier {tier}"
         await self._catalog.write(lambda connection: record(connection, subject, event, detail))
 

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Final, Protocol
 
 from forebay_server.catalog.engine import Catalog
@@ -70,9 +70,9 @@ class Evictor:
         self._forget = forget
         self._marks = marks or Watermarks()
         self._clock = clock
-        self._names = frozenset(tier.name for tier in tiers.all if not tier.caches_only)
         self.claim: Callable[[str], Claim | None] = lambda kind: None
         """The policies that keep copies in a kind of tier."""
+        self._counting = tiers.count()
         self._states = {tier.name: START for tier in tiers.landing}
         self._going: set[tuple[str, str]] = set()
         self._left: list[tuple[Tier, str, FileRef]] = []
@@ -87,6 +87,8 @@ class Evictor:
         """Keep the tiers between their watermarks, until cancelled."""
         self._is_stale = True
         while True:
+            if self._counting != self._tiers.count():  # a tier went or came back
+                self._is_stale = True
             if self._is_stale and self._clock() >= self._reload_at:
                 try:
                     await self.reload()
@@ -114,6 +116,7 @@ class Evictor:
     async def reload(self) -> None:
         """Look through the catalog for the copies that may go."""
         self._is_stale = False
+        self._counting = self._tiers.count()
         started = self._clock()
         for tier in self._tiers.landing:
             async for spare in self._spares(tier):
@@ -124,7 +127,7 @@ class Evictor:
 
     async def _spares(self, tier: Tier) -> AsyncIterator[Spare]:
         look = functools.partial(
-            spare_replicas, tier=tier.name, among=self._names, claim=self.claim(tier.kind)
+            spare_replicas, tier=tier.name, among=self._counting, claim=self.claim(tier.kind)
         )
         page = await self._catalog.read(look)
         while page:
@@ -225,7 +228,7 @@ class Evictor:
                 functools.partial(
                     spare_replicas,
                     tier=tier.name,
-                    among=self._names,
+                    among=self._tiers.count(),
                     claim=self.claim(tier.kind),
                     only=part,
                 )
@@ -236,12 +239,14 @@ class Evictor:
     async def evict(self, tier: Tier, blobs: list[str]) -> int:
         """Take the copies of *blobs* out of *tier*, those that may go; the bytes given back."""
         before = tier.space().used_bytes
-        await asyncio.gather(*(self._evict(tier, blob) for blob in blobs))
+        # In one that was not asked for long a copy may be as good as gone.
+        among = await self._tiers.answering()
+        await asyncio.gather(*(self._evict(tier, blob, among) for blob in blobs))
         freed = max(0, before - tier.space().used_bytes)
         self.evicted_bytes[tier.name] += freed
         return freed
 
-    async def _evict(self, tier: Tier, blob: str) -> None:
+    async def _evict(self, tier: Tier, blob: str, among: Collection[str]) -> None:
         key = (tier.name, blob)
         if not self.may_go(tier.name, blob):
             return
@@ -258,7 +263,7 @@ class Evictor:
                         tier.name,
                         "evicted",
                         "needed last",
-                        among=self._names,
+                        among=among,
                         claim=self.claim(tier.kind),
                     )
                 )

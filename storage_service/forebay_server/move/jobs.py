@@ -11,9 +11,11 @@ import asyncio
 import json
 import logging
 import random
+import re
 import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from forebay_server.catalog.engine import Catalog, Connection
@@ -122,6 +124,9 @@ class Progress:
         return bool(self._interrupted)
 
 
+_CHANGING: Final = re.compile(r"\S*\d\S*")
+"""Seconds, tries, and names that are random."""
+
 Handler = Callable[[Progress], Awaitable[None]]
 """Does the work for ``progress.target``; returns when it is done or no longer needed."""
 
@@ -140,10 +145,12 @@ class Jobs:
         num_workers: int = NUM_WORKERS,
         num_slow_workers: int = NUM_SLOW_WORKERS,
         lease_seconds: float = LEASE_SECONDS,
+        may_run: Callable[[str], bool] = lambda kind: True,
     ) -> None:
         """*owner* is this incarnation of the daemon; *handlers* maps a job's kind to its work;
         *slow_kinds* have workers of their own, and so have *endless_kinds*, which may take days and
-        can be interrupted at any time without a loss."""
+        can be interrupted at any time without a loss. Jobs of kinds that *may_run* denies stay in
+        the queue; :meth:`wake` when that changes."""
         self._catalog = catalog
         self._owner = owner
         self._handlers = handlers
@@ -155,6 +162,7 @@ class Jobs:
             *[tuple(kind for kind in handlers if kind in endless_kinds)] * NUM_ENDLESS_WORKERS,
         ]
         self._lease_seconds = lease_seconds
+        self._may_run = may_run
         self._woken = asyncio.Event()
         self._stopping = False
         self._running: dict[str, Progress] = {}
@@ -212,13 +220,14 @@ class Jobs:
 
     # ------------------------------------------------------------------------------- workers
 
-    async def _work(self, owner: str, kinds: Sequence[str]) -> None:
+    async def _work(self, owner: str, all_kinds: Sequence[str]) -> None:
         failures = 0
         while not self._stopping:
             woken = self._woken
+            kinds = [kind for kind in all_kinds if self._may_run(kind)]
             try:
                 job = await self._catalog.write(
-                    lambda connection: claim(connection, owner, self._lease_seconds, kinds)
+                    partial(claim, owner=owner, lease_seconds=self._lease_seconds, kinds=kinds)
                 )
                 if job is not None:
                     await self._run(job, owner)
@@ -281,7 +290,9 @@ class Jobs:
         if progress.is_interrupted:
             text, delay = "", 0.0
         elif isinstance(outcome, ForebayError | OSError):
-            logger.warning("%s of %s: %s; next try in %.1f s", job.kind, job.target, text, delay)
+            level = logging.DEBUG if _is_like(text, job.error) else logging.WARNING
+            line = "%s of %s: %s; next try in %.1f s"
+            logger.log(level, line, job.kind, job.target, text, delay)
         else:
             logger.error("%s of %s failed", job.kind, job.target, exc_info=outcome)
         await self._catalog.write(
@@ -311,6 +322,11 @@ class Jobs:
                 )
                 if not kept:
                     progress.interrupt("another daemon took the job over")
+
+
+def _is_like(text: str, other: str) -> bool:
+    """Whether both tell the same, words that change each time aside."""
+    return _CHANGING.sub("", text) == _CHANGING.sub("", other)
 
 
 def _finish(connection: Connection, job: str, owner: str) -> None:

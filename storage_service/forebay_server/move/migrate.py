@@ -41,7 +41,6 @@ class Migrator:
         again later; *moved* is told the tier that a blob has left, and its id."""
         self._catalog = catalog
         self._tiers = tiers
-        self._names = frozenset(tier.name for tier in tiers.all if not tier.caches_only)
         self._copier = copier
         self._locks = locks
         self._is_open = is_open
@@ -63,10 +62,11 @@ class Migrator:
         if self._is_open(blob):
             raise Conflict(f"blob {blob} is open in a client: it leaves tier {source} later")
         failpoint("migrate.before_remove")
+        among = await self._tiers.answering()
 
         def remove(connection: Connection) -> None:
             reason = f"it is in {target} now"
-            gone = give_up_replica(connection, blob, source, "moved", reason, among=self._names)
+            gone = give_up_replica(connection, blob, source, "moved", reason, among=among)
             journal: dict[str, Any] = {REMOVED: [[ref.tier, ref.file] for ref in gone]}
             progress.note(connection, journal)
             failpoint("migrate.inside_remove")

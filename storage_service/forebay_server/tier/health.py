@@ -1,10 +1,11 @@
-"""A volume that turns read-only or whose device fails is taken out of service, alone."""
+"""A volume that turns read-only, or a store that does not answer, is out of service, alone."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -26,8 +27,15 @@ PROBE_BYTES: Final = 4096
 PROBE_SECONDS: Final = 5.0
 """Between two probes of what is out of service."""
 
+ANSWER_SECONDS: Final = 5.0
+"""What answered so lately can be reached."""
+
 Changed = Callable[[str, bool, str], object]
 """``changed(tier, is in service, reason)``; called from any thread, once for each change."""
+
+
+_ASKS: Final = frozenset({"publish", "head", "delete", "read_medium"})
+"""Calls that no store can end without an answer of its own: others may not have asked it."""
 
 
 class GuardedTier(TierWrapper):
@@ -50,6 +58,7 @@ class GuardedTier(TierWrapper):
         self._lock = threading.Lock()
         self._health = VolumeHealth()
         self._space: TierSpace | None = None
+        self._answered = -math.inf
         self._is_open = True
 
     @property
@@ -67,6 +76,7 @@ class GuardedTier(TierWrapper):
         try:
             self.inner.open()
             self._is_open = True
+            self._space = self.inner.space()
         except ForebayError as error:
             if self._note(error) != errno.EROFS:
                 raise
@@ -91,6 +101,24 @@ class GuardedTier(TierWrapper):
                 raise
             return replace(self._space, free_bytes=0)
         return self._space if self._health.in_service else replace(self._space, free_bytes=0)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the last call was not answered."""
+        return self._health.num_unreached > 0
+
+    def answers(self) -> bool:
+        if self._is_out() or self.is_doubtful:
+            return False
+        return self._clock() - self._answered < ANSWER_SECONDS or self.ask()
+
+    def ask(self) -> bool:
+        """Look for a file that is not there; whether the place answers, and is in service. What
+        it says counts. Blocks."""
+        with suppress(ForebayError):
+            self.head(self.blob_name(new_random_name()))
+            return not self._is_out()
+        return False
 
     def probe(self) -> bool:
         """Write a file, read it back, remove it; whether the tier is in service then. Blocks."""
@@ -118,13 +146,23 @@ class GuardedTier(TierWrapper):
         except ForebayError as error:
             self._failed(name, error)
             raise
+        if operation in _ASKS:
+            self._told()
 
     def read(self, name: str) -> TierReader:
         try:
-            return self.surround(name, self.inner.read(name))
+            found = self.inner.read(name)
         except ForebayError as error:
             self._failed(name, error)
             raise
+        self._told()
+        return self.surround(name, found)
+
+    def _told(self) -> None:
+        """The place has answered."""
+        self._answered = self._clock()
+        if self._health.num_unreached:
+            self._become(lambda health: health.answered())
 
     def _failed(self, name: str, error: ForebayError) -> None:
         """Count *error*; :class:`StorageError` if it says more of the volume than of the file."""
@@ -160,7 +198,8 @@ class GuardedTier(TierWrapper):
 
 
 class TierWatch:
-    """Probes what is out of service, again and again, and has every change written down."""
+    """Probes what is out of service, again and again, asks what gave no answer whether it is there,
+    and has every change written down."""
 
     def __init__(
         self,
@@ -193,6 +232,8 @@ class TierWatch:
                 for tier in guarded:
                     if tier.health != HEALTHY:
                         await self._tiers.run(tier, tier.probe)
+                    elif tier.is_doubtful:
+                        await self._tiers.run(tier, tier.ask)
             else:
                 await self._keep(*change)
 

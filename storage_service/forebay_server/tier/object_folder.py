@@ -79,6 +79,8 @@ class FolderPlace(Place):
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
         folder = self._root / prefix.rpartition("/")[0]
+        if not folder.is_dir():
+            self._publication.check_present()
         try:
             for top, folders, files in os.walk(folder, onerror=_raise_unless_missing):
                 if Path(top) == self._root and UNFINISHED_FOLDER in folders:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Final
 
-from forebay_server.tier.retry import Retrier
+from forebay_server.tier.retry import Retrier, cause_of
 from forebay_server.tier.space import Reservation
 from forebay_server.tier.store import TierReader, TierWriter
 from forebay_server.tier.store_client import (
@@ -237,7 +237,7 @@ class ObjectWriter(TierWriter):
                 ) from None
             if fault.kind == "missing":  # an answer to PUT: nothing was asked for
                 fault = StoreFault("refused", fault.text)
-            raise self._retrier.error(doing, fault) from None
+            raise self._retrier.error(doing, fault) from cause_of(fault)
 
     def _create_after_look(self, doing: str, attempt: Callable[[], None]) -> None:
         """*attempt* if the name is free, where the store itself would not say."""

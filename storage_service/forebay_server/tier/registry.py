@@ -10,7 +10,7 @@ from typing import Final, ParamSpec, TypeVar
 from forebay_server.tier.course import Reason, current_course, on_thread
 from forebay_server.tier.memory import SlotPool
 from forebay_server.tier.sealed import SealedBlobs
-from forebay_server.tier.store import Tier, TierKind
+from forebay_server.tier.store import HEALTHY, Tier, TierKind
 from forebay_wire.errors import InvalidRequest
 
 P = ParamSpec("P")
@@ -26,6 +26,9 @@ and what is short (a reservation, an open) must not wait for it."""
 MOVING_THREADS: Final[dict[TierKind, int]] = {"ram": 1, "ssd": 3, "hdd": 2, "object": 6}
 """Background copies from, or checks in, one tier at a time. They have threads of their own as they
 wait for their turn: no reader may stand behind them."""
+
+ANSWER_SECONDS: Final = 5.0
+"""A tier that takes longer to say whether it has a file does not count just now."""
 
 _LANDING_ORDER: Final[dict[TierKind, int]] = {"ssd": 0, "hdd": 1}
 
@@ -95,6 +98,26 @@ class Tiers:
             tier.close()
         self.sealed.close()
         self.slots.close()
+
+    def count(self) -> frozenset[str]:
+        """The tiers in service whose copies another one may be given up for."""
+        return frozenset(
+            tier.name for tier in self.all if not tier.caches_only and tier.health == HEALTHY
+        )
+
+    async def answering(self) -> frozenset[str]:
+        """Those of :meth:`count` that answer now: each is asked, unless it has just answered."""
+        counting = self.count()
+        asked = [tier for tier in self.all if tier.name in counting]
+        told = await asyncio.gather(*(self._answers(tier) for tier in asked))
+        return frozenset(tier.name for tier, answers in zip(asked, told, strict=True) if answers)
+
+    async def _answers(self, tier: Tier) -> bool:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await self.run(tier, tier.answers)
+        except TimeoutError:
+            return False
 
     def get(self, name: str) -> Tier:
         """The tier called *name*. Callable from any thread."""

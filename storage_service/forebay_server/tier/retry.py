@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import time
 from collections.abc import Callable
@@ -40,6 +42,23 @@ _ADVICE: Final[dict[FaultKind, str]] = {
 }
 
 
+_CODES: Final[dict[FaultKind, int]] = {
+    "no place": errno.ENODEV,
+    "denied": errno.EHOSTUNREACH,
+}
+"""What says more of the whole store than of the call, in the words of ``model.health``."""
+
+
+def cause_of(fault: StoreFault) -> OSError | None:
+    """The cause of our error for *fault*: with it the error counts against the tier."""
+    code = _CODES.get(fault.kind)
+    return None if code is None else _system_error(code)
+
+
+def _system_error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
 class Retrier:
     """Thread-safe. Every call that it is given may be made again without harm."""
 
@@ -62,7 +81,7 @@ class Retrier:
         try:
             return self.attempt(doing, call)
         except StoreFault as fault:
-            raise self.error(doing, fault) from None
+            raise self.error(doing, fault) from cause_of(fault)
 
     def attempt(self, doing: str, call: Callable[[], T]) -> T:
         """Like :meth:`run`, but faults that no other try can cure come as they are."""
@@ -80,7 +99,7 @@ class Retrier:
                         f"{self._where} failed {doing}: {tried} tries in {passed:.1f} s, the last "
                         f"one: {fault.text}; is the store up, reachable and not overloaded? "
                         "Nothing stored there is given up"
-                    ) from None
+                    ) from _system_error(errno.EHOSTUNREACH)
                 with spending("throttle"):
                     self._sleep(store_delay_seconds(tried, random.random()))
 

@@ -103,6 +103,11 @@ class Tier(ABC):
         """:data:`HEALTHY`, or why the tier is out of service: it takes nothing new then. Cheap."""
         return HEALTHY
 
+    def answers(self) -> bool:
+        """Whether what lies here can be read now, as far as that can be told at once; may ask the
+        place for it."""
+        return self.health == HEALTHY
+
     @abstractmethod
     def open(self) -> None:
         """Make or check the volume, sweep what dead writers left, count what is there.

@@ -38,6 +38,9 @@ class TierWrapper(Tier):
     def health(self) -> str:
         return self.inner.health
 
+    def answers(self) -> bool:
+        return self.inner.answers()
+
     @contextmanager
     def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
         """Surrounds one call of *operation* (a method's name) on file *name*."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,13 @@ import pytest
 from forebay_server.ahead import Ahead
 from forebay_server.model.watermarks import Watermarks
 from forebay_server.publish.lease import Uploads
+from forebay_server.testing.faults import FaultyTier
 from forebay_server.testing.node import StorageNode
 from forebay_server.testing.tier_contract import random_bytes
 from forebay_server.tier.directory import DirectoryTier
+from forebay_server.tier.health import GuardedTier
 from forebay_server.tier.remote import RemoteTier
+from forebay_server.tier.store import HEALTHY
 from forebay_wire.errors import ForebayError, ResourceExhausted
 from forebay_wire.ids import new_random_name
 from forebay_wire.limits import KIB, MIB
@@ -96,6 +101,30 @@ async def test_a_full_tier_gives_up_its_cache_for_an_upload_and_then_refuses(tmp
                 await uploads.begin(UID, "run r", 3 * MIB, MIB)
         finally:
             await uploads.close()
+
+
+async def test_copies_in_a_tier_that_cannot_be_reached_do_not_count(tmp_path):
+    """Neither in one out of service nor in one that is found to be away only now."""
+    ssd = DirectoryTier("ssd", "ssd", tmp_path / "ssd", limit_bytes=64 * MIB, reserve_bytes=0)
+    faulty = FaultyTier(RemoteTier("object", f"file://{tmp_path}/object"))
+    store = GuardedTier(faulty, clock=lambda: next(seconds))
+    seconds = count(0, 60)  # no answer is from just now
+    async with StorageNode(tmp_path, (ssd, store)) as node:
+        evictor = Ahead(node.tiers, node.catalog, node.opener, marks=WHOLE).evictor
+        blobs = [await add(node, seed, "ssd", "object") for seed in range(3)]
+        for code in (errno.EHOSTUNREACH, errno.ENODEV):
+            await evictor.reload()
+            faulty.fail("head", code=code)
+            assert await evictor.evict(ssd, blobs) == 0
+            store.ask()
+        assert store.health != HEALTHY
+        await evictor.reload()
+        assert await evictor.make_room(ssd, 64 * MIB) == 0
+        for blob in blobs:
+            assert await tiers_of(node, blob) == {"ssd", "object"}
+        assert store.probe()
+        await evictor.reload()
+        assert await evictor.make_room(ssd, 64 * MIB) >= 3 * BLOB_BYTES
 
 
 async def read_some(node: StorageNode, blobs: list[str], number: int) -> None:

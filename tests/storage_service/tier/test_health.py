@@ -9,6 +9,7 @@ from forebay_server.model.health import MAX_DEVICE_ERRORS, PROBES_TO_RETURN
 from forebay_server.testing.faults import FaultyTier
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.health import GuardedTier
+from forebay_server.tier.remote import RemoteTier
 from forebay_server.tier.store import HEALTHY
 from forebay_wire.errors import IntegrityError, StorageError
 from forebay_wire.ids import new_random_name
@@ -78,3 +79,58 @@ def test_a_read_error_is_damage_in_service_and_no_verdict_out_of_it(faulty: Faul
     with pytest.raises(StorageError):
         tier.get(name)
     assert tier.get(name) == b"data"
+
+
+UNREACHABLE = errno.EHOSTUNREACH
+
+
+def test_a_store_that_answers_nothing_twice_is_out_until_one_probe_is_good(
+    faulty: FaultyTier,
+) -> None:
+    tier = GuardedTier(faulty)
+    tier.put(new_random_name(), b"data")
+    faulty.fail("head", 2, code=UNREACHABLE)
+    assert not tier.ask()
+    assert tier.health == HEALTHY
+    assert not tier.answers(), "it may be away, and is not asked again on the way"
+    assert faulty.calls["head"] == 1
+    assert not tier.ask()
+    assert tier.health.startswith("out of service: ")
+    assert not tier.answers()
+    assert tier.probe()
+    assert tier.answers()
+
+
+def test_an_answer_ends_the_doubt(faulty: FaultyTier) -> None:
+    tier = GuardedTier(faulty)
+    for _ in range(3):
+        faulty.fail("head", code=UNREACHABLE)
+        assert not tier.ask()
+        assert tier.ask()
+        assert tier.answers()
+    assert tier.health == HEALTHY
+
+
+def test_a_tier_that_has_just_answered_is_not_asked_again(faulty: FaultyTier) -> None:
+    seconds = [0.0]
+    tier = GuardedTier(faulty, clock=lambda: seconds[0])
+    tier.put(new_random_name(), b"data")
+    assert tier.answers()
+    assert faulty.calls["head"] == 0
+    seconds[0] += 60
+    faulty.fail("head", code=errno.ENODEV)
+    assert not tier.answers()
+    assert tier.health != HEALTHY
+
+
+def test_a_place_that_was_never_measured_has_no_room_while_it_is_away(tmp_path: Path) -> None:
+    folder = tmp_path / "object"
+    tier = GuardedTier(RemoteTier("object", f"file://{folder}"))
+    tier.open()
+    folder.rename(tmp_path / "away")
+    with pytest.raises(StorageError, match="is away"):
+        tier.head("data/x")
+    with pytest.raises(StorageError, match="is away"):
+        list(tier.list())
+    assert tier.space().free_bytes == 0
+    assert "is away" in tier.health
