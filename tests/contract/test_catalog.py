@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from sqlalchemy import Connection, func, insert, select
@@ -13,7 +13,10 @@ from sqlalchemy import Connection, func, insert, select
 from forebay_server.catalog import (
     queries_blobs,
     queries_damage,
+    queries_evict,
     queries_jobs,
+    queries_moves,
+    queries_policies,
     queries_uploads,
 )
 from forebay_server.catalog.engine import Catalog
@@ -22,6 +25,7 @@ from forebay_server.catalog.queries_settings import get_setting, put_setting
 from forebay_server.catalog.tables import (
     SCHEMA_VERSION,
     attempts,
+    datasets,
     files,
     generations,
     jobs,
@@ -29,6 +33,7 @@ from forebay_server.catalog.tables import (
     manifests,
     runs,
     settings,
+    versions,
 )
 from forebay_wire.errors import (
     Conflict,
@@ -211,6 +216,64 @@ async def test_a_blob_that_a_manifest_names_cannot_be_deleted(catalog: Catalog) 
     )
     assert [ref.tier for ref in gone] == ["ssd"]
     assert await catalog.locate([f"{1:064x}"]) == {}
+
+
+async def test_what_policies_keep_is_not_spare(catalog: Catalog) -> None:
+    """Datasets with the policies hot and none, and a blob of nobody, each in two tiers."""
+    blobs = {name: f"{number:064x}" for number, name in enumerate(("kept", "plain", "nobody"), 1)}
+    for number in range(1, 4):
+        for tier in ("ssd", "object"):
+            await catalog.write(add_blob(number, tier))
+
+    def name_them(connection: Connection) -> None:
+        for number, name in enumerate(("kept", "plain"), 1):
+            manifest = f"{number + 100:064x}"
+            connection.execute(insert(manifests).values(manifest=manifest, kind=1, data=b""))
+            connection.execute(insert(manifest_blobs).values(manifest=manifest, blob=blobs[name]))
+            connection.execute(insert(datasets).values(name=name))
+            connection.execute(
+                insert(versions).values(
+                    dataset=name,
+                    version=1,
+                    manifest=manifest,
+                    num_rows=1,
+                    num_bytes=9,
+                    num_shards=1,
+                    request=name,
+                )
+            )
+        queries_policies.assign_policy(connection, "dataset kept", "hot")
+
+    await catalog.write(name_them)
+
+    def spare(default: str) -> Callable[[Connection], set[str]]:
+        claim = queries_policies.Claim(frozenset({"hot"}), frozenset({"hot", "warm"}), default)
+        return lambda one: {
+            found.blob
+            for found in queries_evict.spare_replicas(one, "ssd", ["ssd", "object"], claim=claim)
+        }
+
+    assert await catalog.read(spare("warm")) == {blobs["plain"], blobs["nobody"]}
+    assert await catalog.read(spare("hot")) == {blobs["nobody"]}
+    assert await catalog.read(queries_policies.unassigned_owners) == ["dataset plain"]
+    (placed,) = await catalog.read(
+        lambda one: queries_policies.blobs_of_owner(one, "dataset kept", "", 10)
+    )
+    assert (placed.blob, placed.owners, placed.has_job) == (blobs["kept"], ("dataset kept",), False)
+    assert sorted(placed.tiers) == ["object", "ssd"]
+    claim = queries_policies.Claim(frozenset({"hot"}), frozenset({"hot"}), "hot")
+    among = ["ssd", "object"]
+    with pytest.raises(Conflict, match="a policy that keeps it in tier ssd"):
+        await catalog.write(
+            lambda one: queries_moves.give_up_replica(
+                one, blobs["kept"], "ssd", "evicted", "", among=among, claim=claim
+            )
+        )
+    assert await catalog.write(
+        lambda one: queries_moves.give_up_replica(
+            one, blobs["nobody"], "ssd", "evicted", "", among=among, claim=claim
+        )
+    )
 
 
 async def test_one_live_job_for_a_target(catalog: Catalog) -> None:
