@@ -74,6 +74,19 @@ REPAIR: Final = (
 )
 """Failpoints of replacing a damaged copy by a good one, in the order in which it passes them."""
 
+COLLECT: Final = (
+    "collect.before_manifest",
+    "collect.after_objects",
+    "collect.after_manifest",
+    "collect.before_row",
+    "collect.after_object_row",
+    "collect.after_blob_objects",
+    "collect.after_row",
+    "collect.after_files",
+)
+"""Failpoints of deleting a manifest and then the blobs that nothing names any more, in the order in
+which it passes them."""
+
 ORIGIN: Final = (
     "origin.before_row",
     "origin.after_row",
@@ -91,7 +104,15 @@ CLIENT_SAVE: Final = (
 """Failpoints of the writing client."""
 
 ALL: Final = frozenset(
-    DATASET_COMMIT + GENERATION_COMMIT + REMOTE_FLUSH + MOVE + EVICT + REPAIR + CLIENT_SAVE + ORIGIN
+    DATASET_COMMIT
+    + GENERATION_COMMIT
+    + REMOTE_FLUSH
+    + MOVE
+    + EVICT
+    + REPAIR
+    + COLLECT
+    + CLIENT_SAVE
+    + ORIGIN
 )
 
 _lock = threading.Lock()

@@ -31,9 +31,12 @@ from forebay_server.move.jobs import Progress
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import FileInfo, Tier
 from forebay_wire.errors import Conflict, IntegrityError, NotFound
+from forebay_wire.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
+OBJECTS: Final = "objects"
+"""Key of the journal: blob to its files in the object tier, whose row is gone."""
 GRACE_SECONDS: Final = 3600.0
 """Age at which a file without a row is garbage: longer than any publication takes from its file to
 its row, clocks of file servers included."""
@@ -81,9 +84,11 @@ class Collector:
         manifest = progress.target
         async with self._locks.hold(manifest):
             tier = self._tiers.object
+            failpoint("collect.before_manifest")
             if tier is not None:
                 await self._tiers.run(tier, tier.delete, MANIFESTS + manifest)
                 await self._tiers.run(tier, tier.delete, TOMBSTONES + manifest)
+                failpoint("collect.after_objects")
             elif await self._catalog.read(
                 lambda connection: may_be_in_tier(connection, manifest, OBJECT_TIER)
             ):
@@ -92,6 +97,7 @@ class Collector:
             kept = await self._catalog.write(
                 lambda connection: _remove(connection, manifest, progress)
             )
+        failpoint("collect.after_manifest")
         if kept is None:
             raise Conflict(f"manifest {manifest} is still in use and cannot be deleted")
 
@@ -104,6 +110,7 @@ class Collector:
         """
         if progress.target == GARBAGE:
             progress.repeat_after(self._repeat_seconds)
+        await self._go_on(progress)
         num_open = await self._collect_orphans(progress)
         if progress.target == GARBAGE:
             for tier in self._tiers.own:
@@ -136,6 +143,7 @@ class Collector:
         """Remove one orphan from everywhere; False if something names it by now."""
         async with self._locks.hold(blob):
             tier = self._tiers.object
+            failpoint("collect.before_row")
             if tier is not None:
                 name = tier.name
                 objects = await self._catalog.write(
@@ -143,14 +151,32 @@ class Collector:
                 )
                 if objects is None:
                     return False
+                failpoint("collect.after_object_row")
                 self._forget(blob)
                 await self._tiers.run(tier, _delete_objects, tier, blob, objects)
+                failpoint("collect.after_blob_objects")
             gone = await self._catalog.write(
                 lambda connection: _forget(connection, blob, self._names, progress)
             )
+            failpoint("collect.after_row")
             self._forget(blob)
             await self._delete(gone)
+            failpoint("collect.after_files")
             return True
+
+    async def _go_on(self, progress: Progress) -> None:
+        """Delete the objects that an earlier try has taken the row of."""
+        tier = self._tiers.object
+        if tier is None:
+            return
+        for blob, names in progress.journal.get(OBJECTS, {}).items():
+            files = [FileRef(tier.name, name) for name in names]
+            async with self._locks.hold(blob):
+                located = (await self._catalog.locate([blob])).get(blob)
+                if located is not None and any(one.tier == tier.name for one in located.replicas):
+                    await self._delete(files)  # it was published anew, with a list of its own
+                else:
+                    await self._tiers.run(tier, _delete_objects, tier, blob, files)
 
     async def _delete(self, files: Iterable[FileRef]) -> None:
         for ref in files:
@@ -229,6 +255,8 @@ def _take_out(
 ) -> list[FileRef] | None:
     progress.guard(connection)
     gone = take_out_of_tier(connection, blob, tier)
+    if gone is not None:
+        progress.note(connection, {OBJECTS: {blob: [ref.file for ref in gone]}})
     if gone:
         record(connection, f"blob {blob}", "deleted", f"{tier}: nothing names it any more")
     return gone

@@ -57,6 +57,7 @@ FAILPOINTS = sorted(
         *failpoints.MOVE,
         *failpoints.EVICT,
         *failpoints.REPAIR,
+        *failpoints.COLLECT,
     }
 )
 
