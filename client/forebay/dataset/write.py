@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -34,6 +35,9 @@ from forebay_wire.v1 import datasets_pb2
 
 SHARD_BYTES: Final = 64 * MIB
 BATCH_BYTES: Final = 2 * MIB
+NUM_SEALING: Final = 2
+"""Shards that are sealed at a time: while one is synced, the disk writes the next."""
+
 LEAST_SHARD_BYTES: Final = 4 * MIB
 """Where room is short, shards get as small as this before a writer is refused."""
 
@@ -90,8 +94,8 @@ class DatasetWriter:
         self._rows: RowBuffer | None = None
         self._tables: list[pa.Table] = []
         self._shard: tuple[Upload, ShardBuilder] | None = None
-        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="forebay-seal")
-        self._sealing: Future[None] | None = None
+        self._sealer = ThreadPoolExecutor(NUM_SEALING, thread_name_prefix="forebay-seal")
+        self._sealing: deque[Future[datasets_pb2.ShardCommit]] = deque()
         self._commits: list[datasets_pb2.ShardCommit] = []
         self._ended = False
 
@@ -183,7 +187,7 @@ class DatasetWriter:
         self._flush_rows()
         self._flush_tables()
         self._finish_shard()
-        self._await_sealing()
+        self._await_sealing(0)
         if self._schema is None:
             raise InvalidRequest(
                 f"dataset {self.name!r}: no sample was written and no schema given; write at least "
@@ -249,15 +253,15 @@ class DatasetWriter:
         return upload, ShardBuilder(upload.slot.buffer, self._schema.arrow)
 
     def _finish_shard(self) -> None:
-        """Hand the shard to the sealing thread, once that is done with the one before."""
+        """Hand the shard to the sealing threads, once one of them has nothing to do."""
         if self._shard is None:
             return
         upload, builder = self._shard
         self._shard = None
         content = builder.finish()
         self._count_shard(content)
-        self._await_sealing()
-        self._sealing = self._sealer.submit(self._seal, upload, content)
+        self._await_sealing(NUM_SEALING - 1)
+        self._sealing.append(self._sealer.submit(self._seal, upload, content))
 
     def _count_shard(self, content: ShardContent) -> None:
         """Refuse a shard that no commit could name before it is uploaded."""
@@ -272,24 +276,22 @@ class DatasetWriter:
             f"{advice}, or append the rest as another version",
         )
 
-    def _await_sealing(self) -> None:
-        if self._sealing is not None:
-            sealing, self._sealing = self._sealing, None
-            sealing.result()
+    def _await_sealing(self, num_left: int) -> None:
+        """Until only the last *num_left* shards are being sealed; the others are in order."""
+        while len(self._sealing) > num_left:
+            self._commits.append(self._sealing.popleft().result())
 
-    def _seal(self, upload: Upload, content: ShardContent) -> None:
-        """In the sealing thread, one at a time and in order."""
+    def _seal(self, upload: Upload, content: ShardContent) -> datasets_pb2.ShardCommit:
+        """In a sealing thread."""
         sealed = self._uploads.seal(upload, content.num_bytes, content.cuts)
-        self._commits.append(
-            datasets_pb2.ShardCommit(
-                session=upload.session,
-                blob=sealed.blob,
-                num_bytes=content.num_bytes,
-                num_rows=content.num_rows,
-                batch_rows=content.batch_rows,
-            )
-        )
         failpoint("client.write.after_shard")
+        return datasets_pb2.ShardCommit(
+            session=upload.session,
+            blob=sealed.blob,
+            num_bytes=content.num_bytes,
+            num_rows=content.num_rows,
+            batch_rows=content.batch_rows,
+        )
 
     # Limits.
 

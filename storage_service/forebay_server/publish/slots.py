@@ -9,6 +9,7 @@ it writes into memory that nobody else reads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Collection
 from typing import Final, TypeVar
 
@@ -20,7 +21,10 @@ from forebay_wire.limits import MAX_SEGMENT_BYTES
 T = TypeVar("T")
 
 SLOT_WAIT_SECONDS: Final = 20.0
-"""How long a client waits for memory that others have on loan before it is refused."""
+"""How long a client waits for any memory that others have on loan before it is refused."""
+
+TURN_WAIT_SECONDS: Final = 45.0
+"""How long it waits behind others who wait; less than a call takes at most."""
 
 SLOT_IDLE_SECONDS: Final = 900.0
 """How long an owner without sessions keeps its slots warm: more than most times between saves."""
@@ -40,6 +44,8 @@ class SlotKeeper:
         self._last_used: dict[str, float] = {}
         self.returned = asyncio.Event()
         """Set, and replaced, when a slot has come back."""
+        self._turn = asyncio.Lock()
+        """Whose turn it is to wait for one."""
 
     async def lend(self, owner: str, num_bytes: int) -> Slot:
         """A slot of *num_bytes*, or of fewer where memory is short.
@@ -66,16 +72,36 @@ class SlotKeeper:
                     raise
 
     async def wait_for_memory(self, begin: Callable[[], Awaitable[T]]) -> T:
-        """What *begin* answers, begun again whenever a slot has come back as long as it raises
-        :class:`NoSlotNow`; :class:`ResourceExhausted` after a while."""
-        deadline = asyncio.get_running_loop().time() + SLOT_WAIT_SECONDS
+        """What *begin* answers; while it raises :class:`NoSlotNow` it is begun again whenever a
+        slot has come back. Who waits takes turns: first come, first served.
+
+        :class:`ResourceExhausted` if no slot comes back for a while, or too many come before.
+        """
+        if not self._turn.locked():
+            with contextlib.suppress(NoSlotNow):
+                return await begin()
+        deadline = asyncio.get_running_loop().time() + TURN_WAIT_SECONDS
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise ResourceExhausted(
+                f"tier ram has no room, and others have waited for it for {TURN_WAIT_SECONDS:.0f} "
+                "s: have fewer writers at a time, write smaller shards, or raise ram-bytes"
+            ) from None
+        try:
+            return await self._begin_in_turn(begin)
+        finally:
+            self._turn.release()
+
+    async def _begin_in_turn(self, begin: Callable[[], Awaitable[T]]) -> T:
         while True:
             returned = self.returned
             try:
                 return await begin()
             except NoSlotNow as error:
                 try:
-                    async with asyncio.timeout_at(deadline):
+                    async with asyncio.timeout(SLOT_WAIT_SECONDS):
                         await returned.wait()
                 except TimeoutError:
                     raise ResourceExhausted(error.message) from error
