@@ -19,9 +19,9 @@ from forebay_server.catalog.queries_origins import (
 )
 from forebay_server.serve.promote import Place, Promoter
 from forebay_server.serve.shared import Shared
-from forebay_server.tier.buffers import aligned_buffer
 from forebay_server.tier.course import doing
 from forebay_server.tier.origin import OriginFile
+from forebay_server.tier.origin_ranges import in_order
 from forebay_server.tier.origin_tier import OriginTier, off
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier, TierWriter
@@ -32,9 +32,6 @@ from forebay_wire.limits import MAX_SEGMENT_BYTES
 from forebay_wire.segments import SegmentTable, SegmentTableBuilder, encode_trailer, even_cuts
 
 logger = logging.getLogger(__name__)
-
-READ_SEGMENTS = 4
-"""Segments that one range request brings."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +191,14 @@ class OriginContents:
 def _digest(file: OriginFile, writer: TierWriter | None) -> SegmentTable:
     """Read all of *file* once, into *writer* too; its segment table."""
     builder = SegmentTableBuilder()
-    buffer = aligned_buffer(READ_SEGMENTS * MAX_SEGMENT_BYTES)
-    for start in range(0, file.num_bytes, buffer.nbytes):
-        view = buffer[: min(buffer.nbytes, file.num_bytes - start)]
-        file.read_into(start, view)
-        for first in range(0, view.nbytes, MAX_SEGMENT_BYTES):
-            piece = view[first : first + MAX_SEGMENT_BYTES]
-            builder.add(piece)
-            if writer is not None:
-                with doing("tier"):
-                    writer.write(piece)
+    with in_order(file) as ranges:
+        for view in ranges:
+            for first in range(0, view.nbytes, MAX_SEGMENT_BYTES):
+                piece = view[first : first + MAX_SEGMENT_BYTES]
+                builder.add(piece)
+                if writer is not None:
+                    with doing("tier"):
+                        writer.write(piece)
     return builder.build()
 
 

@@ -8,7 +8,8 @@ import re
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -63,6 +64,9 @@ class FaultyProxy:
         """Every request waits so long before it is passed on."""
         self.ignores_conditions: tuple[str, str] | None = None
         """Key id and secret: requests go on without ``If-None-Match``, signed again with these."""
+        self.most_at_once = 0
+        """Requests that were on their way together."""
+        self._num_now = 0
         self.requests: list[str] = []
         """``METHOD target`` of all requests that came, faulty ones included."""
 
@@ -138,6 +142,21 @@ class FaultyProxy:
         request = down.read_head()
         if request is None:
             return False
+        with self._counted():
+            return self._pass_on(request, down, up)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self._num_now += 1
+            self.most_at_once = max(self.most_at_once, self._num_now)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_now -= 1
+
+    def _pass_on(self, request: _Message, down: _Stream, up: _Stream) -> bool:
         fault = self._take_fault(request)
         if self.ignores_conditions is not None:
             request.drop_condition(*self.ignores_conditions)
