@@ -21,7 +21,7 @@ from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.health import GuardedTier
 from forebay_server.tier.remote import RemoteTier
 from forebay_server.tier.store import HEALTHY
-from forebay_wire.errors import ForebayError, ResourceExhausted
+from forebay_wire.errors import DaemonUnavailable, ForebayError, ResourceExhausted
 from forebay_wire.ids import new_random_name
 from forebay_wire.limits import KIB, MIB
 
@@ -125,6 +125,26 @@ async def test_copies_in_a_tier_that_cannot_be_reached_do_not_count(tmp_path):
         assert store.probe()
         await evictor.reload()
         assert await evictor.make_room(ssd, 64 * MIB) >= 3 * BLOB_BYTES
+
+
+async def test_a_catalog_that_is_away_for_a_while_does_not_end_it(tmp_path, monkeypatch):
+    async with open_node(tmp_path, 20 * BLOB_BYTES) as (_, ahead):
+        evictor, reload, calls = ahead.evictor, ahead.evictor.reload, []
+
+        async def reload_or_fail() -> None:
+            calls.append(1)
+            if len(calls) < 3:
+                raise DaemonUnavailable("the catalog's server is away")
+            await reload()
+
+        monkeypatch.setattr(evictor, "reload", reload_or_fail)
+        running = asyncio.create_task(evictor.run())
+        async with asyncio.timeout(20):
+            while len(calls) < 3:  # noqa: ASYNC110 - it looks again by a clock
+                await asyncio.sleep(0.05)
+        assert not running.done()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def read_some(node: StorageNode, blobs: list[str], number: int) -> None:
