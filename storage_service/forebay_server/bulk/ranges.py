@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from aiohttp import web
@@ -21,12 +22,13 @@ from forebay_server.bulk.tickets import Auth, Method, Ticket
 from forebay_server.serve.open import Opener
 from forebay_server.serve.opened import OpenedBlob
 from forebay_server.serve.plans import Plans
-from forebay_server.serve.stream import Stream
+from forebay_server.serve.stream import Stream, Streams
 from forebay_server.tier.course import Course, add_seconds, begin_course
 from forebay_wire.errors import (
     HTTP_STATUS,
     DeadlineExceeded,
     ForebayError,
+    IntegrityError,
     InvalidRequest,
     NotFound,
     PermissionDenied,
@@ -287,30 +289,23 @@ class _Handlers:
         plan: str,
     ) -> web.StreamResponse:
         """Send bytes [start, stop) of a blob as its segments arrive, to a reader of *plan*."""
-        waits: dict[str, float] = {}
         response.content_type = BYTES_TYPE
         response.content_length = stop - start
         response.headers["Accept-Ranges"] = "bytes"
         await response.prepare(request)
         transport = request.transport
+        sending = _Sending(self._opener.streams, self._sender, response, stream)
         try:
             if transport is None:
                 raise ConnectionResetError("the client went away")
             if request.method != "HEAD":
-                for index, first, last in stream.table.parts_of(start, stop):
-                    course = begin_course(Course())
-                    async with self._opener.streams.segment(stream, index) as view:
-                        add_seconds(waits, course.so_far())
-                        sent = await self._sender.send_memory(transport, view[first:last])
-                        left = bytes(view[first + sent : last])  # who is slow holds no segment
-                    if left:
-                        await self._sender.send_rest(response, transport, left)
+                await sending.send(transport, start, stop)
         except BaseException:
             if transport is not None:
                 transport.abort()
             raise
         finally:
-            self._opener.waited(plan, waits)
+            self._opener.waited(plan, sending.waits)
         await response.write_eof()
         return response
 
@@ -369,6 +364,38 @@ async def _receive_body(request: web.Request, descriptor: int, offset: int, stop
                 view, offset = view[written:], offset + written
     except TimeoutError:
         raise DeadlineExceeded(f"no byte of the body for {RECEIVE_SECONDS:.0f} s") from None
+
+
+@dataclass
+class _Sending:
+    """One answer with bytes of a stream."""
+
+    streams: Streams
+    sender: Sender
+    response: web.StreamResponse
+    stream: Stream
+    waits: dict[str, float] = field(default_factory=dict)
+    """Reason to seconds, in which it waited for bytes to send."""
+
+    async def send(self, transport: asyncio.Transport, start: int, stop: int) -> None:
+        """Send bytes [start, stop) as they arrive, up to the first damaged segment."""
+        for part in self.stream.parts(start, stop):
+            try:
+                await self._send_part(transport, part, stop)
+            except IntegrityError:
+                for segment in self.stream.table.covering(part.start, len(part)):
+                    here = self.stream.bytes_of(range(segment, segment + 1))
+                    first, last = max(here.start, part.start), min(here.stop, part.stop)
+                    await self._send_part(transport, range(first, last), stop)
+
+    async def _send_part(self, transport: asyncio.Transport, part: range, stop: int) -> None:
+        course = begin_course(Course())
+        async with self.streams.part(self.stream, part, stop) as view:
+            add_seconds(self.waits, course.so_far())
+            sent = await self.sender.send_memory(transport, view)
+            left = bytes(view[sent:])  # who is slow holds no buffer
+        if left:
+            await self.sender.send_rest(self.response, transport, left)
 
 
 def _outside(offset: int, num_bytes: int, stop: int) -> InvalidRequest:

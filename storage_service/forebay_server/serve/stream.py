@@ -1,8 +1,9 @@
 """Blobs on their way from a slow tier: readers get segments as they arrive, a copy is made beside.
 
-Each segment is read once however many ask for it at once, checked, and kept in a few pooled buffers
-until others need them: never a whole blob in memory. What a copy in a local tier has passed already
-is read there once the copy is complete.
+Segments are read in groups, as many at a time as a buffer holds: a store takes its time for each
+request. Each group is read once however many ask for it at once, checked, and kept in a few pooled
+buffers until others need them: never a whole blob in memory. What a copy in a local tier has passed
+already is read there once the copy is complete.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
@@ -21,8 +22,8 @@ from forebay_server.tier.buffers import aligned_buffer
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier, TierReader
-from forebay_server.tier.verify import read_table
-from forebay_wire.errors import ResourceExhausted, StorageError
+from forebay_server.tier.verify import read_table, segment_groups
+from forebay_wire.errors import IntegrityError, ResourceExhausted, StorageError
 from forebay_wire.limits import MAX_SEGMENT_BYTES, MIB
 from forebay_wire.segments import SegmentTable
 
@@ -32,24 +33,27 @@ SMALLEST_BYTES: Final = 8 * MIB
 """Smaller blobs are not worth it: they are fetched whole, and handed over then."""
 
 NUM_BUFFERS: Final = 16
-"""Segments in memory, of all streams together: 64 MiB."""
+"""Groups in memory, of all streams together: 64 MiB."""
 
 NUM_KEPT: Final = 8
 """Of these at most so many wait for a copy that has not come to them."""
 
 NUM_AHEAD: Final = 3
-"""Segments that are read after the one that somebody asked for."""
+"""Groups that are read after the one that somebody asked for, who reads on."""
 
 Key = tuple[str, int]
-"""Blob and segment."""
+"""Blob and group."""
+
+Damaged = dict[int, IntegrityError]
+"""Segment to what is wrong with it; the others of its group are good."""
 
 
 @dataclass(eq=False)
 class _Loaded:
-    """One segment in a buffer, or on its way into it."""
+    """One group of segments in a buffer, or on its way into it."""
 
     buffer: memoryview
-    work: Shared[memoryview] | None = None
+    work: Shared[Damaged] | None = None
     num_users: int = 0
     is_kept: bool = False
     """For the copy."""
@@ -61,10 +65,16 @@ class Stream:
     def __init__(self, source: Place) -> None:
         self.source = source
         self.table: SegmentTable
+        self.groups: list[range]
+        """Segments that are read together."""
+        self.group_of: list[int]
+        """Segment to its group."""
+        self.asked: set[int] = set()
+        """Groups that somebody has asked for."""
         self.num_holders = 0
         self.copying: asyncio.Task[Place | None] | None = None
         self.num_copied = 0
-        """Segments that the copy has."""
+        """Groups that the copy has."""
         self.moved = asyncio.Event()
         """Set, and replaced, when the copy has one more, or ends."""
         self.turn = asyncio.Lock()
@@ -81,8 +91,27 @@ class Stream:
     def is_copying(self) -> bool:
         return self.copying is not None and not self.copying.done()
 
+    def know(self, table: SegmentTable) -> None:
+        """Its segments are those of *table*."""
+        self.table = table
+        self.groups = list(segment_groups(table.offsets.tolist(), MAX_SEGMENT_BYTES))
+        self.group_of = [number for number, group in enumerate(self.groups) for _ in group]
+
+    def parts(self, start: int, stop: int) -> Iterator[range]:
+        """Bytes [start, stop) of the blob, cut where groups end."""
+        while start < stop:
+            [segment] = self.table.covering(start, 1)
+            end = self.bytes_of(self.groups[self.group_of[segment]]).stop
+            yield range(start, min(end, stop))
+            start = end
+
+    def bytes_of(self, segments: range) -> range:
+        """Where in the blob consecutive *segments* lie."""
+        offsets = self.table.offsets
+        return range(int(offsets[segments.start]), int(offsets[segments.stop]))
+
     def move(self, num_copied: int) -> None:
-        """The copy has so many segments now."""
+        """The copy has so many groups now."""
         self.num_copied = num_copied
         self.moved.set()
         self.moved = asyncio.Event()
@@ -165,21 +194,37 @@ class Streams:
         return blob in self._streams
 
     @asynccontextmanager
-    async def segment(
-        self, stream: Stream, index: int, *, is_copy: bool = False
-    ) -> AsyncIterator[memoryview]:
-        """The checked bytes of a segment, inside the ``with`` block; *is_copy*: for the copy.
+    async def part(self, stream: Stream, wanted: range, stop: int = 0) -> AsyncIterator[memoryview]:
+        """The checked bytes *wanted* of a blob, inside the ``with`` block: one of the ranges of
+        :meth:`Stream.parts`. Those before *stop* are going to be asked for, too, if that is known.
 
         :class:`IntegrityError` if they are damaged; :class:`StorageError`.
         """
-        if not is_copy:
-            await self._wait_for_copy(stream, index)
-        loaded = await self._load(stream, index)
+        segments = stream.table.covering(wanted.start, len(wanted))
+        number = stream.group_of[segments.start]
+        await self._wait_for_copy(stream, number)
+        last = stream.group_of[stream.table.covering(max(wanted.stop, stop) - 1, 1).start]
+        async with self._group(stream, number, last) as (view, damaged):
+            for index in segments:
+                if index in damaged:
+                    raise damaged[index]
+            base = stream.bytes_of(stream.groups[number]).start
+            yield view[wanted.start - base : wanted.stop - base]
+
+    @asynccontextmanager
+    async def _group(
+        self, stream: Stream, number: int, last: int
+    ) -> AsyncIterator[tuple[memoryview, Damaged]]:
+        """The bytes of a group; *last*: that the reader is going to ask for, as far as is known."""
+        loaded = await self._load(stream, number)
         loaded.num_users += 1
         try:
-            self._load_ahead(stream, index)
+            reads_on = number == 0 or number - 1 in stream.asked
+            stream.asked.add(number)
+            self._load_ahead(stream, number, len(stream.groups) if reads_on else last + 1)
             assert loaded.work is not None, "it is being loaded"
-            yield await loaded.work.wait()
+            damaged = await loaded.work.wait()
+            yield loaded.buffer[: len(stream.bytes_of(stream.groups[number]))], damaged
         finally:
             loaded.num_users -= 1
             self._freed.set()
@@ -189,7 +234,8 @@ class Streams:
     async def _open(self, source: Place) -> Stream:
         stream = Stream(source)
         tier = self._tiers.get(source.tier)
-        reader, stream.table = await self._tiers.run(tier, _open_reader, tier, source)
+        reader, table = await self._tiers.run(tier, _open_reader, tier, source)
+        stream.know(table)
         stream.read_from(source.tier, reader)
         targets = await self._promoter.policy.tiers_for(source)
         if targets:
@@ -231,11 +277,14 @@ class Streams:
         """Copy the blob into *tier* beside its readers; None if there is no room after all."""
 
         async def pieces() -> AsyncIterator[memoryview]:
-            for index in range(stream.table.num_segments):
-                async with self.segment(stream, index, is_copy=True) as view:
+            last = len(stream.groups) - 1
+            for number in range(len(stream.groups)):
+                async with self._group(stream, number, last) as (view, damaged):
+                    for error in damaged.values():
+                        raise error
                     yield view
-                stream.move(index + 1)
-                loaded = self._loaded.get((stream.source.blob, index))
+                stream.move(number + 1)
+                loaded = self._loaded.get((stream.source.blob, number))
                 if loaded is not None:
                     loaded.is_kept = False
 
@@ -249,20 +298,20 @@ class Streams:
         stream.read_from(place.tier, reader)
         return place
 
-    async def _wait_for_copy(self, stream: Stream, index: int) -> None:
+    async def _wait_for_copy(self, stream: Stream, number: int) -> None:
         """Keep a reader from reading for itself what the copy reads, too: far behind the copy it
         waits for its end, far ahead until it comes near."""
-        while stream.is_copying and (stream.source.blob, index) not in self._loaded:
-            is_passed = index < stream.num_copied
+        while stream.is_copying and (stream.source.blob, number) not in self._loaded:
+            is_passed = number < stream.num_copied
             if not is_passed and self._num_kept() < NUM_KEPT:
                 return
             moved = stream.moved
             await moved.wait()
 
-    # ------------------------------------------------------------------------------- segments
+    # --------------------------------------------------------------------------------- groups
 
-    async def _load(self, stream: Stream, index: int) -> _Loaded:
-        key = (stream.source.blob, index)
+    async def _load(self, stream: Stream, number: int) -> _Loaded:
+        key = (stream.source.blob, number)
         while True:
             found = self._loaded.get(key)
             if found is not None and not _has_failed(found):
@@ -270,13 +319,13 @@ class Streams:
                 return found
             buffer = self._take_buffer()
             if buffer is not None:
-                return self._begin(stream, index, buffer)
+                return self._begin(stream, number, buffer)
             self._freed.clear()
             await self._freed.wait()
 
-    def _load_ahead(self, stream: Stream, index: int) -> None:
-        stop = min(index + 1 + NUM_AHEAD, stream.table.num_segments)
-        for following in range(max(index + 1, stream.num_copied), stop):
+    def _load_ahead(self, stream: Stream, number: int, stop: int) -> None:
+        stop = min(number + 1 + NUM_AHEAD, stop)
+        for following in range(max(number + 1, stream.num_copied), stop):
             key = (stream.source.blob, following)
             if key in self._loaded:
                 continue
@@ -287,35 +336,36 @@ class Streams:
                 return
             self._begin(stream, following, buffer)
 
-    def _begin(self, stream: Stream, index: int, buffer: memoryview) -> _Loaded:
+    def _begin(self, stream: Stream, number: int, buffer: memoryview) -> _Loaded:
         loaded = _Loaded(buffer)
-        key = (stream.source.blob, index)
+        key = (stream.source.blob, number)
         old = self._loaded.pop(key, None)
         if old is not None:
             self._free.append(old.buffer)
-        is_ahead = stream.is_copying and index >= stream.num_copied
+        is_ahead = stream.is_copying and number >= stream.num_copied
         loaded.is_kept = is_ahead and self._num_kept() < NUM_KEPT
         self._loaded[key] = loaded
-        loaded.work = Shared(self._read(stream, index, buffer))
+        loaded.work = Shared(self._read(stream, stream.groups[number], buffer))
         loaded.work.task.add_done_callback(self._end_read)
         return loaded
 
-    def _end_read(self, task: asyncio.Task[memoryview]) -> None:
+    def _end_read(self, task: asyncio.Task[Damaged]) -> None:
         """What was read ahead, and nobody uses, may go for others now."""
         self._freed.set()
         if not task.cancelled():
             task.exception()  # nobody may have waited for it
 
-    async def _read(self, stream: Stream, index: int, buffer: memoryview) -> memoryview:
-        offsets = stream.table.offsets
-        start, stop = int(offsets[index]), int(offsets[index + 1])
-        view, name = buffer[: stop - start], stream.tier
+    async def _read(self, stream: Stream, group: range, buffer: memoryview) -> Damaged:
+        num_bytes, name = len(stream.bytes_of(group)), stream.tier
         tier = self._tiers.get(name)
         async with stream.turn if tier.kind == "hdd" else nullcontext():
             with self._foreground(name) if stream.num_holders else nullcontext():
-                await self._tiers.run(tier, _read_checked, stream.reader, stream.table, index, view)
-        self.read_bytes[name] += stop - start
-        return view
+                view, reader = buffer[:num_bytes], stream.reader
+                damaged = await self._tiers.run(
+                    tier, _read_checked, reader, stream.table, group, view
+                )
+        self.read_bytes[name] += num_bytes
+        return damaged
 
     def _num_kept(self) -> int:
         return sum(one.is_kept for one in self._loaded.values())
@@ -334,14 +384,17 @@ class Streams:
         return None
 
 
-async def _close_after(stream: Stream, running: list[asyncio.Task[memoryview]]) -> None:
+async def _close_after(stream: Stream, running: list[asyncio.Task[Damaged]]) -> None:
     await asyncio.gather(*running, return_exceptions=True)
     stream.close()
 
 
 def _has_failed(loaded: _Loaded) -> bool:
+    """Whether another try is due; not while somebody uses what is good of it."""
     task = None if loaded.work is None else loaded.work.task
-    return task is not None and task.done() and (task.cancelled() or task.exception() is not None)
+    if task is None or not task.done() or loaded.num_users:
+        return False
+    return task.cancelled() or task.exception() is not None or bool(task.result())
 
 
 def _open_reader(tier: Tier, place: Place) -> tuple[TierReader, SegmentTable]:
@@ -353,6 +406,23 @@ def _open_reader(tier: Tier, place: Place) -> tuple[TierReader, SegmentTable]:
         raise
 
 
-def _read_checked(reader: TierReader, table: SegmentTable, index: int, view: memoryview) -> None:
-    reader.read_into(int(table.offsets[index]), view)
-    table.check_identity(index, view, reader.where)
+def _read_checked(
+    reader: TierReader, table: SegmentTable, group: range, view: memoryview
+) -> Damaged:
+    """Fill *view* with a group of segments; those that are not what they should be."""
+    damaged: Damaged = {}
+    offsets: list[int] = table.offsets[group.start : group.stop + 1].tolist()
+    is_read = True
+    try:
+        reader.read_into(offsets[0], view)
+    except IntegrityError:  # the others may be good
+        is_read = False
+    for index, start, stop in zip(group, offsets, offsets[1:], strict=False):
+        part = view[start - offsets[0] : stop - offsets[0]]
+        try:
+            if not is_read:
+                reader.read_into(start, part)
+            table.check_identity(index, part, reader.where)
+        except IntegrityError as error:
+            damaged[index] = error
+    return damaged

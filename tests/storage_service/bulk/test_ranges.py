@@ -261,6 +261,32 @@ async def test_slow_readers_of_a_stream_get_everything_and_hold_no_segment(tmp_p
         await served.runner.cleanup()
 
 
+async def test_of_a_damaged_stream_comes_what_is_good_before_that(tmp_path: Path) -> None:
+    pieces = [random_bytes(1 << 20, n) for n in range(12)]
+    small = DirectoryTier("ssd", "ssd", tmp_path / "ssd", limit_bytes=1 << 20, reserve_bytes=0)
+    slow_tier = RemoteTier("object", f"file://{tmp_path}/object")
+    async with StorageNode(tmp_path, (small, slow_tier)) as node:
+        served = Served(node)
+        await served.start()
+        table = await node.add_blob(pieces, "object")
+        [entry] = await served.open(table.blob_id)
+        path = f"/v1/blobs/{table.blob_id}?ticket={entry['ticket']}"
+        with (await node.path_of(table.blob_id, "object")).open("r+b") as file:
+            file.seek((6 << 20) + 5)
+            file.write(bytes([pieces[6][5] ^ 1]))
+        sock = await asyncio.to_thread(socket.create_connection, ("127.0.0.1", served.port))
+        request = f"GET {path} HTTP/1.1\r\nHost: x\r\nRange: bytes=7-\r\n\r\n"
+        await asyncio.to_thread(sock.sendall, request.encode())
+        found = await asyncio.to_thread(read_all, sock, 12 << 20)
+        assert found == b"".join(pieces[:6])[7:]
+        for start, stop in ((0, 6), (7, 12)):
+            wanted = f"bytes={start << 20}-{(stop << 20) - 1}"
+            response, data = await served.request("GET", path, Range=wanted)
+            assert response.status == 206
+            assert data == b"".join(pieces[start:stop])
+        await served.runner.cleanup()
+
+
 async def test_a_file_that_shrank_ends_the_connection(served: Served) -> None:
     table = await served.node.add_blob([random_bytes(4 << 20, n) for n in range(2)], "ssd")
     [entry] = await served.open(table.blob_id)

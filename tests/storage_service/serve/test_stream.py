@@ -15,11 +15,14 @@ from forebay_server.testing.node import StorageNode
 from forebay_server.testing.tier_contract import random_bytes
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.remote import RemoteTier
+from forebay_server.tier.store import TierReader
 from forebay_server.tier.wrap import TierWrapper
 from forebay_wire.errors import IntegrityError
 from forebay_wire.limits import KIB, MIB
 
-PIECES = [random_bytes(512 * KIB, seed) for seed in range(24)]
+SIZE = 1536 * KIB
+"""Of a segment: two are read together."""
+PIECES = [random_bytes(SIZE, seed) for seed in range(24)]
 
 
 class GatedTier(TierWrapper):
@@ -28,14 +31,40 @@ class GatedTier(TierWrapper):
     def __init__(self, inner) -> None:
         super().__init__(inner)
         self.read_bytes: Counter[str] = Counter()
+        self.num_reads = 0
         self.allowed = threading.Semaphore(1_000_000)
+        self.bad = range(0)
+        """Bytes of files that cannot be read."""
 
     @contextmanager
     def around(self, operation, name, num_bytes):
         if operation == "read_into" and num_bytes > 64 * KIB:
             assert self.allowed.acquire(timeout=60)
             self.read_bytes[name] += num_bytes
+            self.num_reads += 1
         yield
+
+    def surround(self, name, inner):
+        return BadSpots(super().surround(name, inner), self)
+
+
+class BadSpots(TierReader):
+    """Fails where a read touches what is bad."""
+
+    def __init__(self, inner, tier) -> None:
+        self.size_bytes, self.where = inner.size_bytes, inner.where
+        self._inner, self._tier = inner, tier
+
+    def read_into(self, offset, buffer) -> None:
+        self._inner.read_into(offset, buffer)
+        if any(offset <= at < offset + memoryview(buffer).nbytes for at in self._tier.bad):
+            raise IntegrityError("a bad spot")
+
+    def fileno(self):
+        return self._inner.fileno()
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 def node(folder, ssd_bytes: int = 0) -> tuple[StorageNode, GatedTier]:
@@ -44,10 +73,16 @@ def node(folder, ssd_bytes: int = 0) -> tuple[StorageNode, GatedTier]:
     return StorageNode(folder, (ssd, slow)), slow
 
 
+def segment_of(streams: Streams, stream, index: int, stop: int = 0):
+    """A segment; those before *stop* are asked for later."""
+    stop_byte = stream.bytes_of(range(index, max(index + 1, stop))).stop
+    return streams.part(stream, stream.bytes_of(range(index, index + 1)), stop_byte)
+
+
 async def read(streams: Streams, stream, order=None) -> bytes:
     found = {}
     for index in order or range(stream.table.num_segments):
-        async with streams.segment(stream, index) as view:
+        async with segment_of(streams, stream, index) as view:
             found[index] = bytes(view)
     return b"".join(found[index] for index in sorted(found))
 
@@ -72,9 +107,9 @@ async def test_readers_get_segments_before_the_blob_has_arrived(tmp_path):
         opening = asyncio.create_task(open_stream(storage, table.blob_id))
         stream = await opening
         slow.allowed.release()
-        async with storage.opener.streams.segment(stream, 0) as view:
+        async with segment_of(storage.opener.streams, stream, 0) as view:
             assert bytes(view) == PIECES[0]
-        assert slow.read_bytes.total() < 24 * 512 * KIB
+        assert slow.read_bytes.total() < 24 * SIZE
         for _ in PIECES:
             slow.allowed.release()
         assert await read(storage.opener.streams, stream) == b"".join(PIECES)
@@ -96,7 +131,7 @@ async def test_many_readers_and_the_copy_read_the_origin_once(tmp_path):
         )
         assert set(results) == {b"".join(PIECES)}
         await wait_for(lambda: storage.tiers.get("ssd").space().num_files == 1)
-        assert slow.read_bytes.total() == 24 * 512 * KIB
+        assert slow.read_bytes.total() == 24 * SIZE
         for number in range(8):
             storage.opener.close_client(f"client {number}")
         await wait_for(lambda: not storage.opener.streams.is_streaming(table.blob_id))
@@ -108,12 +143,12 @@ async def test_many_readers_and_the_copy_read_the_origin_once(tmp_path):
 async def test_without_room_the_blob_passes_through_a_few_buffers(tmp_path):
     storage, slow = node(tmp_path, ssd_bytes=2 * MIB)
     async with storage:
-        pieces = [random_bytes(1 * MIB, seed) for seed in range(NUM_BUFFERS + 8)]
+        pieces = [random_bytes(2 * MIB + KIB, seed) for seed in range(NUM_BUFFERS + 4)]
         table = await storage.add_blob(pieces, "object")
         before = storage.slots.space().used_bytes
         stream = await open_stream(storage, table.blob_id)
         assert await read(storage.opener.streams, stream) == b"".join(pieces)
-        assert slow.read_bytes.total() == len(pieces) * MIB
+        assert slow.read_bytes.total() == sum(map(len, pieces))
         assert storage.tiers.get("ssd").space().used_bytes == 0
         assert storage.slots.space().used_bytes == before
         storage.opener.release("c", [table.blob_id])
@@ -126,16 +161,61 @@ async def test_a_damaged_segment_is_an_error_and_not_bytes(tmp_path):
         table = await storage.add_blob(PIECES, "object")
         path = await storage.path_of(table.blob_id, "object")
         with path.open("r+b") as file:
-            file.seek(5 * 512 * KIB + 7)
+            file.seek(5 * SIZE + 7)
             byte = file.read(1)
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1]))
         stream = await open_stream(storage, table.blob_id)
-        async with storage.opener.streams.segment(stream, 4) as view:
+        async with segment_of(storage.opener.streams, stream, 4) as view:
             assert bytes(view) == PIECES[4]
         with pytest.raises(IntegrityError, match="segment 5 of blob"):
-            async with storage.opener.streams.segment(stream, 5):
+            async with segment_of(storage.opener.streams, stream, 5):
                 pass
+
+
+async def test_a_store_is_asked_for_as_much_as_a_buffer_holds(tmp_path):
+    storage, slow = node(tmp_path, ssd_bytes=2 * MIB)
+    async with storage:
+        pieces = [random_bytes(MIB, seed) for seed in range(12)]
+        table = await storage.add_blob(pieces, "object")
+        stream = await open_stream(storage, table.blob_id)
+        assert await read(storage.opener.streams, stream) == b"".join(pieces)
+        assert slow.num_reads == 3
+
+
+async def test_who_reads_here_and_there_gets_no_more_than_that(tmp_path):
+    storage, slow = node(tmp_path, ssd_bytes=2 * MIB)
+    async with storage:
+        table = await storage.add_blob(PIECES, "object")
+        stream = await open_stream(storage, table.blob_id)
+        streams = storage.opener.streams
+        for index in (11, 5):
+            async with segment_of(streams, stream, index) as view:
+                assert bytes(view) == PIECES[index]
+        assert slow.read_bytes.total() == 4 * SIZE
+        async with segment_of(streams, stream, 16, 20) as view:  # and says what comes next
+            assert bytes(view) == PIECES[16]
+        await wait_for(lambda: slow.read_bytes.total() == 8 * SIZE)
+        async with segment_of(streams, stream, 7):  # reads on after 5
+            pass
+        await wait_for(lambda: slow.read_bytes.total() > 10 * SIZE)
+
+
+async def test_what_cannot_be_read_takes_nothing_good_with_it(tmp_path):
+    storage, slow = node(tmp_path, ssd_bytes=2 * MIB)
+    async with storage:
+        table = await storage.add_blob(PIECES, "object")
+        stream = await open_stream(storage, table.blob_id)
+        slow.bad = range(5 * SIZE + 1, 5 * SIZE + 2)
+        streams = storage.opener.streams
+        async with segment_of(streams, stream, 4) as view:
+            with pytest.raises(IntegrityError, match="a bad spot"):
+                async with segment_of(streams, stream, 5):
+                    pass
+            assert bytes(view) == PIECES[4]
+        slow.bad = range(0)
+        async with segment_of(streams, stream, 5) as view:
+            assert bytes(view) == PIECES[5]
 
 
 async def test_a_client_without_http_is_told_where_to_go_and_holds_nothing(tmp_path):

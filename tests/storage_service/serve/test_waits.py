@@ -24,6 +24,8 @@ from forebay_server.tier.wrap import ThrottledTier, TierWrapper
 from forebay_wire.limits import KIB, MIB
 
 ENDLESS = 1e15
+SIZE = 2 * MIB + 4096
+"""Of a segment that fills a buffer by itself: two of them are too large."""
 LATENCY = 0.05
 
 
@@ -177,17 +179,21 @@ async def test_a_stream_without_a_free_buffer_waits_in_the_queue(tmp_path):
     slow = store(tmp_path)
     ssd = DirectoryTier("ssd", "ssd", tmp_path / "ssd", limit_bytes=MIB, reserve_bytes=0)
     async with node(tmp_path, slow, ssd) as storage:
-        table = await storage.add_blob([random_bytes(512 * KIB, n) for n in range(24)], "object")
+        table = await storage.add_blob(
+            [random_bytes(SIZE, n) for n in range(NUM_BUFFERS + 1)], "object"
+        )
         [opened] = await storage.opener.open("c", [table.blob_id], can_stream=True)
         assert opened.stream is not None
         streams = storage.opener.streams
-        held = [streams.segment(opened.stream, index) for index in range(NUM_BUFFERS)]
+        *first, last = opened.stream.parts(0, table.total_bytes)
+        assert len(first) == NUM_BUFFERS
+        held = [streams.part(opened.stream, part) for part in first]
         for one in held:
             await one.__aenter__()
 
         async def wait() -> tuple[float, dict[str, float]]:
             course, began = begin_course(Course()), time.monotonic()
-            async with streams.segment(opened.stream, NUM_BUFFERS):
+            async with streams.part(opened.stream, last):
                 return time.monotonic() - began, course.so_far()
 
         waiting = asyncio.create_task(wait())
