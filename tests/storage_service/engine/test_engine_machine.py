@@ -45,7 +45,7 @@ LARGE = 300 * KIB
 CHOICE = st.integers(0, 1 << 30)
 LANDING = ("ssd", "hdd")
 TIERS = (*LANDING, "object")
-PREFETCH_SECONDS = 30.0
+PREFETCH_SECONDS = SETTLE_SECONDS = 30.0
 FOLDER = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 """In memory an fsync costs nothing; a power loss is the business of another test."""
 
@@ -130,13 +130,16 @@ class Engine(RuleBasedStateMachine):
         """At that time: blobs with a copy that the engine holds for good and that is not."""
         self.away = ""
         self.full: set[str] = set()
+        self.is_harmed = False
         self.pins: dict[str, tuple[tuple[str, int], str]] = {}
         self.plans: dict[str, Plan] = {}
 
     # ------------------------------------------------------------------------------ its life
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(is_harmed=st.booleans())
+    def start(self, is_harmed: bool) -> None:
+        """In half of the lives nobody harms anything, and nothing may fail for that."""
+        self.is_harmed = is_harmed
         self.engine.start()
         self.attempt = self.engine.call("begin_attempt", None)
         self.save(1, SMALL)
@@ -161,7 +164,23 @@ class Engine(RuleBasedStateMachine):
         for key in self.named:
             for blob in self.named[key]:
                 self._check(blob, 0, len(blob.data))
+        if not self.harmed:
+            self._check_ledger()
         self.engine.stop()
+
+    def _check_ledger(self) -> None:
+        """Once all is done, the ledger counts what is on the disk, and nothing is promised."""
+        for plan in self.plans:
+            self.call("end_plan", plan)
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            self.call("settle")
+            counted = self.call("used_bytes")
+            found = {tier: (_allocated_bytes(self.folder / tier), 0) for tier in LANDING}
+            if counted == found:
+                return
+            assert time.monotonic() < deadline, f"the ledger has {counted}, the disk {found}"
+            time.sleep(0.05)
 
     def call(self, name: str, *arguments: Any) -> Any:
         try:
@@ -478,7 +497,7 @@ class Engine(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------------------------- harm
 
-    @precondition(lambda self: self.named)
+    @precondition(lambda self: self.is_harmed and self.named)
     @rule(choice=CHOICE, how=st.sampled_from(["flip", "truncate", "remove"]))
     @survives
     def harm(self, choice: int, how: str) -> None:
@@ -496,7 +515,7 @@ class Engine(RuleBasedStateMachine):
         with suppress(FileNotFoundError):
             _harm(path, how, choice)
 
-    @precondition(lambda self: not self.away)
+    @precondition(lambda self: self.is_harmed and not self.away)
     @rule(tier=st.sampled_from(TIERS))
     @survives
     def wipe(self, tier: str) -> None:
@@ -612,6 +631,10 @@ class Engine(RuleBasedStateMachine):
             folder = self.folder / f"{tier}-away"
         path = folder / "data" / file if tier == "object" else folder / "files" / file[:2] / file
         return path if path.exists() else None
+
+
+def _allocated_bytes(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.glob("files/*/*"))
 
 
 def _harm(path: Path, how: str, choice: int) -> None:
