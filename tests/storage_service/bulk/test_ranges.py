@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from forebay_server.bulk.ranges import make_app, parse_range
 from forebay_server.bulk.sending import NUM_THREADS
 from forebay_server.bulk.tickets import Auth
 from forebay_server.serve.open import OpenedBlob
+from forebay_server.serve.promote import KeepWhatFits
 from forebay_server.testing.node import StorageNode
 from forebay_server.testing.tier_contract import random_bytes
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.memory import Slot
+from forebay_server.tier.registry import Tiers
 from forebay_server.tier.remote import RemoteTier
+from forebay_server.tier.wrap import ThrottledTier
 from forebay_wire.errors import InvalidRequest, NotFound
 
 PIECES = [random_bytes(300_000, 1), random_bytes(200_000, 2)]
@@ -259,6 +262,38 @@ async def test_slow_readers_of_a_stream_get_everything_and_hold_no_segment(tmp_p
         for sock in slow:
             sock.close()
         await served.runner.cleanup()
+
+
+class Told(KeepWhatFits):
+    """What readers by a plan waited for."""
+
+    def __init__(self, tiers: Tiers) -> None:
+        super().__init__(tiers)
+        self.waits: list[tuple[str, Mapping[str, float]]] = []
+
+    def waited(self, plan: str, seconds: Mapping[str, float]) -> None:
+        self.waits.append((plan, dict(seconds)))
+
+
+async def test_waits_for_bytes_of_a_stream_are_told_to_the_plan(tmp_path: Path) -> None:
+    pieces = [random_bytes(1 << 20, n) for n in range(12)]
+    small = DirectoryTier("ssd", "ssd", tmp_path / "ssd", limit_bytes=1 << 20, reserve_bytes=0)
+    store = RemoteTier("object", f"file://{tmp_path}/object")
+    async with StorageNode(tmp_path, (small, ThrottledTier(store, 0.02, 1e15))) as node:
+        served = Served(node)
+        await served.start()
+        node.opener.follow(told := Told(node.tiers))
+        blob = (await node.add_blob(pieces, "object")).blob_id
+        _, answer = await served.post("/v1/open", {"blobs": [blob], "client": "me", "plan": "p"})
+        [opening] = told.waits
+        path = f"/v1/blobs/{blob}?ticket={answer['blobs'][0]['ticket']}"
+        assert (await served.request("GET", path))[1] == b"".join(pieces)
+        await served.runner.cleanup()
+        assert told.waits[0] == opening
+        [(plan, reading)] = told.waits[1:]
+        assert (opening[0], plan) == ("p", "p")
+        assert opening[1]["origin"] >= 0.02
+        assert reading["origin"] >= 0.02
 
 
 async def test_of_a_damaged_stream_comes_what_is_good_before_that(tmp_path: Path) -> None:
