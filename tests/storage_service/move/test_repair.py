@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from forebay_server.catalog.queries_damage import EVERYTHING, enqueue_return, mark_missing
+from forebay_server.catalog.queries_damage import (
+    EVERYTHING,
+    enqueue_return,
+    mark_missing,
+    remove_replaced,
+)
 from forebay_server.catalog.queries_jobs import COPY, FLUSH, REPAIR, SCRUB, schedule
 from forebay_server.catalog.queries_scrub import BACKGROUND, due_copies, plan_scrub
 from forebay_server.catalog.queries_why import page_jobs
@@ -99,6 +104,17 @@ async def test_a_good_copy_that_comes_after_the_repair_was_given_up_mends_at_the
         assert not any(error for _, error in await node.run_queued(REPAIR))
         assert await node.states(blob) == [("hdd", "live"), ("ssd", "live")]
         await node.check_copies(blob)
+
+
+async def test_a_bad_copy_stays_until_a_good_one_is_in_its_tier(tmp_path: Path) -> None:
+    """Whatever became, meanwhile, of the copy that was to take its place."""
+    async with open_integrity(tmp_path) as node:
+        _, (blob,) = await node.add_dataset(PIECES, tiers=("ssd", "hdd"))
+        flip(await node.node.path_of(blob, "ssd"), 0)
+        assert not await node.node.opener.report(blob, "ssd", 0, "XXH3 differs")
+        write = node.node.catalog.write
+        assert await write(lambda connection: remove_replaced(connection, blob, "ssd")) == []
+        assert await node.states(blob) == [("hdd", "live"), ("ssd", "quarantined")]
 
 
 async def test_a_last_copy_in_the_object_tier_keeps_its_extent_list(tmp_path: Path) -> None:
