@@ -64,13 +64,13 @@ def test_a_change_between_two_ranges_is_told_and_gives_the_memory_back(
             with pytest.raises(OriginChanged, match="/a has changed"):
                 list(pieces)
 
-    for _ in range(3):  # kept buffers would be used up
-        change_in_the_middle(f"{place}/a", lambda data: files.pipe_file(f"{place}/a", data))
+    change_in_the_middle(f"{place}/a", lambda data: files.pipe_file(f"{place}/a", data))
+    for _ in range(6):  # kept buffers would be used up
         change_in_the_middle(f"file://{local}/a", (local / "a").write_bytes)
     places.close()
 
 
-@pytest.mark.parametrize("num_bytes", [0, 1, RANGE_BYTES, RANGE_BYTES + 1, 9 * RANGE_BYTES])
+@pytest.mark.parametrize("num_bytes", [0, 1, RANGE_BYTES, RANGE_BYTES + 1])
 def test_any_size(tmp_path: Path, num_bytes: int) -> None:
     data = random_bytes(num_bytes, 3)
     (tmp_path / "a").write_bytes(data)
