@@ -92,10 +92,15 @@ class FsspecClient(StoreClient):
         try:
             return call(*arguments, **named)
         except Exception as error:
-            raise StoreFault(_kind(error), f"{type(error).__name__}: {error}") from error
+            raise fault_of(error) from error
 
 
-def _kind(error: Exception) -> FaultKind:
+def fault_of(error: BaseException) -> StoreFault:
+    """Our fault for what a file system raised."""
+    return StoreFault(_kind(error), f"{type(error).__name__}: {error}")
+
+
+def _kind(error: BaseException) -> FaultKind:
     if isinstance(error, FileNotFoundError):
         return "missing"
     if isinstance(error, FileExistsError):

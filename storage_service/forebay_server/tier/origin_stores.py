@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec
-
-from forebay_server.tier.fsspec_client import FsspecClient
+from forebay_server.tier.file_systems import client_of, open_file_system
 from forebay_server.tier.remote import ObjectClientName
 from forebay_server.tier.s3_options import S3Options
 from forebay_server.tier.store_client import StoreClient
@@ -19,15 +17,13 @@ def make_client(prefix: str, client: ObjectClientName, options: Mapping[str, Any
     if prefix.startswith("s3://"):
         return _make_s3(prefix, client, options)
     try:
-        files, root = fsspec.core.url_to_fs(
-            prefix, use_listings_cache=False, skip_instance_cache=True, **options
-        )
+        files, root = open_file_system(prefix, options)
     except (ValueError, ImportError, TypeError) as error:
         raise InvalidRequest(
             f"origins below {prefix} cannot be read: {error}; use a URL that fsspec knows, and "
             "install what it needs"
         ) from error
-    return FsspecClient(files, root)
+    return client_of(files, root)
 
 
 def _make_s3(prefix: str, client: ObjectClientName, options: Mapping[str, Any]) -> StoreClient:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from forebay_server.tier.fsspec_client import FsspecClient
+from forebay_server.tier.file_systems import client_of, open_file_system
 from forebay_server.tier.object_folder import FolderPlace
 from forebay_server.tier.object_store import LEFT_OVER_SECONDS, StorePlace
 from forebay_server.tier.place import UNFINISHED_FOLDER, Place
@@ -35,9 +34,9 @@ class RemoteTier(Tier):
 
     A directory (``file://``) publishes like the local tiers: fsspec's local file system would write
     the final name in place, without fsync. S3 takes large objects in parts and shows them with the
-    last call. Others create exclusively in one call; one that cannot is refused by ``open``
-    (:class:`CannotGiveRemote`), unless it is to cache only: what lies there could be replaced by
-    another writer. Listings are never cached.
+    last call; HDFS renames what was written aside. Others create exclusively in one call; one that
+    cannot is refused by ``open`` (:class:`CannotGiveRemote`), unless it is to cache only: what lies
+    there could be replaced by another writer. Listings are never cached.
     """
 
     kind: Literal["object"]
@@ -140,10 +139,7 @@ class RemoteTier(Tier):
         if self._url.startswith(_S3_SCHEMES):
             return self._store_place(self._make_s3())
         try:
-            # An own instance without a listing cache: others' caches must not answer for us.
-            files, root = fsspec.core.url_to_fs(
-                self._url, use_listings_cache=False, skip_instance_cache=True, **self._options
-            )
+            files, root = open_file_system(self._url, self._options)
         except (ValueError, ImportError, TypeError) as error:
             raise InvalidRequest(
                 f"object URL {self.location} cannot be opened: {error}; use a URL that fsspec "
@@ -156,7 +152,7 @@ class RemoteTier(Tier):
             ) from error
         if isinstance(files, LocalFileSystem):
             return FolderPlace(Path(root), self._where)
-        return self._store_place(FsspecClient(files, root))
+        return self._store_place(client_of(files, root))
 
     def _make_s3(self) -> StoreClient:
         bucket, _, prefix = self._url.partition("://")[2].partition("/")
