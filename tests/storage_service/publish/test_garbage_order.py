@@ -9,9 +9,12 @@ import pytest
 
 from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_jobs import COLLECT, DELETE, GARBAGE, enqueue, job_of
-from forebay_server.catalog.queries_manifests import read_manifest
+from forebay_server.catalog.queries_manifests import insert_manifest, read_manifest
+from forebay_server.locks import NamedLocks
+from forebay_server.move.collect import Collector
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
 from forebay_server.testing.checkpoints import RUN, open_checkpoints
+from forebay_server.testing.integrity import open_integrity
 from forebay_wire.limits import MIB
 
 
@@ -65,3 +68,27 @@ async def test_the_catalog_forgets_a_manifest_only_once_the_object_tier_has(tmp_
         await node.settle(DELETE)
         assert await node.storage.catalog.read(lambda c: read_manifest(c, manifest)) is None
         assert not (place / "manifests" / manifest).exists()
+
+
+@pytest.mark.parametrize("tiers", [("ssd",), ("ssd", "object")])
+async def test_a_blob_that_is_named_in_the_last_moment_stays(
+    tiers: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Before its rows go, or between its row in the object tier and the others."""
+    async with open_integrity(tmp_path) as node:
+        write = node.node.catalog.write_now
+        blob = (await node.node.add_blob([b"content"], *tiers)).blob_id
+
+        def name_it(named: str) -> bool:
+            if named == blob and not node.node.catalog.read_now(
+                lambda c: read_manifest(c, "0" * 64)
+            ):
+                write(lambda c: insert_manifest(c, "0" * 64, 1, b"data", [blob]))
+            return False
+
+        hook = {"forget" if "object" in tiers else "is_open": name_it}
+        collector = Collector(node.node.catalog, node.node.tiers, NamedLocks(), **hook)
+        node.handlers[COLLECT] = collector.collect
+        await node.run(COLLECT, "all")
+        assert ("ssd", "live") in await node.states(blob)
+        await node.check_copies(blob)
