@@ -89,6 +89,7 @@ async def test_a_blob_that_is_named_in_the_last_moment_stays(
         hook = {"forget" if "object" in tiers else "is_open": name_it}
         collector = Collector(node.node.catalog, node.node.tiers, NamedLocks(), **hook)
         node.handlers[COLLECT] = collector.collect
-        await node.run(COLLECT, "all")
+        write(lambda c: enqueue(c, COLLECT, "all"))
+        await node.run_queued(COLLECT)
         assert ("ssd", "live") in await node.states(blob)
         await node.check_copies(blob)
