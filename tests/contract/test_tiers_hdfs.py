@@ -149,6 +149,7 @@ def test_an_empty_place_to_recover_from_is_refused() -> None:
     assert not files.exists(f"{root}/nothing")
 
 
+@pytest.mark.slow
 def test_a_name_node_that_is_not_there_is_one_clear_line() -> None:
     pytest.importorskip("hdfs_native")
     with pytest.raises(ForebayError, match=r"failed opening it: 6 tries.*Connection refused") as it:

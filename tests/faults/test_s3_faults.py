@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -332,3 +335,80 @@ def test_a_store_that_ignores_conditions_can_only_cache(
                 assert tier.get(name) == data
         finally:
             tier.close()
+
+
+OpenTier = Callable[..., RemoteTier]
+
+
+@pytest.fixture(params=["s3fs", pytest.param("obstore", marks=pytest.mark.slow)])
+def half_careless(s3: S3Bucket, request: pytest.FixtureRequest) -> Iterator[OpenTier]:
+    """Opens tiers in one place of a store that creates exclusively in one call, and replaces by
+    uploads in parts."""
+    if request.param == "obstore":
+        pytest.importorskip("obstore")
+    with FaultyProxy(s3.endpoint) as proxy, ExitStack() as opened:
+        proxy.ignores_conditions, proxy.ignores_in = (s3.key, s3.secret), ("POST",)
+        behind = replace(s3, endpoint=proxy.endpoint)
+
+        def open_tier(**arguments: Any) -> RemoteTier:
+            tier = behind.tier(f"half-{request.param}", request.param, **arguments)
+            tier.open()
+            opened.callback(tier.close)
+            return tier
+
+        yield open_tier
+
+
+def claims_of(s3: S3Bucket, tier: RemoteTier) -> list[str]:
+    """Without the folder, which SeaweedFS shows."""
+    place = f"{tier.location.removeprefix('s3://')}/tmp"
+    return [found for found in s3.file_system().find(place) if found != place]
+
+
+def test_a_large_object_replaces_none_though_the_store_would_let_it(
+    s3: S3Bucket, half_careless: OpenTier
+) -> None:
+    tiers = [half_careless() for _ in range(3)]  # as three daemons have them
+    name = tiers[0].blob_name(new_random_name())
+    data = [random_bytes(LARGE_BYTES, seed) for seed in range(3)]
+    won: list[int] = []
+    ready = threading.Barrier(3)
+
+    def publish(number: int) -> None:
+        with tiers[number].create(name, LARGE_BYTES) as writer:
+            writer.write(data[number])
+            ready.wait(timeout=60)
+            try:
+                writer.publish()
+                won.append(number)
+            except AlreadyExists:
+                pass
+
+    threads = [threading.Thread(target=publish, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(won) == 1
+    with pytest.raises(AlreadyExists):
+        tiers[0].put(name, data[won[0] - 1])
+    assert tiers[0].get(name) == data[won[0]]
+    assert claims_of(s3, tiers[0]) == []
+
+
+def test_a_claim_keeps_others_out_until_it_is_old(s3: S3Bucket, half_careless: OpenTier) -> None:
+    """As a writer that was killed between its claim and its object leaves it."""
+    tier = half_careless()
+    name, data = tier.blob_name(new_random_name()), random_bytes(LARGE_BYTES, 1)
+    place = tier.location.removeprefix("s3://")
+    s3.file_system().pipe_file(f"{place}/tmp/{name}", b"another's")
+    with pytest.raises(AlreadyExists):
+        tier.put(name, data)
+    assert tier.head(name) is None
+    assert name not in {info.name.removeprefix("tmp/") for info in tier.list()}
+    tier.sweep()
+    assert claims_of(s3, tier) != [], "a day has not passed"
+    half_careless(left_over_seconds=-60)
+    assert claims_of(s3, tier) == []
+    tier.put(name, data)
+    assert tier.get(name) == data

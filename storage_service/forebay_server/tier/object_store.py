@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
@@ -91,7 +92,10 @@ class StorePlace(Place):
         return ObjectWriter(self._parts, self._retrier, self._where, name, reservation)
 
     def read(self, name: str, where: str) -> TierReader:
-        found = self._retrier.run(f"looking up file {name}", partial(self._tail, name))
+        return self.read_whole(name, where, TAIL_BYTES)
+
+    def read_whole(self, name: str, where: str, num_bytes: int) -> TierReader:
+        found = self._retrier.run(f"looking up file {name}", partial(self._tail, name, num_bytes))
         if found is None:
             raise NotFound(f"there is no such file ({where})")
         return ObjectReader(self._client, self._retrier, found[0], where, found[1])
@@ -132,6 +136,22 @@ class StorePlace(Place):
                 f"aborting the unfinished upload of {one.key}",
                 partial(client.abort, one.key, one.upload),
             )
+        if not client.parts_are_exclusive:
+            self._sweep_claims()
+
+    def _sweep_claims(self) -> None:
+        after, oldest = "", time.time() - self._left_over_seconds
+        while True:
+            infos, after = self._retrier.run(
+                "listing claims", partial(self._client.list_page, f"{UNFINISHED_FOLDER}/", after)
+            )
+            for info in infos:
+                if info.modified_unix < oldest and not self._parts.is_alive(info.key):
+                    self._retrier.run(
+                        f"deleting the claim {info.key}", partial(self._client.delete, info.key)
+                    )
+            if not after:
+                return
 
     def held_bytes(self, info: FileInfo) -> int:
         """Of a store nobody knows more than an object's size."""
@@ -140,8 +160,8 @@ class StorePlace(Place):
     def free_bytes(self) -> int:
         return UNBOUNDED
 
-    def _tail(self, name: str) -> tuple[ObjectInfo, bytes] | None:
-        found = self._client.tail(name, TAIL_BYTES)
+    def _tail(self, name: str, num_bytes: int) -> tuple[ObjectInfo, bytes] | None:
+        found = self._client.tail(name, max(num_bytes, TAIL_BYTES))
         if found is None:
             self._client.check_place()  # in one that is gone, no object is gone
         return found
@@ -164,8 +184,8 @@ class StorePlace(Place):
             _put_first(client, probe)
             if not _is_refused(partial(client.put, probe, memoryview(b"again"), probe)):
                 raise _not_exclusive()
-            if isinstance(client, PartStoreClient) and not _refuses_parts(client, probe):
-                raise _not_exclusive()
+            if isinstance(client, PartStoreClient):
+                client.parts_are_exclusive = _refuses_parts(client, probe)
         finally:
             with contextlib.suppress(StoreFault):
                 client.delete(probe)

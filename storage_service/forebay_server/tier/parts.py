@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Final
 
+from forebay_server.tier.place import UNFINISHED_FOLDER
 from forebay_server.tier.retry import Retrier, cause_of
 from forebay_server.tier.space import Reservation
 from forebay_server.tier.store import TierReader, TierWriter
@@ -225,8 +226,12 @@ class ObjectWriter(TierWriter):
                     raise
 
         doing = f"publishing file {self._name}"
+        client = self._client
+        is_exclusive = client.is_exclusive
+        if data is None and isinstance(client, PartStoreClient):
+            is_exclusive = is_exclusive and client.parts_are_exclusive
         try:
-            if self._client.is_exclusive:
+            if is_exclusive:
                 self._retrier.attempt(doing, attempt)
             else:
                 self._create_after_look(doing, attempt)
@@ -241,11 +246,53 @@ class ObjectWriter(TierWriter):
 
     def _create_after_look(self, doing: str, attempt: Callable[[], None]) -> None:
         """*attempt* if the name is free, where the store itself would not say."""
-        with self._parts.creating(self._name):
+        with self._parts.creating(self._name), self._claimed():
             looking = f"looking whether file {self._name} is there"
             if self._retrier.attempt(looking, lambda: self._client.head(self._name)) is not None:
                 raise StoreFault("taken", "it is there")
             self._retrier.attempt(doing, attempt)
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Inside, no other writer, of this process or another, creates the object by parts: a small
+        object, which the store creates exclusively, says so. It stays where nobody knows how the
+        creation ended, and is swept."""
+        if not self._client.is_exclusive:
+            yield
+            return
+        claim = f"{UNFINISHED_FOLDER}/{self._name}"
+        self._parts.remember(claim)
+        try:
+            self._create_claim(claim)
+            is_known = False
+            try:
+                yield
+                is_known = True
+            except StoreFault as fault:
+                is_known = fault.kind == "taken"
+                raise
+            finally:
+                if is_known:
+                    with contextlib.suppress(ForebayError):
+                        doing = f"deleting the claim {claim}"
+                        self._retrier.run(doing, lambda: self._client.delete(claim))
+        finally:
+            self._parts.forget(claim)
+
+    def _create_claim(self, claim: str) -> None:
+        num_tries, data = 0, memoryview(self._mark.encode())
+
+        def attempt() -> None:
+            nonlocal num_tries
+            num_tries += 1
+            try:
+                self._client.put(claim, data, self._mark)
+            except StoreFault as fault:
+                is_doubtful = num_tries > 1 and fault.kind == "taken"
+                if not (is_doubtful and self._client.is_ours(claim, data, self._mark)):
+                    raise
+
+        self._retrier.attempt(f"claiming file {self._name}", attempt)
 
     # ------------------------------------------------------------------------------- buffers
 

@@ -137,6 +137,9 @@ class StoreClient(ABC):
 class PartStoreClient(StoreClient):
     """A store that takes objects in parts, of which nothing is visible before the last step."""
 
+    parts_are_exclusive: bool = True
+    """Whether :meth:`complete` refuses to replace an object, too. Set by who has tried it."""
+
     @abstractmethod
     def begin(self, key: str, mark: str) -> str:
         """Begin a new upload; its id."""
