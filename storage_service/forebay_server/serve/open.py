@@ -8,17 +8,25 @@ import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import BlobLocation
 from forebay_server.model.encodings import RAW
-from forebay_server.model.landing import reading_order
 from forebay_server.quarantine import Quarantine
 from forebay_server.serve.bring import Bringer
+from forebay_server.serve.early import EarlyCopies, EarlyCopy, Fetch, Fetched, HeldWindow
 from forebay_server.serve.holds import Hold, Holds
-from forebay_server.serve.opened import OpenedBlob, Reading, no_copy, opened_at, reading
+from forebay_server.serve.opened import (
+    OpenedBlob,
+    Reading,
+    no_copy,
+    opened_at,
+    opened_sealed,
+    reachable,
+    reading,
+)
 from forebay_server.serve.origin import OriginContents
 from forebay_server.serve.promote import (
     CachePolicy,
@@ -31,7 +39,6 @@ from forebay_server.serve.promote import (
 from forebay_server.serve.shared import Shared
 from forebay_server.serve.stream import SMALLEST_BYTES, Streams
 from forebay_server.tier.course import doing
-from forebay_server.tier.memory import Window
 from forebay_server.tier.publication import DescriptorReader
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
@@ -50,23 +57,6 @@ MAX_CACHED_PLACES: Final = 1 << 16
 """Blobs whose place is remembered: about 30 MB."""
 
 WINDOW_TIER: Final = "ram"
-
-
-@dataclass
-class _HeldWindow:
-    """A blob's bytes in memory, for as long as anybody has it open or waits for it."""
-
-    place: Place
-    window: Window
-    num_holders: int = 0
-
-
-@dataclass
-class _Fetch:
-    """One running fetch of a blob, however many wait for it."""
-
-    work: Shared[Place | _HeldWindow]
-    num_waiting: int = 0
 
 
 class Opener:
@@ -89,17 +79,17 @@ class Opener:
         self._holds = holds or Holds()
         self._promoter = Promoter(tiers, catalog, foreground)
         self.origins = OriginContents(tiers, catalog, self._promoter)
-        self._names = frozenset(tier.name for tier in tiers.all)
         self._listeners: list[Callable[[], object]] = []
         self.quarantine = Quarantine(tiers, catalog, forget=self.forget, changed=self._tell_changed)
         self.bringer = Bringer(tiers, catalog, self._promoter, self.quarantine)
         """Copies blobs for background work."""
+        self._early = EarlyCopies(tiers, self._promoter, self._came)
         self.streams = Streams(tiers, self._promoter, foreground)
         """Large blobs on their way from slow tiers."""
         self._lock = threading.Lock()
         self._places: OrderedDict[str, Place] = OrderedDict()
-        self._windows: dict[str, _HeldWindow] = {}
-        self._fetches: dict[str, _Fetch] = {}
+        self._windows: dict[str, HeldWindow] = {}
+        self._fetches: dict[str, Fetch] = {}
         self._checks: dict[Place, asyncio.Task[bool]] = {}
         self._num_opening: Counter[str] = Counter()
         self.num_opens: Counter[str] = Counter(hit=0, miss=0)
@@ -119,6 +109,7 @@ class Opener:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._checks.values(), return_exceptions=True)
+        await self._early.settle()
         await self.origins.close()
         await self.streams.close()
         await self.quarantine.close()
@@ -126,6 +117,10 @@ class Opener:
             windows, self._windows = list(self._windows.values()), {}
         for held in windows:
             held.window.close()
+
+    async def settle(self) -> None:
+        """Wait until the copies that are read before they are durable are that, or have failed."""
+        await self._early.settle()
 
     # ------------------------------------------------------------------------------------- open
 
@@ -145,6 +140,9 @@ class Opener:
                     held = self._windows.get(blob)
                     if held is not None:
                         opened.append(self._open_window(held))
+                        continue
+                    if (early := self._early.open(blob)) is not None:
+                        opened.append(early)
                         continue
                     place = self._places.get(blob)
                     if place is None:
@@ -360,7 +358,7 @@ class Opener:
                 )
             places = [place for place in places_of(located) if place.replica_id not in tried]
             tried.update(place.replica_id for place in places)
-            for place in self._reachable(places, problems):
+            for place in reachable(self._tiers, places, problems):
                 try:
                     return await self._open_copy(client, place)
                 except (IntegrityError, NotFound) as error:
@@ -370,20 +368,6 @@ class Opener:
                     problems.append(error)
             located = None
         return None
-
-    def _reachable(self, places: Sequence[Place], problems: list[ForebayError]) -> list[Place]:
-        """Those of *places* whose tier this node has, the fastest first."""
-        here = [place for place in places if place.tier in self._names]
-        problems.extend(
-            StorageError(
-                f"blob {place.blob} has a replica in tier {place.tier}, which this daemon was "
-                "started without: give it the tier again"
-            )
-            for place in places
-            if place.tier not in self._names
-        )
-        kinds = [self._tiers.get(place.tier).kind for place in here]
-        return [here[index] for index in reading_order(kinds)]
 
     async def _open_copy(self, client: str, place: Place) -> OpenedBlob:
         tier = self._tiers.get(place.tier)
@@ -434,8 +418,8 @@ class Opener:
         fetch.num_waiting += 1
         try:
             found = await fetch.work.wait()
-            if isinstance(found, Place):
-                return await self._open_promoted(client, found)
+            if isinstance(found, EarlyCopy):
+                return await self._open_early(client, found)
             with self._lock:
                 opened = self._open_window(found)
                 self._hold_or_close(client, opened)
@@ -444,8 +428,18 @@ class Opener:
             fetch.num_waiting -= 1
             self._end_fetch(source.blob)
 
-    def _begin_fetch(self, source: Place, work: Coroutine[Any, Any, Place | _HeldWindow]) -> _Fetch:
-        fetch = self._fetches[source.blob] = _Fetch(Shared(work, f"fetch-{source.blob}"))
+    async def _open_early(self, client: str, copy: EarlyCopy) -> OpenedBlob:
+        opened = copy.open()
+        if opened is not None:
+            self._hold_or_close(client, opened)
+            return opened
+        place = await asyncio.shield(copy.published)
+        if place.encoding != RAW:  # somebody has put one there for keeping
+            return await self._open_copy(client, place)
+        return await self._open_promoted(client, place)
+
+    def _begin_fetch(self, source: Place, work: Coroutine[Any, Any, Fetched]) -> Fetch:
+        fetch = self._fetches[source.blob] = Fetch(Shared(work, f"fetch-{source.blob}"))
         fetch.work.task.add_done_callback(lambda _: self._end_fetch(source.blob))
         return fetch
 
@@ -456,11 +450,13 @@ class Opener:
             await self.streams.copy(source)
         elif source.blob not in self._fetches:
             fetch = self._begin_fetch(source, self._fetch_ahead(source, tier))
-            await fetch.work.wait()
+            found = await fetch.work.wait()
+            if isinstance(found, EarlyCopy):
+                await asyncio.shield(found.published)
 
-    async def _fetch_ahead(self, source: Place, tier: Tier) -> Place | _HeldWindow:
+    async def _fetch_ahead(self, source: Place, tier: Tier) -> Fetched:
         try:
-            return await self._promoter.promote_into(source, tier)
+            return await self._early.begin(source, tier)
         except ResourceExhausted:
             if not self._fetches[source.blob].num_waiting:
                 raise
@@ -486,11 +482,11 @@ class Opener:
             logger.info("blob %s was not fetched: %s", blob, error)
         self._drop_unused_window(blob)
 
-    async def _fetch(self, source: Place) -> Place | _HeldWindow:
-        found = await self._promoter.promote(source)
-        if isinstance(found, Place):
+    async def _fetch(self, source: Place) -> Fetched:
+        found = await self._promoter.promote(source, self._early.begin)
+        if isinstance(found, EarlyCopy):
             return found
-        held = _HeldWindow(source, found)
+        held = HeldWindow(source, found)
         with self._lock:
             self._windows[source.blob] = held
         return held
@@ -523,30 +519,28 @@ class Opener:
     def _open_sealed(self, blob: str) -> OpenedBlob | None:
         """A blob that has not landed yet, in the slot that it was sealed in."""
         found = self._tiers.sealed.open(blob)
-        if found is None:
-            return None
-        return OpenedBlob(
-            blob,
-            found.num_bytes,
-            WINDOW_TIER,
-            found.data,
-            0,
-            found.table_bytes,
-            found.table,
-            found.release,
-        )
+        return None if found is None else opened_sealed(blob, found, WINDOW_TIER)
 
-    def _open_window(self, held: _HeldWindow) -> OpenedBlob:
+    def _open_window(self, held: HeldWindow) -> OpenedBlob:
         return opened_at(held.place, WINDOW_TIER, held.window.open_read_only())
 
     def _keep(self, client: str, place: Place, opened: OpenedBlob) -> OpenedBlob:
         """Remember where a good copy lies, and count it for *client*."""
         with self._lock:
-            self._places[place.blob] = place
-            if len(self._places) > MAX_CACHED_PLACES:
-                self._places.popitem(last=False)
+            self._remember(place)
             self._hold_or_close(client, opened)
         return opened
+
+    def _came(self, place: Place) -> None:
+        with self._lock:
+            self._remember(place)
+
+    def _remember(self, place: Place) -> None:
+        if place.encoding != RAW:  # others have to decode it
+            return
+        self._places[place.blob] = place
+        if len(self._places) > MAX_CACHED_PLACES:
+            self._places.popitem(last=False)
 
     def _hold_or_close(self, client: str, opened: OpenedBlob) -> None:
         try:

@@ -10,9 +10,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final
 
+from forebay_server.model.landing import reading_order
 from forebay_server.serve.promote import Place
 from forebay_server.serve.stream import Stream
 from forebay_server.tier.course import Course, add_seconds, begin_course, doing
+from forebay_server.tier.registry import Tiers
+from forebay_server.tier.sealed import OpenedSlot
 from forebay_wire.errors import ForebayError, IntegrityError, StorageError
 from forebay_wire.segments import table_bytes_for
 
@@ -117,6 +120,36 @@ def opened_at(place: Place, tier: str, descriptor: int) -> OpenedBlob:
         table_offset=place.num_bytes,
         table_length=table_bytes_for(place.num_segments),
     )
+
+
+def opened_sealed(blob: str, found: OpenedSlot, tier: str) -> OpenedBlob:
+    """A blob that is read in *tier* from the slot that it was sealed in."""
+    return OpenedBlob(
+        blob,
+        found.num_bytes,
+        tier,
+        found.data,
+        0,
+        found.table_bytes,
+        found.table,
+        found.release,
+    )
+
+
+def reachable(tiers: Tiers, places: Sequence[Place], problems: list[ForebayError]) -> list[Place]:
+    """Those of *places* whose tier this node has, the fastest first; *problems* gets the others."""
+    names = {tier.name for tier in tiers.all}
+    here = [place for place in places if place.tier in names]
+    problems.extend(
+        StorageError(
+            f"blob {place.blob} has a replica in tier {place.tier}, which this daemon was "
+            "started without: give it the tier again"
+        )
+        for place in places
+        if place.tier not in names
+    )
+    kinds = [tiers.get(place.tier).kind for place in here]
+    return [here[index] for index in reading_order(kinds)]
 
 
 def no_copy(blob: str, problems: Sequence[ForebayError]) -> ForebayError:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterable, Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import (
@@ -27,12 +28,18 @@ from forebay_server.tier.verify import copy_verified, verify_file
 from forebay_wire.errors import IntegrityError, NotFound, ResourceExhausted, StorageError
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import new_random_name
+from forebay_wire.limits import MIB
 from forebay_wire.segments import SegmentTable, encode_trailer, file_bytes_for
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WHOLE_BYTES: Final = 8 * MIB
+"""Smaller files come from a store in one call."""
 
 Foreground = Callable[[str], AbstractContextManager[None]]
 """Given a tier: a ``with`` block in which somebody waits for bytes of it."""
@@ -134,19 +141,19 @@ class Promoter:
         self.fetched_bytes: Counter[str] = Counter()
         """Tier to bytes that were read there for readers, or ahead of them."""
 
-    async def promote(self, source: Place) -> Place | Window:
-        """Copy the blob at *source*, verified by BLAKE3, into the best tier that the policy names.
+    async def promote(
+        self, source: Place, copy: Callable[[Place, Tier], Awaitable[T]]
+    ) -> T | Window:
+        """Have *copy* bring the blob at *source* into the best tier that the policy names and that
+        takes it; what it answers.
 
-        A replica of the blob on return, durable and in the catalog; where no tier takes it, a
-        sealed window that the caller closes. :class:`IntegrityError` if the source is damaged,
-        :class:`ResourceExhausted` if there is neither room nor memory.
+        Where no tier takes it, a sealed window that the caller closes. :class:`IntegrityError` if
+        the source is damaged, :class:`ResourceExhausted` if there is neither room nor memory.
         """
         with self._foreground(source.tier):
             for tier in await self.policy.tiers_for(source):
                 try:
-                    found = await self.promote_into(source, tier)
-                    if found.encoding == RAW:  # else somebody has just put one there for keeping
-                        return found
+                    return await copy(source, tier)
                 except (ResourceExhausted, StorageError) as error:
                     # One that cannot be read from says so again below.
                     logger.info("blob %s is not promoted to %s: %s", source.blob, tier.name, error)
@@ -183,21 +190,9 @@ class Promoter:
         except BaseException:
             await self._tiers.run(tier, tier.delete, tier.blob_name(file))
             raise
-        placed = await self._enter(source, tier, file, stored, guard)
+        placed = await self.enter(source, tier, file, stored, guard)
         failpoint("copy.after_row")
         return placed
-
-    async def promote_into(self, source: Place, tier: Tier) -> Place:
-        """Copy the blob at *source* into *tier*, checked by BLAKE3; durable and in the catalog on
-        return."""
-        file = new_random_name()
-        origin = self._tiers.get(source.tier)
-        with self.policy.promise(tier, source):
-            stored = await self._tiers.run(
-                origin, self._copy, source, tier, file, RAW, _no_progress
-            )
-        self.fetched_bytes[source.tier] += source.file_bytes
-        return await self._enter(source, tier, file, stored, _no_guard)
 
     async def copy_pieces(
         self, source: Place, table: SegmentTable, tier: Tier, pieces: AsyncIterable[memoryview]
@@ -215,15 +210,15 @@ class Promoter:
             finally:
                 await self._tiers.run(tier, writer.abort)
         stored = StoredFile(RAW, source.file_bytes, table)
-        return await self._enter(source, tier, file, stored, _no_guard)
+        return await self.enter(source, tier, file, stored)
 
-    async def _enter(
+    async def enter(
         self,
         source: Place,
         tier: Tier,
         file: str,
         stored: StoredFile,
-        guard: Callable[[Connection], object],
+        guard: Callable[[Connection], object] = lambda connection: None,
     ) -> Place:
         """Add the row of a copy that lies in *file* by now; the copy of somebody else if that came
         first."""
@@ -267,12 +262,22 @@ class Promoter:
         setting: str,
         progress: Callable[[int], object],
     ) -> StoredFile:
+        with self.open_told(source) as reader:
+            return encode_into(reader, tier, file, setting, source.blob, advance=progress)
+
+    @contextmanager
+    def open_told(self, source: Place) -> Iterator[TierReader]:
+        """Inside, a reader of the raw image of the blob at *source*, on a thread; who waits for
+        this is told what is read there, and that the rest is the target's."""
         origin = self._tiers.get(source.tier)
-        with open_plain(origin, source.file, source.encoding, source.blob) as reader:
+        whole: Callable[[str], TierReader] | None = None
+        if source.file_bytes <= WHOLE_BYTES:
+            whole = partial(origin.read_whole, num_bytes=source.file_bytes)
+        with open_plain(origin, source.file, source.encoding, source.blob, read=whole) as reader:
             course = current_course()
             told = _ToldReader(reader, course, reason_of(origin)) if course is not None else reader
             with doing("tier"):
-                return encode_into(told, tier, file, setting, source.blob, advance=progress)
+                yield told
 
     def _fill_window(self, source: Place) -> Window:
         origin = self._tiers.get(source.tier)
@@ -313,14 +318,6 @@ def _finish(writer: TierWriter, table: SegmentTable) -> None:
     writer.write(table.encoded)
     writer.write(encode_trailer(table.total_bytes, len(table.encoded)))
     writer.publish()
-
-
-def _no_progress(num_bytes: int) -> None:
-    pass
-
-
-def _no_guard(connection: Connection) -> None:
-    pass
 
 
 def _read_back(blob: str, tier: Tier, file: str, encoding: str) -> None:

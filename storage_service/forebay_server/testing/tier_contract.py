@@ -189,6 +189,42 @@ class TierContract:
 
     # ------------------------------------------------------------------------------- blob files
 
+    @pytest.mark.parametrize("limit", [1, 100_000, 10 * MIB])
+    def test_a_file_that_is_read_whole_is_the_same(self, tier: Tier, name: str, limit: int) -> None:
+        content = random_bytes(200_003, 1)
+        tier.put(name, content)
+        with tier.read_whole(name, limit) as reader:
+            found = bytearray(reader.size_bytes)
+            reader.read_into(150_000, memoryview(found)[150_000:])
+            reader.read_into(0, memoryview(found)[:150_000])
+        assert bytes(found) == content
+        with pytest.raises(NotFound):
+            tier.read_whole(tier.blob_name(new_random_name()), limit)
+
+    @pytest.mark.parametrize("is_cached", [True, False])
+    def test_what_is_written_is_read_before_it_is_published(
+        self, tier: Tier, name: str, is_cached: bool
+    ) -> None:
+        content = random_bytes(2 * MIB + 5, 1)
+        with tier.create(name, len(content)) as writer:
+            if is_cached:
+                writer.keep_cached()
+            writer.write(memoryview(content)[: MIB + 1])
+            writer.write(memoryview(content)[MIB + 1 :])
+            try:
+                descriptor = writer.open_early()
+            except NotImplementedError:
+                pytest.skip("this tier has no descriptors")
+            assert tier.head(name) is None
+            with os.fdopen(descriptor, "rb") as early:
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    os.pwrite(early.fileno(), b"x", 0)
+                assert early.read() == content
+                writer.publish()
+                early.seek(0)
+                assert early.read() == content
+        assert tier.get(name) == content
+
     def test_a_verified_copy_has_the_same_bytes(self, tier: Tier) -> None:
         pieces = [random_bytes(size, seed=size) for size in (4 * MIB, 1, 300_000, 3 * MIB, 3 * MIB)]
         source, target = new_random_name(), new_random_name()

@@ -40,6 +40,10 @@ class Place(ABC):
     def read(self, name: str, where: str) -> TierReader:
         """A reader; *where* names the file in messages."""
 
+    def read_whole(self, name: str, where: str, num_bytes: int) -> TierReader:
+        """:meth:`read`, of a file of up to *num_bytes* that is read whole next."""
+        return self.read(name, where)
+
     def read_medium(self, name: str, where: str) -> TierReader:
         """:meth:`read`, around the caches of this machine where there are any."""
         return self.read(name, where)

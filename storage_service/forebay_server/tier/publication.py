@@ -218,6 +218,18 @@ class PublicationWriter(TierWriter):
             raise self._failure(error, "writing") from error
         self.num_bytes += view.nbytes
 
+    def keep_cached(self) -> None:
+        self._direct = False
+
+    def open_early(self) -> int:
+        self._check_open()
+        try:
+            self._write_tail()
+            os.ftruncate(self._descriptor, self.num_bytes)
+            return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY)
+        except OSError as error:
+            raise self._failure(error, "writing") from error
+
     def publish(self) -> None:
         self._check_open()
         try:

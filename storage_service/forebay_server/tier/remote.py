@@ -106,6 +106,9 @@ class RemoteTier(Tier):
     def read(self, name: str) -> TierReader:
         return self._place.read(_checked(name), f"tier {self.name}, file {name}")
 
+    def read_whole(self, name: str, num_bytes: int) -> TierReader:
+        return self._place.read_whole(_checked(name), f"tier {self.name}, file {name}", num_bytes)
+
     def read_medium(self, name: str) -> TierReader:
         return self._place.read_medium(_checked(name), f"tier {self.name}, file {name}")
 

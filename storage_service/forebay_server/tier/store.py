@@ -143,6 +143,11 @@ class Tier(ABC):
         afterwards, where the tier has descriptors.
         """
 
+    def read_whole(self, name: str, num_bytes: int) -> TierReader:
+        """Like :meth:`read`, for who reads all of a file of up to *num_bytes* next: a store sends
+        it with the first call, and it is kept until the reader is closed."""
+        return self.read(name)
+
     def read_medium(self, name: str) -> TierReader:
         """Like :meth:`read`, around every cache of this machine where the tier can: what is read
         then is what the medium holds, and nothing else leaves a cache for it. Slower; no
@@ -217,6 +222,16 @@ class TierWriter(ABC):
         Fastest for pieces that start on a page and are multiples of 4 KiB. After
         :class:`ResourceExhausted` or :class:`StorageError` only :meth:`abort` is of use.
         """
+
+    def keep_cached(self) -> None:  # noqa: B027 - most have no cache of their own
+        """Before the first :meth:`write`: what is written is read soon, and is to stay in memory's
+        cache as far as the tier has one. Slower to publish."""
+
+    def open_early(self) -> int:
+        """After the last :meth:`write`: a read-only descriptor of the whole file, which the caller
+        closes. The file is not durable, and has no name yet; :meth:`publish` or :meth:`abort`
+        follows. Only for tiers that have descriptors: landing tiers do."""
+        raise NotImplementedError(f"{type(self).__name__} has no descriptor")
 
     @abstractmethod
     def publish(self) -> None:

@@ -67,6 +67,10 @@ class TierWrapper(Tier):
         with self.around("read", name, 0):
             return self.surround(name, self.inner.read(name))
 
+    def read_whole(self, name: str, num_bytes: int) -> TierReader:
+        with self.around("read", name, 0):
+            return self.surround(name, self.inner.read_whole(name, num_bytes))
+
     def surround(self, name: str, inner: TierReader) -> TierReader:
         """*inner*, its reads through :meth:`around`."""
         return _Reader(self, name, inner)
@@ -154,6 +158,13 @@ class _Writer(TierWriter):
         with self._tier.around("write", self._name, memoryview(buffer).nbytes):
             self._inner.write(buffer)
         self.num_bytes = self._inner.num_bytes
+
+    def keep_cached(self) -> None:
+        self._inner.keep_cached()
+
+    def open_early(self) -> int:
+        with self._tier.around("open_early", self._name, 0):
+            return self._inner.open_early()
 
     def publish(self) -> None:
         with self._tier.around("publish", self._name, 0):

@@ -87,6 +87,7 @@ async def test_a_copy_into_a_tier_that_encodes_is_encoded(node: StorageNode) -> 
 async def test_an_encoded_replica_is_promoted_raw(node: StorageNode) -> None:
     blob, _ = await add_encoded(node)
     assert await read(node, blob) == ("ssd", DATA)
+    await node.opener.settle()
     places = {place.tier: place.encoding for place in places_of(await node.locate(blob))}
     assert places == {"ssd": "raw", "hdd": "shuffle-lz4"}
 

@@ -170,6 +170,7 @@ async def test_a_blob_of_the_object_tier_is_fetched_once_for_all(node: StorageNo
     for opened in await asyncio.gather(*opens):
         assert opened.tier == "ssd"
         assert read_and_close(opened) == DATA
+    await node.opener.settle()
     live = (await node.locate(table.blob_id)).live()
     assert sorted(replica.tier for replica in live) == ["object", "ssd"]
     assert node.tiers.get("ssd").space().num_files == 1
