@@ -265,6 +265,13 @@ def retry_later(
     return changed.rowcount > 0
 
 
+def retry_now(connection: Connection) -> None:
+    """What waits for another try is due now."""
+    connection.execute(
+        update(jobs).where(jobs.c.state == "queued", jobs.c.tries > 0).values(not_before=now())
+    )
+
+
 def fail(connection: Connection, job: str, owner: str, error: str) -> bool:
     """Give the job up for good; False if not held."""
     changed = connection.execute(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from sqlalchemy import and_, or_, select, update
-
-from forebay_server.catalog.clock import now
 from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_jobs import (
     COLLECT,
@@ -25,8 +23,10 @@ from forebay_server.catalog.queries_jobs import (
     Job,
     claim,
     enqueue,
+    list_jobs,
+    renew,
+    retry_now,
 )
-from forebay_server.catalog.tables import jobs as jobs_table
 from forebay_server.daemon import Daemon
 from forebay_server.locks import NamedLocks
 from forebay_server.move.budget import Budget
@@ -53,6 +53,7 @@ MAX_TRIES: Final = 8
 LATE: Final = "late-0"
 SETTLE_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.02
+MAX_JOBS: Final = 10_000
 BATCH_ROWS: Final = 4
 """Samples of each shard; the bytes are no Arrow files, nothing here reads them as such."""
 
@@ -288,14 +289,9 @@ class EngineCalls:
         await self._late.wait_standing()
         taken = job.job
 
-        def expire(connection: Connection) -> None:
-            connection.execute(
-                update(jobs_table)
-                .where(jobs_table.c.job == taken, jobs_table.c.state == "running")
-                .values(expires=now() - 1)
-            )
-
-        await self._storage.catalog.write(expire)
+        await self._storage.catalog.write(
+            lambda one: renew(one, taken, LATE, -1.0, 0, job.total_bytes)
+        )
         self._daemon._jobs.wake()
 
     async def late_goes_on(self) -> str:
@@ -362,28 +358,17 @@ class EngineCalls:
         kinds = (FLUSH, COPY, MIGRATE, REPAIR, COLLECT, PIN)
 
         deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
-        while not await self._storage.catalog.read(lambda one: _is_quiet(one, kinds)):
+        while await self._storage.catalog.read(lambda one: _busy_jobs(one, kinds)):
             assert asyncio.get_running_loop().time() < deadline, await self._busy(kinds)
             await asyncio.sleep(POLL_SECONDS)
 
     async def _busy(self, kinds: Sequence[str]) -> str:
-        def look(connection: Connection) -> str:
-            rows = select(jobs_table).where(jobs_table.c.kind.in_(kinds))
-            return "\n".join(str(row) for row in connection.execute(rows))
-
-        return await self._storage.catalog.read(look)
+        return str(await self._storage.catalog.read(lambda one: _busy_jobs(one, kinds)))
 
     async def hurry(self) -> None:
         """Have what waits for another try tried now."""
 
-        def due(connection: Connection) -> None:
-            connection.execute(
-                update(jobs_table)
-                .where(jobs_table.c.state == "queued", jobs_table.c.tries > 0)
-                .values(not_before=now())
-            )
-
-        await self._storage.catalog.write(due)
+        await self._storage.catalog.write(retry_now)
         self._daemon._jobs.wake()
 
     async def _queue(self, kind: str, target: str) -> None:
@@ -401,13 +386,14 @@ class EngineCalls:
         failpoints._kills.clear()
 
 
-def _is_quiet(connection: Connection, kinds: Sequence[str]) -> bool:
-    busy = or_(
-        jobs_table.c.state == "running",
-        and_(jobs_table.c.state == "queued", jobs_table.c.not_before <= now()),
-    )
-    found = select(jobs_table.c.job).where(jobs_table.c.kind.in_(kinds), busy)
-    return connection.scalar(found.limit(1)) is None
+def _busy_jobs(connection: Connection, kinds: Sequence[str]) -> list[Job]:
+    """Those that run or are due."""
+    return [
+        job
+        for job in list_jobs(connection, MAX_JOBS)
+        if job.kind in kinds
+        and (job.state == "running" or (job.state == "queued" and job.due_unix <= time.time()))
+    ]
 
 
 def _read_verified(opened: OpenedBlob, start: int, stop: int) -> tuple[bytes, int | None]:
