@@ -464,9 +464,8 @@ class Config:
             )
         if self.lease_seconds < 1:
             raise InvalidRequest("lease-seconds: at least 1, clients renew within a third of it")
-        for name in self.replaced:
-            if name not in ("ssd", "hdd", "object"):
-                raise InvalidRequest(f"replaced = {name!r}: tiers are ssd, hdd and object")
+        for name in set(self.replaced) - {"ssd", "hdd", "object"}:
+            raise InvalidRequest(f"replaced = {name!r}: tiers are ssd, hdd and object")
         if self.default_policy not in self.all_policies:
             names = ", ".join(sorted(self.all_policies))
             raise InvalidRequest(
@@ -589,8 +588,7 @@ def _add_file(
 
 
 def _find(key: str, where: str) -> Option:
-    option = OPTIONS.get(key.replace("_", "-"))
-    if option is None:
+    if (option := OPTIONS.get(key.replace("_", "-"))) is None:
         raise _unknown(key, OPTIONS, where)
     return option
 

@@ -2,11 +2,14 @@
 
 import random
 
+import numpy as np
 import pytest
 
 import forebay
+from forebay.dataset import write
 from forebay.methods import Blobs
 from forebay.testing.blobs import store_blob
+from forebay.transfer import local
 from forebay_wire.limits import MIB
 from forebay_wire.segments import even_cuts
 from forebay_wire.v1 import blobs_pb2
@@ -49,6 +52,27 @@ def test_slot_is_used_again_after_an_append(client: forebay.Client) -> None:
         stored = seal(client, session.session, 400, sequence=1)
     [blob] = client.transfer.open([stored])
     assert blob.map() == b"a" * 600 + b"b" * 400
+
+
+def test_a_writer_maps_each_slot_once(
+    client: forebay.Client, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slots take turns; mapping one anew would fault in all its pages."""
+    if way == "http":
+        pytest.skip("over HTTP nothing is mapped")
+    mapped = []
+
+    class CountedMemory(local._SlotMemory):
+        def __init__(self, descriptor: int, capacity: int) -> None:
+            mapped.append(capacity)
+            super().__init__(descriptor, capacity)
+
+    monkeypatch.setattr(local, "_SlotMemory", CountedMemory)
+    with client.create_dataset("turns", shard_bytes=MIB) as writer:
+        for number in range(24):
+            writer.write(x=np.full(MIB // 2, number, np.uint8))
+    assert len(client.dataset("turns").manifest.shards) > 10
+    assert len(mapped) <= 1 + write.NUM_SEALING
 
 
 def test_ticket_that_is_over_is_renewed(client: forebay.Client) -> None:

@@ -1,15 +1,11 @@
-"""The whole engine against a dictionary: whatever happens, right bytes or an error, and an error
-only where no good copy of that very blob can be reached."""
+"""The engine against a dictionary: right bytes, or an error where no good copy is in reach."""
 
-import functools
 import os
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,17 @@ from hypothesis.stateful import (
 from forebay_server.testing.checkpoints import CUT_BYTES, RUN
 from forebay_server.testing.engine import EngineDied, EngineProcess
 from forebay_server.testing.engine_calls import BATCH_ROWS
-from forebay_wire import failpoints
+from forebay_server.testing.engine_oracle import (
+    FAILPOINTS,
+    Blob,
+    Copy,
+    Died,
+    Plan,
+    allocated_bytes,
+    harm,
+    survives,
+    when,
+)
 from forebay_wire.errors import (
     Conflict,
     ForebayError,
@@ -37,7 +43,6 @@ from forebay_wire.errors import (
 )
 from forebay_wire.ids import new_random_name
 from forebay_wire.limits import KIB, MIB
-from forebay_wire.segments import encode_trailer, even_cuts, table_of
 
 SMALL = 40 * KIB
 LARGE = 300 * KIB
@@ -47,80 +52,6 @@ TIERS = (*LANDING, "object")
 PREFETCH_SECONDS = SETTLE_SECONDS = 30.0
 FOLDER = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 """In memory an fsync costs nothing; a power loss is the business of another test."""
-
-FAILPOINTS = sorted(
-    {
-        *failpoints.DATASET_COMMIT,
-        *failpoints.GENERATION_COMMIT,
-        *failpoints.REMOTE_FLUSH,
-        *failpoints.MOVE,
-        *failpoints.EVICT,
-        *failpoints.REPAIR,
-        *failpoints.COLLECT,
-    }
-)
-
-Copy = tuple[str, str]
-"""Tier and file."""
-
-
-class Died(Exception):
-    """The engine was killed in a call, and works again."""
-
-
-def survives(step: Callable[..., None]) -> Callable[..., None]:
-    """The step may end with the engine's death: what it was about to say is then not known."""
-
-    @functools.wraps(step)
-    def run(self: Any, *arguments: Any, **options: Any) -> None:
-        with suppress(Died):
-            step(self, *arguments, **options)
-
-    return run
-
-
-def when(condition: Callable[[Any], object]) -> Callable[..., Callable[..., None]]:
-    """The step does nothing unless *condition* holds. It is no precondition: what the engine does
-    in the background takes its time, and what is drawn must not depend on that."""
-
-    def decorate(step: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(step)
-        def run(self: Any, *arguments: Any, **options: Any) -> None:
-            if condition(self):
-                step(self, *arguments, **options)
-
-        return run
-
-    return decorate
-
-
-@dataclass(frozen=True)
-class Blob:
-    """What the oracle knows of a blob."""
-
-    id: str
-    data: bytes
-    image: bytes
-    """Its raw file."""
-
-    @classmethod
-    def of(cls, data: bytes, cut_bytes: int) -> "Blob":
-        pieces, start = [], 0
-        for length in even_cuts(len(data), cut_bytes):
-            pieces.append(data[start : start + length])
-            start += length
-        table = table_of(pieces)
-        trailer = encode_trailer(table.total_bytes, len(table.encoded))
-        return cls(table.blob_id, data, data + table.encoded + trailer)
-
-
-@dataclass
-class Plan:
-    """A registered plan."""
-
-    manifest: str
-    num_samples: int
-    time: int = 0
 
 
 class Engine(RuleBasedStateMachine):
@@ -138,10 +69,9 @@ class Engine(RuleBasedStateMachine):
         self.harmed: set[Copy] = set()
         """Files that somebody changed behind the engine's back."""
         self.good: dict[str, set[Copy]] = {}
-        """At the end of the last step: blob to its copies that are good, in tiers that are away
-        too."""
+        """After the last step: blob to its good copies, in tiers that are away too."""
         self.trusted_bad: set[str] = set()
-        """At that time: blobs with a copy that the engine holds for good and that is not."""
+        """At that time: blobs with a copy that the engine wrongly holds for good."""
         self.away = ""
         self.full: set[str] = set()
         self.is_harmed = False
@@ -190,7 +120,7 @@ class Engine(RuleBasedStateMachine):
         while True:
             self.call("settle")
             counted = self.call("used_bytes")
-            found = {tier: (_allocated_bytes(self.folder / tier), 0) for tier in LANDING}
+            found = {tier: (allocated_bytes(self.folder / tier), 0) for tier in LANDING}
             if counted == found:
                 return
             assert time.monotonic() < deadline, f"the ledger has {counted}, the disk {found}"
@@ -527,7 +457,7 @@ class Engine(RuleBasedStateMachine):
             return  # it is just moving
         self.harmed.add(copy)
         with suppress(FileNotFoundError):
-            _harm(path, how, choice)
+            harm(path, how, choice)
         if choice % 2:
             self._check(blob, 0, len(blob.data))
 
@@ -647,24 +577,6 @@ class Engine(RuleBasedStateMachine):
             folder = self.folder / f"{tier}-away"
         path = folder / "data" / file if tier == "object" else folder / "files" / file[:2] / file
         return path if path.exists() else None
-
-
-def _allocated_bytes(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.glob("files/*/*"))
-
-
-def _harm(path: Path, how: str, choice: int) -> None:
-    position = choice % path.stat().st_size
-    if how == "remove":
-        path.unlink()
-    elif how == "truncate":
-        os.truncate(path, position)
-    else:
-        with path.open("r+b") as file:
-            file.seek(position)
-            byte = file.read(1)[0]
-            file.seek(position)
-            file.write(bytes([byte ^ (1 << choice % 8)]))
 
 
 QUICK = settings(
