@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from forebay.cli.output import print_fields, print_table, record
 from forebay.cli.session import Session, with_session
-from forebay.client import Client
 from forebay_wire.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from forebay.client import Client
 
 
 @click.group()
