@@ -31,6 +31,7 @@ from harness import MIB, Options, Report, Samples, parse_options
 
 import forebay
 from forebay.dataset.uploads import Uploads
+from forebay.dataset.write import NUM_SEALING
 from forebay.transfer import make_transfer
 from forebay_server.catalog.queries_objects import ManifestRecord
 from forebay_server.locks import NamedLocks
@@ -44,9 +45,6 @@ from forebay_wire.segments import even_cuts
 
 SHARD_BYTES = 64 * MIB
 """A client fills the next shard's slot while those before are being sealed."""
-
-NUM_SEALING = 2
-"""Shards of one client that are sealed at a time: while one is synced, the disk writes the next."""
 
 DISK_WAYS = ((1 * MIB, 1), (4 * MIB, 1), (16 * MIB, 1), (4 * MIB, 2), (4 * MIB, 4))
 """Bytes of a direct write, threads."""

@@ -35,8 +35,9 @@ from forebay_wire.v1 import datasets_pb2
 
 SHARD_BYTES: Final = 64 * MIB
 BATCH_BYTES: Final = 2 * MIB
-NUM_SEALING: Final = 2
-"""Shards that are sealed at a time: while one is synced, the disk writes the next."""
+NUM_SEALING: Final = 3
+"""Shards that are sealed at a time: while one is synced and another one's room is being allocated,
+the disk writes the third."""
 
 LEAST_SHARD_BYTES: Final = 4 * MIB
 """Where room is short, shards get as small as this before a writer is refused."""

@@ -28,8 +28,8 @@ from forebay_wire.segments import xxh3, xxh3_running
 HOT_BYTES: Final = 1 * MIB
 """A large segment is read and digested in pieces of this size, while each is in the L2 cache."""
 
-MAX_KEPT_SLOTS: Final = 3
-"""Slots that stay mapped for the next upload: one is filled while two are sealed. With fewer each
+MAX_KEPT_SLOTS: Final = 4
+"""Slots that stay mapped for the next upload: one is filled while three are sealed. With fewer each
 upload would fault all its pages anew."""
 
 
