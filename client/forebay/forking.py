@@ -1,11 +1,14 @@
 """What a child of fork has to forget: sockets, channels and locks that belong to its parent.
 
 A fork copies memory and descriptors but only the calling thread. An inherited socket would be
-shared with the parent, an inherited lock may be held by a thread that does not exist any more.
+shared with the parent, an inherited lock may be held by a thread that does not exist any more. And
+what another thread was in the midst of using, gRPC's calls for one, must not be torn down: the
+child's garbage collector leaves alone what the parent had made.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 from typing import Final, Protocol
@@ -32,4 +35,21 @@ def _forget_parent() -> None:
         thing.forget_parent()
 
 
-os.register_at_fork(after_in_child=_forget_parent)
+def _freeze() -> None:
+    """Unless the program has done so for itself: what it has frozen must stay as it is."""
+    global _has_frozen
+    if not gc.get_freeze_count():
+        gc.freeze()
+        _has_frozen = True
+
+
+def _thaw() -> None:
+    global _has_frozen
+    if _has_frozen:
+        _has_frozen = False
+        gc.unfreeze()
+
+
+_has_frozen = False
+
+os.register_at_fork(before=_freeze, after_in_parent=_thaw, after_in_child=_forget_parent)
