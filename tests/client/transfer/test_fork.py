@@ -1,5 +1,6 @@
 """Bytes in children of fork, forkserver and spawn, beside a parent that is busy."""
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -111,6 +112,42 @@ def run_workers(client: forebay.Client, stored: Stored, method: str, num_workers
             for worker in workers:
                 worker.join(CHILD_SECONDS)
             assert [worker.exitcode for worker in workers] == [0] * len(workers)
+
+
+class Torn:
+    """Garbage that only the collector finds, and that a child must not tear down."""
+
+    def __init__(self, torn: list[int]) -> None:
+        self.itself = self
+        self.torn = torn
+
+    def __del__(self) -> None:
+        self.torn.append(os.getpid())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_garbage_of_the_parent_is_not_torn_down_in_a_child() -> None:
+    torn: list[int] = []
+
+    def child() -> None:
+        gc.collect()
+        assert not torn
+
+    gc.collect()
+    gc.disable()
+    try:
+        Torn(torn)
+        assert in_fork(child) == 0
+        assert gc.get_freeze_count() == 0
+        gc.collect()
+        assert torn == [os.getpid()]
+        gc.freeze()  # a program's own
+        frozen = gc.get_freeze_count()
+        assert in_fork(lambda: None) == 0
+        assert gc.get_freeze_count() >= frozen - 10
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
