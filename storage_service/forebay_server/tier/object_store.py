@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
 
+from forebay_server.tier.buffers import BufferPool
 from forebay_server.tier.fsspec_client import FsspecClient
 from forebay_server.tier.parts import MAX_WHOLE_BYTES, ObjectReader, ObjectWriter, PartSender
 from forebay_server.tier.place import UNFINISHED_FOLDER, Place
@@ -23,7 +24,7 @@ from forebay_server.tier.store_client import (
 )
 from forebay_wire.errors import NotFound
 from forebay_wire.ids import new_random_name
-from forebay_wire.limits import check_limit
+from forebay_wire.limits import MIB, check_limit
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ LEFT_OVER_SECONDS: Final = 24 * 3600.0
 
 TAIL_BYTES: Final = 4096
 """Read as an object is opened: a segment table, unless the blob is large, and what points to it."""
+
+
+WHOLE_BUFFERS: Final = BufferPool(8, 8 * MIB)
+"""For small objects that come with the call that opens them."""
 
 
 class StorePlace(Place):
@@ -91,11 +96,25 @@ class StorePlace(Place):
         reservation = ledger.reserve(expected_bytes)
         return ObjectWriter(self._parts, self._retrier, self._where, name, reservation)
 
-    def read(self, name: str, where: str) -> TierReader:
-        return self.read_whole(name, where, TAIL_BYTES)
-
     def read_whole(self, name: str, where: str, num_bytes: int) -> TierReader:
-        found = self._retrier.run(f"looking up file {name}", partial(self._tail, name, num_bytes))
+        buffer = WHOLE_BUFFERS.take_if_free() if num_bytes <= WHOLE_BUFFERS.buffer_bytes else None
+        if buffer is None:
+            return self.read(name, where)
+        try:
+            tail = buffer[:num_bytes]
+            info = self._client.tail_into(name, tail)
+            if info is not None:
+                tail = tail[: info.size_bytes]
+                give_back = partial(WHOLE_BUFFERS.give_back, buffer)
+                return ObjectReader(self._client, self._retrier, info, where, tail, give_back)
+        except BaseException:
+            WHOLE_BUFFERS.give_back(buffer)
+            raise
+        WHOLE_BUFFERS.give_back(buffer)
+        return self.read(name, where)  # which tries again, and says what is wrong
+
+    def read(self, name: str, where: str) -> TierReader:
+        found = self._retrier.run(f"looking up file {name}", partial(self._tail, name))
         if found is None:
             raise NotFound(f"there is no such file ({where})")
         return ObjectReader(self._client, self._retrier, found[0], where, found[1])
@@ -160,8 +179,8 @@ class StorePlace(Place):
     def free_bytes(self) -> int:
         return UNBOUNDED
 
-    def _tail(self, name: str, num_bytes: int) -> tuple[ObjectInfo, bytes] | None:
-        found = self._client.tail(name, max(num_bytes, TAIL_BYTES))
+    def _tail(self, name: str) -> tuple[ObjectInfo, bytes] | None:
+        found = self._client.tail(name, TAIL_BYTES)
         if found is None:
             self._client.check_place()  # in one that is gone, no object is gone
         return found

@@ -367,10 +367,13 @@ class ObjectReader(TierReader):
         retrier: Retrier,
         info: ObjectInfo,
         where: str,
-        tail: bytes = b"",
+        tail: bytes | memoryview = b"",
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
-        """*tail*: the object's last bytes, as far as they are known already."""
+        """*tail*: the object's last bytes, as far as they are known already; *let_go* is called
+        when they are needed no more."""
         self._tail = tail
+        self._let_go = let_go
         self.size_bytes = info.size_bytes
         self.where = where
         self._client = client
@@ -413,4 +416,6 @@ class ObjectReader(TierReader):
         return None
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        let_go, self._let_go = self._let_go, lambda: None
+        self._tail = b""
+        let_go()

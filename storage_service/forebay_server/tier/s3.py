@@ -122,28 +122,38 @@ class S3Client(PartStoreClient):
         return ObjectInfo(key, found["ContentLength"], found.get("ETag", ""), modified)
 
     def tail(self, key: str, num_bytes: int) -> tuple[ObjectInfo, bytes] | None:
-        async def fetch() -> tuple[ObjectInfo, bytes] | None:
+        data = bytearray(num_bytes)
+        info = self.tail_into(key, memoryview(data))
+        if info is None:
+            return super().tail(key, num_bytes)  # which says what is wrong, if something is
+        return info, bytes(data[: min(num_bytes, info.size_bytes)])
+
+    def tail_into(self, key: str, view: memoryview) -> ObjectInfo | None:
+        received = _Received(view)
+
+        async def fetch() -> ObjectInfo | None:
             client = await self._files.set_session()
             found = await client.get_object(
-                Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes=-{num_bytes}"
+                Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes=-{view.nbytes}"
             )
-            async with found["Body"] as body:
-                data = await body.read()
             # "bytes FIRST-LAST/SIZE"; a store that knows no such ranges sends all or something else
             sent, _, size = found.get("ContentRange", "").removeprefix("bytes ").partition("/")
             first, _, last = sent.partition("-")
-            if not (first.isdecimal() and last == str(int(size or 0) - 1)):
+            is_tail = first.isdecimal() and size.isdecimal() and last == str(int(size) - 1)
+            if not is_tail or int(size) - int(first) != min(int(size), view.nbytes):
+                found["Body"].close()
                 return None
-            if len(data) != int(size) - int(first):
-                return None
+            async with found["Body"] as body:
+                async for chunk in getattr(body, "raw_stream", body).content.iter_any():
+                    received.add(chunk)
             modified = found["LastModified"].timestamp()
-            return ObjectInfo(key, int(size), found.get("ETag", ""), modified), data
+            return ObjectInfo(key, int(size), found.get("ETag", ""), modified)
 
         with contextlib.suppress(StoreFault):
-            told = self._run(fetch, num_bytes)
-            if told is not None:
-                return told
-        return super().tail(key, num_bytes)  # which says what is wrong, if something is
+            info = self._run(fetch, view.nbytes)
+            if info is not None and received.num_bytes == min(info.size_bytes, view.nbytes):
+                return info
+        return None
 
     def delete(self, key: str) -> None:
         self._call("delete_object", Key=self._prefix + key)

@@ -124,6 +124,11 @@ class StoreClient(ABC):
         info = self.head(key)
         return None if info is None else (info, b"")
 
+    def tail_into(self, key: str, view: memoryview) -> ObjectInfo | None:
+        """Fill *view* with the object's last bytes, from its start, in one call; the object. None
+        if that cannot be had so, for whatever reason."""
+        return None
+
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove the object if it is there."""
