@@ -5,6 +5,8 @@ import hashlib
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import pytest
 import forebay
 from forebay.testing.workers import read_blob
 from forebay.transfer import Blob
+from forebay_server.testing.daemon import DaemonProcess
 
 NUM_BYTES = 3 << 20
 CHILD_SECONDS = 60
@@ -112,6 +115,40 @@ def run_workers(client: forebay.Client, stored: Stored, method: str, num_workers
             for worker in workers:
                 worker.join(CHILD_SECONDS)
             assert [worker.exitcode for worker in workers] == [0] * len(workers)
+
+
+FORKS = """
+import os, sys, threading
+import forebay
+with forebay.connect(sys.argv[1]) as client:
+    client.datasets()
+    stop = threading.Event()
+    def work():
+        while not stop.is_set():
+            client.datasets()
+    thread = threading.Thread(target=work)
+    thread.start()
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+    stop.set()
+    thread.join()
+"""
+
+
+def test_grpc_is_left_alone_by_forks(daemon: DaemonProcess) -> None:
+    """Its handlers hang, now and then, what forks beside a thread that makes calls."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, daemon.address()["rpc"]],
+        env={**os.environ, "GRPC_VERBOSITY": "debug"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "fork() handlers" not in done.stderr
 
 
 class Torn:
