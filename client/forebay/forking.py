@@ -24,8 +24,8 @@ class ForkAware(Protocol):
 
 # gRPC's own fork handlers stop and restart its threads at each fork, or do nothing if another
 # thread is in a call. Between two calls of another thread they hang parents and children. Our
-# children never touch what they inherit, so nothing is lost without them. Read by gRPC when it makes
-# its first channel.
+# children never touch what they inherit, so nothing is lost without them. Read by gRPC when it
+# makes its first channel.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 _watched: Final[weakref.WeakSet[ForkAware]] = weakref.WeakSet()
