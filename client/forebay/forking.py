@@ -37,6 +37,8 @@ def watch(thing: ForkAware) -> None:
 
 
 def _forget_parent() -> None:
+    global _has_frozen
+    _has_frozen = False  # what the parent had made stays frozen here, also after forks of this one
     for thing in list(_watched):
         thing.forget_parent()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from forebay_server.catalog.queries_objects import CACHE_TIER, OBJECT_TIER
 from forebay_server.config import Config
@@ -24,28 +25,16 @@ def open_tiers(config: Config, node: str, record: Record, why_not_remote: str = 
     each call. With *why_not_remote* the object store only caches, in a folder of this node."""
     reserve = config.reserve_bytes
     tiers: list[Tier] = []
-    if config.ssd_folder is not None:
-        tiers.append(
-            DirectoryTier(
-                "ssd",
-                "ssd",
-                config.ssd_folder,
-                limit_bytes=config.ssd_bytes,
-                reserve_bytes=reserve,
-                node=node,
+    folders: tuple[tuple[Literal["ssd", "hdd"], Path | None, int], ...] = (
+        ("ssd", config.ssd_folder, config.ssd_bytes),
+        ("hdd", config.hdd_folder, config.hdd_bytes),
+    )
+    for name, folder, limit in folders:
+        if folder is not None:
+            tier = DirectoryTier(
+                name, name, folder, limit_bytes=limit, reserve_bytes=reserve, node=node
             )
-        )
-    if config.hdd_folder is not None:
-        tiers.append(
-            DirectoryTier(
-                "hdd",
-                "hdd",
-                config.hdd_folder,
-                limit_bytes=config.hdd_bytes,
-                reserve_bytes=reserve,
-                node=node,
-            )
-        )
+            tiers.append(tier)
     if config.object_location is not None:
         tiers.append(
             RemoteTier(
@@ -58,9 +47,9 @@ def open_tiers(config: Config, node: str, record: Record, why_not_remote: str = 
             )
         )
     encodings = {"ssd": RAW, "hdd": config.hdd_encoding}
-    for tier in tiers:
-        tier.encoding = encodings.get(tier.name, config.object_encoding)
-    guarded = [GuardedTier(MeteredTier(tier, record)) for tier in tiers]
+    for one in tiers:
+        one.encoding = encodings.get(one.name, config.object_encoding)
+    guarded = [GuardedTier(MeteredTier(one, record)) for one in tiers]
     used = [*guarded, *open_origins(config)]
     slots = SlotPool(config.ram_bytes or default_ram_bytes())
     return Tiers(used, slots, why_not_remote=why_not_remote)

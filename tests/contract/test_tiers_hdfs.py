@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import fsspec
 import pytest
 
 from forebay_server.testing.hdfs import URL_VARIABLE, hdfs_tier, missing_hdfs
-from forebay_server.testing.tier_contract import MIB, TierContract, random_bytes
+from forebay_server.testing.tier_contract import MIB, TierContract, publish_at_once, random_bytes
 from forebay_server.tier.parts import PART_BYTES
 from forebay_server.tier.remote import RemoteTier
-from forebay_server.tier.store import Tier
+from forebay_server.tier.store import Tier, TierWriter
 from forebay_wire.errors import AlreadyExists, ForebayError, NotFound, StorageError
 from forebay_wire.ids import new_random_name
 
@@ -72,25 +71,13 @@ def test_a_large_file_is_whole_and_leaves_nothing_beside_it(tier: RemoteTier) ->
 
 @needs_hdfs
 def test_of_many_writers_of_one_large_name_exactly_one_publishes(tier: RemoteTier) -> None:
-    name, won = tier.blob_name(new_random_name()), []
-    ready = threading.Barrier(3)
+    name = tier.blob_name(new_random_name())
 
-    def publish(number: int) -> None:
-        with tier.create(name, LARGE_BYTES) as writer:
-            for _ in range(3 * PART_BYTES // MIB):
-                writer.write(bytes([number]) * MIB)
-            ready.wait(timeout=60)
-            try:
-                writer.publish()
-                won.append(number)
-            except AlreadyExists:
-                pass
+    def write(writer: TierWriter, number: int) -> None:
+        for _ in range(3 * PART_BYTES // MIB):
+            writer.write(bytes([number]) * MIB)
 
-    threads = [threading.Thread(target=publish, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
+    won = publish_at_once([tier] * 3, name, LARGE_BYTES, write)
     assert len(won) == 1
     assert tier.get(name) == bytes(won) * (3 * PART_BYTES)
     assert unfinished_of(tier) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,7 +14,7 @@ import pytest
 from forebay_server.testing.http_proxy import Fault, FaultyProxy
 from forebay_server.testing.s3 import S3Bucket, make_bucket, missing_s3
 from forebay_server.testing.seaweed import KEY, SECRET, SeaweedFS, seaweed_program
-from forebay_server.testing.tier_contract import random_bytes
+from forebay_server.testing.tier_contract import publish_at_once, random_bytes
 from forebay_server.tier.parts import PART_BYTES
 from forebay_server.tier.remote import ObjectClientName, RemoteTier
 from forebay_server.tier.retry import CannotGiveRemote
@@ -371,24 +370,9 @@ def test_a_large_object_replaces_none_though_the_store_would_let_it(
     tiers = [half_careless() for _ in range(3)]  # as three daemons have them
     name = tiers[0].blob_name(new_random_name())
     data = [random_bytes(LARGE_BYTES, seed) for seed in range(3)]
-    won: list[int] = []
-    ready = threading.Barrier(3)
-
-    def publish(number: int) -> None:
-        with tiers[number].create(name, LARGE_BYTES) as writer:
-            writer.write(data[number])
-            ready.wait(timeout=60)
-            try:
-                writer.publish()
-                won.append(number)
-            except AlreadyExists:
-                pass
-
-    threads = [threading.Thread(target=publish, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    won = publish_at_once(
+        tiers, name, LARGE_BYTES, lambda writer, number: writer.write(data[number])
+    )
     assert len(won) == 1
     with pytest.raises(AlreadyExists):
         tiers[0].put(name, data[won[0] - 1])

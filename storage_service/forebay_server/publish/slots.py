@@ -23,8 +23,8 @@ T = TypeVar("T")
 SLOT_WAIT_SECONDS: Final = 20.0
 """How long a client waits for any memory that others have on loan before it is refused."""
 
-TURN_WAIT_SECONDS: Final = 45.0
-"""How long it waits behind others who wait; less than a call takes at most."""
+TURN_WAIT_SECONDS: Final = 30.0
+"""How long it waits behind others who wait. Both together are less than a call takes at most."""
 
 SLOT_IDLE_SECONDS: Final = 900.0
 """How long an owner without sessions keeps its slots warm: more than most times between saves."""

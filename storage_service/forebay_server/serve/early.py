@@ -50,29 +50,29 @@ class EarlyCopy:
     """One copy on its way to being durable. Made by :class:`EarlyCopies`."""
 
     def __init__(self, place: Place, descriptor: int) -> None:
-        """Takes *descriptor* over."""
+        """Takes *descriptor* over. Whoever publishes it closes it, and whoever fetched it."""
         self.place = place
         """Where it will be; its row is not there yet."""
         self.published: asyncio.Task[Place]
         """Ends when it is durable and in the catalog, with where it lies then."""
         self._descriptor = descriptor
+        self._num_holders = 2
         self._lock = threading.Lock()
 
     def open(self) -> OpenedBlob | None:
-        """A descriptor of its own for a reader; None once it has been published. From any
-        thread."""
+        """A descriptor of its own for a reader; None once both have closed it. From any thread."""
         with self._lock:
-            if self._descriptor < 0:
+            if not self._num_holders:
                 return None
             found = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY)
         return opened_at(self.place, self.place.tier, found)
 
     def close(self) -> None:
-        """Its readers keep what they have. Idempotent."""
+        """One of the two is done with it. Its readers keep what they have."""
         with self._lock:
-            if self._descriptor >= 0:
+            self._num_holders -= 1
+            if not self._num_holders:
                 os.close(self._descriptor)
-                self._descriptor = -1
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Fetch:
 
 
 class EarlyCopies:
-    """Belongs to the event loop, except for ``open``."""
+    """Belongs to the event loop, except for ``get``."""
 
     def __init__(
         self, tiers: Tiers, promoter: Promoter, published: Callable[[Place], object]
@@ -113,10 +113,9 @@ class EarlyCopies:
         tasks = [copy.published for copy in self._copies.values()]
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def open(self, blob: str) -> OpenedBlob | None:
-        """A copy of *blob* that is not durable yet, if there is one. From any thread."""
-        copy = self._copies.get(blob)
-        return None if copy is None else copy.open()
+    def get(self, blob: str) -> EarlyCopy | None:
+        """The copy of *blob* that is not durable yet, if there is one. From any thread."""
+        return self._copies.get(blob)
 
     async def begin(self, source: Place, tier: Tier) -> EarlyCopy:
         """Copy the blob at *source* into *tier*, checked by BLAKE3; readable on return, and durable
@@ -167,11 +166,13 @@ class EarlyCopies:
             placed = await self._promoter.enter(source, tier, copy.place.file, stored)
             self._published(placed)
             return placed
+        except BaseException:
+            await asyncio.shield(self._tiers.run(threads, written.writer.abort))
+            raise
         finally:
             self._copies.pop(copy.place.blob, None)
             copy.close()
             promised.close()
-            await asyncio.shield(self._tiers.run(threads, written.writer.abort))
 
 
 def _abandon(writing: asyncio.Future[_Written]) -> None:

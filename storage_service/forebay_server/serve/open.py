@@ -141,8 +141,9 @@ class Opener:
                     if held is not None:
                         opened.append(self._open_window(held))
                         continue
-                    if (early := self._early.open(blob)) is not None:
-                        opened.append(early)
+                    early = self._early.get(blob)
+                    if early is not None and (found := early.open()) is not None:
+                        opened.append(found)
                         continue
                     place = self._places.get(blob)
                     if place is None:
@@ -414,29 +415,22 @@ class Opener:
         return opened
 
     async def _open_fetched(self, client: str, source: Place) -> OpenedBlob:
-        fetch = self._fetches.get(source.blob) or self._begin_fetch(source, self._fetch(source))
+        fetch = self._fetches.get(source.blob)
+        if fetch is None:
+            if (early := self._early.get(source.blob)) and (opened := early.open()):
+                self._hold_or_close(client, opened)
+                return opened
+            fetch = self._begin_fetch(source, self._fetch(source))
         fetch.num_waiting += 1
         try:
             found = await fetch.work.wait()
-            if isinstance(found, EarlyCopy):
-                return await self._open_early(client, found)
             with self._lock:
-                opened = self._open_window(found)
+                opened = self._open_fetch(found)
                 self._hold_or_close(client, opened)
             return opened
         finally:
             fetch.num_waiting -= 1
             self._end_fetch(source.blob)
-
-    async def _open_early(self, client: str, copy: EarlyCopy) -> OpenedBlob:
-        opened = copy.open()
-        if opened is not None:
-            self._hold_or_close(client, opened)
-            return opened
-        place = await asyncio.shield(copy.published)
-        if place.encoding != RAW:  # somebody has put one there for keeping
-            return await self._open_copy(client, place)
-        return await self._open_promoted(client, place)
 
     def _begin_fetch(self, source: Place, work: Coroutine[Any, Any, Fetched]) -> Fetch:
         fetch = self._fetches[source.blob] = Fetch(Shared(work, f"fetch-{source.blob}"))
@@ -448,11 +442,13 @@ class Opener:
         for this. Nothing if it is being fetched already."""
         if source.num_bytes >= SMALLEST_BYTES:
             await self.streams.copy(source)
-        elif source.blob not in self._fetches:
+            return
+        found: Fetched | None = self._early.get(source.blob)
+        if found is None and source.blob not in self._fetches:
             fetch = self._begin_fetch(source, self._fetch_ahead(source, tier))
             found = await fetch.work.wait()
-            if isinstance(found, EarlyCopy):
-                await asyncio.shield(found.published)
+        if isinstance(found, EarlyCopy):
+            await asyncio.shield(found.published)
 
     async def _fetch_ahead(self, source: Place, tier: Tier) -> Fetched:
         try:
@@ -462,15 +458,6 @@ class Opener:
                 raise
             return await self._fetch(source)
 
-    async def _open_promoted(self, client: str, place: Place) -> OpenedBlob:
-        try:
-            opened = await self._tiers.run(self._tiers.get(place.tier), self._open_checked, place)
-        except (IntegrityError, NotFound) as error:
-            # The copy is bad, not what it was copied from.
-            await self._condemn(place, error)
-            raise StorageError(f"a copy made just now does not read back: {error}") from error
-        return self._keep(client, place, opened)
-
     def _end_fetch(self, blob: str) -> None:
         """Forget a fetch that is done and that nobody waits for; its window goes if unused."""
         fetch = self._fetches.get(blob)
@@ -478,8 +465,11 @@ class Opener:
             return
         del self._fetches[blob]
         task = fetch.work.task
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.info("blob %s was not fetched: %s", blob, error)
+        if not task.cancelled():
+            if (error := task.exception()) is not None:
+                logger.info("blob %s was not fetched: %s", blob, error)
+            elif isinstance(found := task.result(), EarlyCopy):
+                found.close()
         self._drop_unused_window(blob)
 
     async def _fetch(self, source: Place) -> Fetched:
@@ -520,6 +510,14 @@ class Opener:
         """A blob that has not landed yet, in the slot that it was sealed in."""
         found = self._tiers.sealed.open(blob)
         return None if found is None else opened_sealed(blob, found, WINDOW_TIER)
+
+    def _open_fetch(self, found: Fetched) -> OpenedBlob:
+        """What was fetched, for one who has waited for it."""
+        if isinstance(found, HeldWindow):
+            return self._open_window(found)
+        opened = found.open()
+        assert opened is not None, "the fetch holds it"
+        return opened
 
     def _open_window(self, held: HeldWindow) -> OpenedBlob:
         return opened_at(held.place, WINDOW_TIER, held.window.open_read_only())

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mappin
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import (
@@ -28,7 +28,6 @@ from forebay_server.tier.verify import copy_verified, verify_file
 from forebay_wire.errors import IntegrityError, NotFound, ResourceExhausted, StorageError
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import new_random_name
-from forebay_wire.limits import MIB
 from forebay_wire.segments import SegmentTable, encode_trailer, file_bytes_for
 
 if TYPE_CHECKING:
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-WHOLE_BYTES: Final = 8 * MIB
-"""Smaller files come from a store in one call."""
 
 Foreground = Callable[[str], AbstractContextManager[None]]
 """Given a tier: a ``with`` block in which somebody waits for bytes of it."""
@@ -270,9 +266,7 @@ class Promoter:
         """Inside, a reader of the raw image of the blob at *source*, on a thread; who waits for
         this is told what is read there, and that the rest is the target's."""
         origin = self._tiers.get(source.tier)
-        whole: Callable[[str], TierReader] | None = None
-        if source.file_bytes <= WHOLE_BYTES:
-            whole = partial(origin.read_whole, num_bytes=source.file_bytes)
+        whole = partial(origin.read_whole, num_bytes=source.file_bytes)
         with open_plain(origin, source.file, source.encoding, source.blob, read=whole) as reader:
             course = current_course()
             told = _ToldReader(reader, course, reason_of(origin)) if course is not None else reader

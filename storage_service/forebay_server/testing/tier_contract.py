@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from forebay_server.tier.buffers import SEGMENT_BUFFERS
-from forebay_server.tier.store import Tier
+from forebay_server.tier.store import Tier, TierWriter
 from forebay_server.tier.verify import copy_verified, read_table, verify_file
 from forebay_wire.errors import AlreadyExists, IntegrityError, NotFound, StorageError
 from forebay_wire.ids import new_random_name
@@ -37,6 +37,32 @@ def write_blob(tier: Tier, file: str, pieces: list[bytes]) -> SegmentTable:
         writer.write(encode_trailer(table.total_bytes, len(table.encoded)))
         writer.publish()
     return table
+
+
+def publish_at_once(
+    tiers: Sequence[Tier], name: str, num_bytes: int, write: Callable[[TierWriter, int], object]
+) -> list[int]:
+    """Which of the writers of *name*, one for each of *tiers*, were not refused when all published
+    at the same moment. *write* gives each its *num_bytes*, by its number."""
+    won: list[int] = []
+    ready = threading.Barrier(len(tiers))
+
+    def publish(number: int) -> None:
+        with tiers[number].create(name, num_bytes) as writer:
+            write(writer, number)
+            ready.wait(timeout=60)
+            try:
+                writer.publish()
+                won.append(number)
+            except AlreadyExists:
+                pass
+
+    threads = [threading.Thread(target=publish, args=(one,)) for one in range(len(tiers))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    return won
 
 
 class TierContract:
@@ -89,24 +115,9 @@ class TierContract:
         assert tier.head(name) is None
 
     def test_of_many_writers_of_one_name_exactly_one_publishes(self, tier: Tier, name: str) -> None:
-        won: list[int] = []
-        ready = threading.Barrier(4)
-
-        def publish(number: int) -> None:
-            with tier.create(name, MIB) as writer:
-                writer.write(bytes([number]) * MIB)
-                ready.wait(timeout=30)
-                try:
-                    writer.publish()
-                    won.append(number)
-                except AlreadyExists:
-                    pass
-
-        threads = [threading.Thread(target=publish, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=30)
+        won = publish_at_once(
+            [tier] * 4, name, MIB, lambda writer, number: writer.write(bytes([number]) * MIB)
+        )
         assert len(won) == 1
         assert tier.get(name) == bytes(won) * MIB
 

@@ -145,7 +145,7 @@ class Tier(ABC):
 
     def read_whole(self, name: str, num_bytes: int) -> TierReader:
         """Like :meth:`read`, for who reads all of a file of up to *num_bytes* next: a store sends
-        it with the first call, and it is kept until the reader is closed."""
+        a small one with the first call, and it is kept until the reader is closed."""
         return self.read(name)
 
     def read_medium(self, name: str) -> TierReader:
