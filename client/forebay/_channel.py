@@ -1,6 +1,7 @@
 """Control calls over gRPC: made lazily per process, with deadlines, retries and one error mapping.
 
-The only module of the client that knows gRPC.
+The only module of the client that knows gRPC. What was forked off a process that has used it makes
+its calls by a :mod:`relay <forebay._relay>`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
+from forebay._relay import Relay
 from forebay.address import Address, FolderAddress, SocketAddress, TcpAddress
 from forebay.daemon_folder import find_or_start, find_running, wait
 from forebay.forking import watch
@@ -70,8 +72,8 @@ RESTART_GRACE_SECONDS: Final = 5.0
 
 _FORK_WARNING: Final = (
     "this process was forked from one that is connected to a Forebay daemon, and makes control "
-    "calls of its own: gRPC may fail here while the parent makes calls. Reading data is safe; make "
-    "control calls in the main process, or start this one by forkserver or spawn"
+    "calls of its own: they go by way of another process, one at a time. Reading data is not "
+    "concerned; make control calls in the main process, or start this one by forkserver or spawn"
 )
 
 _OPTIONS: Final = (
@@ -98,6 +100,8 @@ class _Target:
 class _Live:
     """One open gRPC channel to one start of a daemon."""
 
+    is_lost = False
+
     def __init__(self, target: _Target) -> None:
         self.target = target
         self.metadata = (
@@ -122,6 +126,9 @@ class _Live:
         response: Response = found(request, timeout=seconds, metadata=self.metadata)
         return response
 
+    def close(self) -> None:
+        self.channel.close()
+
     def stream(self, method: Method[Request, Response], request: Request, seconds: float) -> Any:
         call = self.channel.unary_stream(
             method.path,
@@ -135,7 +142,7 @@ class _Live:
 class _Held:
     """What has to be closed at the end; apart from the channel, so that the channel may die."""
 
-    live: _Live | None = None
+    live: _Live | Relay | None = None
     attached: Any = None
     stop: threading.Event | None = None
 
@@ -155,13 +162,19 @@ class RpcChannel:
         self._is_closed = False
         self._is_reconnect = False
         self._endpoint: DataEndpoint | None = None
-        self._is_inherited = False
         self._attacher: threading.Thread | None = None
         watch(self)
         weakref.finalize(self, _release, self._held)
 
-    def connect(self, timeout: float = CONNECT_SECONDS) -> DataEndpoint:
-        """Connect and shake hands unless done; the endpoint of the daemon's bytes.
+    @property
+    def endpoint(self) -> DataEndpoint | None:
+        """Where the daemon's bytes are, as of the last handshake; None before the first."""
+        live = self._held.live
+        return self._endpoint if live is None else live.endpoint
+
+    def connect(self, timeout: float = CONNECT_SECONDS, *, may_start: bool = True) -> DataEndpoint:
+        """Connect and shake hands unless done; the endpoint of the daemon's bytes. With *may_start*
+        the daemon of a folder is started if need be.
 
         Raises DaemonUnavailable within *timeout* seconds, VersionMismatch, Unauthenticated.
         """
@@ -169,7 +182,7 @@ class RpcChannel:
         backoff = Backoff(limit=0.5)
         while True:
             try:
-                live = self._connected(deadline)
+                live = self._connected(deadline, may_start=may_start)
                 assert live.endpoint is not None
                 return live.endpoint
             except DaemonUnavailable:
@@ -202,17 +215,21 @@ class RpcChannel:
         request: Request,
         *,
         timeout: float = CALL_SECONDS,
+        wait_for_daemon: bool = True,
     ) -> list[Response]:
         """All answers of a streaming call, which is repeated from its start like :meth:`call`."""
         return self._persist(
-            method, timeout, True, lambda live, left: list(live.stream(method, request, left))
+            method,
+            timeout,
+            wait_for_daemon,
+            lambda live, left: list(live.stream(method, request, left)),
         )
 
     def attach(self) -> None:
         """Keep the daemon of a folder alive while this object lives, by a stream in a thread."""
         with self._lock:
-            if self._attacher is not None or self._is_closed:
-                return
+            if self._attacher is not None or self._is_closed or _is_forked():
+                return  # a relay does so by itself
             self._held.stop = threading.Event()
             self._attacher = threading.Thread(
                 target=_stay_attached,
@@ -236,7 +253,8 @@ class RpcChannel:
     def forget_parent(self) -> None:
         """In a child of fork: gRPC's objects are kept from ever being touched, even by the end."""
         self._lock = threading.Lock()
-        self._is_inherited = self._held.live is not None
+        if isinstance(self._held.live, Relay):
+            self._held.live.forget_parent()
         for inherited in (self._held.live, self._held.attached):
             if inherited is not None:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
@@ -248,14 +266,14 @@ class RpcChannel:
         method: Method[Request, Response],
         timeout: float,
         wait_for_daemon: bool,
-        action: Callable[[_Live, float], Result],
+        action: Callable[[_Live | Relay, float], Result],
     ) -> Result:
         """*action* until it succeeds, fails for good, or time is up."""
         deadline = Deadline(timeout)
         patience: Deadline | None = None
         backoff = Backoff()
         while True:
-            live: _Live | None = None
+            live: _Live | Relay | None = None
             started = time.monotonic()
             try:
                 live = self._connected(patience or deadline)
@@ -280,30 +298,33 @@ class RpcChannel:
     def _lost(self, error: Exception) -> DaemonUnavailable:
         return DaemonUnavailable(f"the connection to {self.address} was closed ({error})")
 
-    def _connected(self, deadline: Deadline, *, may_start: bool = True) -> _Live:
+    def _connected(self, deadline: Deadline, *, may_start: bool = True) -> _Live | Relay:
         live = self._held.live
-        if live is not None:
+        if live is not None and not live.is_lost:
             return live
         if not self._lock.acquire(timeout=max(0.001, deadline.remaining)):
             raise DaemonUnavailable(f"{self.address} has not answered for {deadline.seconds:.0f} s")
         try:
             if self._is_closed:
                 raise InvalidRequest(f"the client of {self.address} is closed: connect again")
-            if self._held.live is None:
+            live = self._held.live
+            if live is not None and live.is_lost:
+                live.close()
+            if live is None or live.is_lost:
                 self._opening = deadline.at_most(deadline.remaining)
                 live = self._held.live = self._open(self._opening, may_start)
                 self._is_reconnect = True
                 last, self._endpoint = self._endpoint, live.endpoint
                 if last is not None and live.endpoint is not None:
                     succeed_endpoint(last, live.endpoint)
-            return self._held.live
+            return live
         finally:
             self._lock.release()
 
-    def _open(self, deadline: Deadline, may_start: bool) -> _Live:
-        if self._is_inherited:
-            self._is_inherited = False
+    def _open(self, deadline: Deadline, may_start: bool) -> _Live | Relay:
+        if _is_forked():
             warnings.warn(_FORK_WARNING, RuntimeWarning, stacklevel=2)
+            return Relay(self.address, max(0.1, deadline.remaining), may_start=may_start)
         backoff = Backoff()
         while True:
             target = _locate(
@@ -314,23 +335,33 @@ class RpcChannel:
                 live.endpoint = _shake_hands(live, self.address, deadline)
                 return live
             except DaemonUnavailable:  # it answered elsewhere a moment ago: it is just stopping
-                live.channel.close()
+                live.close()
                 if not backoff.pause(deadline):
                     raise
             except BaseException:
-                live.channel.close()
+                live.close()
                 raise
 
-    def _drop(self, live: _Live | None) -> None:
+    def _drop(self, live: _Live | Relay | None) -> None:
         """Close a channel whose daemon has gone, unless another thread has replaced it already."""
         with self._lock:
             if live is None or self._held.live is not live:
                 return
             self._held.live = None
-        live.channel.close()
+        live.close()
+
+
+_user: int | None = None
+"""The process whose gRPC this is, once it has been used."""
+
+
+def _is_forked() -> bool:
+    return _user not in (None, os.getpid())
 
 
 def _open_grpc(target: _Target) -> grpc.Channel:
+    global _user
+    _user = os.getpid()
     if not target.is_tls:
         return grpc.insecure_channel(target.grpc_target, _OPTIONS)
     certificates = os.environ.get("FOREBAY_TLS_CA")
@@ -413,7 +444,7 @@ def _stay_attached(channel_ref: weakref.ref[RpcChannel], stop: threading.Event) 
         channel = channel_ref()
         if channel is None:
             return
-        live: _Live | None = None
+        live: _Live | Relay | None = None
         with suppress(ForebayError, ValueError):
             # A daemon that was stopped is left alone until somebody calls.
             live = channel._connected(Deadline(CONNECT_SECONDS), may_start=False)
@@ -435,7 +466,7 @@ def _stay_attached(channel_ref: weakref.ref[RpcChannel], stop: threading.Event) 
         stop.wait(backoff.next_seconds())
 
 
-def _follow(stream: Any, live: _Live) -> tuple[bool, bool]:
+def _follow(stream: Any, live: _Live | Relay) -> tuple[bool, bool]:
     """Wait until an Attach stream ends; whether it began, and whether *live* may still be used.
 
     gRPC connects anew by itself, also to a daemon that was started since: with that one nobody has
@@ -463,7 +494,7 @@ def _release(held: _Held) -> None:
     if stream is not None:
         stream.cancel()
     if live is not None:
-        live.channel.close()
+        live.close()
 
 
 def _is_connection_lost(error: grpc.RpcError) -> bool:

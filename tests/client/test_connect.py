@@ -231,24 +231,6 @@ def test_daemon_that_does_not_answer_runs_into_the_deadline(own_daemon: DaemonPr
             os.kill(own_daemon.pid, signal.SIGCONT)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_child_of_fork_connects_anew(daemon: DaemonProcess) -> None:
-    """Control calls are for the main process; a child that makes some still gets its answer."""
-    with forebay.connect(daemon.data) as client:
-        client.datasets()
-        for _ in range(5):
-            child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    with pytest.warns(RuntimeWarning, match="forkserver or spawn"):
-                        status = 0 if isinstance(client.datasets(), list) else 2
-                finally:
-                    os._exit(status)
-            assert os.waitpid(child, 0)[1] == 0
-        assert isinstance(client.datasets(), list)
-
-
 def test_close_does_not_wait_for_a_daemon_that_is_away(
     own_daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,65 +7,17 @@ import os
 import random
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 
 import forebay
+from forebay.testing.forks import CHILD_SECONDS, busy, in_fork
 from forebay.testing.workers import read_blob
 from forebay.transfer import Blob
 from forebay_server.testing.daemon import DaemonProcess
 
 NUM_BYTES = 3 << 20
-CHILD_SECONDS = 60
-
-
-def in_fork(work: Callable[[], object]) -> int:
-    """Run *work* in a plain child of fork; its exit status (1: it raised)."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    deadline = time.monotonic() + CHILD_SECONDS
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    raise AssertionError("the child hung")
-
-
-@contextmanager
-def busy(work: Callable[[], object]) -> Iterator[None]:
-    """*work* over and over in another thread."""
-    stop = threading.Event()
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            while not stop.is_set():
-                work()
-        except BaseException as error:  # noqa: BLE001 - handed to the test
-            failures.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    assert failures == []
 
 
 @dataclass(frozen=True)
@@ -185,6 +137,24 @@ def test_garbage_of_the_parent_is_not_torn_down_in_a_child() -> None:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_what_a_child_has_inherited_stays_frozen_when_it_forks_itself() -> None:
+    torn: list[int] = []
+
+    def child() -> None:
+        assert in_fork(lambda: None) == 0
+        gc.collect()
+        assert not torn
+
+    gc.collect()
+    gc.disable()
+    try:
+        Torn(torn)
+        assert in_fork(child) == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

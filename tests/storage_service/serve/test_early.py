@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from forebay_server.serve.open import OpenedBlob
+from forebay_server.serve.promote import places_of
 from forebay_server.testing.faults import StallingTier
 from forebay_server.testing.node import StorageNode
 from forebay_server.testing.tier_contract import random_bytes
@@ -71,6 +72,10 @@ async def test_a_reader_does_not_wait_until_its_copy_is_durable(
                 num_reads = slow.calls["read_into"]
                 assert await read(node, blob, "two") == "ssd"
                 cached = node.opener.open_cached("three", [blob])
+                [source] = places_of(await node.locate(blob))
+                ahead = asyncio.create_task(node.opener.bring_ahead(source, ssd))
+                await asyncio.sleep(0)
+                assert not ahead.done()  # it waits until the copy is durable
             assert cached is not None
             assert check(cached[0]) == "ssd"
             assert slow.calls["read_into"] == num_reads
@@ -79,6 +84,7 @@ async def test_a_reader_does_not_wait_until_its_copy_is_durable(
         finally:
             gate.set()
         await node.opener.settle()
+        await ahead
         assert await tiers_of(node, blob) == {"object", "ssd"}
         assert await read(node, blob, "four") == "ssd"
         assert slow.calls["read_into"] == num_reads
