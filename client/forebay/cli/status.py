@@ -78,7 +78,7 @@ def _job(job: JobStatus) -> tuple[str, ...]:
 
 def _plan(plan: PlanSummary) -> tuple[str, ...]:
     """Ahead: of the blobs that come next; ready: of these, in a local tier."""
-    place = f"{plan.epoch}:{plan.position}" if plan.dataset else str(plan.position)
+    place = f"{plan.epoch}:{plan.position}" if plan.num_samples else str(plan.position)
     return (
         plan.loader,
         plan.dataset or "ranges",

@@ -29,28 +29,32 @@ class OrderParameters(_message.Message):
     def __init__(self, manifest: _Optional[str] = ..., selection: _Optional[str] = ..., shuffle: _Optional[str] = ..., seed: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., last_batch: _Optional[str] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., num_epochs: _Optional[int] = ...) -> None: ...
 
 class RegisterPlanRequest(_message.Message):
-    __slots__ = ("plan", "loader", "order", "epoch", "position")
+    __slots__ = ("plan", "loader", "order", "epoch", "position", "manifest")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     LOADER_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
     plan: str
     loader: str
     order: OrderParameters
     epoch: int
     position: int
-    def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., order: _Optional[_Union[OrderParameters, _Mapping]] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    manifest: str
+    def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., order: _Optional[_Union[OrderParameters, _Mapping]] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., manifest: _Optional[str] = ...) -> None: ...
 
 class BlobRange(_message.Message):
-    __slots__ = ("blob", "offset", "length")
+    __slots__ = ("blob", "offset", "length", "num_samples")
     BLOB_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     blob: str
     offset: int
     length: int
-    def __init__(self, blob: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    num_samples: int
+    def __init__(self, blob: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., num_samples: _Optional[int] = ...) -> None: ...
 
 class AddRangesRequest(_message.Message):
     __slots__ = ("plan", "page", "ranges")

@@ -5,9 +5,10 @@ Both classes are plan views of ``model/nextuse.py``.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -140,15 +141,32 @@ class OrderView:
         return True
 
 
-class RangesView:
-    """The future of a foreign reader, told in pages. Positions count its ranges."""
+@dataclass(frozen=True)
+class _Range:
+    """Positions [start, stop) of a foreign reader, at which it needs *shard*."""
 
-    def __init__(self) -> None:
-        self._blobs: deque[str] = deque()
-        self._first = 0
-        """Position of the first of them."""
-        self._positions: dict[str, deque[int]] = {}
+    start: int
+    stop: int
+    shard: str
+
+
+class RangesView:
+    """The future of a foreign reader, told in pages. Positions count its samples, if it says how
+    many a range is read for, else its ranges. Not thread-safe.
+
+    A range is needed at each of its positions: also when the reader stands inside it.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        """*start*: the position of the first range."""
+        self._ranges: deque[_Range] = deque()
+        self._of_shard: dict[str, deque[_Range]] = {}
+        self._blobs: dict[str, str] = {}
+        """Shards that are known by another name meanwhile."""
+        self._shards: dict[str, str] = {}
+        """And those names."""
         self._num_pages = 0
+        self._stop = start
 
     @property
     def seconds_per_position(self) -> float | None:
@@ -157,19 +175,27 @@ class RangesView:
     @property
     def num_blobs(self) -> int:
         """Different blobs that it knows to come."""
-        return len(self._positions)
+        return len(self._of_shard)
 
     @property
     def stop(self) -> int:
         """The position after the last range."""
-        return self._first + len(self._blobs)
+        return self._stop
 
     def knows(self, blob: str) -> bool:
         """Whether *blob* is to come."""
-        return blob in self._positions
+        return any(shard in self._of_shard for shard in self._names(blob))
 
-    def add_page(self, page: int, blobs: Sequence[str]) -> None:
-        """Append the blobs of a page's ranges; a page that came before changes nothing.
+    def rename(self, shard: str, blob: str) -> None:
+        """What was and will be told as *shard* is *blob* from now on."""
+        self._blobs[shard] = blob
+        self._shards.setdefault(blob, shard)
+
+    def add_page(
+        self, page: int, blobs: Sequence[str], num_samples: Sequence[int] | None = None
+    ) -> None:
+        """Append the blobs of a page's ranges, each read for so many samples (default: one); a
+        page that came before changes nothing.
 
         :class:`InvalidRequest` if one in between is missing, :class:`LimitExceeded` if too much
         lies ahead of the reader.
@@ -180,33 +206,47 @@ class RangesView:
             raise InvalidRequest(
                 f"page {page} of the plan comes before page {self._num_pages}: send them in order"
             )
-        if len(self._blobs) + len(blobs) > MAX_RANGES:
+        if len(self._ranges) + len(blobs) > MAX_RANGES:
             raise LimitExceeded(
                 f"a plan holds at most {MAX_RANGES} ranges ahead of its position: send the next "
                 "pages when reading has advanced"
             )
-        for blob in blobs:
-            self._positions.setdefault(blob, deque()).append(self.stop)
-            self._blobs.append(blob)
+        counts = [1] * len(blobs) if num_samples is None else num_samples
+        for shard, count in zip(blobs, counts, strict=True):
+            added = _Range(self._stop, self._stop + count, shard)
+            self._of_shard.setdefault(shard, deque()).append(added)
+            self._ranges.append(added)
+            self._stop = added.stop
         self._num_pages += 1
 
     def next_position(self, blob: str, start: int) -> float | None:
         """See ``PlanView``."""
-        positions = self._positions.get(blob)
-        if not positions or positions[-1] < start:
-            return None
-        return positions[bisect_left(positions, start)]
+        found: list[int] = []
+        for shard in self._names(blob):
+            ranges = self._of_shard.get(shard)
+            if ranges and ranges[-1].stop > start:
+                index = 0  # where reading stands, mostly
+                if ranges[0].stop <= start:
+                    index = bisect_right(ranges, start, key=lambda one: one.stop)
+                found.append(max(ranges[index].start, start))
+        return min(found, default=None)
 
     def uses(self, start: int) -> Iterator[tuple[int, str]]:
         """See ``PlanView``."""
-        for index in range(max(start - self._first, 0), len(self._blobs)):
-            yield self._first + index, self._blobs[index]
+        for one in self._ranges:
+            if one.stop > start:
+                yield max(one.start, start), self._blobs.get(one.shard, one.shard)
 
     def forget_before(self, position: int) -> None:
         """Nobody asks about uses before *position* any more."""
-        while self._blobs and self._first < position:
-            blob = self._blobs.popleft()
-            self._first += 1
-            self._positions[blob].popleft()
-            if not self._positions[blob]:
-                del self._positions[blob]
+        while self._ranges and self._ranges[0].stop <= position:
+            gone = self._ranges.popleft()
+            ranges = self._of_shard[gone.shard]
+            ranges.popleft()
+            if not ranges:
+                del self._of_shard[gone.shard]
+
+    def _names(self, blob: str) -> list[str]:
+        """The shards that are *blob*."""
+        own = [] if blob in self._blobs else [blob]
+        return [*own, self._shards[blob]] if blob in self._shards else own

@@ -46,6 +46,7 @@ class PlansService(plans_pb2_grpc.PlansServicer):
             request.epoch,
             request.position,
             uid=caller_uid(),
+            manifest=request.manifest,
         )
         return self._standing(made)
 
@@ -53,8 +54,9 @@ class PlansService(plans_pb2_grpc.PlansServicer):
         self, request: messages.AddRangesRequest, context: Context
     ) -> messages.PlanStanding:
         blobs = [one.blob for one in request.ranges]
+        counts = [one.num_samples or 1 for one in request.ranges]
         return self._standing(
-            self._plans.add_ranges(request.plan, request.page, blobs, uid=caller_uid())
+            self._plans.add_ranges(request.plan, request.page, blobs, counts, uid=caller_uid())
         )
 
     async def AdvancePlan(

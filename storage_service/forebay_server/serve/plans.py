@@ -31,6 +31,9 @@ MAX_PLANS: Final = 4096
 
 MAX_LOADER_CHARACTERS: Final = 200
 
+MAX_RANGE_SAMPLES: Final = 1 << 40
+"""That one range of a foreign reader is read for."""
+
 MAX_LEARNED: Final = 1 << 14
 """First reads that a plan which is being made may have missed."""
 
@@ -91,7 +94,7 @@ class Plan:
     name: str
     loader: str
     dataset: str
-    """``NAME@VERSION``; empty for explicit ranges."""
+    """``NAME@VERSION``; empty for explicit ranges of nobody knows what."""
     uid: int
     owner: str
     """The connection whose end is the plan's; empty: it ends by its lease only."""
@@ -177,8 +180,11 @@ class Plans:
         *,
         uid: int = 0,
         owner: str = "",
+        manifest: str = "",
     ) -> Plan:
-        """Register a plan in the place of the one of that name, if there is one.
+        """Register a plan in the place of the one of that name, if there is one; without an
+        *order* one of explicit ranges, which are of the dataset version *manifest* if that is
+        given.
 
         :class:`NotFound` for a version or split that is deleted or never was,
         :class:`InvalidRequest` for parameters that make no order.
@@ -188,9 +194,13 @@ class Plans:
         self._check_number("position", position)
         self._check_owner(plan, uid)
         if order is None:
-            made = Plan(plan, loader, "", uid, owner, 0, RangesView(), 0.0)
-            if epoch or position:
-                raise InvalidRequest("a plan of explicit ranges begins at its first range")
+            if epoch:
+                raise InvalidRequest("a plan of explicit ranges has no epochs")
+            made = Plan(plan, loader, "", uid, owner, 0, RangesView(position), 0.0)
+            if manifest:
+                await self._name_ranges(made, manifest)
+        elif manifest:
+            raise InvalidRequest("an order names its manifest itself")
         else:
             made = await self._make(plan, loader, order, epoch, position, uid, owner)
         self._check_owner(plan, uid)
@@ -209,12 +219,23 @@ class Plans:
         self._changed()
         return made
 
-    def add_ranges(self, plan: str, page: int, blobs: Sequence[str], *, uid: int = 0) -> Plan:
-        """Append a page of a plan of explicit ranges."""
+    def add_ranges(
+        self,
+        plan: str,
+        page: int,
+        blobs: Sequence[str],
+        num_samples: Sequence[int] | None = None,
+        *,
+        uid: int = 0,
+    ) -> Plan:
+        """Append a page of a plan of explicit ranges; *num_samples* of each (default: one)."""
         found = self._find(plan, uid)
         if not isinstance(found.view, RangesView):
             raise InvalidRequest(f"plan {plan} has an order: it takes no ranges")
-        found.view.add_page(page, [check_id("blob", blob) for blob in blobs])
+        for count in num_samples or ():
+            if not 0 < count <= MAX_RANGE_SAMPLES:
+                raise InvalidRequest(f"a range is read for 1 to 2^40 samples, not for {count}")
+        found.view.add_page(page, [check_id("blob", blob) for blob in blobs], num_samples)
         self._renew(found)
         self._changed()
         return found
@@ -290,9 +311,7 @@ class Plans:
         uid: int,
         owner: str,
     ) -> Plan:
-        version = await self._read(order.manifest, "dataset version")
-        if not isinstance(version, DatasetManifest):
-            raise InvalidRequest(f"manifest {order.manifest} is not that of a dataset version")
+        version = await self._read_version(order.manifest)
         split, num_samples = None, version.num_rows
         if order.selection:
             selection = await self._read(order.selection, "split")
@@ -324,21 +343,35 @@ class Plans:
             num_epochs=order.num_epochs,
         )
         shards = version.shards
-        origins = [shard.blob for shard in shards if shard.origin is not None]
-        known = await self._catalog.read(lambda one: find_origins(one, origins)) if origins else {}
         view = OrderView(
             reading,
             [shard.blob for shard in shards],
             [shard.num_rows for shard in shards],
             reading.time(epoch, position),
         )
-        dataset = f"{version.dataset}@{version.version}"
-        made = Plan(plan, loader, dataset, uid, owner, num_samples, view, 0.0, set(origins))
+        made = Plan(plan, loader, "", uid, owner, num_samples, view, 0.0)
+        await self._name(made, version)
+        return made
+
+    async def _name_ranges(self, made: Plan, manifest: str) -> None:
+        await self._name(made, await self._read_version(manifest))
+
+    async def _name(self, made: Plan, version: DatasetManifest) -> None:
+        """Say that *made* reads *version*, whose origins it knows by their blobs, if there are."""
+        made.dataset = f"{version.dataset}@{version.version}"
+        origins = [shard.blob for shard in version.shards if shard.origin is not None]
+        known = await self._catalog.read(lambda one: find_origins(one, origins)) if origins else {}
+        made.unread = set(origins)
         blobs = {origin: row.blob for origin, row in known.items() if row.blob}
         _rename(
             made, {**blobs, **{one: self._learned[one] for one in origins if one in self._learned}}
         )
-        return made
+
+    async def _read_version(self, manifest: str) -> DatasetManifest:
+        version = await self._read(manifest, "dataset version")
+        if not isinstance(version, DatasetManifest):
+            raise InvalidRequest(f"manifest {manifest} is not that of a dataset version")
+        return version
 
     async def _read(self, manifest: str, what: str) -> object:
         check_id("manifest", manifest)
@@ -382,6 +415,6 @@ class Plans:
 def _rename(plan: Plan, blobs: Mapping[str, str]) -> None:
     """Have *plan* know its origins by the blobs that their bytes make."""
     for origin, blob in blobs.items():
-        plan.unread.discard(origin)
-        if isinstance(plan.view, OrderView):
+        if origin in plan.unread:
+            plan.unread.discard(origin)
             plan.view.rename(origin, blob)

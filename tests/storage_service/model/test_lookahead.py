@@ -105,3 +105,44 @@ def test_ranges_come_in_pages_each_once():
     with pytest.raises(LimitExceeded, match="when reading has advanced"):
         seen.add_page(2, ["a"] * lookahead.MAX_RANGES)
     assert seen.stop == 3
+
+
+RUNS = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 5)), max_size=12)
+
+
+@given(st.integers(0, 9), RUNS, st.integers(0, 12), st.data())
+def test_a_range_is_needed_at_each_of_its_positions(first, runs, border, data):
+    seen = RangesView(first)
+    for page, some in enumerate((runs[:border], runs[border:])):
+        seen.add_page(page, [blob for blob, _ in some], [count for _, count in some])
+    needed = {
+        first + at: blob
+        for at, blob in enumerate(blob for blob, count in runs for _ in range(count))
+    }
+    end = first + len(needed)
+    assert seen.stop == end
+    for start in sorted(data.draw(st.lists(st.integers(first, end + 3), max_size=4))):
+        for blob in "abcd":
+            following = [time for time, one in needed.items() if one == blob and time >= start]
+            assert seen.next_position(blob, start) == min(following, default=None)
+        uses = list(seen.uses(start))
+        assert [time for time, _ in uses] == sorted(time for time, _ in uses)
+        assert all(needed[time] == blob for time, blob in uses)
+        assert {blob for _, blob in uses} == {needed[time] for time in needed if time >= start}
+        seen.forget_before(start)
+        assert all(seen.knows(blob) for _, blob in uses)
+    seen.add_page(2, ["e"], [2])
+    assert seen.next_position("e", 0) == end
+
+
+def test_ranges_of_a_shard_that_turns_out_to_be_a_blob_are_that_blobs():
+    seen = RangesView()
+    seen.add_page(0, ["shard", "b", "blob"], [2, 1, 1])
+    seen.rename("shard", "blob")
+    seen.add_page(1, ["shard"])
+    assert list(seen.uses(1)) == [(1, "blob"), (2, "b"), (3, "blob"), (4, "blob")]
+    assert [seen.next_position("blob", start) for start in range(6)] == [0, 1, 3, 3, 4, None]
+    assert seen.next_position("shard", 0) is None
+    assert not seen.knows("shard")
+    seen.forget_before(4)
+    assert seen.knows("blob")
