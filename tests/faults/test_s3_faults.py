@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,28 @@ def test_a_connection_that_breaks_within_an_answer_is_read_on_from_there(
     for num_bytes in (0, 1, 1_000_000):
         proxy.fail(Fault("cut answer", "GET", name, num_bytes=num_bytes))
     assert tier.get(name) == data
+
+
+def test_reads_go_over_sockets_until_only_the_client_understands_an_answer(
+    s3: S3Bucket, proxy: FaultyProxy
+) -> None:
+    """Signed addresses tell who has asked."""
+    proxy.heal()
+    tier = replace(s3, endpoint=proxy.endpoint).tier("sockets")
+    with closing(tier):
+        tier.open()
+        name, data = tier.blob_name(new_random_name()), random_bytes(100_000, 5)
+
+        def read() -> str:
+            assert tier.get(name) == data
+            [*_, last] = [one for one in proxy.requests if one.startswith("GET ") and name in one]
+            return last
+
+        tier.put(name, data)
+        assert "X-Amz-Signature=" in read()
+        proxy.fail(Fault("answer", "GET", name, status=301, code="PermanentRedirect"))
+        assert "X-Amz-Signature=" not in read()
+        assert "X-Amz-Signature=" not in read()
 
 
 def test_a_slow_store_is_waited_for(tier: RemoteTier, proxy: FaultyProxy, name: str) -> None:

@@ -301,6 +301,10 @@ class _ToldReader(TierReader):
         with on_thread(self._course, self._reason):
             self._inner.read_into(offset, buffer)
 
+    def view(self, offset: int, num_bytes: int) -> memoryview | None:
+        with on_thread(self._course, self._reason):
+            return self._inner.view(offset, num_bytes)
+
     def fileno(self) -> int | None:
         return self._inner.fileno()
 

@@ -380,13 +380,18 @@ class ObjectReader(TierReader):
         self._retrier = retrier
         self._info = info
 
+    def view(self, offset: int, num_bytes: int) -> memoryview | None:
+        first = self.size_bytes - len(self._tail)
+        if offset < first or offset + num_bytes > self.size_bytes:
+            return None
+        return memoryview(self._tail)[offset - first : offset - first + num_bytes]
+
     def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
         view = memoryview(buffer).cast("B")
-        end = offset + view.nbytes
-        first = self.size_bytes - len(self._tail)
-        if first <= offset and end <= self.size_bytes:
-            view[:] = self._tail[offset - first : end - first]
+        if (found := self.view(offset, view.nbytes)) is not None:
+            view[:] = found
             return
+        end = offset + view.nbytes
         while view.nbytes and offset < self.size_bytes:
             num_bytes = self._read_some(offset, view)
             if not num_bytes:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import functools
+import logging
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from email.utils import parsedate_to_datetime
-from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 import s3fs
@@ -22,6 +23,7 @@ from botocore.loaders import create_loader
 
 from forebay_server.tier.s3_faults import fault_of
 from forebay_server.tier.s3_options import S3Options
+from forebay_server.tier.s3_reads import Elsewhere, Got, SocketReads, goes_by_proxy, got_of
 from forebay_server.tier.store_client import (
     FaultKind,
     ObjectInfo,
@@ -31,6 +33,8 @@ from forebay_server.tier.store_client import (
     UnfinishedUpload,
 )
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 CALL_SECONDS: Final = 60.0
@@ -39,6 +43,9 @@ SLOWEST_BYTES_PER_SECOND: Final = 128 * 1024
 MARK: Final = "forebay-write"
 """Key of the object's metadata that names the call which made it."""
 PAGE_KEYS: Final = 1000
+
+SIGNED_SECONDS: Final = 900
+"""How long a signed address may be used; it is used at once, by clocks that may differ."""
 
 _SEND_BYTES: Final = 1 << 20
 
@@ -52,6 +59,7 @@ class S3Client(PartStoreClient):
         self._prefix = prefix
         self._options = options
         self._files: Any = None
+        self._sockets: SocketReads | None = None
 
     # ----------------------------------------------------------------------------- the place
 
@@ -63,13 +71,25 @@ class S3Client(PartStoreClient):
                 session=_make_session(self._options.profile),
                 **self._options.for_s3fs(),
             )
+            self._sockets = self._open_sockets()
         # A listing tells more than HEAD, whose answers have no body: which credential is wrong.
         self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
 
     def close(self) -> None:
         files, self._files = self._files, None
+        sockets, self._sockets = self._sockets, None
+        if sockets is not None:
+            sockets.close()
         if files is not None and files._s3 is not None:
             files.close_session(files.loop, files._s3creator)
+
+    def _open_sockets(self) -> SocketReads | None:
+        """For reads; None where only the client knows the way."""
+        url = self._sign("x")
+        if goes_by_proxy(url):
+            return None
+        bundle = self._options.ca_file or self._files.session.get_config_variable("ca_bundle")
+        return SocketReads(url.startswith("https:"), bundle)
 
     def check_place(self) -> None:
         try:
@@ -129,61 +149,26 @@ class S3Client(PartStoreClient):
         return info, bytes(data[: min(num_bytes, info.size_bytes)])
 
     def tail_into(self, key: str, view: memoryview) -> ObjectInfo | None:
-        received = _Received(view)
-
-        async def fetch() -> ObjectInfo | None:
-            client = await self._files.set_session()
-            found = await client.get_object(
-                Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes=-{view.nbytes}"
-            )
-            # "bytes FIRST-LAST/SIZE"; a store that knows no such ranges sends all or something else
-            sent, _, size = found.get("ContentRange", "").removeprefix("bytes ").partition("/")
-            first, _, last = sent.partition("-")
-            is_tail = first.isdecimal() and size.isdecimal() and last == str(int(size) - 1)
-            if not is_tail or int(size) - int(first) != min(int(size), view.nbytes):
-                found["Body"].close()
-                return None
-            async with found["Body"] as body:
-                async for chunk in getattr(body, "raw_stream", body).content.iter_any():
-                    received.add(chunk)
-            modified = found["LastModified"].timestamp()
-            return ObjectInfo(key, int(size), found.get("ETag", ""), modified)
-
         with contextlib.suppress(StoreFault):
-            info = self._run(fetch, view.nbytes)
-            if info is not None and received.num_bytes == min(info.size_bytes, view.nbytes):
-                return info
+            got = self._read(key, f"bytes=-{view.nbytes}", "", view)
+            if got.num_bytes == min(got.size_bytes, view.nbytes):
+                modified = parsedate_to_datetime(got.headers["last-modified"]).timestamp()
+                return ObjectInfo(key, got.size_bytes, got.headers.get("etag", ""), modified)
         return None
 
     def delete(self, key: str) -> None:
         self._call("delete_object", Key=self._prefix + key)
 
     def read_into(self, key: str, etag: str, offset: int, view: memoryview) -> int:
-        last = offset + view.nbytes - 1
-        arguments = {"Key": self._prefix + key, "Range": f"bytes={offset}-{last}"}
-        if etag:
-            arguments["IfMatch"] = etag
-        received = _Received(view)
-
-        async def fetch() -> None:
-            client = await self._files.set_session()
-            found = await client.get_object(Bucket=self._bucket, **arguments)
-            async with found["Body"] as body:
-                status = found["ResponseMetadata"]["HTTPStatusCode"]
-                if status != HTTPStatus.PARTIAL_CONTENT:
-                    raise StoreFault("misconfigured", f"a ranged GetObject was answered {status}")
-                # Newer clients wrap the stream; its own chunks come without another copy.
-                async for chunk in getattr(body, "raw_stream", body).content.iter_any():
-                    received.add(chunk)
-
         try:
-            self._run(fetch, view.nbytes)
+            return self._read(
+                key, f"bytes={offset}-{offset + view.nbytes - 1}", etag, view
+            ).num_bytes
         except StoreFault as fault:
             if fault.kind == "refused" and "InvalidRange" in fault.text:
                 return 0
             kind: FaultKind = "changed" if fault.kind == "taken" else fault.kind
-            raise StoreFault(kind, fault.text, received.num_bytes) from None
-        return received.num_bytes
+            raise StoreFault(kind, fault.text, fault.num_bytes) from None
 
     def list_page(self, prefix: str, after: str) -> tuple[list[ObjectInfo], str]:
         arguments: dict[str, Any] = {"Prefix": self._prefix + prefix, "MaxKeys": PAGE_KEYS}
@@ -266,6 +251,57 @@ class S3Client(PartStoreClient):
             arguments["KeyMarker"] = page["NextKeyMarker"]
             arguments["UploadIdMarker"] = page["NextUploadIdMarker"]
 
+    # -------------------------------------------------------------------------------- reads
+
+    def _read(self, key: str, span: str, etag: str, view: memoryview) -> Got:
+        """Fill *view* with the range *span*, if the object's ETag is still *etag* ("": any)."""
+        headers = {"Range": span, **({"If-Match": etag} if etag else {})}
+        if self._sockets is None:
+            return self._read_by_client(key, headers, view)
+        try:
+            url = self._sign(key)
+            return self._sockets.read(url, headers, view, _seconds_for(view.nbytes))
+        except Elsewhere as answer:
+            got = self._read_by_client(key, headers, view)
+            logger.info("objects are read by the S3 client from now on: %s", answer)
+            self._sockets = None
+            return got
+
+    def _sign(self, key: str) -> str:
+        """Where the object can be read, for a while."""
+
+        async def sign() -> str:
+            client = await self._files.set_session()
+            where = {"Bucket": self._bucket, "Key": self._prefix + key}
+            url: str = await client.generate_presigned_url(
+                "get_object", Params=where, ExpiresIn=SIGNED_SECONDS
+            )
+            return url
+
+        return self._run(sign, 0)
+
+    def _read_by_client(self, key: str, headers: Mapping[str, str], view: memoryview) -> Got:
+        received = _Received(view)
+        arguments = {name.replace("-", ""): value for name, value in headers.items()}
+
+        async def fetch() -> Got:
+            client = await self._files.set_session()
+            found = await client.get_object(
+                Bucket=self._bucket, Key=self._prefix + key, **arguments
+            )
+            async with found["Body"] as body:
+                answer = found["ResponseMetadata"]
+                got = got_of(answer["HTTPStatusCode"], answer["HTTPHeaders"], view.nbytes)
+                # Newer clients wrap the stream; its own chunks come without another copy.
+                async for chunk in getattr(body, "raw_stream", body).content.iter_any():
+                    received.add(chunk)
+            return dataclasses.replace(got, num_bytes=received.num_bytes)
+
+        try:
+            return self._run(fetch, view.nbytes)
+        except StoreFault as fault:
+            raise StoreFault(fault.kind, fault.text, received.num_bytes) from None
+
     # ------------------------------------------------------------------------------- the loop
 
     def _head(self, key: str) -> Mapping[str, Any] | None:
@@ -286,7 +322,7 @@ class S3Client(PartStoreClient):
 
     def _run(self, call: Callable[[], Awaitable[T]], num_bytes: int) -> T:
         """*call* on the loop of the file system, from any other thread, with a deadline."""
-        seconds = CALL_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND
+        seconds = _seconds_for(num_bytes)
 
         async def bounded() -> T:
             async with asyncio.timeout(seconds):
@@ -295,6 +331,11 @@ class S3Client(PartStoreClient):
         if self._files is None:
             raise StoreFault("refused", "the tier is closed")
         return run_on(self._files.loop, bounded())
+
+
+def _seconds_for(num_bytes: int) -> float:
+    """What a call with so many bytes may take."""
+    return CALL_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND
 
 
 @functools.cache

@@ -61,6 +61,7 @@ class S3Options:
                 "connect_timeout": CONNECT_SECONDS,
                 "read_timeout": READ_SECONDS,
                 "max_pool_connections": MAX_CONNECTIONS,
+                "signature_version": "s3v4",  # also of addresses that are signed
                 "parameter_validation": False,  # bodies here are neither bytes nor files
                 "request_checksum_calculation": "when_required",  # ours are computed already
                 "response_checksum_validation": "when_required",  # segments have digests

@@ -273,6 +273,11 @@ class TierReader(ABC):
         device cannot read it.
         """
 
+    def view(self, offset: int, num_bytes: int) -> memoryview | None:
+        """Bytes that this reader has in memory already, valid until it is closed; None if they
+        have to be read, which :meth:`read_into` does."""
+        return None
+
     @abstractmethod
     def fileno(self) -> int | None:
         """A read-only descriptor that this reader owns, None where the tier has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from forebay_server.tier.buffers import SEGMENT_BUFFERS
@@ -90,13 +91,19 @@ def copy_bytes(table: SegmentTable) -> int:
 
 
 def _checked_pieces(reader: TierReader, table: SegmentTable) -> Iterator[memoryview]:
-    """The blob's data in order, in pooled buffers, each valid until the next is asked for."""
+    """The blob's data in order, each piece valid until the next is asked for: where the reader has
+    it, else in a pooled buffer."""
     offsets = table.offsets.tolist()
-    with SEGMENT_BUFFERS.borrow() as buffer:
-        for group in segment_groups(offsets, len(buffer)):
-            start = offsets[group.start]
-            piece = buffer[: offsets[group.stop] - start]
-            reader.read_into(start, piece)
+    with ExitStack() as stack:
+        buffer: memoryview | None = None
+        for group in segment_groups(offsets, SEGMENT_BUFFERS.buffer_bytes):
+            start, end = offsets[group.start], offsets[group.stop]
+            piece = reader.view(start, end - start)
+            if piece is None:
+                if buffer is None:
+                    buffer = stack.enter_context(SEGMENT_BUFFERS.borrow())
+                piece = buffer[: end - start]
+                reader.read_into(start, piece)
             for index in group:
                 view = piece[offsets[index] - start : offsets[index + 1] - start]
                 table.check_identity(index, view, reader.where)

@@ -187,6 +187,13 @@ class _Reader(TierReader):
         with self._tier.around("read_into", self._name, memoryview(buffer).nbytes):
             self._inner.read_into(offset, buffer)
 
+    def view(self, offset: int, num_bytes: int) -> memoryview | None:
+        found = self._inner.view(offset, num_bytes)
+        if found is not None:
+            with self._tier.around("read_into", self._name, num_bytes):
+                pass
+        return found
+
     def fileno(self) -> int | None:
         return self._inner.fileno()
 

@@ -1,0 +1,282 @@
+"""Reads of S3 objects over plain sockets: by the kernel into the reader's buffer, without the GIL.
+
+The S3 client signs the address and knows credentials and regions; what comes back would pass
+through its event loop in small ``bytes``, copied once more by it and once by us. Here the kernel
+copies into the buffer that the caller gave.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from forebay_server.tier.s3_faults import kind_of
+from forebay_server.tier.s3_options import CONNECT_SECONDS, MAX_CONNECTIONS, READ_SECONDS
+from forebay_server.tier.store_client import StoreFault
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+IDLE_SECONDS: Final = 20.0
+"""A connection that was idle for longer is not used again: servers drop them after some time."""
+
+HEADER_BYTES: Final = 16384
+"""What is read at once while the headers of an answer come."""
+
+_ERROR_BYTES: Final = 64 * 1024
+"""The most that is read of an answer that says what is wrong."""
+
+
+class Elsewhere(Exception):
+    """An answer that only the S3 client understands: a redirect to another region, for one."""
+
+
+@dataclass(frozen=True)
+class Got:
+    """What a ranged read brought."""
+
+    num_bytes: int
+    size_bytes: int
+    """Of the whole object."""
+    headers: Mapping[str, str]
+    """By lower-case names."""
+
+
+class SocketReads:
+    """Kept-alive connections to one endpoint. Thread-safe; a call blocks its thread."""
+
+    def __init__(self, is_tls: bool, ca_file: str | None) -> None:
+        self._context = ssl.create_default_context(cafile=ca_file) if is_tls else None
+        self._lock = threading.Lock()
+        self._idle: list[tuple[float, str, _Connection]] = []
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Close what is idle; what is in use is closed after that. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+            idle, self._idle = self._idle, []
+        for _, _, connection in idle:
+            connection.close()
+
+    def read(self, url: str, headers: Mapping[str, str], view: memoryview, seconds: float) -> Got:
+        """Fill *view* with what the ranged GET of *url* with *headers* answers, within *seconds*.
+
+        :class:`StoreFault` as for all calls of a client, with the bytes that have come;
+        :class:`Elsewhere`.
+        """
+        parts = urlsplit(url)
+        target = f"{parts.path}?{parts.query}"
+        deadline = time.monotonic() + seconds
+        progress = _Progress()
+        connection = self._take(parts.netloc, deadline)
+        try:
+            try:
+                response = connection.ask(target, headers, deadline)
+            except ConnectionError:
+                if not connection.is_reused:
+                    raise
+                connection.close()  # the server had closed it, which is its right
+                connection = self._connect(parts.netloc, deadline)
+                response = connection.ask(target, headers, deadline)
+            got = _receive(response, view, progress)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise StoreFault("busy", text, progress.num_bytes) from error
+        except BaseException:
+            connection.close()
+            raise
+        self._give_back(parts.netloc, connection)
+        return got
+
+    def _take(self, netloc: str, deadline: float) -> _Connection:
+        oldest = time.monotonic() - IDLE_SECONDS
+        stale: list[_Connection] = []
+        found: _Connection | None = None
+        with self._lock:
+            while self._idle and found is None:
+                since, host, connection = self._idle.pop()
+                if since < oldest or host != netloc:
+                    stale.append(connection)
+                else:
+                    found = connection
+        for connection in stale:
+            connection.close()
+        return found or self._connect(netloc, deadline)
+
+    def _connect(self, netloc: str, deadline: float) -> _Connection:
+        try:
+            return _Connection(netloc, self._context, deadline)
+        except OSError as error:
+            raise StoreFault("busy", f"{type(error).__name__}: {error} ({netloc})") from error
+
+    def _give_back(self, netloc: str, connection: _Connection) -> None:
+        connection.is_reused = True
+        with self._lock:
+            if connection.is_open and not self._is_closed and len(self._idle) < MAX_CONNECTIONS:
+                self._idle.append((time.monotonic(), netloc, connection))
+                return
+        connection.close()
+
+
+@dataclass
+class _Progress:
+    num_bytes: int = 0
+
+
+class _Connection:
+    """One HTTP/1.1 connection, used by one thread at a time."""
+
+    def __init__(self, netloc: str, context: ssl.SSLContext | None, deadline: float) -> None:
+        seconds = min(CONNECT_SECONDS, max(0.001, deadline - time.monotonic()))
+        if context is not None:
+            self._http: http.client.HTTPConnection = http.client.HTTPSConnection(
+                netloc, timeout=seconds, context=context
+            )
+        else:
+            self._http = http.client.HTTPConnection(netloc, timeout=seconds)
+        self._http.auto_open = 0
+        self._http.connect()
+        self.is_reused = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another request may follow: the server has not said that it closes."""
+        return self._http.sock is not None
+
+    def ask(
+        self, target: str, headers: Mapping[str, str], deadline: float
+    ) -> http.client.HTTPResponse:
+        """Send a GET; its answer, of which the headers have come."""
+        self._http.response_class = partial(_Response, deadline=deadline)  # type: ignore[assignment]
+        self._http.sock.settimeout(READ_SECONDS)
+        self._http.request("GET", target, headers=dict(headers))
+        return self._http.getresponse()
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class _Response(http.client.HTTPResponse):
+    """Reads from a socket until a deadline."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, deadline: float, **named: Any) -> None:
+        super().__init__(_TimedSocket(sock, deadline), *arguments, **named)  # type: ignore[arg-type]
+
+
+@dataclass
+class _TimedSocket:
+    """What an answer is read from, as :mod:`http.client` asks for it."""
+
+    sock: socket.socket
+    deadline: float
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        # The raw file keeps the socket open, also after the connection has let go of it.
+        raw = self.sock.makefile("rb", buffering=0)
+        return io.BufferedReader(_TimedBytes(raw, self.sock, self.deadline), HEADER_BYTES)
+
+
+class _TimedBytes(io.RawIOBase):
+    """The bytes of a socket; each wait ends by the deadline."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
+        super().__init__()
+        self._raw = raw
+        self._sock = sock
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left < READ_SECONDS:
+            if left <= 0:
+                raise TimeoutError("the answer took too long")
+            self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def got_of(status: int, headers: Mapping[str, str], limit: int) -> Got:
+    """What an answer to a ranged read brings, at most *limit* bytes, by its *headers*.
+
+    :class:`StoreFault` ``misconfigured`` if it is another than was asked for: a store that knows
+    no ranges sends all, for one.
+    """
+    told = headers.get("content-range") or ""
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", told)
+    if status != HTTPStatus.PARTIAL_CONTENT or found is None or headers.get("content-encoding"):
+        raise StoreFault(
+            "misconfigured", f"a ranged GetObject was answered {status} with range {told!r}"
+        )
+    first, last, size = (int(one) for one in found.groups())
+    num_bytes = last - first + 1
+    if num_bytes > limit or headers.get("content-length") != str(num_bytes):
+        raise StoreFault(
+            "misconfigured",
+            f"a GetObject of {limit} bytes was answered with range {told!r} and "
+            f"{headers.get('content-length')} bytes",
+        )
+    return Got(num_bytes, size, headers)
+
+
+def _receive(response: http.client.HTTPResponse, view: memoryview, progress: _Progress) -> Got:
+    if response.status != HTTPStatus.PARTIAL_CONTENT:
+        raise _refusal(response)
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    got = got_of(response.status, headers, view.nbytes)
+    while progress.num_bytes < got.num_bytes:
+        num_bytes = response.readinto(view[progress.num_bytes : got.num_bytes])
+        if not num_bytes:
+            raise http.client.IncompleteRead(b"", got.num_bytes - progress.num_bytes)
+        progress.num_bytes += num_bytes
+    response.read()  # nothing: the connection knows now that the answer has ended
+    return got
+
+
+def _refusal(response: http.client.HTTPResponse) -> Exception:
+    """What an answer without the bytes means."""
+    body = b""
+    with suppress(OSError, http.client.HTTPException):
+        body = response.read(_ERROR_BYTES)
+    text = body.decode(errors="replace")
+    code, message = _tag("Code", text), _tag("Message", text)
+    status = response.status
+    kind = kind_of(code, status)
+    if status < HTTPStatus.BAD_REQUEST or kind in ("denied", "misconfigured") or status == 400:
+        return Elsewhere(f"GetObject was answered {status} {code}")
+    told = f"GetObject was answered {status} {code}: {message or 'no reason given'}"
+    return StoreFault(kind, told)
+
+
+def _tag(name: str, text: str) -> str:
+    found = re.search(rf"<{name}>([^<]*)</{name}>", text)
+    return found.group(1) if found is not None else ""
+
+
+def goes_by_proxy(url: str) -> bool:
+    """Whether this process is to reach *url* through a proxy, by its environment."""
+    parts = urlsplit(url)
+    proxies = urllib.request.getproxies()
+    if parts.scheme not in proxies and "all" not in proxies:
+        return False
+    return not urllib.request.proxy_bypass(parts.netloc)

@@ -1,0 +1,313 @@
+"""Reads over plain sockets: whole, bounded in time, and by connections that are kept."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import socketserver
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from forebay_server.testing.tier_contract import MIB, random_bytes
+from forebay_server.tier import s3_reads
+from forebay_server.tier.s3_reads import Elsewhere, SocketReads, goes_by_proxy
+from forebay_server.tier.store_client import StoreFault
+
+DATA = random_bytes(MIB + 12345, 3)
+
+
+@dataclass
+class Server:
+    """Answers ranged reads of DATA; what else it does is up to a test."""
+
+    behave: Callable[[http.server.BaseHTTPRequestHandler], bool] = lambda handler: False
+    """True: it has answered."""
+    num_connections: int = 0
+    requests: list[dict[str, str]] = field(default_factory=list)
+    url: str = ""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving(None) as told:
+        yield told
+
+
+@contextmanager
+def serving(tls: ssl.SSLContext | None) -> Iterator[Server]:
+    told = Server()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            told.num_connections += 1
+
+        def do_GET(self) -> None:
+            told.requests.append({name.lower(): value for name, value in self.headers.items()})
+            if told.behave(self):
+                return
+            send_range(self)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    class Threads(socketserver.ThreadingMixIn, http.server.HTTPServer):
+        daemon_threads = True
+
+    with Threads(("localhost", 0), Handler) as listener:
+        scheme = "http"
+        if tls is not None:
+            scheme, listener.socket = "https", tls.wrap_socket(listener.socket, server_side=True)
+        told.url = f"{scheme}://localhost:{listener.server_address[1]}/bucket/key?signed=yes"
+        thread = threading.Thread(target=listener.serve_forever, args=(0.02,))
+        thread.start()
+        yield told
+        listener.shutdown()
+        thread.join()
+
+
+def send_range(handler: http.server.BaseHTTPRequestHandler, *, keep: bool = True) -> None:
+    found = re.fullmatch(r"bytes=(\d*)-(\d*)", handler.headers["Range"])
+    assert found is not None
+    first = int(found[1]) if found[1] else max(0, len(DATA) - int(found[2]))
+    last = min(len(DATA) - 1, int(found[2])) if found[1] else len(DATA) - 1
+    handler.send_response(206)
+    handler.send_header("Content-Length", str(last - first + 1))
+    handler.send_header("Content-Range", f"bytes {first}-{last}/{len(DATA)}")
+    handler.send_header("ETag", '"tag"')
+    if not keep:
+        handler.send_header("Connection", "close")
+        handler.close_connection = True
+    handler.end_headers()
+    handler.wfile.write(DATA[first : last + 1])
+
+
+@pytest.fixture
+def reads() -> Iterator[SocketReads]:
+    found = SocketReads(is_tls=False, ca_file=None)
+    yield found
+    found.close()
+
+
+def read(reads: SocketReads, url: str, first: int, last: int, seconds: float = 20.0) -> bytes:
+    view = memoryview(bytearray(last - first + 1))
+    got = reads.read(url, {"Range": f"bytes={first}-{last}"}, view, seconds)
+    assert got.size_bytes == len(DATA)
+    return bytes(view[: got.num_bytes])
+
+
+def test_a_range_lands_in_the_callers_buffer_and_the_connection_is_kept(
+    reads: SocketReads, server: Server
+) -> None:
+    assert read(reads, server.url, 0, len(DATA) - 1) == DATA
+    assert read(reads, server.url, 7, 70_000) == DATA[7:70_001]
+    assert read(reads, server.url, len(DATA) - 10, len(DATA) + 10) == DATA[-10:]
+    tail = memoryview(bytearray(100))
+    got = reads.read(server.url, {"Range": "bytes=-100", "If-Match": '"tag"'}, tail, 20)
+    assert bytes(tail) == DATA[-100:]
+    assert got.headers["etag"] == '"tag"'
+    assert server.requests[-1]["if-match"] == '"tag"'
+    assert server.num_connections == 1
+
+
+def test_readers_at_a_time_have_a_connection_each(reads: SocketReads, server: Server) -> None:
+    gathered = threading.Barrier(4)
+
+    def gather(handler: http.server.BaseHTTPRequestHandler) -> bool:
+        gathered.wait(20)
+        return False
+
+    server.behave = gather
+    found: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(read(reads, server.url, 0, MIB)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == [DATA[: MIB + 1]] * 4
+    assert server.num_connections == 4
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["told", "silent"])
+def test_a_connection_that_the_server_closes_is_replaced(
+    reads: SocketReads, server: Server, is_told: bool
+) -> None:
+    def close(handler: http.server.BaseHTTPRequestHandler) -> bool:
+        send_range(handler, keep=not is_told)
+        handler.close_connection = True
+        return True
+
+    server.behave = close
+    for _ in range(3):
+        assert read(reads, server.url, 0, 1000) == DATA[:1001]
+    assert server.num_connections == 3
+
+
+def test_one_that_was_idle_for_long_is_not_used_again(
+    reads: SocketReads, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(reads, server.url, 0, 10)
+    monkeypatch.setattr(s3_reads, "IDLE_SECONDS", 0.0)
+    read(reads, server.url, 0, 10)
+    assert server.num_connections == 2
+
+
+def test_a_connection_that_breaks_tells_what_has_come(reads: SocketReads, server: Server) -> None:
+    def cut(handler: http.server.BaseHTTPRequestHandler) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Length", "1000")
+        handler.send_header("Content-Range", f"bytes 0-999/{len(DATA)}")
+        handler.end_headers()
+        handler.wfile.write(DATA[:400])
+        handler.close_connection = True
+        return True
+
+    server.behave = cut
+    with pytest.raises(StoreFault) as failed:
+        read(reads, server.url, 0, 999)
+    assert (failed.value.kind, failed.value.num_bytes) == ("busy", 400)
+    server.behave = lambda handler: False
+    assert read(reads, server.url, 0, 999) == DATA[:1000]
+
+
+def test_a_trickle_ends_at_the_deadline(reads: SocketReads, server: Server) -> None:
+    stop = threading.Event()
+
+    def trickle(handler: http.server.BaseHTTPRequestHandler) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Length", "100000")
+        handler.send_header("Content-Range", f"bytes 0-99999/{len(DATA)}")
+        handler.end_headers()
+        for number in range(1000):
+            if stop.wait(0.01):
+                break
+            try:
+                handler.wfile.write(DATA[number : number + 1])
+            except OSError:
+                break
+        handler.close_connection = True
+        return True
+
+    server.behave = trickle
+    began = time.monotonic()
+    with pytest.raises(StoreFault) as failed:
+        read(reads, server.url, 0, 99_999, seconds=0.5)
+    stop.set()
+    assert failed.value.kind == "busy"
+    assert failed.value.num_bytes < 1000
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (503, "SlowDown", "busy"),
+        (500, "InternalError", "busy"),
+        (404, "NoSuchKey", "missing"),
+        (404, "NoSuchBucket", "no place"),
+        (412, "PreconditionFailed", "taken"),
+        (416, "InvalidRange", "refused"),
+    ],
+)
+def test_refusals_are_those_of_the_client(
+    reads: SocketReads, server: Server, status: int, code: str, kind: str
+) -> None:
+    server.behave = lambda handler: answer(handler, status, code)
+    with pytest.raises(StoreFault, match=f"{status} {code}: told so") as failed:
+        read(reads, server.url, 0, 10)
+    assert failed.value.kind == kind
+    server.behave = lambda handler: False
+    read(reads, server.url, 0, 10)
+    assert server.num_connections == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(200, ""), (301, "PermanentRedirect"), (403, "AccessDenied"), (400, "Malformed")],
+)
+def test_what_only_the_client_understands_is_left_to_it(
+    reads: SocketReads, server: Server, status: int, code: str
+) -> None:
+    server.behave = lambda handler: answer(handler, status, code)
+    with pytest.raises(Elsewhere, match=str(status)):
+        read(reads, server.url, 0, 10)
+
+
+def answer(handler: http.server.BaseHTTPRequestHandler, status: int, code: str) -> bool:
+    body = f"<Error><Code>{code}</Code><Message>told so</Message></Error>".encode()
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+    return True
+
+
+@pytest.mark.parametrize("told", ["bytes 0-19/100", "bytes 0-99999/200000", "", "bytes */100"])
+def test_another_range_than_was_asked_for_is_refused(
+    reads: SocketReads, server: Server, told: str
+) -> None:
+    def lie(handler: http.server.BaseHTTPRequestHandler) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Length", "10")
+        if told:
+            handler.send_header("Content-Range", told)
+        handler.end_headers()
+        handler.wfile.write(b"0123456789")
+        return True
+
+    server.behave = lie
+    with pytest.raises(StoreFault) as failed:
+        read(reads, server.url, 0, 9)
+    assert failed.value.kind == "misconfigured"
+
+
+@pytest.mark.needs("openssl")
+def test_tls_trusts_the_authorities_of_the_file(tmp_path: Path) -> None:
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    command = [
+        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+        *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
+        *("-keyout", str(key), "-out", str(chain)),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(chain, key)
+    with serving(tls) as server:
+        trusting, careful = SocketReads(True, str(chain)), SocketReads(True, None)
+        for _ in range(2):
+            assert read(trusting, server.url, 0, MIB) == DATA[: MIB + 1]
+        with pytest.raises(StoreFault, match="CERTIFICATE_VERIFY_FAILED"):
+            read(careful, server.url, 0, MIB)
+        trusting.close()
+        careful.close()
+    assert server.num_connections == 1
+
+
+def test_nobody_there_is_busy(reads: SocketReads, server: Server) -> None:
+    with pytest.raises(StoreFault, match="refused") as failed:
+        read(reads, "http://127.0.0.1:1/bucket/key?x", 0, 10)
+    assert failed.value.kind == "busy"
+
+
+def test_proxies_of_the_environment_are_left_to_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "https_proxy", "no_proxy", "NO_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert not goes_by_proxy("http://10.0.0.7:9000/x")
+    monkeypatch.setenv("http_proxy", "http://10.0.0.1:3128")
+    assert goes_by_proxy("http://10.0.0.7:9000/x")
+    assert not goes_by_proxy("https://10.0.0.7:9000/x")
+    monkeypatch.setenv("no_proxy", "10.0.0.7")
+    assert not goes_by_proxy("http://10.0.0.7:9000/x")
