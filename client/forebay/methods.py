@@ -18,6 +18,7 @@ from forebay_wire.v1 import checkpoints_pb2 as checkpoints
 from forebay_wire.v1 import datasets_pb2 as datasets
 from forebay_wire.v1 import integrity_pb2 as integrity
 from forebay_wire.v1 import movement_pb2 as movement
+from forebay_wire.v1 import plans_pb2 as plans
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -209,3 +210,20 @@ class Movement:
         "/forebay.v1.Movement/ListJobs", movement.ListJobsRequest, movement.ListJobsResponse
     )
     Why: Final = Method("/forebay.v1.Movement/Why", movement.WhyRequest, movement.WhyResponse)
+
+
+class Plans:
+    """Calls of ``forebay.v1.Plans`` for readers whose order the daemon does not know."""
+
+    RegisterPlan: Final = Method(
+        "/forebay.v1.Plans/RegisterPlan", plans.RegisterPlanRequest, plans.PlanStanding
+    )
+    AddRanges: Final = Method(
+        "/forebay.v1.Plans/AddRanges", plans.AddRangesRequest, plans.PlanStanding
+    )
+    AdvancePlan: Final = Method(
+        "/forebay.v1.Plans/AdvancePlan", plans.AdvancePlanRequest, plans.PlanStanding
+    )
+    EndPlan: Final = Method(
+        "/forebay.v1.Plans/EndPlan", plans.EndPlanRequest, plans.EndPlanResponse
+    )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import forebay
+from forebay.dataset import read_plan, row_runs
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.rpc import rpc_client
 from forebay_wire.errors import InvalidRequest, NotFound
@@ -31,6 +34,14 @@ with forebay.connect(sys.argv[1]) as client:
     batches = iter(loader)
     next(batches)
     print("reading", flush=True)
+    time.sleep(600)
+"""
+
+PLANNING = """
+import sys, time, forebay
+with forebay.connect(sys.argv[1]) as client:
+    plan = client.dataset("d").plan(range(18), name="to be killed")
+    print("planned", flush=True)
     time.sleep(600)
 """
 
@@ -189,6 +200,127 @@ def test_the_plan_of_a_killed_reader_ends(node):
         assert reader.stdout is not None
         assert reader.stdout.readline() == "reading\n"
         eventually(lambda: len(plans_of(rpc)) == 1)
+        reader.send_signal(signal.SIGKILL)
+        reader.wait()
+        eventually(lambda: not plans_of(rpc))
+
+
+def in_ssd(client, dataset) -> list[int]:
+    """The shards that the ssd tier has."""
+    shards = enumerate(dataset.manifest.shards)
+    places = {number: client.why(f"blob {shard.blob}").copies for number, shard in shards}
+    return [number for number, found in places.items() if any(one.tier == "ssd" for one in found)]
+
+
+def test_rows_that_a_reader_plans_are_fetched_before_it_asks(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        dataset = client.dataset("d")
+        indices = [7, 3, 3, 11, -1]
+        with dataset.plan(indices, name="hard samples") as plan:
+            eventually(lambda: in_ssd(client, dataset) == [3, 7, 11, 17])
+            assert [int(dataset[index]["number"]) for index in indices] == [7, 3, 3, 11, 17]
+            assert int(dataset[0]["number"]) == 0
+            plan.advance(3)
+            [found] = eventually(lambda: [one for one in plans_of(rpc) if one.position == 3])
+            assert (found.loader, found.dataset) == ("hard samples", "d@1")
+            assert found.waits.num_waits > 0  # what the block reads counts for its plan
+            assert plan.problem == ""
+        eventually(lambda: not plans_of(rpc))
+        with pytest.raises(InvalidRequest, match="is closed"):
+            plan.advance(4)
+
+
+def test_rows_of_a_split_are_those_of_its_shards(node):
+    with forebay.connect(str(node.data)) as client:
+        client.dataset("d").define_splits({"a": 0.5, "b": 0.5}, seed=1)
+        dataset = client.dataset("d", split="a")
+        with dataset.plan([4, 0]):
+            rows = sorted(int(row) for row in dataset.rows_at(np.array([0, 4])))
+            eventually(lambda: in_ssd(client, dataset) == rows)
+
+
+def test_an_endless_order_is_told_as_reading_advances(node, monkeypatch):
+    monkeypatch.setattr(row_runs, "AHEAD_RUNS", 4)
+    monkeypatch.setattr(row_runs, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(read_plan, "PAGE_RUNS", 1)
+    taken = []
+
+    def backwards():
+        for number in count():
+            taken.append(number)
+            yield -1 - number % NUM_BLOBS
+
+    with forebay.connect(str(node.data)) as client:
+        dataset = client.dataset("d")
+        with dataset.plan(backwards()) as plan:
+            eventually(lambda: in_ssd(client, dataset) == [14, 15, 16, 17])
+            read = []
+            for row in plan:
+                read.append(row)
+                assert len(taken) <= plan.position + 6
+                if plan.position == 5:
+                    break
+            assert read == [-1, -2, -3, -4, -5, -6]
+            eventually(lambda: {11, 12} <= set(in_ssd(client, dataset)))
+            plan.advance(1000)
+            assert 1000 % NUM_BLOBS == 10
+            eventually(lambda: 7 in in_ssd(client, dataset))
+            assert plan.problem == ""
+
+
+def test_a_reader_that_makes_no_sense_is_told_so(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        dataset = client.dataset("d")
+        with pytest.raises(IndexError, match="row 18, at position 2 of the plan, is outside"):
+            dataset.plan([0, 1, 18])
+        with dataset.plan(range(10)) as plan:
+            plan.advance(7)
+            with pytest.raises(InvalidRequest, match="at position 7 and cannot go back to 6"):
+                plan.advance(6)
+            with pytest.raises(InvalidRequest, match="position 11 is beyond the end"):
+                plan.advance(11)
+            eventually(lambda: plans_of(rpc)[0].position == 7)
+            assert plan.position == 7
+        with pytest.raises(InvalidRequest, match="came by pickle and has no connection"):
+            pickle.loads(pickle.dumps(dataset)).plan([0])  # noqa: S301 - our own
+        client.delete_dataset("d")
+        with pytest.raises(NotFound, match="there is no dataset version with manifest"):
+            dataset.plan([0])
+        eventually(lambda: not plans_of(rpc))
+
+
+def test_a_slow_reader_keeps_its_plan_and_a_restarted_daemon_is_told_again(node, monkeypatch):
+    monkeypatch.setattr(read_plan, "ALIVE_SECONDS", 0.2)
+    with forebay.connect(node.address()["rpc"]) as client:  # which starts no daemon
+        dataset = client.dataset("d")
+        with dataset.plan(range(NUM_BLOBS), name="slow") as plan:
+            plan.advance(9)
+            with rpc_client(node) as rpc:
+                eventually(lambda: plans_of(rpc)[0].position == 9)
+                before = plans_of(rpc)[0].expires_seconds
+                eventually(lambda: plans_of(rpc)[0].expires_seconds < before)
+                eventually(lambda: plans_of(rpc)[0].expires_seconds > before)
+            node.kill()
+            eventually(lambda: plan.problem)
+            node.start().wait_ready()
+            with rpc_client(node) as rpc:
+                [found] = eventually(lambda: plans_of(rpc))
+                assert (found.loader, found.position) == ("slow", 9)
+            eventually(lambda: not plan.problem)
+            plan.advance(16)
+            eventually(lambda: {16, 17} <= set(in_ssd(client, dataset)))
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_killed_process_expires(node):
+    command = [sys.executable, "-c", PLANNING, str(node.data)]
+    with (
+        rpc_client(node) as rpc,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reader,
+    ):
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "planned\n"
+        assert [one.loader for one in plans_of(rpc)] == ["to be killed"]
         reader.send_signal(signal.SIGKILL)
         reader.wait()
         eventually(lambda: not plans_of(rpc))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +21,18 @@ from forebay_wire.manifest import DatasetManifest, SelectionManifest
 from forebay_wire.order import split_rows
 from forebay_wire.protocol import DataEndpoint
 
+if TYPE_CHECKING:
+    from forebay._channel import RpcChannel
+    from forebay.dataset.read_plan import ReadPlan
+
 SPLIT: Final = "split"
 """The kind of rule that this build knows."""
 
 
 class Control(Protocol):
-    """What a dataset needs the client for: what changes or waits for the catalog."""
+    """What a dataset needs the client for: what changes or waits for the catalog, and plans."""
+
+    channel: RpcChannel
 
     def define_splits(
         self, name: str, version: int, shares: Mapping[str, float], seed: int
@@ -40,6 +46,9 @@ class Dataset:
 
     A pickle carries the manifests and the daemon's address for bytes, no connection; each process
     opens its own. ``dataset[i]`` is a dict of numpy values, in the order of the selection.
+
+    ``forebay.DataLoader`` and ``forebay.StreamingDataset`` tell the daemon by themselves what they
+    read next. Whoever reads rows in an order of its own does so with :meth:`plan`.
     """
 
     def __init__(
@@ -202,6 +211,30 @@ class Dataset:
     def wait(self, durability: str = "remote", timeout: float = 60.0) -> None:
         """Wait until this version is *durability* ("local", "remote"), or DeadlineExceeded."""
         self._client().wait_version(self.name, self.version, durability, timeout)
+
+    def plan(self, indices: Iterable[int], *, name: str | None = None) -> ReadPlan:
+        """Tell the daemon that the samples at *indices* will be read, in this order, so that it
+        fetches them before their turn; returned when it knows the first of them.
+
+            with dataset.plan(indices) as plan:
+                for number, index in enumerate(indices):
+                    use(dataset[index])
+                    plan.advance(number + 1)
+
+        *indices* count like those of ``dataset[i]``. They are taken from the iterable as reading
+        advances, some thousands ahead, so it may be endless; from an iterator, which can be read
+        only once, ``for index in plan`` takes them as well. *name* is what ``forebay status``
+        shows. Each process that reads has a plan of its own, of what it reads itself; with workers
+        it belongs to the process that has the client.
+
+        Raises IndexError for a row that the dataset does not have, NotFound if the dataset was
+        deleted, DaemonUnavailable.
+        """
+        from forebay.dataset.read_plan import ReadPlan  # loads the calls, which workers need not
+
+        starts = np.zeros(len(self.manifest.shards) + 1, dtype=np.int64)
+        np.cumsum([shard.num_rows for shard in self.manifest.shards], out=starts[1:])
+        return ReadPlan.start(self, self._client().channel, starts, indices, name)
 
     def _client(self) -> Control:
         if self._control is None:

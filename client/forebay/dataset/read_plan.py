@@ -1,0 +1,266 @@
+"""The plan of a reader that has an order of its own: which rows it reads next, and where it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay.dataset.row_runs import Run, RunsAhead
+from forebay.plans import PlanCalls
+from forebay.transfer.wanted import reading_for
+from forebay_wire.errors import DaemonUnavailable, ForebayError, InvalidRequest, NotFound
+from forebay_wire.ids import new_random_name
+
+if TYPE_CHECKING:
+    from forebay._channel import RpcChannel
+    from forebay.dataset.dataset import Dataset
+
+PAGE_RUNS: Final = 1 << 13
+"""Runs that one message tells: some 600 KB."""
+
+SEND_SECONDS: Final = 0.05
+"""The daemon is told at most so often: the newest position counts."""
+
+ALIVE_SECONDS: Final = 10.0
+"""A reader that stands still says so this often: its plan's lease is longer."""
+
+RETRY_SECONDS: Final = 1.0
+
+JOIN_SECONDS: Final = 5.0
+
+
+@dataclass
+class _Told:
+    """What the reader's thread and the sending one share. Knows nothing of the plan's owner."""
+
+    calls: PlanCalls
+    reader: str
+    manifest: str
+    blobs: list[str]
+    """Of the shards."""
+    ahead: RunsAhead
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of *ahead*; never held while anything is waited for."""
+    moved: threading.Event = field(default_factory=threading.Event)
+    is_over: bool = False
+    problem: str = ""
+    stop: int | None = None
+    """The position after what the daemon knows; None: it knows no such plan. This and the next two
+    are the sender's."""
+    position: int = 0
+    page: int = 0
+
+    def tell(self, *, wait_for_daemon: bool = False) -> None:
+        """Tell the daemon where the reader stands, and all that it does not know yet."""
+        try:
+            try:
+                self._tell_all(wait_for_daemon)
+            except NotFound:
+                if self.stop is None:  # the dataset was deleted
+                    raise
+                self.stop = None  # the daemon was restarted, or the lease ran out
+                self._tell_all(wait_for_daemon)
+        except BaseException:
+            self.stop = None  # who knows what it has got: the next time all is told anew
+            raise
+        self.problem = ""
+
+    def _tell_all(self, wait_for_daemon: bool) -> None:
+        while self._tell_page(wait_for_daemon):
+            pass
+
+    def _tell_page(self, wait_for_daemon: bool) -> bool:
+        """Whether there is more to tell."""
+        with self.lock:
+            position = self.ahead.position
+            is_new = self.stop is None or position > self.stop
+            after = position if is_new or self.stop is None else self.stop
+            untold: Iterator[Run] = iter(())
+            if after < self.ahead.stop:
+                untold = (run for run in self.ahead.runs if run.stop > after)
+            runs = list(islice(untold, PAGE_RUNS))
+        if is_new:
+            self.calls.register(
+                self.reader, self.manifest, position, wait_for_daemon=wait_for_daemon
+            )
+            self.page = 0
+        elif position > self.position or not runs:
+            self.calls.advance(position)
+        self.position, self.stop = position, after
+        if not runs:
+            return False
+        ranges = ((self.blobs[run.shard], run.stop - max(run.start, after)) for run in runs)
+        self.calls.add_ranges(self.page, ranges)
+        self.page, self.stop = self.page + 1, runs[-1].stop
+        return len(runs) == PAGE_RUNS
+
+
+class ReadPlan:
+    """What :meth:`forebay.Dataset.plan` returns: tells the daemon what is read next.
+
+    Advice, on which nothing depends but speed: after the start no method waits for the daemon, or
+    raises what it says (see :attr:`problem`). A daemon that was restarted is told again.
+
+    Not thread-safe; belongs to the process that made it, and owns a thread there, which also says
+    that a slow reader lives. Close it, or use it in a ``with``: what the ``with`` block's thread
+    reads counts as read for this plan. One nobody refers to any more closes itself, and the plan
+    of a process that died ends half a minute later.
+    """
+
+    def __init__(self, plan: str, told: _Told) -> None:
+        self.plan = plan
+        """The plan's random name."""
+        self._told = told
+        self._pid = os.getpid()
+        self._thread: threading.Thread | None = None
+        self._reading: contextlib.AbstractContextManager[None] | None = None
+
+    @classmethod
+    def start(
+        cls,
+        dataset: Dataset,
+        channel: RpcChannel,
+        shard_starts: NDArray[np.int64],
+        indices: Iterable[int],
+        name: str | None,
+    ) -> Self:
+        """Register the plan and tell its first rows: see :meth:`forebay.Dataset.plan`."""
+        plan = new_random_name()
+        split = f" split {dataset.split}" if dataset.split else ""
+        reader = name or f"{dataset.name} v{dataset.version}{split}, pid {os.getpid()}"
+        blobs = [shard.blob for shard in dataset.manifest.shards]
+        ahead = RunsAhead(dataset, shard_starts, indices)
+        told = _Told(PlanCalls(channel, plan), reader, dataset.manifest_id, blobs, ahead)
+        made = cls(plan, told)
+        made._look_ahead()
+        told.tell(wait_for_daemon=True)
+        made._thread = threading.Thread(
+            target=_keep_telling, args=(told,), name="forebay-read-plan", daemon=True
+        )
+        weakref.finalize(made, _finish, told, made._pid).atexit = False
+        made._thread.start()
+        return made
+
+    @property
+    def position(self) -> int:
+        """Rows that were read."""
+        return self._told.ahead.position
+
+    @property
+    def problem(self) -> str:
+        """Why the daemon has no plan now, if so: reading goes on without one, only slower."""
+        return self._told.problem
+
+    def advance(self, position: int) -> None:
+        """The first *position* rows of the plan were read: counted from its start, not from the
+        last call. Takes more of the iterable if need be, and raises what that raises.
+
+        InvalidRequest for a position before the last one, which stays, or beyond the end;
+        IndexError for a row ahead that the dataset does not have.
+        """
+        told, ahead = self._told, self._told.ahead
+        self._check_open()
+        if position < ahead.position:
+            raise InvalidRequest(
+                f"the plan stands at position {ahead.position} and cannot go back to {position}: "
+                "make another plan to read from there"
+            )
+        while position > ahead.stop and not ahead.is_whole:
+            self._take(ahead.stop)
+        if position > ahead.stop:
+            raise InvalidRequest(
+                f"position {position} is beyond the end of the plan, which has {ahead.stop} rows"
+            )
+        with told.lock:
+            ahead.skip_to(position)
+        self._look_ahead()
+        told.moved.set()
+
+    def __iter__(self) -> Iterator[int]:
+        """The rows from the position on; one counts as read when the next one is asked for."""
+        while (row := self._told.ahead.row()) is not None:
+            yield row
+            self.advance(self.position + 1)
+
+    def close(self) -> None:
+        """End the plan. Idempotent."""
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
+            with contextlib.suppress(ValueError):  # of a thread that is not that of the start
+                reading.__exit__(None, None, None)
+        thread, self._thread = self._thread, None
+        _finish(self._told, self._pid)
+        if thread is not None and self._pid == os.getpid():
+            thread.join(timeout=JOIN_SECONDS)
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        self._reading = reading_for(self.plan)
+        self._reading.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise InvalidRequest(
+                f"this plan belongs to process {self._pid}: advance it there, with what its "
+                "workers have read"
+            )
+        if self._told.is_over:
+            raise InvalidRequest("this plan is closed: make a new one")
+
+    def _look_ahead(self) -> None:
+        while self._told.ahead.has_room():
+            self._take(self.position)
+
+    def _take(self, position: int) -> None:
+        """Know a chunk more; all before *position* may be forgotten."""
+        told = self._told
+        numbers, runs = told.ahead.take()  # the reader's code: without the lock
+        with told.lock:
+            told.ahead.append(numbers, runs)
+            told.ahead.skip_to(position)
+
+
+def _finish(told: _Told, pid: int) -> None:
+    if os.getpid() != pid:  # in a child of fork the plan is the parent's, and locks may be held
+        return
+    told.is_over = True
+    told.moved.set()
+
+
+def _keep_telling(told: _Told) -> None:
+    """The thread: tells what is new, now and then, until it is over."""
+    pause = threading.Event()  # never set: a sleep that does not look like one
+    while True:
+        told.moved.wait(ALIVE_SECONDS)
+        told.moved.clear()
+        if told.is_over:
+            break
+        try:
+            told.tell()
+        except (ForebayError, ValueError) as error:
+            told.problem = str(error)
+            pause.wait(RETRY_SECONDS)
+            if isinstance(error, DaemonUnavailable):
+                told.moved.set()
+        pause.wait(SEND_SECONDS)
+    with contextlib.suppress(ForebayError, ValueError):
+        told.calls.end()
