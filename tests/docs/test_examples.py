@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,27 @@ def test_script_of_the_first_page(
     assert "samples" in capsys.readouterr().out
     with forebay.connect(daemon.address()["rpc"]) as client:
         assert [one.step for one in client.checkpoints("mnist-cnn")] == [20]
+
+
+def test_script_of_the_page_about_the_data_s_way(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(daemon.data.parent)
+    page = "docs/data-path.md"
+    [script] = SCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
+    positions: list[int] = []
+    names: dict[str, Any] = {
+        "weights": [number % 10 for number in range(500)],
+        "train": lambda batch: positions.append(names["plan"].position + len(batch["label"])),
+    }
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        with client.create_dataset("mnist", {"label": "int64"}) as writer:
+            for number in range(500):
+                writer.write(label=number)
+        exec(compile(script, page, "exec"), names)  # noqa: S102 - our own page
+        names["client"].close()
+        assert positions == list(range(100, 2001, 100))
+        assert (names["plan"].position, names["plan"].problem) == (2000, "")
 
 
 def run_example(name: str, *arguments: str) -> str:

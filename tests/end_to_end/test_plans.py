@@ -289,7 +289,7 @@ def test_a_reader_that_makes_no_sense_is_told_so(node):
         eventually(lambda: not plans_of(rpc))
 
 
-def test_a_slow_reader_keeps_its_plan_and_a_restarted_daemon_is_told_again(node, monkeypatch):
+def test_a_slow_reader_keeps_its_plan_and_a_daemon_that_forgot_it_is_told_again(node, monkeypatch):
     monkeypatch.setattr(read_plan, "ALIVE_SECONDS", 0.2)
     with forebay.connect(node.address()["rpc"]) as client:  # which starts no daemon
         dataset = client.dataset("d")
@@ -300,6 +300,9 @@ def test_a_slow_reader_keeps_its_plan_and_a_restarted_daemon_is_told_again(node,
                 before = plans_of(rpc)[0].expires_seconds
                 eventually(lambda: plans_of(rpc)[0].expires_seconds < before)
                 eventually(lambda: plans_of(rpc)[0].expires_seconds > before)
+                request = messages.EndPlanRequest(plan=plan.plan)  # as if its lease ran out
+                assert rpc.call(rpc.plans.EndPlan, request).existed
+                assert [one.position for one in eventually(lambda: plans_of(rpc))] == [9]
             node.kill()
             eventually(lambda: plan.problem)
             node.start().wait_ready()

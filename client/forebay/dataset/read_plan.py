@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from forebay.dataset.row_runs import Run, RunsAhead
 from forebay.plans import PlanCalls
 from forebay.transfer.wanted import reading_for
-from forebay_wire.errors import DaemonUnavailable, ForebayError, InvalidRequest, NotFound
+from forebay_wire.errors import ForebayError, InvalidRequest
 from forebay_wire.ids import new_random_name
 
 if TYPE_CHECKING:
@@ -63,21 +63,12 @@ class _Told:
     def tell(self, *, wait_for_daemon: bool = False) -> None:
         """Tell the daemon where the reader stands, and all that it does not know yet."""
         try:
-            try:
-                self._tell_all(wait_for_daemon)
-            except NotFound:
-                if self.stop is None:  # the dataset was deleted
-                    raise
-                self.stop = None  # the daemon was restarted, or the lease ran out
-                self._tell_all(wait_for_daemon)
+            while self._tell_page(wait_for_daemon):
+                pass
         except BaseException:
-            self.stop = None  # who knows what it has got: the next time all is told anew
+            self.stop = None  # it forgot the plan, or who knows what it got: all is told anew
             raise
         self.problem = ""
-
-    def _tell_all(self, wait_for_daemon: bool) -> None:
-        while self._tell_page(wait_for_daemon):
-            pass
 
     def _tell_page(self, wait_for_daemon: bool) -> bool:
         """Whether there is more to tell."""
@@ -259,8 +250,7 @@ def _keep_telling(told: _Told) -> None:
         except (ForebayError, ValueError) as error:
             told.problem = str(error)
             pause.wait(RETRY_SECONDS)
-            if isinstance(error, DaemonUnavailable):
-                told.moved.set()
+            told.moved.set()
         pause.wait(SEND_SECONDS)
     with contextlib.suppress(ForebayError, ValueError):
         told.calls.end()

@@ -53,7 +53,7 @@ def take_all(ahead: RunsAhead) -> None:
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(row_runs, "AHEAD_RUNS", 6)
-    monkeypatch.setattr(row_runs, "AHEAD_ROWS", 40)
+    monkeypatch.setattr(row_runs, "AHEAD_ROWS", 16)
     monkeypatch.setattr(row_runs, "CHUNK_ROWS", 4)
 
 
@@ -70,10 +70,10 @@ def test_an_endless_iterable_is_taken_as_reading_advances(small, row_of):
     for position in range(200):
         take_all(ahead)
         assert ahead.row() == row_of(position)
-        assert position < len(taken) == ahead.stop < position + 40 + 4
+        assert position < len(taken) == ahead.stop < position + 16 + 4
         assert len(ahead.runs) < 6 + 4
         assert ahead.runs[0].start <= position < ahead.runs[0].stop
-        assert sum(len(chunk) for chunk in ahead._chunks) <= 40 + 2 * 4
+        assert sum(len(chunk) for chunk in ahead._chunks) <= 16 + 2 * 4
         ahead.skip_to(position + 1)
     assert not ahead.is_whole
 
