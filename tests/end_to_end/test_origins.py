@@ -161,6 +161,31 @@ def test_a_plan_has_files_read_before_their_turn(
     )
 
 
+def test_rows_that_a_reader_plans_are_read_from_their_files_before_their_turn(
+    client: forebay.Client, folder: Path
+) -> None:
+    paths = [write(folder / f"{number}.arrow", number * NUM_ROWS) for number in range(6)]
+    dataset = client.register_dataset("d", paths)
+    indices = [5 * NUM_ROWS, NUM_ROWS + 1, 5 * NUM_ROWS + 2]
+    with dataset.plan(indices) as plan:
+        wait_until(
+            lambda: (
+                [number for number, one in enumerate(client.origins("d")) if one.blob] == [1, 5]
+            ),
+            "those two files are read",
+        )
+        for path in paths:
+            path.unlink()
+        assert dataset.take(indices)["x"].tolist() == indices
+        plan.advance(1)
+        wait_until(
+            lambda: (
+                client.status().plans[0].ready_bytes == client.status().plans[0].ahead_bytes > 0
+            ),
+            "the files are known by their blobs",
+        )
+
+
 def wait_until(is_so: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 60.0
     while not is_so():

@@ -17,6 +17,7 @@ import pytest
 
 import forebay
 from forebay.dataset import read_plan, row_runs
+from forebay.testing.forks import in_fork
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.rpc import rpc_client
 from forebay_wire.errors import InvalidRequest, NotFound
@@ -287,6 +288,23 @@ def test_a_reader_that_makes_no_sense_is_told_so(node):
         with pytest.raises(NotFound, match="there is no dataset version with manifest"):
             dataset.plan([0])
         eventually(lambda: not plans_of(rpc))
+
+
+def test_a_child_of_fork_is_told_whose_the_plan_is_and_reads_for_it(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        dataset = client.dataset("d")
+        with dataset.plan([1, 2]) as plan:
+
+            def read() -> None:
+                assert int(dataset[9]["number"]) == 9
+                with pytest.raises(InvalidRequest, match=f"belongs to process {os.getppid()}"):
+                    plan.advance(1)
+                plan.close()
+
+            assert in_fork(read) == 0
+            assert eventually(lambda: plans_of(rpc)[0].waits.num_waits) > 0
+            plan.advance(1)
+            eventually(lambda: plans_of(rpc)[0].position == 1)
 
 
 def test_a_slow_reader_keeps_its_plan_and_a_daemon_that_forgot_it_is_told_again(node, monkeypatch):
