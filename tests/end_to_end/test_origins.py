@@ -179,9 +179,7 @@ def test_rows_that_a_reader_plans_are_read_from_their_files_before_their_turn(
         assert dataset.take(indices)["x"].tolist() == indices
         plan.advance(1)
         wait_until(
-            lambda: (
-                client.status().plans[0].ready_bytes == client.status().plans[0].ahead_bytes > 0
-            ),
+            lambda: all(one.ready_bytes == one.ahead_bytes > 0 for one in client.status().plans),
             "the files are known by their blobs",
         )
 
