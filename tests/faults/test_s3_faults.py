@@ -18,6 +18,8 @@ from forebay_server.testing.tier_contract import publish_at_once, random_bytes
 from forebay_server.tier.parts import PART_BYTES
 from forebay_server.tier.remote import ObjectClientName, RemoteTier
 from forebay_server.tier.retry import CannotGiveRemote
+from forebay_server.tier.s3 import S3Client
+from forebay_server.tier.s3_options import S3Options
 from forebay_wire.errors import (
     AlreadyExists,
     IntegrityError,
@@ -130,23 +132,38 @@ def test_a_connection_that_breaks_within_an_answer_is_read_on_from_there(
 def test_reads_go_over_sockets_until_only_the_client_understands_an_answer(
     s3: S3Bucket, proxy: FaultyProxy
 ) -> None:
-    """Signed addresses tell who has asked."""
     proxy.heal()
     tier = replace(s3, endpoint=proxy.endpoint).tier("sockets")
     with closing(tier):
         tier.open()
         name, data = tier.blob_name(new_random_name()), random_bytes(100_000, 5)
 
-        def read() -> str:
+        def readers() -> list[str]:
+            before = len(proxy.agents)
             assert tier.get(name) == data
-            [*_, last] = [one for one in proxy.requests if one.startswith("GET ") and name in one]
-            return last
+            return [agent.split("/")[0] for agent in proxy.agents[before:]]
 
         tier.put(name, data)
-        assert "X-Amz-Signature=" in read()
+        assert readers() == ["forebay"] * 2
         proxy.fail(Fault("answer", "GET", name, status=301, code="PermanentRedirect"))
-        assert "X-Amz-Signature=" not in read()
-        assert "X-Amz-Signature=" not in read()
+        assert readers() == ["forebay", "aiobotocore", "aiobotocore"]
+        assert readers() == ["aiobotocore"] * 2
+
+
+@pytest.mark.parametrize("key", ["plain", "a b/c+d", "ü/~x_y-z.0", "%41=&?#", "'(!)*,:;@"])
+def test_any_key_is_read(s3: S3Bucket, proxy: FaultyProxy, key: str) -> None:
+    proxy.heal()
+    options = S3Options(endpoint_url=proxy.endpoint, key=s3.key, secret=s3.secret)
+    client = S3Client(s3.bucket, f"odd-{new_random_name()}/", options)
+    client.open()
+    with closing(client):
+        client.put(key, memoryview(b"0123456789"), "mark")
+        found = bytearray(4)
+        before = len(proxy.agents)
+        assert client.read_into(key, "", 3, memoryview(found)) == 4
+        assert found == b"3456"
+        assert proxy.agents[before:] == ["forebay"]
+        client.delete(key)
 
 
 def test_a_slow_store_is_waited_for(tier: RemoteTier, proxy: FaultyProxy, name: str) -> None:

@@ -71,6 +71,8 @@ class FaultyProxy:
         self._num_now = 0
         self.requests: list[str] = []
         """``METHOD target`` of all requests that came, faulty ones included."""
+        self.agents: list[str] = []
+        """The clients that sent them, by their own words."""
 
     @property
     def endpoint(self) -> str:
@@ -198,6 +200,7 @@ class FaultyProxy:
     def _take_fault(self, request: _Message) -> Fault | None:
         with self._lock:
             self.requests.append(f"{request.method} {request.target}")
+            self.agents.append(request.agent)
             fault = next((one for one in self._faults if one.matches(request)), None)
             if fault is not None:
                 fault.times -= 1
@@ -218,6 +221,11 @@ class _Message:
         self.expects_continue = "expect" in self._headers
         kept = [line for line in lines if not line.lower().startswith("expect:")]
         self.head = "\r\n".join(kept).encode("latin-1") + _HEAD_END
+
+    @property
+    def agent(self) -> str:
+        """What the client calls itself."""
+        return self._headers.get("user-agent", "")
 
     def drop_condition(self, key: str, secret: str) -> None:
         """Take ``If-None-Match`` out of a request of S3, and sign what is left."""

@@ -19,11 +19,20 @@ from typing import Any, Final, TypeVar
 
 import s3fs
 from aiobotocore.session import AioSession
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import NoCredentialsError
 from botocore.loaders import create_loader
 
 from forebay_server.tier.s3_faults import fault_of
 from forebay_server.tier.s3_options import S3Options
-from forebay_server.tier.s3_reads import Elsewhere, Got, SocketReads, goes_by_proxy, got_of
+from forebay_server.tier.s3_reads import (
+    Elsewhere,
+    Got,
+    Signer,
+    SocketReads,
+    goes_by_proxy,
+    got_of,
+)
 from forebay_server.tier.store_client import (
     FaultKind,
     ObjectInfo,
@@ -44,9 +53,6 @@ MARK: Final = "forebay-write"
 """Key of the object's metadata that names the call which made it."""
 PAGE_KEYS: Final = 1000
 
-SIGNED_SECONDS: Final = 900
-"""How long a signed address may be used; it is used at once, by clocks that may differ."""
-
 _SEND_BYTES: Final = 1 << 20
 
 
@@ -60,6 +66,7 @@ class S3Client(PartStoreClient):
         self._options = options
         self._files: Any = None
         self._sockets: SocketReads | None = None
+        self._signer: Signer | None = None
 
     # ----------------------------------------------------------------------------- the place
 
@@ -71,7 +78,7 @@ class S3Client(PartStoreClient):
                 session=_make_session(self._options.profile),
                 **self._options.for_s3fs(),
             )
-            self._sockets = self._open_sockets()
+            self._open_sockets()
         # A listing tells more than HEAD, whose answers have no body: which credential is wrong.
         self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
 
@@ -83,13 +90,37 @@ class S3Client(PartStoreClient):
         if files is not None and files._s3 is not None:
             files.close_session(files.loop, files._s3creator)
 
-    def _open_sockets(self) -> SocketReads | None:
-        """For reads; None where only the client knows the way."""
-        url = self._sign("x")
-        if goes_by_proxy(url):
-            return None
+    def _open_sockets(self) -> None:
+        """For reads, unless only the client knows the way."""
+
+        async def look() -> tuple[str, str]:
+            client = await self._files.set_session()
+            url: str = await client.generate_presigned_url(
+                "get_object", Params={"Bucket": self._bucket, "Key": "x"}
+            )
+            return url.partition("?")[0].removesuffix("x"), client.meta.region_name
+
+        base_url, region = self._run(look, 0)
+        if goes_by_proxy(base_url):
+            return
         bundle = self._options.ca_file or self._files.session.get_config_variable("ca_bundle")
-        return SocketReads(url.startswith("https:"), bundle)
+        self._signer = Signer(base_url, region, self._find_credentials)
+        self._sockets = SocketReads(base_url.startswith("https:"), bundle)
+
+    def _find_credentials(self) -> ReadOnlyCredentials:
+        """Whose requests are signed; renewed where they expire."""
+        given = self._options
+        if given.key is not None and given.secret is not None:
+            return ReadOnlyCredentials(given.key, given.secret, given.token)
+
+        async def find() -> ReadOnlyCredentials:
+            found = await self._files.session.get_credentials()
+            if found is None:
+                raise NoCredentialsError
+            frozen: ReadOnlyCredentials = await found.get_frozen_credentials()
+            return frozen
+
+        return self._run(find, 0)
 
     def check_place(self) -> None:
         try:
@@ -256,29 +287,17 @@ class S3Client(PartStoreClient):
     def _read(self, key: str, span: str, etag: str, view: memoryview) -> Got:
         """Fill *view* with the range *span*, if the object's ETag is still *etag* ("": any)."""
         headers = {"Range": span, **({"If-Match": etag} if etag else {})}
-        if self._sockets is None:
+        sockets, signer = self._sockets, self._signer
+        if sockets is None or signer is None:
             return self._read_by_client(key, headers, view)
         try:
-            url = self._sign(key)
-            return self._sockets.read(url, headers, view, _seconds_for(view.nbytes))
+            url, signed = signer.sign(self._prefix + key, headers)
+            return sockets.read(url, signed, view, _seconds_for(view.nbytes))
         except Elsewhere as answer:
             got = self._read_by_client(key, headers, view)
             logger.info("objects are read by the S3 client from now on: %s", answer)
             self._sockets = None
             return got
-
-    def _sign(self, key: str) -> str:
-        """Where the object can be read, for a while."""
-
-        async def sign() -> str:
-            client = await self._files.set_session()
-            where = {"Bucket": self._bucket, "Key": self._prefix + key}
-            url: str = await client.generate_presigned_url(
-                "get_object", Params=where, ExpiresIn=SIGNED_SECONDS
-            )
-            return url
-
-        return self._run(sign, 0)
 
     def _read_by_client(self, key: str, headers: Mapping[str, str], view: memoryview) -> Got:
         received = _Received(view)

@@ -118,11 +118,10 @@ class ObstoreClient(S3Client):
 
     def _credentials(self) -> Any:
         """What the other client uses, refreshed by it; obstore asks again when they run out."""
-        client = run_on(self._files.loop, self._files.set_session())
-        held = client._request_signer._credentials
-        if held is None:
-            raise PermissionError("no credentials found")
-        found = run_on(self._files.loop, held.get_frozen_credentials())
+        try:
+            found = self._find_credentials()
+        except StoreFault as fault:
+            raise PermissionError(fault.text) from None
         return {
             "access_key_id": found.access_key,
             "secret_access_key": found.secret_key,

@@ -1,8 +1,8 @@
 """Reads of S3 objects over plain sockets: by the kernel into the reader's buffer, without the GIL.
 
-The S3 client signs the address and knows credentials and regions; what comes back would pass
-through its event loop in small ``bytes``, copied once more by it and once by us. Here the kernel
-copies into the buffer that the caller gave.
+The S3 client knows where the bucket is and who we are; what it reads passes through its event loop
+in small ``bytes``, copied once more by it and once by us. Here the kernel copies into the buffer
+that the caller gave, and requests are signed by the thread that makes them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import ReadOnlyCredentials
 
 from forebay_server.tier.s3_faults import kind_of
 from forebay_server.tier.s3_options import CONNECT_SECONDS, MAX_CONNECTIONS, READ_SECONDS
@@ -29,6 +33,12 @@ from forebay_server.tier.store_client import StoreFault
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+
+AGENT: Final = "forebay"
+"""What we are called in the logs of the store."""
+
+CREDENTIALS_SECONDS: Final = 60.0
+"""Credentials that expire are renewed ten minutes before, by who keeps them."""
 
 IDLE_SECONDS: Final = 20.0
 """A connection that was idle for longer is not used again: servers drop them after some time."""
@@ -55,6 +65,35 @@ class Got:
     """By lower-case names."""
 
 
+class Signer:
+    """Signs GETs of one bucket's objects as its S3 client would. Thread-safe."""
+
+    def __init__(
+        self, base_url: str, region: str, credentials: Callable[[], ReadOnlyCredentials]
+    ) -> None:
+        """*base_url* and a key make an address; *credentials* may block, and is asked again every
+        :data:`CREDENTIALS_SECONDS`, long before any that it gave expire."""
+        self._base_url = base_url
+        self._region = region
+        self._find = credentials
+        self._lock = threading.Lock()
+        self._known: tuple[float, ReadOnlyCredentials] | None = None
+
+    def sign(self, key: str, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        """Where to read *key*, and *headers* with the signature."""
+        url = self._base_url + quote(key, safe="/~")
+        request = AWSRequest("GET", url, headers={"User-Agent": AGENT, **headers})
+        request.context["payload_signing_enabled"] = False
+        S3SigV4Auth(self._credentials(), "s3", self._region).add_auth(request)
+        return url, dict(request.headers.items())
+
+    def _credentials(self) -> ReadOnlyCredentials:
+        with self._lock:
+            if self._known is None or self._known[0] < time.monotonic() - CREDENTIALS_SECONDS:
+                self._known = (time.monotonic(), self._find())
+            return self._known[1]
+
+
 class SocketReads:
     """Kept-alive connections to one endpoint. Thread-safe; a call blocks its thread."""
 
@@ -79,7 +118,7 @@ class SocketReads:
         :class:`Elsewhere`.
         """
         parts = urlsplit(url)
-        target = f"{parts.path}?{parts.query}"
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         deadline = time.monotonic() + seconds
         progress = _Progress()
         connection = self._take(parts.netloc, deadline)

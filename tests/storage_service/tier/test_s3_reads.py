@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from botocore.credentials import ReadOnlyCredentials
 
 from forebay_server.testing.tier_contract import MIB, random_bytes
 from forebay_server.tier import s3_reads
-from forebay_server.tier.s3_reads import Elsewhere, SocketReads, goes_by_proxy
+from forebay_server.tier.s3_reads import Elsewhere, Signer, SocketReads, goes_by_proxy
 from forebay_server.tier.store_client import StoreFault
 
 DATA = random_bytes(MIB + 12345, 3)
@@ -300,6 +301,25 @@ def test_nobody_there_is_busy(reads: SocketReads, server: Server) -> None:
     with pytest.raises(StoreFault, match="refused") as failed:
         read(reads, "http://127.0.0.1:1/bucket/key?x", 0, 10)
     assert failed.value.kind == "busy"
+
+
+def test_credentials_are_asked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def find() -> ReadOnlyCredentials:
+        asked.append(f"key{len(asked)}")
+        return ReadOnlyCredentials(asked[-1], "secret", "token")
+
+    signer = Signer("http://host/bucket/", "eu-west-1", find)
+    for _ in range(3):
+        url, headers = signer.sign("a b", {"Range": "bytes=0-1"})
+    assert url == "http://host/bucket/a%20b"
+    assert "Credential=key0/" in headers["Authorization"]
+    assert "/eu-west-1/s3/aws4_request" in headers["Authorization"]
+    assert "range" in headers["Authorization"]
+    assert headers["X-Amz-Security-Token"] == "token"
+    monkeypatch.setattr(s3_reads, "CREDENTIALS_SECONDS", -1.0)
+    assert "Credential=key1/" in signer.sign("a", {})[1]["Authorization"]
 
 
 def test_proxies_of_the_environment_are_left_to_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
