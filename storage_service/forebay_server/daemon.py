@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -12,8 +11,8 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -91,9 +90,6 @@ CATALOG_FILE_NAME: Final = "catalog.sqlite"
 STOP_GRACE_SECONDS: Final = 1.0
 """After the drain, calls that still run get this long to end by themselves."""
 
-GARBAGE_OBJECTS: Final = 20_000
-"""New objects, less those gone, after which the youngest are searched for cyclic garbage."""
-
 IDLE_LOOK_SECONDS: Final = 1.0
 
 
@@ -150,7 +146,6 @@ class Daemon:
             self._background.start("idle", self._watch_idle())
         self._state = "serving"
         stack.callback(remove_address, data)
-        stack.enter_context(_rare_collections())
         self._tell(data)
         await self._rpc.set_serving()
 
@@ -504,25 +499,6 @@ def _end_at_once(error: BaseException) -> None:
     logger.critical("the catalog failed, the daemon ends at once: %s", error)
     logging.shutdown()
     os._exit(ExitCode.FAILURE)
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Inside, the collector of cyclic garbage leaves alone what is there now, and looks for new
-    garbage less often.
-
-    A started daemon holds some 400,000 objects that stay (descriptions of services, statements);
-    going through them again and again took a third of its time, with the GIL.
-    """
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GARBAGE_OBJECTS, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 def _raise_open_files() -> None:

@@ -153,6 +153,23 @@ def insert_replica(
     (Conflict): ask :func:`live_replica` first.
     """
     insert_blob(connection, blob, num_bytes, num_segments)
+    return add_replica(
+        connection, blob, num_bytes, tier, file, file_bytes, node=node, encoding=encoding
+    )
+
+
+def add_replica(
+    connection: Connection,
+    blob: str,
+    num_bytes: int,
+    tier: str,
+    file: str,
+    file_bytes: int,
+    *,
+    node: str = "",
+    encoding: str = "raw",
+) -> str:
+    """:func:`insert_replica` of a blob that is known."""
     connection.execute(insert(files).values(file=file, tier=tier, num_bytes=file_bytes))
     replica = new_random_name()
     connection.execute(
@@ -180,6 +197,24 @@ def live_replica(
         )
         .limit(1)
     )
+
+
+def known_in_tier(
+    connection: Connection, blob: str, tier: str, *, node: str = ""
+) -> tuple[bool, str | None]:
+    """Whether *blob* is known, and its live replica in *tier*, if it has one there."""
+    is_live = and_(
+        replicas.c.blob == blobs.c.blob,
+        replicas.c.tier == tier,
+        replicas.c.node == node,
+        replicas.c.state == "live",
+    )
+    found = connection.execute(
+        select(replicas.c.replica)
+        .select_from(blobs.outerjoin(replicas, is_live))
+        .where(blobs.c.blob == blob)
+    ).first()
+    return found is not None, None if found is None else found.replica
 
 
 def remove_replica(connection: Connection, replica_id: str) -> list[FileRef]:

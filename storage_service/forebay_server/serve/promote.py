@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import (
     BlobLocation,
-    insert_replica,
-    live_replica,
-    locate_blobs,
+    add_replica,
+    known_in_tier,
 )
 from forebay_server.model.encodings import RAW
 from forebay_server.model.landing import Room, choose_landing
@@ -347,15 +346,15 @@ def places_of(location: BlobLocation) -> list[Place]:
 
 def _record(connection: Connection, target: Place, stored_bytes: int) -> str | None:
     """The new replica's id, None if the tier has the blob already."""
-    if not locate_blobs(connection, [target.blob]):
+    is_known, live = known_in_tier(connection, target.blob, target.tier)
+    if not is_known:
         raise NotFound(f"blob {target.blob} was deleted while it was fetched")
-    if live_replica(connection, target.blob, [target.tier]) is not None:
+    if live is not None:
         return None
-    return insert_replica(
+    return add_replica(
         connection,
         target.blob,
         target.num_bytes,
-        target.num_segments,
         target.tier,
         target.file,
         stored_bytes,
