@@ -155,19 +155,32 @@ class SegmentTable:
         return table
 
 
+SegmentDigests = tuple[int, bytes, int]
+"""A segment's length, BLAKE3 and XXH3."""
+
+
+def digest_segment(data: Buffer) -> SegmentDigests:
+    """Digest one segment (1 byte to 4 MiB), without the GIL."""
+    length = memoryview(data).nbytes
+    if length == 0:
+        raise InvalidRequest("a segment has at least one byte")
+    check_limit("segment bytes", length, MAX_SEGMENT_BYTES, "cut it")
+    return length, blake3(data).digest(), xxh3(data)
+
+
 class SegmentTableBuilder:
     """Collects segments in blob order. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, bytes, int]] = []
+        self._rows: list[SegmentDigests] = []
 
     def add(self, data: Buffer) -> None:
         """Digest one segment (1 byte to 4 MiB) and append it."""
-        length = memoryview(data).nbytes
-        if length == 0:
-            raise InvalidRequest("a segment has at least one byte")
-        check_limit("segment bytes", length, MAX_SEGMENT_BYTES, "cut it")
-        self._rows.append((length, blake3(data).digest(), xxh3(data)))
+        self.append(digest_segment(data))
+
+    def append(self, segment: SegmentDigests) -> None:
+        """Append one that is digested already."""
+        self._rows.append(segment)
 
     def build(self) -> SegmentTable:
         check_limit(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from forebay_server.tier.buffers import SEGMENT_BUFFERS
@@ -19,13 +20,18 @@ from forebay_server.tier.store import Tier, TierWriter
 from forebay_wire.failpoints import failpoint
 from forebay_wire.limits import KIB, MAX_BLOB_BYTES, MAX_SEGMENTS_PER_BLOB, check_limit
 from forebay_wire.segments import (
+    SegmentDigests,
     SegmentTableBuilder,
+    digest_segment,
     encode_trailer,
     file_bytes_for,
 )
 
 EXPECTED_SEGMENT_BYTES = 256 * KIB
 """The segment table is reserved for as if segments had this size; a longer one grows the file."""
+
+MAX_FILLING = 2
+"""Buffers of one landing that are filled and digested at a time."""
 
 MAX_AHEAD = 3
 """Filled buffers of one landing that wait for the disk or are being written: a thread that comes
@@ -62,20 +68,20 @@ def expected_file_bytes(data_bytes: int) -> int:
 class BlobLanding:
     """One blob on its way into a tier. One thread at a time; ends by ``publish`` or ``abort``."""
 
-    def __init__(self, writer: TierWriter, writing: ThreadPoolExecutor) -> None:
-        """*writing* runs the writes that overlap with digesting."""
+    def __init__(self, writer: TierWriter, threads: ThreadPoolExecutor) -> None:
+        """*threads* copy, digest and write; what they are given waits for nothing."""
         self.num_bytes = 0
         self.num_segments = 0
         self._writer = writer
-        self._writing = writing
+        self._threads = threads
         self._table = SegmentTableBuilder()
 
     @classmethod
     def begin(
-        cls, tier: Tier, file: str, data_bytes: int, writing: ThreadPoolExecutor
+        cls, tier: Tier, file: str, data_bytes: int, threads: ThreadPoolExecutor
     ) -> BlobLanding:
         """A landing of the new *file*, with room for *data_bytes* reserved; blocks."""
-        return cls(tier.create(file, expected_file_bytes(data_bytes)), writing)
+        return cls(tier.create(file, expected_file_bytes(data_bytes)), threads)
 
     def take(self, slot: SlotBytes, num_bytes: int, cuts: Sequence[int]) -> None:
         """Append the first *num_bytes* of *slot*, cut as *cuts* say; blocks.
@@ -90,19 +96,20 @@ class BlobLanding:
             "use larger segments",
         )
         offset = 0
-        behind = _WriteBehind(self._writer, self._writing)
+        behind = _WriteBehind(self._writer, self._threads)
+        filling: deque[_Filled] = deque()
         try:
             for group in _groups(cuts, SEGMENT_BUFFERS.buffer_bytes):
-                behind.wait_for_room()
-                buffer = SEGMENT_BUFFERS.take()
-                try:
-                    self._fill(slot, offset, buffer, group)
-                except BaseException:
-                    SEGMENT_BUFFERS.give_back(buffer)
-                    raise
-                behind.write(buffer, sum(group))
+                buffer = self._buffer(filling, behind)
+                work = self._threads.submit(_fill, slot, offset, buffer, group)
+                filling.append(_Filled(work, buffer, sum(group)))
                 offset += sum(group)
+            while filling:
+                self._pass_on(filling, behind)
         finally:
+            for filled in filling:  # after an error
+                wait([filled.digests])
+                SEGMENT_BUFFERS.give_back(filled.buffer)
             behind.finish()
         self.num_bytes += num_bytes
         self.num_segments += len(cuts)
@@ -122,13 +129,46 @@ class BlobLanding:
         """Drop what was written; nothing after ``publish``. Idempotent."""
         self._writer.abort()
 
-    def _fill(self, slot: SlotBytes, offset: int, buffer: memoryview, group: Sequence[int]) -> None:
-        """Copy one group of segments out of the slot and digest the copy."""
-        slot.read_into(offset, buffer[: sum(group)])
-        start = 0
-        for length in group:
-            self._table.add(buffer[start : start + length])
-            start += length
+    def _buffer(self, filling: deque[_Filled], behind: _WriteBehind) -> memoryview:
+        """For the next group. Waits only while no other is held: all doing so would wait for
+        ever."""
+        if len(filling) == MAX_FILLING:
+            self._pass_on(filling, behind)
+        while filling:
+            buffer = SEGMENT_BUFFERS.take_if_free()
+            if buffer is not None:
+                return buffer
+            self._pass_on(filling, behind)
+        return SEGMENT_BUFFERS.take()
+
+    def _pass_on(self, filling: deque[_Filled], behind: _WriteBehind) -> None:
+        """Have the first of what is being filled written, once it is full."""
+        behind.wait_for_room()
+        digests = filling[0].digests.result()
+        filled = filling.popleft()
+        for segment in digests:
+            self._table.append(segment)
+        behind.write(filled.buffer, filled.num_bytes)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A buffer that a thread fills with a group of segments."""
+
+    digests: Future[list[SegmentDigests]]
+    buffer: memoryview
+    num_bytes: int
+
+
+def _fill(
+    slot: SlotBytes, offset: int, buffer: memoryview, group: Sequence[int]
+) -> list[SegmentDigests]:
+    """Copy a group of segments out of the slot, and digest the copy."""
+    slot.read_into(offset, buffer[: sum(group)])
+    ends = list(accumulate(group))
+    return [
+        digest_segment(buffer[end - length : end]) for length, end in zip(group, ends, strict=True)
+    ]
 
 
 class _WriteBehind:

@@ -59,8 +59,8 @@ DEFAULT_LEASE_SECONDS: Final = 60.0
 MAX_SESSIONS: Final = 2 * MAX_SHARDS_PER_VERSION
 """Sessions in memory at a time; those that have landed hold no slot."""
 
-NUM_WRITING_THREADS: Final = 8
-"""Writes that overlap with digesting: one for each landing that runs at a time."""
+NUM_WRITING_THREADS: Final = 12
+"""Write what lands, copy and digest what comes next: up to three for each landing at a time."""
 
 
 class Uploads:
