@@ -49,7 +49,9 @@ def open_tiers(config: Config, node: str, record: Record, why_not_remote: str = 
     encodings = {"ssd": RAW, "hdd": config.hdd_encoding}
     for one in tiers:
         one.encoding = encodings.get(one.name, config.object_encoding)
-    guarded = [GuardedTier(MeteredTier(one, record)) for one in tiers]
+    guarded = [
+        GuardedTier(MeteredTier(one, record), may_be_away=one.kind == "object") for one in tiers
+    ]
     used = [*guarded, *open_origins(config)]
     slots = SlotPool(config.ram_bytes or default_ram_bytes())
     return Tiers(used, slots, why_not_remote=why_not_remote)

@@ -110,6 +110,37 @@ def test_a_store_that_is_killed_is_out_of_service_until_it_is_back(
     check_log(daemon)
 
 
+@pytest.mark.slow
+def test_a_daemon_starts_beside_a_store_that_is_down(
+    tmp_path: Path, write_rows: Rows, check_rows: Rows, wait_until: Until
+) -> None:
+    if seaweed_program() is None:
+        pytest.skip(missing_s3({}) or "")
+    with SeaweedFS(tmp_path / "s3") as server:
+        bucket = make_bucket(server.endpoint, KEY, SECRET)
+        arguments = ("--object-url", bucket.url("x"))
+        environment = bucket.environment
+        daemon = DaemonProcess(tmp_path / "data", *arguments, environment=environment)
+        with daemon, forebay.connect(daemon.address()["rpc"]) as client:
+            write_rows(client, "before", 1)
+            client.dataset("before").wait("remote", timeout=60)
+            server.kill()
+            daemon.restart()
+            assert health_of(client, "object").startswith("out of service")
+            assert "starts out of service" in daemon.log()
+            check_rows(client, "before", 1)
+            write_rows(client, "during", 2)
+            with pytest.raises(TimeoutError):
+                client.dataset("during").wait("remote", timeout=1)
+            server.start()
+            client.dataset("during").wait("remote", timeout=60)
+            assert health_of(client, "object") == "ok"
+        server.kill()
+        fresh = DaemonProcess(tmp_path / "fresh", *arguments, environment=environment)
+        assert fresh.start().process.wait(60) != 0
+        assert "is the store up, reachable" in fresh.log()
+
+
 def check_log(daemon: DaemonProcess) -> None:
     """One line when it went and one when it came, beside the two flushes that found out."""
     log = daemon.log()

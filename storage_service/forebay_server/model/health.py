@@ -60,6 +60,10 @@ class VolumeHealth:
             return replace(self, errors=errors)
         return VolumeHealth(message, now, probes_left=PROBES_TO_RETURN)
 
+    def absent(self, message: str, now: float) -> VolumeHealth:
+        """It cannot be used, whatever its errors so far: the first good probe brings it back."""
+        return VolumeHealth(message, now, probes_left=1)
+
     def answered(self) -> VolumeHealth:
         """A call has ended well."""
         return replace(self, num_unreached=0) if self.num_unreached else self

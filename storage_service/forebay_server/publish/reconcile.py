@@ -21,6 +21,7 @@ from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_objects import is_anything_remote
 from forebay_server.catalog.queries_settings import get_setting, own_name, put_setting
 from forebay_server.catalog.queries_uploads import end_all_uploads
+from forebay_server.tier.health import GuardedTier
 from forebay_server.tier.owner import Owner, claim, is_claimed
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import HEALTHY, Tier
@@ -30,6 +31,9 @@ from forebay_wire.errors import InvalidRequest, StorageError
 logger = logging.getLogger(__name__)
 
 ORPHAN_BATCH: Final = 500
+
+CLAIMED: Final = "object tier"
+"""The setting that says where the catalog's object tier was at the last start."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,11 @@ async def claim_objects(
 
     :class:`InvalidRequest` for a tier that another catalog deletes in, for one that was to give
     ``remote`` and now can only cache, and for one that is not where the catalog's objects are,
-    unless it *is_replaced*: then those are given up.
+    unless it *is_replaced*: then those are given up. A store that does not answer is checked when
+    it does, if it has been the catalog's before; else its error is raised.
     """
     has_remote = await catalog.read(is_anything_remote)
+    is_known = has_remote or await catalog.read(lambda c: get_setting(c, CLAIMED) is not None)
     if tiers.why_not_remote and has_remote:
         raise InvalidRequest(
             f"{tiers.why_not_remote}. This data folder has remote bytes, which only a store that "
@@ -99,6 +105,11 @@ async def claim_objects(
     if tier is None:
         return
     owner = Owner(await catalog.write(own_name), node, folder)
+    if isinstance(tier, GuardedTier) and tier.absence is not None:
+        if is_replaced or not is_known:
+            raise tier.absence
+        tier.confirm = functools.partial(claim, owner=owner, may_be_new=False)
+        return
     if has_remote and is_replaced and not await tiers.run(tier, is_claimed, tier):
         num_copies = await catalog.write(give_up_objects)
         given_up = f"{num_copies} copies are given up for what is at {tier.location} now"
@@ -106,6 +117,7 @@ async def claim_objects(
         await catalog.write(lambda c: record(c, f"tier {tier.name}", "replaced", given_up))
         has_remote = False
     await tiers.run(tier, functools.partial(claim, may_be_new=not has_remote), tier, owner)
+    await catalog.write(lambda connection: put_setting(connection, CLAIMED, tier.location))
 
 
 async def _log(catalog: Catalog, tier: Tier, files: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
-from forebay_server.model.health import DEVICE, VolumeHealth
+from forebay_server.model.health import DEVICE, UNREACHABLE, VolumeHealth
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import HEALTHY, Tier, TierReader, TierSpace, TierWriter
 from forebay_server.tier.wrap import TierWrapper
@@ -51,8 +51,17 @@ class GuardedTier(TierWrapper):
         inner: Tier,
         changed: Changed = lambda name, in_service, reason: None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        may_be_away: bool = False,
     ) -> None:
+        """With *may_be_away*, one that does not answer is opened all the same, out of service:
+        whoever opens it decides by :attr:`absence`, and gives it a :attr:`confirm`."""
         super().__init__(inner)
+        self.absence: ForebayError | None = None
+        """Why it could not be opened."""
+        self.confirm: Callable[[Tier], object] = lambda tier: None
+        """Told the tier once it could be opened after all; raises if it is another than it was."""
+        self._may_be_away = may_be_away
         self._changed = changed
         self._clock = clock
         self._lock = threading.Lock()
@@ -78,7 +87,12 @@ class GuardedTier(TierWrapper):
             self._is_open = True
             self._space = self.inner.space()
         except ForebayError as error:
-            if self._note(error) != errno.EROFS:
+            code = self._note(error)
+            if code in UNREACHABLE and self._may_be_away:
+                self.absence = error
+                self._space = TierSpace(0, 0, 0, 0, 0)
+                self._be_absent(error)
+            elif code != errno.EROFS:
                 raise
             logger.error("tier %s starts out of service: %s", self.name, error)
 
@@ -125,8 +139,7 @@ class GuardedTier(TierWrapper):
         name, data = self.inner.blob_name(new_random_name()), os.urandom(PROBE_BYTES)
         try:
             if not self._is_open:
-                self.inner.open()
-                self._is_open = True
+                self._open_late()
             self.inner.put(name, data)
             try:
                 good = self.inner.get(name) == data
@@ -138,6 +151,17 @@ class GuardedTier(TierWrapper):
         if good:
             self._become(lambda health: health.probed())
         return self._health.in_service
+
+    def _open_late(self) -> None:
+        try:
+            self.inner.open()
+            self.confirm(self.inner)
+        except ForebayError as error:
+            self.inner.close()
+            self._be_absent(error)
+            raise
+        self._is_open = True
+        self.absence = None
 
     @contextmanager
     def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
@@ -184,6 +208,9 @@ class GuardedTier(TierWrapper):
             now = self._clock()
             self._become(lambda health: health.failed(code, error.message, now))
         return code
+
+    def _be_absent(self, error: ForebayError) -> None:
+        self._become(lambda health: health.absent(error.message, self._clock()))
 
     def _become(self, step: Callable[[VolumeHealth], VolumeHealth]) -> None:
         with self._lock:

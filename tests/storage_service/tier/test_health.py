@@ -10,8 +10,8 @@ from forebay_server.testing.faults import FaultyTier
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.health import GuardedTier
 from forebay_server.tier.remote import RemoteTier
-from forebay_server.tier.store import HEALTHY
-from forebay_wire.errors import IntegrityError, StorageError
+from forebay_server.tier.store import HEALTHY, Tier
+from forebay_wire.errors import IntegrityError, InvalidRequest, StorageError
 from forebay_wire.ids import new_random_name
 
 
@@ -134,3 +134,50 @@ def test_a_place_that_was_never_measured_has_no_room_while_it_is_away(tmp_path: 
         list(tier.list())
     assert tier.space().free_bytes == 0
     assert "is away" in tier.health
+
+
+class StoreAway(RemoteTier):
+    """Answers nothing at first."""
+
+    is_up = False
+
+    def open(self) -> None:
+        if not self.is_up:
+            cause = OSError(errno.EHOSTUNREACH, "no route to host")
+            raise StorageError(f"tier {self.name} failed: 6 tries") from cause
+        super().open()
+
+
+def test_a_store_that_is_away_is_opened_later_and_confirmed_before_it_serves(
+    tmp_path: Path,
+) -> None:
+    store = StoreAway("object", f"file://{tmp_path}")
+    with pytest.raises(StorageError, match="6 tries"):
+        GuardedTier(store).open()
+    tier = GuardedTier(store, may_be_away=True)
+    tier.open()
+    assert "6 tries" in str(tier.absence)
+    assert "6 tries" in tier.health
+    assert tier.space().free_bytes == 0
+    with pytest.raises(StorageError, match="out of service"):
+        tier.create("data/x", 1)
+    assert not tier.probe()
+
+    def refuse(found: Tier) -> None:
+        assert list(found.list()) == []
+        raise InvalidRequest("it is another store")
+
+    tier.confirm = refuse
+    store.is_up = True
+    for _ in range(2):
+        assert not tier.probe()
+        assert tier.health == "out of service: it is another store"
+        with pytest.raises(StorageError):
+            tier.get("data/x")
+    confirmed: list[Tier] = []
+    tier.confirm = confirmed.append
+    assert tier.probe()
+    assert confirmed == [store]
+    assert (tier.health, tier.absence) == (HEALTHY, None)
+    tier.put("data/x", b"kept")
+    assert tier.get("data/x") == b"kept"
