@@ -82,6 +82,7 @@ class Prefetcher:
         self._bring = bring
         self._is_busy = is_busy
         self._woken = asyncio.Event()
+        self._alarm: asyncio.TimerHandle | None = None
         self._known: dict[str, _Known] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._runs = DiskRuns(tiers)
@@ -96,6 +97,16 @@ class Prefetcher:
     def wake(self) -> None:
         """Something else may be needed, or fit, now."""
         self._woken.set()
+
+    def _wake_in(self, seconds: float) -> None:
+        """:meth:`wake` then, or before."""
+        loop = asyncio.get_running_loop()
+        alarm, moment = self._alarm, loop.time() + seconds
+        if alarm is not None and loop.time() < alarm.when() <= moment:
+            return
+        if alarm is not None:
+            alarm.cancel()
+        self._alarm = loop.call_at(moment, self.wake)
 
     def forget(self, blob: str) -> None:
         """The blob's copies changed."""
@@ -114,6 +125,8 @@ class Prefetcher:
                     await asyncio.sleep(1.0)
                     self.wake()
         finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
             tasks = list(self._running.values())
             for task in tasks:
                 task.cancel()
@@ -142,7 +155,7 @@ class Prefetcher:
             if not await self._begin_some(source, seconds, sources):
                 break
         if is_held_up:
-            asyncio.get_running_loop().call_later(YIELD_SECONDS, self.wake)
+            self._wake_in(YIELD_SECONDS)
 
     async def _needed(self) -> list[Needed]:
         """What is needed next and lies in slower tiers only, in order of need."""
@@ -221,10 +234,12 @@ class Prefetcher:
         """
         tier = self._tiers.landing[0]
         soon = max(SOONEST_SECONDS, MARGIN * max(self._fetch_seconds, run_seconds))
-        if not self._cache.has_room(tier, source) and (
-            seconds > soon or not await self._cache.make_room(tier, source)
-        ):
-            return False
+        if not self._cache.has_room(tier, source):
+            if seconds > soon:
+                self._wake_in(seconds - soon)
+                return False
+            if not await self._cache.make_room(tier, source):
+                return False
         kind = self._tiers.get(source.tier).kind
         self._num_running[kind] += 1
         self._bytes_running += source.num_bytes
@@ -244,6 +259,7 @@ class Prefetcher:
             return  # somebody else took the room: looked at again with the next change
         except ForebayError as error:
             self._failed[source.blob] = time.monotonic() + RETRY_SECONDS
+            self._wake_in(RETRY_SECONDS)
             level = logging.DEBUG if isinstance(error, NotFound) else logging.INFO
             logger.log(level, "blob %s is not prefetched: %s", source.blob, error)
             return
