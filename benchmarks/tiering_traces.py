@@ -38,7 +38,7 @@ class Job:
             identity=self.name,
             num_samples=self.num_samples,
             num_version_rows=self.num_samples,
-            split=None,
+            selection=None,
             shuffle=self.shuffle,
             seed=self.seed,
             global_batch_size=self.batch,

@@ -245,6 +245,19 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls):
         )
         self.channel.call(Datasets.DefineSplits, request)
 
+    def define_folds(
+        self, name: str, version: int, k: int, seed: int = 0, prefix: str = "fold"
+    ) -> None:
+        """Define k folds of a version. Dataset.define_folds is the short way."""
+        request = datasets_pb2.DefineFoldsRequest(
+            dataset=name,
+            version=version,
+            num_folds=max(0, k),
+            seed=seed,
+            prefix=check_name("fold", prefix),
+        )
+        self.channel.call(Datasets.DefineFolds, request)
+
     def wait_version(
         self, name: str, version: int, durability: str = "remote", timeout: float = 60.0
     ) -> None:

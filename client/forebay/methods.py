@@ -60,6 +60,15 @@ class Datasets:
     DefineSplits: Final = Method(
         "/forebay.v1.Datasets/DefineSplits", datasets.DefineSplitsRequest, datasets.Dataset
     )
+    DefineFolds: Final = Method(
+        "/forebay.v1.Datasets/DefineFolds", datasets.DefineFoldsRequest, datasets.Dataset
+    )
+    DefineSelections: Final = Method(
+        "/forebay.v1.Datasets/DefineSelections",
+        datasets.DefineSelectionsRequest,
+        datasets.Dataset,
+        MAX_COMMIT_BYTES,
+    )
     DeleteDataset: Final = Method(
         "/forebay.v1.Datasets/DeleteDataset",
         datasets.DeleteDatasetRequest,

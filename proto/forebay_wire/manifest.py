@@ -210,12 +210,11 @@ class DatasetManifest:
 
 @dataclass(frozen=True)
 class SelectionManifest:
-    """A named, immutable choice of rows of one version (here: a split).
+    """A named, immutable choice of rows of one version: a split, a fold, a filter, a bucket.
 
-    ``rule`` says how the rows follow from the version, so that the manifest stays small:
-    ``{"kind": "split", "seed": int, "start": int, "stop": int}`` names the rows
-    ``permute(start), ..., permute(stop - 1)`` of the keyed permutation of all rows of the version
-    under *seed* (``forebay_wire.order``), in that order: no list of rows is stored or built.
+    ``rule`` says how the rows follow from the version (``forebay_wire.selection``). Splits and
+    folds are positions of a keyed permutation of all rows: no list of rows is stored or built. Of
+    the others the rows lie in blobs.
     """
 
     dataset: str
@@ -224,13 +223,22 @@ class SelectionManifest:
     name: str
     num_rows: int
     rule: dict[str, Any]
+    shards: tuple[ShardRef, ...] = ()
+    """Row numbers, or runs of them, as Arrow IPC files; of stored selections only."""
+
+    def blobs(self) -> list[str]:
+        return [shard.blob for shard in self.shards]
 
     def encode(self) -> tuple[str, bytes]:
-        return encode(KIND_SELECTION, asdict(self))
+        payload = {**vars(self), "shards": [shard.payload() for shard in self.shards]}
+        if not self.shards:
+            del payload["shards"]
+        return encode(KIND_SELECTION, payload)
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> SelectionManifest:
-        return cls(**payload)
+        shards = tuple(ShardRef.from_payload(shard) for shard in payload.get("shards", ()))
+        return cls(**{**payload, "shards": shards})
 
 
 @dataclass(frozen=True)

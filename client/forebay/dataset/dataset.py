@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,19 +14,17 @@ from numpy.typing import NDArray
 from forebay.dataset.cache import shard_cache
 from forebay.dataset.gather import Allocate, RowReader, numpy_array
 from forebay.dataset.schema import Column, Schema
+from forebay.dataset.stored_rows import StoredRows
 from forebay.transfer import current_endpoint
 from forebay_wire.errors import IntegrityError, InvalidRequest
 from forebay_wire.lazy import lazy
 from forebay_wire.manifest import DatasetManifest, SelectionManifest
-from forebay_wire.order import split_rows
 from forebay_wire.protocol import DataEndpoint
+from forebay_wire.selection import Ring, rule_of
 
 if TYPE_CHECKING:
     from forebay._channel import RpcChannel
     from forebay.dataset.read_plan import ReadPlan
-
-SPLIT: Final = "split"
-"""The kind of rule that this build knows."""
 
 
 class Control(Protocol):
@@ -36,6 +34,10 @@ class Control(Protocol):
 
     def define_splits(
         self, name: str, version: int, shares: Mapping[str, float], seed: int
+    ) -> None: ...
+
+    def define_folds(
+        self, name: str, version: int, k: int, seed: int = 0, prefix: str = "fold"
     ) -> None: ...
 
     def wait_version(self, name: str, version: int, durability: str, timeout: float) -> None: ...
@@ -68,11 +70,8 @@ class Dataset:
         self.selection_id = selection_id
         self._control = control
         self._open: tuple[int, RowReader] | None = None
-        if selection is not None and selection.rule.get("kind") != SPLIT:
-            raise InvalidRequest(
-                f"split {selection.name!r} of dataset {manifest.dataset!r} follows a rule of kind "
-                f"{selection.rule.get('kind')!r} that this build does not know: upgrade Forebay"
-            )
+        self._open_rows: tuple[int, StoredRows] | None = None
+        self._rule = None if selection is None else rule_of(selection)
 
     # What it is.
 
@@ -142,12 +141,11 @@ class Dataset:
                 f"rows {indices.min()} to {indices.max()} are outside dataset {self.name!r} of "
                 f"{self.num_rows} rows"
             )
-        if self.selection is None:
+        if self._rule is None:
             return indices
-        rule = self.selection.rule
-        return split_rows(
-            self.manifest_id, self._num_version_rows, rule["seed"], indices + rule["start"]
-        )
+        if isinstance(self._rule, Ring):
+            return self._rule.rows(self.manifest_id, self._num_version_rows, indices)
+        return self._stored_rows.at(indices)
 
     def read(
         self,
@@ -200,6 +198,17 @@ class Dataset:
         return table.take(pa.array(self.rows_at(np.arange(len(self), dtype=np.int64))))
 
     # What needs the client.
+
+    def define_folds(self, k: int, seed: int = 0, *, prefix: str = "fold") -> list[tuple[str, str]]:
+        """Define k folds of this version for cross-validation; the names of the training and the
+        test part of each: ``[("fold0-train", "fold0-test"), …]``.
+
+        The test parts share out all rows, at random by *seed*, and their sizes differ by one at
+        most. Repeating the call is a no-op; folds that choose other rows under the same names raise
+        AlreadyExists: other folds take another *prefix*.
+        """
+        self._client().define_folds(self.name, self.version, k, seed, prefix)
+        return [(f"{prefix}{fold}-train", f"{prefix}{fold}-test") for fold in range(k)]
 
     def define_splits(self, shares: Mapping[str, float], seed: int = 0) -> None:
         """Define splits of this version: name to fraction, disjoint, chosen at random by *seed*.
@@ -255,9 +264,21 @@ class Dataset:
             return reader
         return self._open[1]
 
+    @property
+    def _stored_rows(self) -> StoredRows:
+        pid = os.getpid()
+        if self._open_rows is None or self._open_rows[0] != pid:
+            assert self.selection is not None, "it has a rule"
+            cache = shard_cache(self.endpoint)
+            found = StoredRows(self.selection, self._num_version_rows, cache)
+            self._open_rows = (pid, found)
+            return found
+        return self._open_rows[1]
+
     def __getstate__(self) -> dict[str, Any]:
         endpoint = current_endpoint(self.endpoint)  # the daemon may have been restarted since
-        state = {**self.__dict__, "endpoint": endpoint, "_control": None, "_open": None}
+        nothing = {"_control": None, "_open": None, "_open_rows": None}
+        state = {**self.__dict__, "endpoint": endpoint, **nothing}
         state.pop("schema", None)  # rebuilt from the manifest
         return state
 

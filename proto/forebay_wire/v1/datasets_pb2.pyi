@@ -134,6 +134,48 @@ class DefineSplitsRequest(_message.Message):
     seed: int
     def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[SplitShare, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
 
+class DefineFoldsRequest(_message.Message):
+    __slots__ = ("dataset", "version", "num_folds", "seed", "prefix")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_FOLDS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    version: int
+    num_folds: int
+    seed: int
+    prefix: str
+    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., num_folds: _Optional[int] = ..., seed: _Optional[int] = ..., prefix: _Optional[str] = ...) -> None: ...
+
+class NewSelection(_message.Message):
+    __slots__ = ("name", "num_rows", "encoding", "shards", "counts", "digest", "definition_json")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DEFINITION_JSON_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_rows: int
+    encoding: str
+    shards: _containers.RepeatedCompositeFieldContainer[ShardCommit]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    digest: str
+    definition_json: str
+    def __init__(self, name: _Optional[str] = ..., num_rows: _Optional[int] = ..., encoding: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ..., counts: _Optional[_Iterable[int]] = ..., digest: _Optional[str] = ..., definition_json: _Optional[str] = ...) -> None: ...
+
+class DefineSelectionsRequest(_message.Message):
+    __slots__ = ("dataset", "version", "selections")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SELECTIONS_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    version: int
+    selections: _containers.RepeatedCompositeFieldContainer[NewSelection]
+    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., selections: _Optional[_Iterable[_Union[NewSelection, _Mapping]]] = ...) -> None: ...
+
 class DeleteDatasetRequest(_message.Message):
     __slots__ = ("name", "now")
     NAME_FIELD_NUMBER: _ClassVar[int]

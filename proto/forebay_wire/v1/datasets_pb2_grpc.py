@@ -55,6 +55,16 @@ class DatasetsStub:
                 request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineSplitsRequest.SerializeToString,
                 response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.Dataset.FromString,
                 _registered_method=True)
+        self.DefineFolds = channel.unary_unary(
+                '/forebay.v1.Datasets/DefineFolds',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineFoldsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.Dataset.FromString,
+                _registered_method=True)
+        self.DefineSelections = channel.unary_unary(
+                '/forebay.v1.Datasets/DefineSelections',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineSelectionsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.Dataset.FromString,
+                _registered_method=True)
         self.DeleteDataset = channel.unary_unary(
                 '/forebay.v1.Datasets/DeleteDataset',
                 request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
@@ -115,6 +125,24 @@ class DatasetsServicer:
     def DefineSplits(self, request, context):
         """Defines splits of one version as immutable selections. A repeat with the
         same arguments is a no-op, with others fails (ALREADY_EXISTS).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DefineFolds(self, request, context):
+        """Defines the training and the test part of each of k folds of one version. A
+        repeat is a no-op; a name that chooses other rows fails (ALREADY_EXISTS).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DefineSelections(self, request, context):
+        """Defines selections whose rows lie in blobs, all or none. The blobs were sealed
+        in upload sessions that still live; the call ends those sessions. A repeat
+        with the same definitions is a no-op (and leaves its sessions to their
+        leases); a name with another definition fails (ALREADY_EXISTS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,6 +211,16 @@ def add_DatasetsServicer_to_server(servicer, server):
             'DefineSplits': grpc.unary_unary_rpc_method_handler(
                     servicer.DefineSplits,
                     request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineSplitsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
+            ),
+            'DefineFolds': grpc.unary_unary_rpc_method_handler(
+                    servicer.DefineFolds,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineFoldsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
+            ),
+            'DefineSelections': grpc.unary_unary_rpc_method_handler(
+                    servicer.DefineSelections,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineSelectionsRequest.FromString,
                     response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
             ),
             'DeleteDataset': grpc.unary_unary_rpc_method_handler(
@@ -319,6 +357,60 @@ class Datasets:
             target,
             '/forebay.v1.Datasets/DefineSplits',
             forebay__wire_dot_v1_dot_datasets__pb2.DefineSplitsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DefineFolds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/DefineFolds',
+            forebay__wire_dot_v1_dot_datasets__pb2.DefineFoldsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DefineSelections(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/DefineSelections',
+            forebay__wire_dot_v1_dot_datasets__pb2.DefineSelectionsRequest.SerializeToString,
             forebay__wire_dot_v1_dot_datasets__pb2.Dataset.FromString,
             options,
             channel_credentials,

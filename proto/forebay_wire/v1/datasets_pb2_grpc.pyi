@@ -49,6 +49,16 @@ class DatasetsStub:
     """Defines splits of one version as immutable selections. A repeat with the
     same arguments is a no-op, with others fails (ALREADY_EXISTS).
     """
+    DefineFolds: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DefineFoldsRequest, _datasets_pb2.Dataset]
+    """Defines the training and the test part of each of k folds of one version. A
+    repeat is a no-op; a name that chooses other rows fails (ALREADY_EXISTS).
+    """
+    DefineSelections: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DefineSelectionsRequest, _datasets_pb2.Dataset]
+    """Defines selections whose rows lie in blobs, all or none. The blobs were sealed
+    in upload sessions that still live; the call ends those sessions. A repeat
+    with the same definitions is a no-op (and leaves its sessions to their
+    leases); a name with another definition fails (ALREADY_EXISTS).
+    """
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]
     """Puts a dataset with all versions into the trash, or deletes it for good, first in the
     object tier. Its name is free on return. Idempotent.
@@ -92,6 +102,16 @@ class DatasetsAsyncStub(DatasetsStub):
     DefineSplits: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DefineSplitsRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Defines splits of one version as immutable selections. A repeat with the
     same arguments is a no-op, with others fails (ALREADY_EXISTS).
+    """
+    DefineFolds: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DefineFoldsRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
+    """Defines the training and the test part of each of k folds of one version. A
+    repeat is a no-op; a name that chooses other rows fails (ALREADY_EXISTS).
+    """
+    DefineSelections: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DefineSelectionsRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
+    """Defines selections whose rows lie in blobs, all or none. The blobs were sealed
+    in upload sessions that still live; the call ends those sessions. A repeat
+    with the same definitions is a no-op (and leaves its sessions to their
+    leases); a name with another definition fails (ALREADY_EXISTS).
     """
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """Puts a dataset with all versions into the trash, or deletes it for good, first in the
@@ -157,6 +177,28 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
         """Defines splits of one version as immutable selections. A repeat with the
         same arguments is a no-op, with others fails (ALREADY_EXISTS).
+        """
+
+    @_abc_1.abstractmethod
+    def DefineFolds(
+        self,
+        request: _datasets_pb2.DefineFoldsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
+        """Defines the training and the test part of each of k folds of one version. A
+        repeat is a no-op; a name that chooses other rows fails (ALREADY_EXISTS).
+        """
+
+    @_abc_1.abstractmethod
+    def DefineSelections(
+        self,
+        request: _datasets_pb2.DefineSelectionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Dataset, _abc.Awaitable[_datasets_pb2.Dataset]]:
+        """Defines selections whose rows lie in blobs, all or none. The blobs were sealed
+        in upload sessions that still live; the call ends those sessions. A repeat
+        with the same definitions is a no-op (and leaves its sessions to their
+        leases); a name with another definition fails (ALREADY_EXISTS).
         """
 
     @_abc_1.abstractmethod

@@ -18,6 +18,7 @@ from forebay_server.catalog.tables import (
     blobs,
     datasets,
     manifest_remote,
+    manifests,
     selections,
     versions,
 )
@@ -136,6 +137,22 @@ def find_selections(
     )
 
 
+def find_selection_manifests(
+    connection: Connection, dataset: str, version: int
+) -> list[tuple[SelectionInfo, bytes]]:
+    """:func:`find_selections` of one version, each with its manifest."""
+    rows = (
+        select(selections, manifests.c.data)
+        .join(manifests, manifests.c.manifest == selections.c.manifest)
+        .where(selections.c.dataset == dataset, selections.c.version == version)
+        .order_by(selections.c.name)
+    )
+    return [
+        (SelectionInfo(row.name, row.version, row.manifest, row.num_rows), row.data)
+        for row in connection.execute(rows)
+    ]
+
+
 def list_datasets(connection: Connection, after: str, limit: int) -> list[DatasetSummary]:
     """Datasets whose names come after *after*, by name, at most *limit*."""
     newest = (
@@ -217,8 +234,12 @@ def insert_version(
 def insert_selection(
     connection: Connection, manifest: SelectionManifest, manifest_id: str, data: bytes
 ) -> None:
-    """Make one selection of a known version visible. Whoever defines it queues the flush."""
-    commit_manifest(connection, manifest_id, KIND_SELECTION, data, (), manifest.dataset_manifest)
+    """Make one selection of a known version visible; its blobs are known.
+
+    Whoever defines it queues the flush (:func:`enqueue_flush`).
+    """
+    sibling = manifest.dataset_manifest
+    commit_manifest(connection, manifest_id, KIND_SELECTION, data, manifest.blobs(), sibling)
     connection.execute(
         insert(selections).values(
             dataset=manifest.dataset,

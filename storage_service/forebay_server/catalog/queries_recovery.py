@@ -92,7 +92,8 @@ def restore_version(
 def restore_selection(
     connection: Connection, identity: str, data: bytes, found: SelectionManifest
 ) -> None:
-    """Make a selection visible again. :class:`Conflict` without the version that it selects of."""
+    """Make a selection visible again; its blobs are known. :class:`Conflict` without the version
+    that it selects of."""
     of = connection.scalar(
         select(versions.c.manifest).where(
             versions.c.dataset == found.dataset, versions.c.version == found.version
@@ -100,7 +101,7 @@ def restore_selection(
     )
     if of != found.dataset_manifest:
         raise Conflict(f"version {found.version} of dataset {found.dataset} is not there")
-    insert_manifest(connection, identity, KIND_SELECTION, data, [])
+    insert_manifest(connection, identity, KIND_SELECTION, data, found.blobs())
     mark_remote(connection, identity)
     connection.execute(
         insert(selections).values(

@@ -1,9 +1,10 @@
-"""How many rows each split gets, and which positions of the permuted version those are."""
+"""How many rows each split or fold gets, and which positions of the permuted version those are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from forebay_wire.errors import InvalidRequest
@@ -43,3 +44,37 @@ def split_bounds(num_rows: int, fractions: Mapping[str, float]) -> dict[str, tup
         bounds[name] = (start, stop)
         start = stop
     return bounds
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One part of one of k folds: the permuted rows [start, stop), where behind the last row comes
+    the first."""
+
+    fold: int
+    part: str
+    """``train`` or ``test``."""
+    start: int
+    stop: int
+
+
+def folds(num_rows: int, num_folds: int) -> list[Fold]:
+    """Both parts of each fold. The test parts share out all rows; their sizes differ by one at
+    most, larger ones first. :class:`InvalidRequest` unless each has a row."""
+    if num_folds < 2:
+        raise InvalidRequest(f"{num_folds} folds: at least 2, one to test on and one to train on")
+    if num_folds > num_rows:
+        raise InvalidRequest(
+            f"{num_folds} folds of {num_rows} rows: a fold would be empty, ask for fewer"
+        )
+    size, larger = divmod(num_rows, num_folds)
+    found: list[Fold] = []
+    start = 0
+    for fold in range(num_folds):
+        stop = start + size + (fold < larger)
+        found.append(
+            Fold(fold, "train", stop % num_rows, stop % num_rows + num_rows - stop + start)
+        )
+        found.append(Fold(fold, "test", start, stop))
+        start = stop
+    return found

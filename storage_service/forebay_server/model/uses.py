@@ -10,18 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.order import Cut, LastBatch, Order, Shuffle, split_rows
+from forebay_wire.order import Cut, LastBatch, Order, Shuffle
+from forebay_wire.selection import Rule, Stored
 
 WINDOW_SAMPLES: Final = 1 << 14
 """Samples that one window looks at: some milliseconds of work and a few hundred kilobytes."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows that a split chooses (see ``SelectionManifest``)."""
-
-    seed: int
-    start: int
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,8 @@ class ReadOrder:
     num_samples: int
     """Of an epoch, on all ranks together."""
     num_version_rows: int
-    split: Split | None
+    selection: Rule | None
+    """Which rows of the version are read; None: all."""
     shuffle: Shuffle
     seed: int
     global_batch_size: int
@@ -92,8 +86,7 @@ def windows(
         for start in range(0, cut.num_steps, steps_at_once):
             stop = min(start + steps_at_once, cut.num_steps)
             steps, positions = _positions(order, cut, start, stop)
-            rows = _rows(order, samples.at(positions))
-            shards = np.searchsorted(shard_starts, rows, side="right") - 1
+            shards = _shards(order, shard_starts, samples.at(positions))
             num_shards = len(shard_starts) - 1
             keys = np.unique(steps * num_shards + shards)
             base = order.time(epoch, cut.position)
@@ -128,10 +121,12 @@ def _positions(
     return np.concatenate(steps), np.concatenate(positions)
 
 
-def _rows(order: ReadOrder, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows of the version at these places of the selection."""
-    if order.split is None:
-        return samples
-    return split_rows(
-        order.manifest, order.num_version_rows, order.split.seed, samples + order.split.start
-    )
+def _shards(
+    order: ReadOrder, shard_starts: NDArray[np.int64], samples: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The shards that hold the rows at these places of the selection."""
+    if isinstance(order.selection, Stored):
+        return order.selection.shards(samples)
+    if order.selection is not None:
+        samples = order.selection.rows(order.manifest, order.num_version_rows, samples)
+    return np.searchsorted(shard_starts, samples, side="right") - 1

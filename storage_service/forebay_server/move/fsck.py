@@ -25,7 +25,7 @@ from forebay_server.move.lists import list_problem, rewrite_list
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import FileInfo, Tier
 from forebay_wire.errors import ForebayError, IntegrityError, InvalidRequest, NotFound
-from forebay_wire.manifest import SelectionManifest, parse
+from forebay_wire.manifest import parse
 
 PAGE: Final = 500
 
@@ -356,8 +356,7 @@ def _contradiction(row: ManifestRow) -> str:
 
 
 def _blobs(data: bytes, manifest: str) -> set[str]:
-    found = parse(data, f"manifest {manifest}", manifest)
-    return set() if isinstance(found, SelectionManifest) else set(found.blobs())
+    return set(parse(data, f"manifest {manifest}", manifest).blobs())
 
 
 def _sizes(tier: Tier, rows: Iterable[FileRow]) -> list[int | None]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Protocol
 
 from forebay_server.catalog import queries_datasets as queries
@@ -14,7 +14,6 @@ from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_datasets import (
     DatasetInfo,
     DatasetSummary,
-    SelectionInfo,
     VersionInfo,
 )
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, TOMBSTONE, Job, job_of
@@ -22,8 +21,10 @@ from forebay_server.catalog.queries_manifests import read_manifest
 from forebay_server.catalog.queries_origins import OriginRow, find_origins
 from forebay_server.catalog.queries_trash import trash_dataset
 from forebay_server.catalog.queries_uploads import claim_landed
-from forebay_server.model.splits import split_bounds
+from forebay_server.publish import selections
 from forebay_server.publish.lease import Uploads
+from forebay_server.publish.selections import NewSelection
+from forebay_server.publish.shards import ShardCommit, check_sizes
 from forebay_wire.errors import (
     AlreadyExists,
     Conflict,
@@ -34,13 +35,14 @@ from forebay_wire.errors import (
     SchemaMismatch,
 )
 from forebay_wire.failpoints import failpoint
-from forebay_wire.ids import check_id, check_name, check_random_name
+from forebay_wire.ids import check_name, check_random_name
 from forebay_wire.limits import KIB, MAX_PAGE_ROWS, MAX_SHARDS_PER_VERSION, MIB, check_limit
 from forebay_wire.manifest import DatasetManifest, SelectionManifest, ShardRef, parse
 
+__all__ = ["Datasets", "ShardCommit", "VersionCommit"]
+
 MAX_SCHEMA_BYTES: Final = 1 * MIB
 MAX_METADATA_BYTES: Final = 256 * KIB
-MAX_SPLITS: Final = 1000
 MAX_WAIT_SECONDS: Final = 7 * 86400.0
 
 DELETE_SECONDS: Final = 600.0
@@ -57,29 +59,6 @@ class JobRunner(Protocol):
     async def wait(self, kind: str, target: str, timeout_seconds: float) -> Job | None:
         """The job's row once it is done or given up; None after the timeout or without a row."""
         ...
-
-
-@dataclass(frozen=True)
-class ShardCommit:
-    """A sealed shard, with the session that holds it; without one a registered origin."""
-
-    session: str
-    blob: str
-    num_bytes: int
-    num_rows: int
-    batch_rows: tuple[int, ...]
-
-    def check(self) -> ShardRef:
-        """What the manifest says of it; :class:`InvalidRequest` if it contradicts itself."""
-        if self.session:
-            check_random_name("session", self.session)
-        check_id("blob", self.blob)
-        if sum(self.batch_rows) != self.num_rows or not all(self.batch_rows):
-            raise InvalidRequest(
-                f"shard {self.blob}: record batches of {sum(self.batch_rows)} rows in all, each "
-                f"with at least one, cannot make {self.num_rows} rows"
-            )
-        return ShardRef(self.blob, self.num_bytes, self.num_rows, self.batch_rows)
 
 
 @dataclass(frozen=True)
@@ -200,7 +179,7 @@ class Datasets:
             if repeated is not None:
                 return repeated
             _check_base(connection, commit, manifest.parent)
-            _check_sizes(connection, commit.shards)
+            check_sizes(connection, commit.shards)
             claim_landed(
                 connection, uid, {one.session: one.blob for one in commit.shards if one.session}
             )
@@ -251,7 +230,7 @@ class Datasets:
             return None, done
         return _parse_dataset(found[1], commit.dataset, found[0]), None
 
-    # ----------------------------------------------------------------------------------- splits
+    # ------------------------------------------------------------------------------- selections
 
     async def define_splits(
         self, name: str, version: int, fractions: Mapping[str, float], seed: int
@@ -262,32 +241,75 @@ class Datasets:
         select the same rows, as all do of a version without rows. Splits that select other rows of
         the same version are refused (:class:`AlreadyExists`).
         """
-        for split in fractions:
-            check_name("split", split)
-        check_limit("splits", len(fractions), MAX_SPLITS, "define fewer")
         of = await self._version(name, version)
-        encoded = [
-            (selection, *selection.encode()) for selection in _selections(of, fractions, seed)
-        ]
+        return await self._define(of, selections.splits(of, fractions, seed))
 
-        def apply(connection: Connection) -> DatasetInfo:
-            now = queries.find_version(connection, name, of.version)
-            if now is None or now.manifest != of.manifest:
-                raise _no_dataset(name)
-            existing = queries.find_selections(connection, name, of.version)
-            if existing:
-                _check_same_splits(of, existing, {one.name: key for one, key, _ in encoded})
-            else:
-                for selection, manifest_id, data in encoded:
-                    queries.insert_selection(connection, selection, manifest_id, data)
-                    queries.enqueue_flush(connection, manifest_id)
-            found = queries.find_dataset(connection, name)
-            assert found is not None, "its version was found"
-            return found
+    async def define_folds(
+        self, name: str, version: int, num_folds: int, seed: int, prefix: str
+    ) -> DatasetInfo:
+        """Name the training and the test part of each of *num_folds* folds of a version (0: newest)
+        under one seeded permutation of its rows: ``PREFIX0-train``, ``PREFIX0-test``, …
 
-        defined = await self._catalog.write(apply)
-        self._jobs.wake()
+        A repeat changes nothing. :class:`AlreadyExists` if a name chooses other rows.
+        """
+        of = await self._version(name, version)
+        return await self._define(of, selections.folds(of, num_folds, seed, prefix))
+
+    async def define_selections(
+        self, name: str, version: int, wanted: Sequence[NewSelection], uid: int
+    ) -> DatasetInfo:
+        """Name rows of a version (0: newest) that lie in sealed blobs: all of *wanted* or none.
+
+        The sessions have to live, belong to *uid* and hold the blobs; those of what is new end. A
+        repeat changes nothing. :class:`AlreadyExists` for a name with another definition.
+        """
+        of = await self._version(name, version)
+        shards = {one.name: one.shards for one in wanted}
+        made = [selections.stored(of, one) for one in wanted]
+
+        def claim(connection: Connection, new: Sequence[SelectionManifest]) -> None:
+            held = [shard for one in new for shard in shards[one.name]]
+            check_sizes(connection, held)
+            claim_landed(connection, uid, {shard.session: shard.blob for shard in held})
+            claimed.extend(shard.session for shard in held)
+
+        claimed: list[str] = []
+        defined = await self._define(of, made, claim)
+        self._uploads.committed(claimed)
         return defined
+
+    async def _define(
+        self,
+        of: VersionInfo,
+        wanted: Sequence[SelectionManifest],
+        claim: Callable[[Connection, Sequence[SelectionManifest]], None] = lambda *_: None,
+    ) -> DatasetInfo:
+        """Make those of *wanted* visible that are not, in one transaction, in which *claim* takes
+        the blobs that they name."""
+        encoded = {one.name: one.encode() for one in wanted}
+        while True:
+            there = await self._catalog.read(
+                lambda one: queries.find_selection_manifests(one, of.dataset, of.version)
+            )
+            known = [info for info, _ in there]
+            new = selections.missing(of, there, wanted)
+
+            def apply(connection: Connection, known: object, new: Any) -> DatasetInfo | None:
+                now = queries.find_version(connection, of.dataset, of.version)
+                if now is None or now.manifest != of.manifest:
+                    raise _no_dataset(of.dataset)
+                if list(queries.find_selections(connection, of.dataset, of.version)) != known:
+                    return None  # somebody defined some meanwhile: look again
+                claim(connection, new)
+                for one in new:
+                    queries.insert_selection(connection, one, *encoded[one.name])
+                    queries.enqueue_flush(connection, encoded[one.name][0])
+                return queries.find_dataset(connection, of.dataset)
+
+            defined = await self._catalog.write(partial(apply, known=known, new=new))
+            if defined is not None:
+                self._jobs.wake()
+                return defined
 
     # ----------------------------------------------------------------------------------- delete
 
@@ -438,16 +460,6 @@ def _check_base(connection: Connection, commit: VersionCommit, parent: str | Non
         )
 
 
-def _check_sizes(connection: Connection, shards: Sequence[ShardCommit]) -> None:
-    sizes = queries.blob_sizes(connection, [shard.blob for shard in shards])
-    for shard in shards:
-        size = sizes.get(shard.blob)
-        if size is not None and size != shard.num_bytes:
-            raise InvalidRequest(
-                f"shard {shard.blob} has {size} bytes, the commit says {shard.num_bytes}"
-            )
-
-
 def _manifest_of(
     commit: VersionCommit, refs: tuple[ShardRef, ...], base: DatasetManifest | None
 ) -> DatasetManifest:
@@ -490,33 +502,3 @@ def _parse_dataset(data: bytes, name: str, manifest_id: str) -> DatasetManifest:
     if not isinstance(manifest, DatasetManifest):
         raise IntegrityError(f"manifest {manifest_id} is not one of a dataset version")
     return manifest
-
-
-def _selections(
-    of: VersionInfo, fractions: Mapping[str, float], seed: int
-) -> list[SelectionManifest]:
-    if not math.isfinite(seed) or not -(1 << 63) <= seed < 1 << 63:
-        raise InvalidRequest(f"seed {seed} does not fit 64 bits")
-    return [
-        SelectionManifest(
-            dataset=of.dataset,
-            version=of.version,
-            dataset_manifest=of.manifest,
-            name=name,
-            num_rows=stop - start,
-            rule={"kind": "split", "seed": seed, "start": start, "stop": stop},
-        )
-        for name, (start, stop) in split_bounds(of.num_rows, fractions).items()
-    ]
-
-
-def _check_same_splits(
-    of: VersionInfo, existing: Sequence[SelectionInfo], wanted: Mapping[str, str]
-) -> None:
-    if {one.name: one.manifest for one in existing} == wanted:
-        return
-    shares = ", ".join(f"{one.name} ({one.num_rows} rows)" for one in existing)
-    raise AlreadyExists(
-        f"version {of.version} of dataset {of.dataset} has other splits already: {shares}; they "
-        "never change: use them, or append or create another version to split anew"
-    )

@@ -124,8 +124,7 @@ class _Found:
 
     @property
     def blobs(self) -> list[str]:
-        found = self.manifest
-        return [] if isinstance(found, SelectionManifest) else found.blobs()
+        return self.manifest.blobs()
 
 
 async def recover(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import grpc.aio
 
 from forebay_server.catalog.queries_datasets import DatasetInfo, VersionInfo
 from forebay_server.catalog.queries_origins import OriginRow
-from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.publish.dataset import Datasets, VersionCommit
 from forebay_server.publish.origins import OriginDatasets, Registered
+from forebay_server.publish.selections import NewSelection
+from forebay_server.publish.shards import ShardCommit
 from forebay_server.rpc.interceptors import caller_uid
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.v1 import datasets_pb2 as messages
@@ -41,21 +44,11 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
     async def CommitVersion(
         self, request: messages.CommitVersionRequest, context: Context
     ) -> messages.DatasetVersion:
-        shards = tuple(
-            ShardCommit(
-                session=shard.session,
-                blob=shard.blob,
-                num_bytes=shard.num_bytes,
-                num_rows=shard.num_rows,
-                batch_rows=tuple(shard.batch_rows),
-            )
-            for shard in request.shards
-        )
         commit = VersionCommit(
             dataset=request.dataset,
             base_version=request.base_version,
             schema=request.schema,
-            shards=shards,
+            shards=_shards(request.shards),
             request=request.request,
             metadata_json=request.metadata_json,
         )
@@ -70,6 +63,36 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
         return convert_dataset(
             await self._datasets.define_splits(
                 request.dataset, request.version, fractions, request.seed
+            )
+        )
+
+    async def DefineFolds(
+        self, request: messages.DefineFoldsRequest, context: Context
+    ) -> messages.Dataset:
+        return convert_dataset(
+            await self._datasets.define_folds(
+                request.dataset, request.version, request.num_folds, request.seed, request.prefix
+            )
+        )
+
+    async def DefineSelections(
+        self, request: messages.DefineSelectionsRequest, context: Context
+    ) -> messages.Dataset:
+        wanted = [
+            NewSelection(
+                name=one.name,
+                num_rows=one.num_rows,
+                encoding=one.encoding,
+                shards=_shards(one.shards),
+                counts=tuple(one.counts),
+                digest=one.digest,
+                definition_json=one.definition_json,
+            )
+            for one in request.selections
+        ]
+        return convert_dataset(
+            await self._datasets.define_selections(
+                request.dataset, request.version, wanted, caller_uid()
             )
         )
 
@@ -108,6 +131,19 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
                 request.dataset, request.version, request.durability, request.timeout_seconds
             )
         )
+
+
+def _shards(given: Iterable[messages.ShardCommit]) -> tuple[ShardCommit, ...]:
+    return tuple(
+        ShardCommit(
+            session=shard.session,
+            blob=shard.blob,
+            num_bytes=shard.num_bytes,
+            num_rows=shard.num_rows,
+            batch_rows=tuple(shard.batch_rows),
+        )
+        for shard in given
+    )
 
 
 def _convert_registered(found: Registered) -> messages.Origin:

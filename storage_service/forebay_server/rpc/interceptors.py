@@ -31,7 +31,10 @@ from forebay_wire.protocol import (
 logger = logging.getLogger(__name__)
 
 HANDSHAKE: Final = "/forebay.v1.Admin/Handshake"
-COMMIT_VERSION: Final = "/forebay.v1.Datasets/CommitVersion"
+COMMITS: Final = (
+    "/forebay.v1.Datasets/CommitVersion",
+    "/forebay.v1.Datasets/DefineSelections",
+)
 HEALTH_PREFIX: Final = "/grpc.health.v1.Health/"
 REFLECTION_PREFIX: Final = "/grpc.reflection."
 
@@ -221,7 +224,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
 
 def _check_size(method: str, request: Message) -> None:
-    limit = MAX_COMMIT_BYTES if method == COMMIT_VERSION else MAX_MESSAGE_BYTES
+    limit = MAX_COMMIT_BYTES if method in COMMITS else MAX_MESSAGE_BYTES
     name = method.rpartition("/")[2]
     check_limit(f"bytes of {name}", request.ByteSize(), limit, "send it in several calls")
 

@@ -13,12 +13,13 @@ from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_objects import wanted_manifest
 from forebay_server.catalog.queries_origins import find_origins
 from forebay_server.model.lookahead import OrderView, RangesView
-from forebay_server.model.uses import ReadOrder, Split
+from forebay_server.model.uses import ReadOrder
 from forebay_server.serve.foresight import Foresight
 from forebay_wire.errors import InvalidRequest, LimitExceeded, NotFound
 from forebay_wire.ids import check_id, check_random_name
 from forebay_wire.manifest import DatasetManifest, SelectionManifest, parse
 from forebay_wire.order import check_last_batch, check_shuffle
+from forebay_wire.selection import rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +313,7 @@ class Plans:
         owner: str,
     ) -> Plan:
         version = await self._read_version(order.manifest)
-        split, num_samples = None, version.num_rows
+        rule, num_samples = None, version.num_rows
         if order.selection:
             selection = await self._read(order.selection, "split")
             if not isinstance(selection, SelectionManifest):
@@ -322,7 +323,7 @@ class Plans:
                     f"split {selection.name!r} is one of {selection.dataset} version "
                     f"{selection.version}, not of {version.dataset} version {version.version}"
                 )
-            split = Split(int(selection.rule["seed"]), int(selection.rule["start"]))
+            rule = rule_of(selection)
             num_samples = selection.num_rows
         if position > num_samples:
             raise InvalidRequest(
@@ -333,7 +334,7 @@ class Plans:
             identity=f"{order.manifest}/{order.selection}",
             num_samples=num_samples,
             num_version_rows=version.num_rows,
-            split=split,
+            selection=rule,
             shuffle=check_shuffle(order.shuffle),
             seed=order.seed,
             global_batch_size=order.global_batch_size,

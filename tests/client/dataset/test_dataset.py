@@ -87,6 +87,25 @@ def test_defining_the_same_splits_again_changes_nothing(numbered, train):
     assert len(train) == 169
 
 
+def test_folds_test_every_row_once_and_train_on_the_others(client, numbered):
+    names = numbered.define_folds(3, seed=5)
+    assert names == numbered.define_folds(3, seed=5)
+    tested = []
+    for train, test in names:
+        parts = [client.dataset("numbered", split=part) for part in (train, test)]
+        numbers = [part.take(range(len(part)), ["number"])["number"].tolist() for part in parts]
+        assert sorted(numbers[0] + numbers[1]) == list(range(NUM_SAMPLES))
+        tested += numbers[1]
+    assert sorted(tested) == list(range(NUM_SAMPLES))
+    assert tested != list(range(NUM_SAMPLES))
+    differing = r"fold0-train already: 140 rows by .*seed 5; asked for: 140 rows by .*seed 6"
+    with pytest.raises(forebay.AlreadyExists, match=differing):
+        numbered.define_folds(3, seed=6)
+    with pytest.raises(forebay.InvalidRequest, match="at least 2"):
+        numbered.define_folds(1)
+    numbered.define_folds(2, seed=6, prefix="half")
+
+
 def test_a_split_stays_what_it_was_when_the_dataset_grows(client, name):
     for writer in (client.create_dataset(name), None):
         with writer or client.append_dataset(name) as open_writer:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forebay_server.model.splits import split_bounds
+from forebay_server.model.splits import folds, split_bounds
 from forebay_wire.errors import InvalidRequest
 
 
@@ -61,3 +61,25 @@ def test_the_order_of_naming_does_not_matter() -> None:
 def test_shares_that_make_no_sense_are_refused(fractions: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest):
         split_bounds(10, fractions)
+
+
+@given(st.integers(2, 300), st.data())
+def test_folds_test_every_row_once_and_train_on_the_others(num_rows: int, data) -> None:
+    k = data.draw(st.integers(2, num_rows))
+    found = folds(num_rows, k)
+    ring = [*range(num_rows), *range(num_rows)]
+    rows = {(one.fold, one.part): ring[one.start : one.stop] for one in found}
+    tested = [row for fold in range(k) for row in rows[fold, "test"]]
+    assert sorted(tested) == list(range(num_rows))
+    sizes = [len(rows[fold, "test"]) for fold in range(k)]
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+    for fold in range(k):
+        both = rows[fold, "train"] + rows[fold, "test"]
+        assert sorted(both) == list(range(num_rows))
+
+
+@pytest.mark.parametrize(("num_rows", "k"), [(10, 1), (10, 0), (3, 4), (0, 2)])
+def test_folds_that_would_be_empty_are_refused(num_rows: int, k: int) -> None:
+    with pytest.raises(InvalidRequest, match="folds"):
+        folds(num_rows, k)
