@@ -1,99 +1,34 @@
 """The virtual order of samples: which sample stands where, and who reads it, from any position.
 
-An order is a pure function of (dataset version, selection, shuffle kind, seed, epoch): nothing of
-the epoch is ever stored, so starting at a position of 10^10 samples costs what starting at 0 costs.
-Global batch k is the positions [k·B, (k+1)·B) of it; ranks and workers only cut that.
-Byte-exact definition: ``docs/formats/order.md``.
-
-The shuffle is a keyed permutation of [0, n): the generalised Feistel network on Z_a x Z_b with
-a·b barely above n, and cycle walking for the few values in between (J. Black, P. Rogaway, "Ciphers
-with Arbitrary Finite Domains", CT-RSA 2002, methods 2 and 3; M. Luby, C. Rackoff, "How to
-construct pseudorandom permutations from pseudorandom functions", 1988). It shuffles, it is no
-cipher: the round function is a fast mixer.
+An order is a pure function of (dataset version, selection, shuffle kind and its parameters, seed,
+epoch): nothing of the epoch is ever stored, so starting at a position of 10^10 samples costs what
+starting at 0 costs. Global batch k is the positions [k·B, (k+1)·B) of it; ranks and workers only
+cut that. Byte-exact definition: ``docs/formats/order.md``.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
+from forebay_wire.blocks import BlockLayout, BlockParameters, BlockShuffle
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.lazy import lazy
+from forebay_wire.permutation import Numbers, derive_key, permute
 
-Shuffle = Literal["none", "full"]
+Shuffle = Literal["none", "full", "block"]
 LastBatch = Literal["keep", "pad", "drop"]
 
-ORDER_KEY: Final = blake3(b"forebay order, domain key, version 1").digest()
-STATE_FORMAT: Final = 1
-MAX_SAMPLES: Final = 1 << 62
-"""Positions fit 64 bits, and each half of a position fits 32."""
+STATE_FORMAT: Final = 2
+STATE_FORMAT_WITHOUT_BLOCKS: Final = 1
+"""The format of the states of builds that knew no block shuffle; still read."""
 
-NUM_ROUNDS: Final = 8
-_MIX_FIRST: Final = np.uint64(0x9E3779B97F4A7C15)
-_MIX_SECOND: Final = np.uint64(0xD6E8FEB86659FD93)
-_HALF: Final = np.uint64(32)
-
-
-def derive_key(purpose: str, *parts: str | int) -> bytes:
-    """32 bytes that depend on *purpose* and every one of *parts*, and on nothing else."""
-    text = json.dumps([purpose, *parts], separators=(",", ":"), ensure_ascii=True)
-    return blake3(text.encode(), key=ORDER_KEY).digest()
-
-
-def permute(key: bytes, n: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where the permutation of [0, *n*) named by *key* (32 bytes) sends each of *positions*.
-
-    Costs O(len(positions)) time and memory, whatever *n* is. Raises :class:`InvalidRequest` for a
-    position outside [0, *n*).
-    """
-    if not 0 <= n <= MAX_SAMPLES:
-        raise InvalidRequest(f"an order of {n} samples; allowed: 0 to {MAX_SAMPLES}")
-    if len(positions) == 0:
-        return np.empty(0, dtype=np.int64)
-    if int(positions.min()) < 0 or int(positions.max()) >= n:
-        raise InvalidRequest(
-            f"positions {positions.min()} to {positions.max()} are outside [0, {n})"
-        )
-    round_keys = np.frombuffer(blake3(key).digest(length=8 * NUM_ROUNDS), dtype="<u8")
-    values = _encipher(round_keys, n, positions.astype(np.uint64))
-    outside = np.flatnonzero(values >= np.uint64(n))
-    while len(outside):  # cycle walking: less than sqrt(n) of all values are outside
-        walked = _encipher(round_keys, n, values[outside])
-        values[outside] = walked
-        outside = outside[walked >= np.uint64(n)]
-    return values.astype(np.int64)
-
-
-def _encipher(
-    round_keys: NDArray[np.uint64], n: int, values: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    """One pass of the network over Z_a x Z_b, a = ceil(sqrt(n)), b = ceil(n / a)."""
-    num_left = math.isqrt(n - 1) + 1
-    num_right = -(-n // num_left)
-    sizes = (np.uint64(num_left), np.uint64(num_right))
-    left, right = np.divmod(values, sizes[1])
-    halves = (left, right)
-    scratch = np.empty_like(values)
-    for index, round_key in enumerate(round_keys):
-        target, source, size = halves[index % 2], halves[1 - index % 2], sizes[index % 2]
-        np.bitwise_xor(source, round_key, out=scratch)
-        np.multiply(scratch, _MIX_FIRST, out=scratch)
-        np.bitwise_xor(scratch, scratch >> _HALF, out=scratch)
-        np.multiply(scratch, _MIX_SECOND, out=scratch)
-        # The upper 32 bits, scaled down to [0, size) by a multiplication instead of a division.
-        np.right_shift(scratch, _HALF, out=scratch)
-        np.multiply(scratch, size, out=scratch)
-        np.right_shift(scratch, _HALF, out=scratch)
-        np.add(target, scratch, out=target)
-        np.subtract(target, size, out=target, where=target >= size)
-    return left * sizes[1] + right
+NO_BLOCKS: Final = (0, 0, 1)
+"""``window_blocks``, ``block_rows`` and ``lanes`` of every other shuffle."""
 
 
 @dataclass(frozen=True)
@@ -106,21 +41,32 @@ class Order:
     epoch: int
     identity: str
     """Manifest id of the dataset version, and of the selection if there is one."""
+    layout: BlockLayout | None = None
+    """Of ``shuffle="block"``, and of no other."""
 
     def __post_init__(self) -> None:
-        check_shuffle(self.shuffle)
+        check_blocks(self.shuffle, None if self.layout is None else self.layout.parameters)
+        if self.layout is not None and self.layout.blocks.num_samples != self.num_samples:
+            raise InvalidRequest(f"these are no blocks of {self.num_samples} samples")
 
     @lazy
     def _key(self) -> bytes:
         return derive_key("epoch", self.identity, self.seed, self.epoch)
 
-    def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    @lazy
+    def _block_shuffle(self) -> BlockShuffle:
+        assert self.layout is not None
+        return BlockShuffle(self.layout, self.identity, self.seed, self.epoch)
+
+    def at(self, positions: Numbers) -> Numbers:
         """The samples (indices into the selection) that stand at *positions*."""
         if self.shuffle == "none":
             return positions
+        if self.shuffle == "block":
+            return self._block_shuffle.at(positions)
         return permute(self._key, self.num_samples, positions)
 
-    def between(self, start: int, stop: int) -> NDArray[np.int64]:
+    def between(self, start: int, stop: int) -> Numbers:
         """The samples that stand at the positions [start, stop)."""
         return self.at(np.arange(start, stop, dtype=np.int64))
 
@@ -128,8 +74,16 @@ class Order:
 def check_shuffle(shuffle: str) -> Shuffle:
     """*shuffle* unchanged if it is a kind of shuffle."""
     if shuffle not in get_args(Shuffle):
-        raise InvalidRequest(f'shuffle={shuffle!r} is unknown: use "none" or "full"')
+        raise InvalidRequest(f'shuffle={shuffle!r} is unknown: use "none", "block" or "full"')
     return shuffle  # type: ignore[return-value]
+
+
+def check_blocks(shuffle: str, blocks: BlockParameters | None) -> None:
+    """Raise unless *blocks* are there for a block shuffle, and only for that."""
+    if (check_shuffle(shuffle) == "block") != (blocks is not None):
+        raise InvalidRequest(
+            f'shuffle={shuffle!r}: window_blocks, block_rows and lanes belong to shuffle="block"'
+        )
 
 
 def check_last_batch(last_batch: str) -> LastBatch:
@@ -141,24 +95,63 @@ def check_last_batch(last_batch: str) -> LastBatch:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank reads of one global batch: positions [start, stop), then padding."""
+    """What one rank reads of one global batch: some of its positions, then padding.
 
+    The positions of the batch are listed lane by lane; the part is [start, stop) of that list.
+    """
+
+    batch_start: int
+    batch_stop: int
     start: int
     stop: int
     num_padding: int
+    lanes: int = 1
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that are no padding."""
+        return self.stop - self.start
 
     @property
     def num_rows(self) -> int:
-        return self.stop - self.start + self.num_padding
+        return self.num_samples + self.num_padding
 
-    def positions(self, num_samples: int) -> NDArray[np.int64]:
-        """All positions; padding repeats what follows, after the end from the start."""
-        end = self.stop + self.num_padding
-        return np.arange(self.start, end, dtype=np.int64) % max(num_samples, 1)
+    def positions(self, num_samples: int) -> Numbers:
+        """All positions; padding repeats what follows in the last one's lane, after the end of
+        *num_samples* from the start."""
+        own = self._listed(np.arange(self.start, self.stop, dtype=np.int64))
+        if not self.num_padding:
+            return own
+        last = self._listed(np.array([self.stop - 1], dtype=np.int64))
+        steps = np.arange(1, self.num_padding + 1, dtype=np.int64)
+        padding = (last + steps * self.lanes) % max(num_samples, 1)
+        return np.concatenate((own, padding))
 
     def mask(self) -> NDArray[np.bool_]:
         """True for samples, False for padding."""
-        return np.arange(self.num_rows) < self.stop - self.start
+        return np.arange(self.num_rows) < self.num_samples
+
+    def _listed(self, numbers: Numbers) -> Numbers:
+        """The positions that stand at *numbers* of the list. O(len(numbers)), however many lanes.
+
+        In a batch of any size, the lanes of a run (which may go round) have one position more than
+        the others: so the list is at most three stretches of lanes that have equally many.
+        """
+        if self.lanes == 1:
+            return self.batch_start + numbers
+        least, longer = divmod(self.batch_stop - self.batch_start, self.lanes)
+        begin = self.batch_start % self.lanes
+        over = max(0, begin + longer - self.lanes)  # lanes from 0 on that the run goes round to
+        sizes = np.array([least + (over > 0), least + (over == 0), least + (over > 0)])
+        first_lane = np.array([0, over or begin, begin if over else begin + longer])
+        first_number = np.zeros(3, dtype=np.int64)
+        np.cumsum(np.diff(first_lane) * sizes[:-1], out=first_number[1:])
+        which = np.searchsorted(first_number, numbers, side="right") - 1
+        size = np.maximum(sizes[which], 1)
+        lane_in, turn = np.divmod(numbers - first_number[which], size)
+        from_begin = (first_lane[which] + lane_in - begin) % self.lanes
+        listed: Numbers = self.batch_start + from_begin + turn * self.lanes
+        return listed
 
 
 @dataclass(frozen=True)
@@ -173,6 +166,7 @@ class Cut:
     global_batch_size: int
     last_batch: LastBatch = "keep"
     position: int = 0
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         check_last_batch(self.last_batch)
@@ -198,19 +192,21 @@ class Cut:
         return start, min(start + self.global_batch_size, self.num_samples)
 
     def part(self, step: int, rank: int, num_ranks: int) -> Part:
-        """The part of *rank*: contiguous, sizes differ by at most one, larger ones first.
+        """The part of *rank*: contiguous in the list of the batch's positions lane by lane, sizes
+        differ by at most one, larger ones first.
 
-        With ``pad`` all parts of all steps have the same number of rows; with ``keep`` the parts of
-        a short last batch may be empty.
+        So ranks take whole lanes where the numbers of ranks, lanes and samples allow it, and else
+        share one with their neighbours. With ``pad`` all parts of all steps have the same number of
+        rows; with ``keep`` the parts of a short last batch may be empty.
         """
         start, stop = self.bounds(step)
         size, larger = divmod(stop - start, num_ranks)
-        first = start + rank * size + min(rank, larger)
+        first = rank * size + min(rank, larger)
         last = first + size + (rank < larger)
         padding = 0
         if self.last_batch == "pad":
             padding = -(-self.global_batch_size // num_ranks) - (last - first)
-        return Part(first, last, padding)
+        return Part(start, stop, first, last, padding, self.lanes)
 
 
 def worker_steps(num_steps: int, worker: int, num_workers: int) -> range:
@@ -218,9 +214,7 @@ def worker_steps(num_steps: int, worker: int, num_workers: int) -> range:
     return range(worker, num_steps, num_workers)
 
 
-def split_rows(
-    dataset_manifest: str, num_rows: int, seed: int, positions: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def split_rows(dataset_manifest: str, num_rows: int, seed: int, positions: Numbers) -> Numbers:
     """Rows of the version that stand at *positions* of the permutation that its splits share."""
     return permute(derive_key("split", dataset_manifest, seed), num_rows, positions)
 
@@ -240,28 +234,52 @@ class OrderState:
     """Manifest id of the dataset version."""
     selection: str
     """Manifest id of the selection, empty for the whole version."""
+    window_blocks: int = 0
+    """Of a block shuffle, like the next; 0 for the other kinds."""
+    block_rows: int = 0
+    lanes: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the fields and ``format``."""
         return {"format": STATE_FORMAT, **self.__dict__}
 
+    @property
+    def blocks(self) -> BlockParameters | None:
+        """The parameters of the block shuffle, if it is one."""
+        if self.shuffle != "block":
+            return None
+        return BlockParameters(self.window_blocks, self.block_rows, self.lanes)
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> OrderState:
-        """The inverse of :meth:`to_json`; :class:`InvalidRequest` for anything else."""
-        if value.get("format") != STATE_FORMAT:
+        """The inverse of :meth:`to_json`; :class:`InvalidRequest` for anything else.
+
+        Reads what builds without block shuffle wrote, too.
+        """
+        if value.get("format") not in (STATE_FORMAT, STATE_FORMAT_WITHOUT_BLOCKS):
             raise InvalidRequest(
-                f"loader state of format {value.get('format')!r}; this build reads {STATE_FORMAT}: "
+                f"loader state of format {value.get('format')!r}; this build reads "
+                f"{STATE_FORMAT_WITHOUT_BLOCKS} and {STATE_FORMAT}: "
                 "pass what state_dict() returned, or upgrade Forebay"
             )
+        names = set(cls.__dataclass_fields__)
+        if value["format"] == STATE_FORMAT_WITHOUT_BLOCKS:
+            names -= _BLOCK_FIELDS
         try:
-            state = cls(**{name: value[name] for name in cls.__dataclass_fields__})
+            state = cls(**{name: value[name] for name in names})
         except KeyError as error:
             raise InvalidRequest(f"loader state lacks {error}: it is not complete") from error
-        if any(type(getattr(state, name)) is not int for name in ("epoch", "position", "seed")):
+        numbers = {"epoch", "position", "seed", *_BLOCK_FIELDS}
+        if any(type(getattr(state, name)) is not int for name in numbers):
             raise InvalidRequest("loader state holds something else than integers")
         if state.epoch < 0 or state.position < 0:
             raise InvalidRequest("loader state stands before the first sample")
-        check_shuffle(state.shuffle)
+        check_blocks(state.shuffle, state.blocks)
+        if (
+            state.blocks is None
+            and (state.window_blocks, state.block_rows, state.lanes) != NO_BLOCKS
+        ):
+            raise InvalidRequest(f"loader state has blocks, but shuffle={state.shuffle!r}")
         return state
 
     def check_same_samples(self, other: OrderState) -> None:
@@ -278,8 +296,21 @@ class OrderState:
                 f"(selection {self.selection[:12] or 'none'}, here "
                 f"{other.selection[:12] or 'none'}): open the same split"
             )
-        if (self.shuffle, self.seed) != (other.shuffle, other.seed):
+        if self._order_words() != other._order_words():
             raise InvalidRequest(
-                f"the state was taken with shuffle={self.shuffle!r}, seed={self.seed}, this loader "
-                f"has shuffle={other.shuffle!r}, seed={other.seed}: make it with the same ones"
+                f"the state was taken with {self._order_words()}, this loader "
+                f"has {other._order_words()}: make it with the same ones"
             )
+
+    def _order_words(self) -> str:
+        """What a loader is made with that makes the order, as it is written there."""
+        words = f"shuffle={self.shuffle!r}, seed={self.seed}"
+        if self.shuffle != "block":
+            return words
+        return (
+            f"{words}, window_blocks={self.window_blocks}, block_rows={self.block_rows or None}, "
+            f"lanes={self.lanes}"
+        )
+
+
+_BLOCK_FIELDS: Final = {"window_blocks", "block_rows", "lanes"}

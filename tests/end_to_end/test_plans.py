@@ -345,3 +345,43 @@ def test_the_plan_of_a_killed_process_expires(node):
         reader.send_signal(signal.SIGKILL)
         reader.wait()
         eventually(lambda: not plans_of(rpc))
+
+
+def test_a_block_shuffle_is_planned_and_its_next_blocks_are_fetched(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        dataset = client.dataset("d")
+        blocks = {"shuffle": "block", "window_blocks": 4}
+        with forebay.DataLoader(dataset, global_batch_size=1, lanes=2, **blocks) as loader:
+            batches = iter(loader)
+            next(batches)
+            eventually(
+                lambda: [one for one in plans_of(rpc) if one.ready_bytes > 3 * SAMPLE_BYTES],
+                told=lambda: f"{plans_of(rpc)}, {loader.report()}",
+            )
+            seen = 1 + sum(1 for _ in batches)
+            assert seen == NUM_BLOBS
+            assert loader.report().plan_problem == ""
+            state = loader.state_dict()
+        with forebay.DataLoader(dataset, global_batch_size=1, **blocks) as loader:
+            next(iter(loader))
+            [before] = eventually(lambda: plans_of(rpc))
+            loader.load_state_dict(state)  # which has two lanes
+            next(iter(loader))
+            # The plan of one lane is no more, and there is one of two.
+            eventually(lambda: [one for one in plans_of(rpc) if one.plan != before.plan])
+            eventually(lambda: len(plans_of(rpc)) == 1)
+
+
+def test_a_plan_of_blocks_that_cannot_be_is_refused(node):
+    with forebay.connect(str(node.data)) as client, rpc_client(node) as rpc:
+        for changes, message in (
+            ({"shuffle": "block"}, "window_blocks=0"),
+            ({"shuffle": "block", "window_blocks": 4}, "lanes=0"),
+            ({"shuffle": "full", "window_blocks": 4, "lanes": 1}, 'belong to shuffle="block"'),
+        ):
+            request = messages.RegisterPlanRequest(
+                plan=new_random_name(), loader="x", order=order(client.dataset("d"), **changes)
+            )
+            with pytest.raises(InvalidRequest, match=message):
+                rpc.call(rpc.plans.RegisterPlan, request)
+        assert plans_of(rpc) == []

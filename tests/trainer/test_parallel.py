@@ -30,7 +30,7 @@ with ParallelConfig(backend="gloo", timeout_seconds=30).build() as parallel:
     cut = Cut(15, 7)
     for step in range(cut.num_steps):
         part = cut.part(step, parallel.rank, parallel.num_ranks)
-        rows = slice(part.start, part.stop)
+        rows = torch.from_numpy(part.positions(15))
         examples = data.prepare({"image": images[rows], "label": labels[rows]})
         (num_samples,) = parallel.sum([examples.num_samples])
         losses = F.cross_entropy(model(examples.images), examples.labels, reduction="none")

@@ -2,6 +2,7 @@
 
 import time
 import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,17 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_wire.blocks import BlockParameters
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.order import (
-    MAX_SAMPLES,
-    Cut,
-    Order,
-    OrderState,
-    derive_key,
-    permute,
-    split_rows,
-    worker_steps,
-)
+from forebay_wire.order import Cut, Order, OrderState, split_rows, worker_steps
+from forebay_wire.permutation import MAX_SAMPLES, derive_key, permute
 
 EDGES = sorted(
     {0, 1, 2, 3, 5, 6, 7, 10, 99, 1000, 4999}
@@ -227,7 +221,7 @@ def test_steps_outside_the_epoch_are_refused():
 
 def test_an_unknown_shuffle_is_refused():
     with pytest.raises(InvalidRequest, match="shuffle"):
-        Order(10, "block", 0, 0, "m")
+        Order(10, "some", 0, 0, "m")
 
 
 # Splits.
@@ -249,7 +243,7 @@ STATE = OrderState(2, 640, 7, "full", "mnist", 3, "a" * 64, "b" * 64)
 def test_a_state_is_a_few_integers_and_names_and_comes_back():
     json = STATE.to_json()
     assert json == {
-        "format": 1,
+        "format": 2,
         "epoch": 2,
         "position": 640,
         "seed": 7,
@@ -258,6 +252,9 @@ def test_a_state_is_a_few_integers_and_names_and_comes_back():
         "version": 3,
         "manifest": "a" * 64,
         "selection": "b" * 64,
+        "window_blocks": 0,
+        "block_rows": 0,
+        "lanes": 1,
     }
     assert OrderState.from_json(json) == STATE
 
@@ -265,7 +262,7 @@ def test_a_state_is_a_few_integers_and_names_and_comes_back():
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 3},
         {"epoch": "2"},
         {"position": True},
         {"position": -1},
@@ -275,6 +272,55 @@ def test_a_state_is_a_few_integers_and_names_and_comes_back():
 def test_a_broken_state_is_refused(change):
     with pytest.raises(InvalidRequest):
         OrderState.from_json({**STATE.to_json(), **change})
+
+
+BLOCK_STATE = replace(STATE, shuffle="block", window_blocks=16, block_rows=4096, lanes=4)
+
+
+def test_a_state_of_blocks_comes_back_whole():
+    assert OrderState.from_json(BLOCK_STATE.to_json()) == BLOCK_STATE
+    assert BLOCK_STATE.blocks == BlockParameters(16, 4096, 4)
+
+
+def test_states_of_builds_without_blocks_are_still_read():
+    json = STATE.to_json()
+    for name in ("window_blocks", "block_rows", "lanes"):
+        del json[name]
+    assert OrderState.from_json({**json, "format": 1}) == STATE
+    with pytest.raises(InvalidRequest, match="lacks"):
+        OrderState.from_json(json)
+    with pytest.raises(InvalidRequest, match="window_blocks"):
+        OrderState.from_json({**json, "format": 1, "shuffle": "block"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window_blocks": 0},
+        {"block_rows": -1},
+        {"lanes": 0},
+        {"lanes": True},
+        {"lanes": "4"},
+        {"shuffle": "full"},
+    ],
+)
+def test_a_broken_state_of_blocks_is_refused(change):
+    with pytest.raises(InvalidRequest):
+        OrderState.from_json({**BLOCK_STATE.to_json(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_blocks": 8}, "window_blocks=16, block_rows=4096"),
+        ({"block_rows": 0}, "block_rows=None"),
+        ({"lanes": 2}, "lanes=4"),
+    ],
+)
+def test_a_state_of_other_blocks_says_what_to_make_instead(change, message):
+    other = OrderState.from_json({**BLOCK_STATE.to_json(), **change})
+    with pytest.raises(InvalidRequest, match=message):
+        BLOCK_STATE.check_same_samples(other)
 
 
 def test_a_state_that_lacks_a_field_is_refused_by_name():

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from forebay.dataset.dataset import Dataset
-from forebay.dataset.ranks import find_rank
+from forebay.dataset.ranks import find_nodes, find_rank
 from forebay.transfer.wanted import reading_for
+from forebay_wire.blocks import BlockLayout, BlockParameters, starts_of
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import (
     Cut,
@@ -30,6 +32,9 @@ Batch = dict[str, Any]
 
 Transform = Callable[[Batch], Batch]
 
+WINDOW_BLOCKS: Final = 16
+"""Blocks that a block shuffle mixes unless told otherwise: 1 GiB of shards of the usual size."""
+
 
 class BatchSource:
     """Turns (epoch, position, step) into this rank's batch. Thread-safe once bound, picklable."""
@@ -42,6 +47,9 @@ class BatchSource:
         batch_size: int | None = None,
         shuffle: str = "none",
         seed: int = 0,
+        window_blocks: int | None = None,
+        block_rows: int | None = None,
+        lanes: int | None = None,
         last_batch: str = "keep",
         transform: Transform | None = None,
         columns: Sequence[str] | None = None,
@@ -60,6 +68,10 @@ class BatchSource:
         self.dataset = dataset
         self.transform = transform
         self.shuffle: Shuffle = check_shuffle(shuffle)
+        self._layout = _layout(dataset, shuffle, window_blocks, block_rows, lanes)
+        self._lanes = lanes
+        """What was asked for, or what a restored state had; None: to be chosen."""
+        self._are_lanes_fixed = lanes is not None
         self.seed = seed
         self.last_batch: LastBatch = check_last_batch(last_batch)
         self._sizes = (global_batch_size, batch_size)
@@ -77,6 +89,7 @@ class BatchSource:
         """(rank, number of ranks), found at the first call and kept."""
         if self._bound is None:
             self._bound = find_rank(*self._rank)
+            self._lanes = self.lanes
             size = self.global_batch_size
             if self.last_batch == "drop" and self.dataset.num_rows < size:
                 raise InvalidRequest(
@@ -96,6 +109,20 @@ class BatchSource:
         return own_size * world_size
 
     @property
+    def lanes(self) -> int:
+        """Lanes of the order: as asked for or restored, else as many as there are nodes."""
+        if self._layout is None:
+            return 1
+        if self._lanes is not None:
+            return self._lanes
+        _, world_size = self._bound or find_rank(*self._rank)
+        return find_nodes(world_size)
+
+    def take_lanes(self, lanes: int) -> None:
+        """Have the order these *lanes*, which another process chose."""
+        self._lanes = lanes
+
+    @property
     def average_batch_bytes(self) -> int:
         """About what one rank's batch takes, by the version's size on disk."""
         _, world_size = self._bound or find_rank(*self._rank)
@@ -105,7 +132,11 @@ class BatchSource:
     def order_parameters(self, num_epochs: int = 0) -> dict[str, Any]:
         """What a plan says of the order (see ``plans.proto``); *num_epochs* 0: nobody knows."""
         rank, num_ranks = self.bind()
+        blocks: dict[str, Any] = {}
+        if self._layout is not None:
+            blocks = asdict(self._layout.parameters) | {"lanes": self.lanes}
         return {
+            **blocks,
             "manifest": self.dataset.manifest_id,
             "selection": self.dataset.selection_id,
             "shuffle": self.shuffle,
@@ -129,12 +160,15 @@ class BatchSource:
 
     def order(self, epoch: int) -> Order:
         """The order of *epoch*: the same on all ranks."""
-        dataset = self.dataset
-        return Order(dataset.num_rows, self.shuffle, self.seed, epoch, dataset.identity)
+        dataset, layout = self.dataset, self._layout
+        if layout is not None:
+            layout = replace(layout, parameters=replace(layout.parameters, lanes=self.lanes))
+        return Order(dataset.num_rows, self.shuffle, self.seed, epoch, dataset.identity, layout)
 
     def cut(self, position: int) -> Cut:
         """The global batches from *position* on: the same on all ranks."""
-        return Cut(self.dataset.num_rows, self.global_batch_size, self.last_batch, position)
+        size, lanes = self.global_batch_size, self.lanes
+        return Cut(self.dataset.num_rows, size, self.last_batch, position, lanes)
 
     def read(self, order: Order, cut: Cut, step: int) -> tuple[Batch, int, int]:
         """This rank's batch of *step*, transformed; its samples without padding; its bytes."""
@@ -152,7 +186,7 @@ class BatchSource:
             batch["_mask"] = torch.from_numpy(part.mask())
         if self.transform is not None:
             batch = self.transform(batch)
-        return batch, part.stop - part.start, num_bytes
+        return batch, part.num_samples, num_bytes
 
     # Where reading stands.
 
@@ -161,17 +195,25 @@ class BatchSource:
         return self._state(epoch, position).to_json()
 
     def restored(self, state: Mapping[str, Any]) -> tuple[int, int]:
-        """(epoch, position) of a *state*; InvalidRequest if it is of other samples or order."""
+        """(epoch, position) of a *state*; InvalidRequest if it is of other samples or order.
+
+        The order has the state's lanes from now on.
+        """
         found = OrderState.from_json(state)
-        found.check_same_samples(self._state(0, 0))
+        own = self._state(0, 0)
+        if not self._are_lanes_fixed and found.shuffle == own.shuffle:
+            own = replace(own, lanes=found.lanes)
+        found.check_same_samples(own)
         if found.position > self.dataset.num_rows:
             raise InvalidRequest(
                 f"the state stands at sample {found.position} of {self.dataset.num_rows}"
             )
+        self._lanes = found.lanes
         return found.epoch, found.position
 
     def _state(self, epoch: int, position: int) -> OrderState:
         dataset = self.dataset
+        blocks = None if self._layout is None else self._layout.parameters
         return OrderState(
             epoch=epoch,
             position=position,
@@ -181,7 +223,39 @@ class BatchSource:
             version=dataset.version,
             manifest=dataset.manifest_id,
             selection=dataset.selection_id,
+            window_blocks=0 if blocks is None else blocks.window_blocks,
+            block_rows=0 if blocks is None else blocks.block_rows,
+            lanes=self.lanes,
         )
+
+
+def _layout(
+    dataset: Dataset,
+    shuffle: str,
+    window_blocks: int | None,
+    block_rows: int | None,
+    lanes: int | None,
+) -> BlockLayout | None:
+    """The blocks of a block shuffle, of which only the lanes may not be known yet."""
+    if shuffle != "block":
+        if (window_blocks, block_rows, lanes) != (None, None, None):
+            raise InvalidRequest(
+                f'window_blocks, block_rows and lanes belong to shuffle="block", not to {shuffle!r}'
+            )
+        return None
+    if block_rows is not None and block_rows < 1:
+        raise InvalidRequest(f"block_rows={block_rows}: at least 1, or None for whole shards")
+    parameters = BlockParameters(
+        WINDOW_BLOCKS if window_blocks is None else window_blocks,
+        block_rows or 0,
+        1 if lanes is None else lanes,
+    )
+    counts: Sequence[int] | None
+    if dataset.selection is None:
+        counts = [shard.num_rows for shard in dataset.manifest.shards]
+    else:
+        counts = dataset.selection.rule.get("counts")  # a stored one keeps the version's order
+    return parameters.layout(dataset.num_rows, None if counts is None else starts_of(counts))
 
 
 def _torch_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -44,6 +44,9 @@ class DataLoader:
         batch_size: int | None = None,
         shuffle: str = "none",
         seed: int = 0,
+        window_blocks: int | None = None,
+        block_rows: int | None = None,
+        lanes: int | None = None,
         last_batch: str = "keep",
         num_threads: int = 2,
         prefetch_batches: int = 4,
@@ -56,7 +59,12 @@ class DataLoader:
     ) -> None:
         """Exactly one of *global_batch_size* (all ranks) and *batch_size* (each rank).
 
-        *shuffle* is "none" or "full" (a new permutation each epoch, by *seed*). *last_batch*:
+        *shuffle* is "none", "full" (a new permutation each epoch, by *seed*) or "block": blocks of
+        *block_rows* rows (default: the shards) in a new order each epoch, their rows mixed within
+        windows of *window_blocks* (default: 16), so that few shards are read at a time. *lanes*
+        (default: the number of nodes at the first start; the state keeps it) share out its blocks:
+        a node reads the blocks of its lanes alone where L, the ranks and the batch divide; the
+        samples of a batch then come lane by lane. *last_batch*:
         "keep" (shorter; a rank may get an empty part), "pad" (all parts full, ``_mask`` is False
         where rows repeat), "drop". *transform* turns a batch into a batch, in the
         *num_threads* prefetch threads (0: in the caller's). *device* is where tensors are put.
@@ -69,6 +77,9 @@ class DataLoader:
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,
+            window_blocks=window_blocks,
+            block_rows=block_rows,
+            lanes=lanes,
             last_batch=last_batch,
             transform=transform,
             columns=columns,
@@ -139,7 +150,12 @@ class DataLoader:
 
         Raises InvalidRequest if it was taken on another dataset version, split, shuffle or seed.
         """
-        self._start_epoch(*self._source.restored(state))
+        lanes = self._source.lanes
+        place = self._source.restored(state)
+        if self._source.lanes != lanes and self._plan is not None:
+            self._plan.end()  # it tells another order
+            self._plan = None
+        self._start_epoch(*place)
 
     def _start_epoch(self, epoch: int, position: int) -> None:
         self._turn += 1  # an iterator that still runs stops with an error instead of mixing epochs

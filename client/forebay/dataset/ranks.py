@@ -22,6 +22,23 @@ def find_rank(rank: int | None = None, world_size: int | None = None) -> tuple[i
     return rank, world_size
 
 
+def find_nodes(world_size: int) -> int:
+    """Number of machines that the *world_size* ranks run on: what torchrun says, else one."""
+    nodes = _number("GROUP_WORLD_SIZE")
+    if nodes is None:
+        ranks_each = _number("LOCAL_WORLD_SIZE")
+        nodes = 1 if ranks_each is None else -(-world_size // max(1, ranks_each))
+    return max(1, min(nodes, world_size))
+
+
+def _number(name: str) -> int | None:
+    value = os.environ.get(name)
+    try:
+        return None if value is None else int(value)
+    except ValueError as error:
+        raise InvalidRequest(f"{name}={value!r} in the environment is no number") from error
+
+
 def _of_torch() -> tuple[int, int] | None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():

@@ -20,7 +20,7 @@ from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import worker_steps
 
 # Slots of the memory that parent and workers share.
-_EPOCH, _POSITION, _WORKERS_READ = range(3)
+_EPOCH, _POSITION, _WORKERS_READ, _LANES = range(4)
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
@@ -41,6 +41,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         batch_size: int | None = None,
         shuffle: str = "none",
         seed: int = 0,
+        window_blocks: int | None = None,
+        block_rows: int | None = None,
+        lanes: int | None = None,
         last_batch: str = "keep",
         transform: Transform | None = None,
         columns: Sequence[str] | None = None,
@@ -56,6 +59,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,
+            window_blocks=window_blocks,
+            block_rows=block_rows,
+            lanes=lanes,
             last_batch=last_batch,
             transform=transform,
             columns=columns,
@@ -66,7 +72,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         self.dataset = dataset
         # Persistent workers read it at the start of each iteration, so that a new epoch or a
         # restored position reaches them.
-        self._shared = torch.zeros(3, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(4, dtype=torch.int64).share_memory_()
         self._plan: PlanReporter | None = None
 
     def __len__(self) -> int:
@@ -75,6 +81,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         self._source.bind()
+        self._take_lanes(int(self._shared[_LANES]))
         epoch, position = int(self._shared[_EPOCH]), int(self._shared[_POSITION])
         cut = self._source.cut(position)
         order = self._source.order(epoch)
@@ -97,6 +104,14 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             yield batch
         if plan is not None:
             plan.stand(epoch + 1, 0)
+
+    def _take_lanes(self, lanes: int) -> None:
+        """The lanes of the state that the parent restored, if it did: 0 says no."""
+        if lanes and lanes != self._source.lanes:
+            self._source.take_lanes(lanes)
+            if self._plan is not None:
+                self._plan.end()  # it tells another order
+                self._plan = None
 
     def _planned(self) -> PlanReporter:
         """The plan of all workers of this rank: the first one tells it, as they read in turn."""
@@ -133,7 +148,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
 
         Raises InvalidRequest if it was taken on another dataset version, split, shuffle or seed.
         """
-        self._stand_at(*self._source.restored(state))
+        place = self._source.restored(state)
+        self._shared[_LANES] = self._source.lanes
+        self._stand_at(*place)
 
     def _stand_at(self, epoch: int, position: int) -> None:
         self._shared[_EPOCH] = epoch

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay_wire/v1/plans.proto\x12\nforebay.v1\"\xb9\x01\n\x0fOrderParameters\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12\x11\n\tselection\x18\x02 \x01(\t\x12\x0f\n\x07shuffle\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x12\x12\x19\n\x11global_batch_size\x18\x05 \x01(\x04\x12\x12\n\nlast_batch\x18\x06 \x01(\t\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x11\n\tnum_ranks\x18\x08 \x01(\r\x12\x12\n\nnum_epochs\x18\t \x01(\x04\"\x92\x01\n\x13RegisterPlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0e\n\x06loader\x18\x02 \x01(\t\x12*\n\x05order\x18\x03 \x01(\x0b\x32\x1b.forebay.v1.OrderParameters\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x10\n\x08manifest\x18\x06 \x01(\t\"N\n\tBlobRange\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x04\"U\n\x10\x41\x64\x64RangesRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0c\n\x04page\x18\x02 \x01(\x04\x12%\n\x06ranges\x18\x03 \x03(\x0b\x32\x15.forebay.v1.BlobRange\"C\n\x12\x41\x64vancePlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08position\x18\x03 \x01(\x04\"\x92\x01\n\x05Waits\x12\x11\n\tnum_waits\x18\x01 \x01(\x04\x12\x14\n\x0ctier_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x18\n\x10throttle_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eorigin_seconds\x18\x05 \x01(\x01\x12\x17\n\x0flongest_seconds\x18\x06 \x01(\x01\"z\n\x04Wait\x12\x13\n\x0b\x61go_seconds\x18\x01 \x01(\x01\x12\x14\n\x0ctier_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x18\n\x10throttle_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eorigin_seconds\x18\x05 \x01(\x01\"U\n\x0cPlanStanding\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\x12 \n\x05waits\x18\x03 \x01(\x0b\x32\x11.forebay.v1.Waits\"\x1e\n\x0e\x45ndPlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\"\n\x0f\x45ndPlanResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x12\n\x10ListPlansRequest\"\x87\x02\n\x0bPlanSummary\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0e\n\x06loader\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x06 \x01(\x04\x12\x13\n\x0bready_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04rate\x18\x08 \x01(\x01\x12 \n\x05waits\x18\t \x01(\x0b\x32\x11.forebay.v1.Waits\x12\x13\n\x0b\x61head_bytes\x18\n \x01(\x04\x12\x17\n\x0f\x65xpires_seconds\x18\x0b \x01(\x01\x12 \n\x06recent\x18\x0c \x03(\x0b\x32\x10.forebay.v1.Wait\";\n\x11ListPlansResponse\x12&\n\x05plans\x18\x01 \x03(\x0b\x32\x17.forebay.v1.PlanSummary2\xee\x02\n\x05Plans\x12I\n\x0cRegisterPlan\x12\x1f.forebay.v1.RegisterPlanRequest\x1a\x18.forebay.v1.PlanStanding\x12\x43\n\tAddRanges\x12\x1c.forebay.v1.AddRangesRequest\x1a\x18.forebay.v1.PlanStanding\x12G\n\x0b\x41\x64vancePlan\x12\x1e.forebay.v1.AdvancePlanRequest\x1a\x18.forebay.v1.PlanStanding\x12\x42\n\x07\x45ndPlan\x12\x1a.forebay.v1.EndPlanRequest\x1a\x1b.forebay.v1.EndPlanResponse\x12H\n\tListPlans\x12\x1c.forebay.v1.ListPlansRequest\x1a\x1d.forebay.v1.ListPlansResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay_wire/v1/plans.proto\x12\nforebay.v1\"\xf3\x01\n\x0fOrderParameters\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12\x11\n\tselection\x18\x02 \x01(\t\x12\x0f\n\x07shuffle\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x12\x12\x19\n\x11global_batch_size\x18\x05 \x01(\x04\x12\x12\n\nlast_batch\x18\x06 \x01(\t\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x11\n\tnum_ranks\x18\x08 \x01(\r\x12\x12\n\nnum_epochs\x18\t \x01(\x04\x12\x15\n\rwindow_blocks\x18\n \x01(\x04\x12\x12\n\nblock_rows\x18\x0b \x01(\x04\x12\r\n\x05lanes\x18\x0c \x01(\x04\"\x92\x01\n\x13RegisterPlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0e\n\x06loader\x18\x02 \x01(\t\x12*\n\x05order\x18\x03 \x01(\x0b\x32\x1b.forebay.v1.OrderParameters\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x10\n\x08manifest\x18\x06 \x01(\t\"N\n\tBlobRange\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x04\"U\n\x10\x41\x64\x64RangesRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0c\n\x04page\x18\x02 \x01(\x04\x12%\n\x06ranges\x18\x03 \x03(\x0b\x32\x15.forebay.v1.BlobRange\"C\n\x12\x41\x64vancePlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08position\x18\x03 \x01(\x04\"\x92\x01\n\x05Waits\x12\x11\n\tnum_waits\x18\x01 \x01(\x04\x12\x14\n\x0ctier_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x18\n\x10throttle_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eorigin_seconds\x18\x05 \x01(\x01\x12\x17\n\x0flongest_seconds\x18\x06 \x01(\x01\"z\n\x04Wait\x12\x13\n\x0b\x61go_seconds\x18\x01 \x01(\x01\x12\x14\n\x0ctier_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x18\n\x10throttle_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eorigin_seconds\x18\x05 \x01(\x01\"U\n\x0cPlanStanding\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\x12 \n\x05waits\x18\x03 \x01(\x0b\x32\x11.forebay.v1.Waits\"\x1e\n\x0e\x45ndPlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\"\n\x0f\x45ndPlanResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x12\n\x10ListPlansRequest\"\x87\x02\n\x0bPlanSummary\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0e\n\x06loader\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x06 \x01(\x04\x12\x13\n\x0bready_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04rate\x18\x08 \x01(\x01\x12 \n\x05waits\x18\t \x01(\x0b\x32\x11.forebay.v1.Waits\x12\x13\n\x0b\x61head_bytes\x18\n \x01(\x04\x12\x17\n\x0f\x65xpires_seconds\x18\x0b \x01(\x01\x12 \n\x06recent\x18\x0c \x03(\x0b\x32\x10.forebay.v1.Wait\";\n\x11ListPlansResponse\x12&\n\x05plans\x18\x01 \x03(\x0b\x32\x17.forebay.v1.PlanSummary2\xee\x02\n\x05Plans\x12I\n\x0cRegisterPlan\x12\x1f.forebay.v1.RegisterPlanRequest\x1a\x18.forebay.v1.PlanStanding\x12\x43\n\tAddRanges\x12\x1c.forebay.v1.AddRangesRequest\x1a\x18.forebay.v1.PlanStanding\x12G\n\x0b\x41\x64vancePlan\x12\x1e.forebay.v1.AdvancePlanRequest\x1a\x18.forebay.v1.PlanStanding\x12\x42\n\x07\x45ndPlan\x12\x1a.forebay.v1.EndPlanRequest\x1a\x1b.forebay.v1.EndPlanResponse\x12H\n\tListPlans\x12\x1c.forebay.v1.ListPlansRequest\x1a\x1d.forebay.v1.ListPlansResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,31 +32,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay_wire.v1.plans_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ORDERPARAMETERS']._serialized_start=44
-  _globals['_ORDERPARAMETERS']._serialized_end=229
-  _globals['_REGISTERPLANREQUEST']._serialized_start=232
-  _globals['_REGISTERPLANREQUEST']._serialized_end=378
-  _globals['_BLOBRANGE']._serialized_start=380
-  _globals['_BLOBRANGE']._serialized_end=458
-  _globals['_ADDRANGESREQUEST']._serialized_start=460
-  _globals['_ADDRANGESREQUEST']._serialized_end=545
-  _globals['_ADVANCEPLANREQUEST']._serialized_start=547
-  _globals['_ADVANCEPLANREQUEST']._serialized_end=614
-  _globals['_WAITS']._serialized_start=617
-  _globals['_WAITS']._serialized_end=763
-  _globals['_WAIT']._serialized_start=765
-  _globals['_WAIT']._serialized_end=887
-  _globals['_PLANSTANDING']._serialized_start=889
-  _globals['_PLANSTANDING']._serialized_end=974
-  _globals['_ENDPLANREQUEST']._serialized_start=976
-  _globals['_ENDPLANREQUEST']._serialized_end=1006
-  _globals['_ENDPLANRESPONSE']._serialized_start=1008
-  _globals['_ENDPLANRESPONSE']._serialized_end=1042
-  _globals['_LISTPLANSREQUEST']._serialized_start=1044
-  _globals['_LISTPLANSREQUEST']._serialized_end=1062
-  _globals['_PLANSUMMARY']._serialized_start=1065
-  _globals['_PLANSUMMARY']._serialized_end=1328
-  _globals['_LISTPLANSRESPONSE']._serialized_start=1330
-  _globals['_LISTPLANSRESPONSE']._serialized_end=1389
-  _globals['_PLANS']._serialized_start=1392
-  _globals['_PLANS']._serialized_end=1758
+  _globals['_ORDERPARAMETERS']._serialized_end=287
+  _globals['_REGISTERPLANREQUEST']._serialized_start=290
+  _globals['_REGISTERPLANREQUEST']._serialized_end=436
+  _globals['_BLOBRANGE']._serialized_start=438
+  _globals['_BLOBRANGE']._serialized_end=516
+  _globals['_ADDRANGESREQUEST']._serialized_start=518
+  _globals['_ADDRANGESREQUEST']._serialized_end=603
+  _globals['_ADVANCEPLANREQUEST']._serialized_start=605
+  _globals['_ADVANCEPLANREQUEST']._serialized_end=672
+  _globals['_WAITS']._serialized_start=675
+  _globals['_WAITS']._serialized_end=821
+  _globals['_WAIT']._serialized_start=823
+  _globals['_WAIT']._serialized_end=945
+  _globals['_PLANSTANDING']._serialized_start=947
+  _globals['_PLANSTANDING']._serialized_end=1032
+  _globals['_ENDPLANREQUEST']._serialized_start=1034
+  _globals['_ENDPLANREQUEST']._serialized_end=1064
+  _globals['_ENDPLANRESPONSE']._serialized_start=1066
+  _globals['_ENDPLANRESPONSE']._serialized_end=1100
+  _globals['_LISTPLANSREQUEST']._serialized_start=1102
+  _globals['_LISTPLANSREQUEST']._serialized_end=1120
+  _globals['_PLANSUMMARY']._serialized_start=1123
+  _globals['_PLANSUMMARY']._serialized_end=1386
+  _globals['_LISTPLANSRESPONSE']._serialized_start=1388
+  _globals['_LISTPLANSRESPONSE']._serialized_end=1447
+  _globals['_PLANS']._serialized_start=1450
+  _globals['_PLANS']._serialized_end=1816
 # @@protoc_insertion_point(module_scope)

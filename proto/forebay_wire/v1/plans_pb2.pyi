@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class OrderParameters(_message.Message):
-    __slots__ = ("manifest", "selection", "shuffle", "seed", "global_batch_size", "last_batch", "rank", "num_ranks", "num_epochs")
+    __slots__ = ("manifest", "selection", "shuffle", "seed", "global_batch_size", "last_batch", "rank", "num_ranks", "num_epochs", "window_blocks", "block_rows", "lanes")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     SHUFFLE_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,9 @@ class OrderParameters(_message.Message):
     RANK_FIELD_NUMBER: _ClassVar[int]
     NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     NUM_EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
     manifest: str
     selection: str
     shuffle: str
@@ -26,7 +29,10 @@ class OrderParameters(_message.Message):
     rank: int
     num_ranks: int
     num_epochs: int
-    def __init__(self, manifest: _Optional[str] = ..., selection: _Optional[str] = ..., shuffle: _Optional[str] = ..., seed: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., last_batch: _Optional[str] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., num_epochs: _Optional[int] = ...) -> None: ...
+    window_blocks: int
+    block_rows: int
+    lanes: int
+    def __init__(self, manifest: _Optional[str] = ..., selection: _Optional[str] = ..., shuffle: _Optional[str] = ..., seed: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., last_batch: _Optional[str] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., num_epochs: _Optional[int] = ..., window_blocks: _Optional[int] = ..., block_rows: _Optional[int] = ..., lanes: _Optional[int] = ...) -> None: ...
 
 class RegisterPlanRequest(_message.Message):
     __slots__ = ("plan", "loader", "order", "epoch", "position", "manifest")

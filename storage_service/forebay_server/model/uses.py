@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -9,8 +10,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from forebay_wire.blocks import BlockLayout, BlockParameters, starts_of
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.order import Cut, LastBatch, Order, Shuffle
+from forebay_wire.order import Cut, LastBatch, Order, Shuffle, check_blocks
 from forebay_wire.selection import Rule, Stored
 
 WINDOW_SAMPLES: Final = 1 << 14
@@ -38,8 +40,11 @@ class ReadOrder:
     num_ranks: int
     num_epochs: int = 0
     """0: nobody knows when it ends."""
+    blocks: BlockParameters | None = None
+    """Of a block shuffle."""
 
     def __post_init__(self) -> None:
+        check_blocks(self.shuffle, self.blocks)
         if not 0 <= self.rank < self.num_ranks:
             raise InvalidRequest(f"rank {self.rank} of {self.num_ranks}: ranks count from 0")
         Cut(self.num_samples, self.global_batch_size, self.last_batch)  # raises
@@ -47,6 +52,23 @@ class ReadOrder:
     def time(self, epoch: int, position: int) -> int:
         """A place in the endless row of epochs as one number."""
         return epoch * self.num_samples + position
+
+    @property
+    def lanes(self) -> int:
+        return 1 if self.blocks is None else self.blocks.lanes
+
+    def layout(self, shard_starts: NDArray[np.int64]) -> BlockLayout | None:
+        """The blocks of a block shuffle; InvalidRequest for such as the samples do not have.
+
+        *shard_starts*: the first row of each shard of the version and, last, the number of rows.
+        """
+        if self.blocks is None:
+            return None
+        starts: NDArray[np.int64] | None = shard_starts
+        if self.selection is not None:
+            stored = self.selection if isinstance(self.selection, Stored) else None
+            starts = None if stored is None else starts_of(stored.counts)
+        return self.blocks.layout(self.num_samples, starts)
 
 
 @dataclass(frozen=True)
@@ -71,16 +93,28 @@ def windows(
 
     *shard_starts*: the first row of each shard and, last, the number of rows. Costs O(window) of
     time and memory for each window, whatever the size of an epoch. Ends only after the last epoch,
-    if that is known, and where there is nothing to read.
+    if that is known, and where there is nothing to read. Raises InvalidRequest at once, for blocks
+    that cannot be.
     """
+    layout = order.layout(shard_starts)
+    return _windows(order, layout, shard_starts, epoch, position, window_samples)
+
+
+def _windows(
+    order: ReadOrder,
+    layout: BlockLayout | None,
+    shard_starts: NDArray[np.int64],
+    epoch: int,
+    first: int,
+    window_samples: int,
+) -> Iterator[Window]:
     if order.num_samples == 0:
         return
-    first = position
     while not order.num_epochs or epoch < order.num_epochs:
-        cut = Cut(order.num_samples, order.global_batch_size, order.last_batch, first)
+        cut = Cut(order.num_samples, order.global_batch_size, order.last_batch, first, order.lanes)
         if cut.num_steps == 0 and first == 0:
             return  # a batch larger than the dataset, and short ones are dropped
-        samples = Order(order.num_samples, order.shuffle, order.seed, epoch, order.identity)
+        samples = Order(order.num_samples, order.shuffle, order.seed, epoch, order.identity, layout)
         own = max(1, order.global_batch_size // order.num_ranks)
         steps_at_once = max(1, window_samples // own)
         for start in range(0, cut.num_steps, steps_at_once):
@@ -106,12 +140,13 @@ def _positions(
     full = min(stop, (cut.num_samples - cut.position) // size)
     steps: list[NDArray[np.int64]] = []
     positions: list[NDArray[np.int64]] = []
-    if full > start:  # all alike
-        part = cut.part(start, order.rank, order.num_ranks)
-        numbers = np.arange(start, full, dtype=np.int64)
-        own = np.arange(part.start, part.stop + part.num_padding, dtype=np.int64)
+    # Full ones whose first positions are of one lane are alike.
+    period = cut.lanes // math.gcd(size, cut.lanes)
+    for kind in range(start, min(full, start + period)):
+        numbers = np.arange(kind, full, period, dtype=np.int64)
+        own = cut.part(kind, order.rank, order.num_ranks).positions(cut.num_samples)
         steps.append(np.repeat(numbers, len(own)))
-        shifted = own[None, :] + ((numbers - start) * size)[:, None]
+        shifted = own[None, :] + ((numbers - kind) * size)[:, None]
         positions.append(shifted.reshape(-1) % cut.num_samples)  # padding repeats from the start
     for step in range(max(start, full), stop):  # the short one
         part = cut.part(step, order.rank, order.num_ranks)

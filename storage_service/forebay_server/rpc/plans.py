@@ -38,6 +38,9 @@ class PlansService(plans_pb2_grpc.PlansServicer):
                 rank=given.rank,
                 num_ranks=given.num_ranks,
                 num_epochs=given.num_epochs,
+                window_blocks=given.window_blocks,
+                block_rows=given.block_rows,
+                lanes=given.lanes,
             )
         made = await self._plans.register(
             request.plan,

@@ -15,6 +15,7 @@ from forebay_server.catalog.queries_origins import find_origins
 from forebay_server.model.lookahead import OrderView, RangesView
 from forebay_server.model.uses import ReadOrder
 from forebay_server.serve.foresight import Foresight
+from forebay_wire.blocks import BlockParameters
 from forebay_wire.errors import InvalidRequest, LimitExceeded, NotFound
 from forebay_wire.ids import check_id, check_random_name
 from forebay_wire.manifest import DatasetManifest, SelectionManifest, parse
@@ -55,6 +56,17 @@ class OrderParameters:
     rank: int = 0
     num_ranks: int = 1
     num_epochs: int = 0
+    window_blocks: int = 0
+    """Of a block shuffle, like the next; 0 for the other kinds."""
+    block_rows: int = 0
+    lanes: int = 0
+
+    @property
+    def blocks(self) -> BlockParameters | None:
+        """What a block shuffle is; InvalidRequest if that is none."""
+        if self.shuffle != "block" and not (self.window_blocks or self.block_rows or self.lanes):
+            return None
+        return BlockParameters(self.window_blocks, self.block_rows, self.lanes)
 
 
 @dataclass
@@ -342,6 +354,7 @@ class Plans:
             rank=order.rank,
             num_ranks=order.num_ranks,
             num_epochs=order.num_epochs,
+            blocks=order.blocks,
         )
         shards = version.shards
         view = OrderView(

@@ -5,10 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay_server.model.uses import ReadOrder, windows
+from forebay_wire.blocks import BlockParameters, starts_of
+from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import Cut, Order, split_rows
 from forebay_wire.selection import Ring, Stored
 
@@ -34,19 +37,25 @@ def orders(draw):
         samples = len(of)
         selection = Stored(tuple(np.histogram(of, starts)[0].tolist()))
     ranks = draw(st.integers(1, 4))
+    shuffle = draw(st.sampled_from(["none", "full", "block"]))
+    blocks = None
+    if shuffle == "block":
+        block_rows = draw(st.integers(1 if kind == "ring" else 0, 20))
+        blocks = BlockParameters(draw(st.integers(1, 4)), block_rows, draw(st.integers(1, 6)))
     order = ReadOrder(
         manifest=MANIFEST,
         identity=f"{MANIFEST}/",
         num_samples=samples,
         num_version_rows=rows,
         selection=selection,
-        shuffle=draw(st.sampled_from(["none", "full"])),
+        shuffle=shuffle,
         seed=draw(st.integers(0, 99)),
         global_batch_size=draw(st.integers(1, 40)),
         last_batch=draw(st.sampled_from(["keep", "pad", "drop"])),
         rank=draw(st.integers(0, ranks - 1)),
         num_ranks=ranks,
         num_epochs=draw(st.integers(1, 3)),
+        blocks=blocks,
     )
     return order, starts, of
 
@@ -57,9 +66,13 @@ def shard_starts(rows: int, size: int) -> np.ndarray:
 
 def uses_by_reading(order: ReadOrder, starts, of, epoch: int, position: int):
     """What a loader does, step by step."""
+    n, layout, lanes = order.num_samples, None, 1
+    if order.blocks is not None:
+        counts = np.histogram(np.sort(of), starts)[0].tolist()  # rows of each shard that it reads
+        layout, lanes = order.blocks.layout(n, starts_of(counts)), order.blocks.lanes
     while epoch < order.num_epochs:
-        cut = Cut(order.num_samples, order.global_batch_size, order.last_batch, position)
-        samples = Order(order.num_samples, order.shuffle, order.seed, epoch, order.identity)
+        cut = Cut(n, order.global_batch_size, order.last_batch, position, lanes)
+        samples = Order(n, order.shuffle, order.seed, epoch, order.identity, layout)
         for step in range(cut.num_steps):
             part = cut.part(step, order.rank, order.num_ranks)
             rows = of[samples.at(part.positions(order.num_samples))]
@@ -100,3 +113,39 @@ def test_a_window_costs_what_it_looks_at_whatever_the_epoch():
 def test_batches_larger_than_the_dataset_that_are_dropped_end_the_plan():
     order = ReadOrder(MANIFEST, "x/", 10, 10, None, "none", 1, 16, "drop", rank=0, num_ranks=1)
     assert list(windows(order, shard_starts(10, 5), 0, 0)) == []
+
+
+def test_a_block_shuffle_of_many_shards_needs_few_of_them_at_a_time():
+    blocks = BlockParameters(16, 0, lanes=8)
+    order = ReadOrder(
+        MANIFEST,
+        "x/",
+        10**10,
+        10**10,
+        None,
+        "block",
+        *(1, 4096, "keep", 3, 8),
+        blocks=blocks,
+    )
+    starts = np.arange(0, 10**10 + 1, 10**5, dtype=np.int64)
+    found = windows(order, starts, 5, 10**9)
+    shards = [set(next(found).shards.tolist()) for _ in range(4)]
+    # Rank 3 reads lane 3 alone: one window of shards, or the end of one and the start of the next.
+    assert len(set().union(*shards)) <= 32
+
+
+def test_blocks_that_the_samples_do_not_have_are_refused_at_once():
+    order = ReadOrder(
+        MANIFEST,
+        "x/",
+        *(10, 20, Ring(0, 0), "block", 1, 4, "keep", 0, 1),
+        blocks=BlockParameters(4),
+    )
+    with pytest.raises(InvalidRequest, match="block_rows"):
+        windows(order, shard_starts(20, 5), 0, 0)
+
+
+@pytest.mark.parametrize(("shuffle", "blocks"), [("full", BlockParameters(4)), ("block", None)])
+def test_only_a_block_shuffle_has_blocks(shuffle, blocks):
+    with pytest.raises(InvalidRequest, match="window_blocks"):
+        ReadOrder(MANIFEST, "x/", 10, 10, None, shuffle, 1, 4, "keep", 0, 1, blocks=blocks)
