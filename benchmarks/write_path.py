@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ from forebay_wire.segments import even_cuts
 
 SHARD_BYTES = 64 * MIB
 """A client fills the next shard's slot while those before are being sealed."""
+
+BATCH_BYTES = 4 * MIB
+"""A client fills a slot batch by batch, and what is full lands meanwhile."""
 
 DISK_WAYS = ((1 * MIB, 1), (4 * MIB, 1), (16 * MIB, 1), (4 * MIB, 2), (4 * MIB, 4))
 """Bytes of a direct write, threads."""
@@ -110,7 +114,11 @@ class ShardWriter:
             for offset in range(0, len(data), SHARD_BYTES):
                 piece = data[offset : offset + SHARD_BYTES]
                 upload = self.uploads.begin(len(piece))
-                np.frombuffer(upload.slot.buffer, np.uint8)[: len(piece)] = piece
+                slot = np.frombuffer(upload.slot.buffer, np.uint8)
+                for first in range(0, len(piece), BATCH_BYTES):
+                    end = min(first + BATCH_BYTES, len(piece))
+                    slot[first:end] = piece[first:end]
+                    self.uploads.land(upload, end, partial(even_cuts, end))
                 if len(sealing) == NUM_SEALING:
                     sealing.popleft().result()
                 cuts = even_cuts(len(piece))

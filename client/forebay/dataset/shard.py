@@ -75,6 +75,16 @@ class ShardBuilder:
         self._ends.append(int(self._sink.tell()))
         self._rows.append(batch.num_rows)
 
+    @property
+    def settled_bytes(self) -> int:
+        """So many from the start will not change any more: all but the last record batch, which
+        the footer will join."""
+        return self._ends[-2] if len(self._ends) > 1 else 0
+
+    def settled_cuts(self) -> tuple[int, ...]:
+        """Segment lengths of those: the first ones of the shard."""
+        return segment_cuts(self._ends[:-1], self.settled_bytes)
+
     def finish(self) -> ShardContent:
         """Write the footer; the shard is the first ``num_bytes`` of the memory."""
         self._writer.close()

@@ -6,7 +6,8 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -14,12 +15,16 @@ from forebay.methods import Blobs, Method, Request, Response
 from forebay.transfer import Transfer, UploadSlot
 from forebay_wire.errors import DaemonUnavailable, DeadlineExceeded, ForebayError, NotFound
 from forebay_wire.ids import new_random_name
+from forebay_wire.limits import MIB
 from forebay_wire.v1 import blobs_pb2
 
 SEAL_SECONDS: Final = 600.0
 """A seal returns when the blob is fsynced: on a slow disk that takes a while."""
 
 RENEW_SECONDS: Final = 10.0
+
+LAND_BYTES: Final = 16 * MIB
+"""Fewer wait for more, or for the seal: each piece is a call."""
 
 
 class Channel(Protocol):
@@ -37,6 +42,13 @@ class Upload:
     session: str
     slot: UploadSlot
     lease_seconds: float
+    landed_bytes: int = 0
+    """From the slot's start, so many are the daemon's already, or on their way."""
+    num_segments: int = 0
+    """Of those."""
+    num_pieces: int = 0
+    landing: Future[None] | None = None
+    """Of the newest of them."""
 
 
 class Uploads:
@@ -54,6 +66,7 @@ class Uploads:
         self._lost: ForebayError | None = None
         self._stop = threading.Event()
         self._renewer: threading.Thread | None = None
+        self._lander = ThreadPoolExecutor(1, thread_name_prefix="forebay-land")
 
     def begin(self, num_bytes: int, minimum_bytes: int = 0) -> Upload:
         """Open a session for a blob of at most *num_bytes*, all of it in one slot.
@@ -82,14 +95,49 @@ class Uploads:
         self._start_renewing(granted.lease_seconds)
         return upload
 
+    def land(self, upload: Upload, num_bytes: int, cuts: Callable[[], Sequence[int]]) -> None:
+        """The first *num_bytes* of the slot will not change any more, and are to be cut as *cuts*
+        says: have the daemon bring them to its disk while the rest is filled.
+
+        Does so if they are enough to be worth it and what was brought before has arrived; never
+        blocks. What goes wrong is raised by :meth:`seal`.
+        """
+        before = upload.landing
+        if num_bytes - upload.landed_bytes < LAND_BYTES:
+            return
+        if before is not None and (not before.done() or before.exception() is not None):
+            return
+        found = cuts()
+        request = blobs_pb2.AppendRequest(
+            session=upload.session,
+            sequence=upload.num_pieces,
+            num_bytes=num_bytes - upload.landed_bytes,
+            cuts=found[upload.num_segments :],
+            slot_offset=upload.landed_bytes,
+        )
+        upload.landing = self._lander.submit(self._append, upload.slot, request)
+        upload.landed_bytes, upload.num_segments = num_bytes, len(found)
+        upload.num_pieces += 1
+
+    def _append(self, slot: UploadSlot, request: blobs_pb2.AppendRequest) -> None:
+        slot.flush(request.slot_offset + request.num_bytes, request.slot_offset)
+        self._channel.call(Blobs.Append, request, timeout=SEAL_SECONDS)
+
     def seal(self, upload: Upload, num_bytes: int, cuts: Sequence[int]) -> blobs_pb2.SealedBlob:
         """Publish the first *num_bytes* of the slot as the blob; durable on return.
 
-        The session lives on until the commit that names it. The slot is let go.
+        *cuts* begin with those that :meth:`land` was told. The session lives on until the commit
+        that names it. The slot is let go.
         """
-        upload.slot.flush(num_bytes)
+        if upload.landing is not None:
+            upload.landing.result()
+        upload.slot.flush(num_bytes, upload.landed_bytes)
         request = blobs_pb2.SealRequest(
-            session=upload.session, sequence=0, num_bytes=num_bytes, cuts=cuts
+            session=upload.session,
+            sequence=upload.num_pieces,
+            num_bytes=num_bytes - upload.landed_bytes,
+            cuts=cuts[upload.num_segments :],
+            slot_offset=upload.landed_bytes,
         )
         sealed = self._channel.call(Blobs.Seal, request, timeout=SEAL_SECONDS)
         upload.slot.close()
@@ -108,6 +156,7 @@ class Uploads:
         Idempotent. A daemon that cannot be reached ends the sessions by their leases.
         """
         self._stop.set()
+        self._lander.shutdown(cancel_futures=True)
         if self._renewer is not None:
             self._renewer.join()
         with self._lock:

@@ -238,6 +238,7 @@ class DatasetWriter:
         upload, builder = self._shard
         if builder.fits(batch):
             builder.write(batch)
+            self._uploads.land(upload, builder.settled_bytes, builder.settled_cuts)
         elif batch.num_rows > 1:
             half = batch.num_rows // 2
             self._write_batch(batch.slice(0, half))

@@ -47,8 +47,8 @@ class UploadSlot(ABC):
     """Writable, warm, ``slot_bytes`` long."""
 
     @abstractmethod
-    def flush(self, num_bytes: int) -> None:
-        """Bring the first *num_bytes* to the daemon: before each Append, Seal and SealPack.
+    def flush(self, num_bytes: int, start: int = 0) -> None:
+        """Bring the bytes [*start*, *num_bytes*) to the daemon: before each Append, Seal, SealPack.
 
         Returns when the daemon's slot holds them; locally that is at once. Idempotent.
         """
@@ -214,6 +214,11 @@ class Blob(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release the blob. Idempotent. Views that were handed out stay readable."""
+
+    @property
+    def maps_in_place(self) -> bool:
+        """Whether :meth:`map` shows the bytes where they lie; else it needs memory for them."""
+        return False
 
     def map(self, offset: int = 0, length: int | None = None) -> memoryview:
         """A read-only view of *length* bytes from *offset* (to the end by default).

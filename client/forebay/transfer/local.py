@@ -195,7 +195,7 @@ class _LocalSlot(UploadSlot):
     def is_intact(self) -> bool:
         return self._memory is not None and self._memory.num_grants == self._grant
 
-    def flush(self, num_bytes: int) -> None:
+    def flush(self, num_bytes: int, start: int = 0) -> None:
         pass
 
     def close(self) -> None:
@@ -225,7 +225,12 @@ class LocalBlob(Blob):
         self._checks = Checks(replica.table.num_segments)
         self._lock = threading.RLock()
         self._release = self._release_at_end(serial)
+        self._is_one_piece = len(replica.extents) == 1
         watch(self)
+
+    @property
+    def maps_in_place(self) -> bool:
+        return self._is_one_piece
 
     def close(self) -> None:
         with self._lock:
@@ -337,8 +342,10 @@ class LocalBlob(Blob):
             if found is None:
                 [streamed] = self._by_http().open([self.id], self.context)
                 self._replica, self._release = _StreamedReplica(streamed), streamed.close
+                self._is_one_piece = False
             else:
                 self._replica, self._release = found[1], self._release_at_end(found[0])
+                self._is_one_piece = len(found[1].extents) == 1
             self.tier = self._replica.tier
 
     def _let_go(self) -> None:

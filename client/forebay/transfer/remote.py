@@ -333,16 +333,16 @@ class _RemoteSlot(UploadSlot):
         self._ticket = ticket
         self._renew_ticket = renew_ticket
 
-    def flush(self, num_bytes: int) -> None:
-        for start in range(0, num_bytes, PUT_BYTES):
-            part = self.buffer[start : min(start + PUT_BYTES, num_bytes)]
+    def flush(self, num_bytes: int, start: int = 0) -> None:
+        for offset in range(start, num_bytes, PUT_BYTES):
+            part = self.buffer[offset : min(offset + PUT_BYTES, num_bytes)]
             try:
-                self._put(start, part)
+                self._put(offset, part)
             except Unauthenticated:
                 if self._renew_ticket is None:
                     raise
                 self._ticket = self._renew_ticket()
-                self._put(start, part)
+                self._put(offset, part)
 
     def _put(self, start: int, part: memoryview) -> None:
         self._transfer.exchange(

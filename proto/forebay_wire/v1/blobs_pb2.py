@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay_wire/v1/blobs.proto\x12\nforebay.v1\"c\n\x12\x42\x65ginUploadRequest\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x15\n\rminimum_bytes\x18\x04 \x01(\x04\"_\n\rUploadSession\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\x12\x12\n\nput_ticket\x18\x04 \x01(\t\"S\n\rAppendRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x63uts\x18\x04 \x03(\r\"$\n\x0e\x41ppendResponse\x12\x12\n\nblob_bytes\x18\x01 \x01(\x04\"Q\n\x0bSealRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x63uts\x18\x04 \x03(\r\"C\n\nSealedBlob\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cnum_segments\x18\x03 \x01(\x04\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\x1f\n\x0c\x41\x62ortRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\'\n\x13ReadManifestRequest\x12\x10\n\x08manifest\x18\x01 \x01(\t\"2\n\rManifestChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x32\x95\x03\n\x05\x42lobs\x12H\n\x0b\x42\x65ginUpload\x12\x1e.forebay.v1.BeginUploadRequest\x1a\x19.forebay.v1.UploadSession\x12?\n\x06\x41ppend\x12\x19.forebay.v1.AppendRequest\x1a\x1a.forebay.v1.AppendResponse\x12\x37\n\x04Seal\x12\x17.forebay.v1.SealRequest\x1a\x16.forebay.v1.SealedBlob\x12<\n\x05Renew\x12\x18.forebay.v1.RenewRequest\x1a\x19.forebay.v1.UploadSession\x12<\n\x05\x41\x62ort\x12\x18.forebay.v1.AbortRequest\x1a\x19.forebay.v1.AbortResponse\x12L\n\x0cReadManifest\x12\x1f.forebay.v1.ReadManifestRequest\x1a\x19.forebay.v1.ManifestChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay_wire/v1/blobs.proto\x12\nforebay.v1\"c\n\x12\x42\x65ginUploadRequest\x12\x13\n\x0btotal_bytes\x18\x01 \x01(\x04\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x15\n\rminimum_bytes\x18\x04 \x01(\x04\"_\n\rUploadSession\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\x12\x12\n\nput_ticket\x18\x04 \x01(\t\"h\n\rAppendRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x63uts\x18\x04 \x03(\r\x12\x13\n\x0bslot_offset\x18\x05 \x01(\x04\"$\n\x0e\x41ppendResponse\x12\x12\n\nblob_bytes\x18\x01 \x01(\x04\"f\n\x0bSealRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x63uts\x18\x04 \x03(\r\x12\x13\n\x0bslot_offset\x18\x05 \x01(\x04\"C\n\nSealedBlob\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cnum_segments\x18\x03 \x01(\x04\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\x1f\n\x0c\x41\x62ortRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\'\n\x13ReadManifestRequest\x12\x10\n\x08manifest\x18\x01 \x01(\t\"2\n\rManifestChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x32\x95\x03\n\x05\x42lobs\x12H\n\x0b\x42\x65ginUpload\x12\x1e.forebay.v1.BeginUploadRequest\x1a\x19.forebay.v1.UploadSession\x12?\n\x06\x41ppend\x12\x19.forebay.v1.AppendRequest\x1a\x1a.forebay.v1.AppendResponse\x12\x37\n\x04Seal\x12\x17.forebay.v1.SealRequest\x1a\x16.forebay.v1.SealedBlob\x12<\n\x05Renew\x12\x18.forebay.v1.RenewRequest\x1a\x19.forebay.v1.UploadSession\x12<\n\x05\x41\x62ort\x12\x18.forebay.v1.AbortRequest\x1a\x19.forebay.v1.AbortResponse\x12L\n\x0cReadManifest\x12\x1f.forebay.v1.ReadManifestRequest\x1a\x19.forebay.v1.ManifestChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,23 +36,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADSESSION']._serialized_start=144
   _globals['_UPLOADSESSION']._serialized_end=239
   _globals['_APPENDREQUEST']._serialized_start=241
-  _globals['_APPENDREQUEST']._serialized_end=324
-  _globals['_APPENDRESPONSE']._serialized_start=326
-  _globals['_APPENDRESPONSE']._serialized_end=362
-  _globals['_SEALREQUEST']._serialized_start=364
-  _globals['_SEALREQUEST']._serialized_end=445
-  _globals['_SEALEDBLOB']._serialized_start=447
-  _globals['_SEALEDBLOB']._serialized_end=514
-  _globals['_RENEWREQUEST']._serialized_start=516
-  _globals['_RENEWREQUEST']._serialized_end=547
-  _globals['_ABORTREQUEST']._serialized_start=549
-  _globals['_ABORTREQUEST']._serialized_end=580
-  _globals['_ABORTRESPONSE']._serialized_start=582
-  _globals['_ABORTRESPONSE']._serialized_end=597
-  _globals['_READMANIFESTREQUEST']._serialized_start=599
-  _globals['_READMANIFESTREQUEST']._serialized_end=638
-  _globals['_MANIFESTCHUNK']._serialized_start=640
-  _globals['_MANIFESTCHUNK']._serialized_end=690
-  _globals['_BLOBS']._serialized_start=693
-  _globals['_BLOBS']._serialized_end=1098
+  _globals['_APPENDREQUEST']._serialized_end=345
+  _globals['_APPENDRESPONSE']._serialized_start=347
+  _globals['_APPENDRESPONSE']._serialized_end=383
+  _globals['_SEALREQUEST']._serialized_start=385
+  _globals['_SEALREQUEST']._serialized_end=487
+  _globals['_SEALEDBLOB']._serialized_start=489
+  _globals['_SEALEDBLOB']._serialized_end=556
+  _globals['_RENEWREQUEST']._serialized_start=558
+  _globals['_RENEWREQUEST']._serialized_end=589
+  _globals['_ABORTREQUEST']._serialized_start=591
+  _globals['_ABORTREQUEST']._serialized_end=622
+  _globals['_ABORTRESPONSE']._serialized_start=624
+  _globals['_ABORTRESPONSE']._serialized_end=639
+  _globals['_READMANIFESTREQUEST']._serialized_start=641
+  _globals['_READMANIFESTREQUEST']._serialized_end=680
+  _globals['_MANIFESTCHUNK']._serialized_start=682
+  _globals['_MANIFESTCHUNK']._serialized_end=732
+  _globals['_BLOBS']._serialized_start=735
+  _globals['_BLOBS']._serialized_end=1140
 # @@protoc_insertion_point(module_scope)

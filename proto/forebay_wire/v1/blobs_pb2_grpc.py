@@ -85,8 +85,8 @@ class BlobsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Append(self, request, context):
-        """Takes the first num_bytes of the slot as the blob's next bytes. On return
-        the slot may be overwritten. Not idempotent: sequence guards against a
+        """Takes num_bytes of the slot as the blob's next bytes. On return they may be
+        overwritten; the rest of the slot may be filled meanwhile. Not idempotent: sequence guards against a
         repeat (the same sequence again is answered and not applied).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -42,8 +42,8 @@ class BlobsStub:
     dies ends with its lease (or its connection) and leaves nothing.
     """
     Append: _grpc.UnaryUnaryMultiCallable[_blobs_pb2.AppendRequest, _blobs_pb2.AppendResponse]
-    """Takes the first num_bytes of the slot as the blob's next bytes. On return
-    the slot may be overwritten. Not idempotent: sequence guards against a
+    """Takes num_bytes of the slot as the blob's next bytes. On return they may be
+    overwritten; the rest of the slot may be filled meanwhile. Not idempotent: sequence guards against a
     repeat (the same sequence again is answered and not applied).
     """
     Seal: _grpc.UnaryUnaryMultiCallable[_blobs_pb2.SealRequest, _blobs_pb2.SealedBlob]
@@ -73,8 +73,8 @@ class BlobsAsyncStub(BlobsStub):
     dies ends with its lease (or its connection) and leaves nothing.
     """
     Append: _aio.UnaryUnaryMultiCallable[_blobs_pb2.AppendRequest, _blobs_pb2.AppendResponse]  # type: ignore[assignment]
-    """Takes the first num_bytes of the slot as the blob's next bytes. On return
-    the slot may be overwritten. Not idempotent: sequence guards against a
+    """Takes num_bytes of the slot as the blob's next bytes. On return they may be
+    overwritten; the rest of the slot may be filled meanwhile. Not idempotent: sequence guards against a
     repeat (the same sequence again is answered and not applied).
     """
     Seal: _aio.UnaryUnaryMultiCallable[_blobs_pb2.SealRequest, _blobs_pb2.SealedBlob]  # type: ignore[assignment]
@@ -113,8 +113,8 @@ class BlobsServicer(metaclass=_abc_1.ABCMeta):
         request: _blobs_pb2.AppendRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_blobs_pb2.AppendResponse, _abc.Awaitable[_blobs_pb2.AppendResponse]]:
-        """Takes the first num_bytes of the slot as the blob's next bytes. On return
-        the slot may be overwritten. Not idempotent: sequence guards against a
+        """Takes num_bytes of the slot as the blob's next bytes. On return they may be
+        overwritten; the rest of the slot may be filled meanwhile. Not idempotent: sequence guards against a
         repeat (the same sequence again is answered and not applied).
         """
 

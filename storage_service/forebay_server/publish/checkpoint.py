@@ -21,6 +21,7 @@ from forebay_server.model.states import GenerationState, PackState
 from forebay_server.publish.generations import COMMITTED, Generations, check_step
 from forebay_server.publish.lease import Grant, LandedBlob, Uploads
 from forebay_server.publish.sealed import SealedGenerations
+from forebay_server.publish.session import Piece
 from forebay_wire.errors import (
     Conflict,
     ForebayError,
@@ -240,8 +241,9 @@ class Checkpoints:
                 return []
             return queries.sessions_of(connection, pack.generation)
 
+        piece = Piece(seal.sequence, seal.num_bytes, tuple(seal.cuts))
         all_sealed, landing = await self._uploads.seal_in_background(
-            session, uid, seal.sequence, seal.num_bytes, seal.cuts, sealed=sealed, landed=landed
+            session, uid, piece, sealed=sealed, landed=landed
         )
         failpoint("pack.after_seal")
         self._follow(pack, landing)

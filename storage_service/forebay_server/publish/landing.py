@@ -83,11 +83,12 @@ class BlobLanding:
         """A landing of the new *file*, with room for *data_bytes* reserved; blocks."""
         return cls(tier.create(file, expected_file_bytes(data_bytes)), threads)
 
-    def take(self, slot: SlotBytes, num_bytes: int, cuts: Sequence[int]) -> None:
-        """Append the first *num_bytes* of *slot*, cut as *cuts* say; blocks.
+    def take(self, slot: SlotBytes, offset: int, cuts: Sequence[int]) -> None:
+        """Append what lies from *offset* in *slot*, segments as long as *cuts* say; blocks.
 
-        On return the slot may be overwritten. After an error only :meth:`abort` is of use.
+        On return that may be overwritten. After an error only :meth:`abort` is of use.
         """
+        num_bytes = sum(cuts)
         check_limit("blob bytes", self.num_bytes + num_bytes, MAX_BLOB_BYTES, "write several blobs")
         check_limit(
             "segments of a blob",
@@ -95,7 +96,6 @@ class BlobLanding:
             MAX_SEGMENTS_PER_BLOB,
             "use larger segments",
         )
-        offset = 0
         behind = _WriteBehind(self._writer, self._threads)
         filling: deque[_Filled] = deque()
         try:

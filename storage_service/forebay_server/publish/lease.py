@@ -170,35 +170,28 @@ class Uploads:
         what = uid, owner, total_bytes, slot_bytes, minimum_bytes, bind
         return await self._slots.wait_for_memory(lambda: self._finish(self._begin(*what)))
 
-    async def append(
-        self, session: str, uid: int, sequence: int, num_bytes: int, cuts: Sequence[int]
-    ) -> int:
-        """Take the first *num_bytes* of the slot as the blob's next bytes; the blob's bytes so far.
+    async def append(self, session: str, uid: int, piece: Piece) -> int:
+        """Take *piece* of the slot as the blob's next bytes; the blob's bytes so far.
 
-        On return the slot may be overwritten. *sequence* counts from 0; a repeat of the last one
-        is answered and not applied. A failed write ends the session.
+        On return that part of the slot may be overwritten. A failed write ends the session.
         """
         found = self._find(session, uid)
-        return await self._finish(self._append(found, Piece(sequence, num_bytes, tuple(cuts))))
+        return await self._finish(self._append(found, piece))
 
-    async def seal(
-        self, session: str, uid: int, sequence: int, num_bytes: int, cuts: Sequence[int]
-    ) -> LandedBlob:
-        """Take the slot's first *num_bytes* as the last bytes and land the blob.
+    async def seal(self, session: str, uid: int, piece: Piece) -> LandedBlob:
+        """Take *piece* of the slot as the last bytes and land the blob.
 
         On return it is fsynced and held by the session: garbage, unless a manifest that names it is
         committed before the lease ends. Idempotent.
         """
         found = self._find(session, uid)
-        return await self._finish(self._seal(found, Piece(sequence, num_bytes, tuple(cuts))))
+        return await self._finish(self._seal(found, piece))
 
     async def seal_in_background(
         self,
         session: str,
         uid: int,
-        sequence: int,
-        num_bytes: int,
-        cuts: Sequence[int],
+        piece: Piece,
         *,
         sealed: Callable[[Connection], S],
         landed: Callable[[Connection, LandedBlob], T],
@@ -213,7 +206,6 @@ class Uploads:
         until :meth:`reuse` or :meth:`end` is told of it: its client may offer it again meanwhile.
         """
         found = self._find(session, uid)
-        piece = Piece(sequence, num_bytes, tuple(cuts))
         return await self._finish(self._seal_behind(found, piece, sealed, landed))
 
     async def renew(self, session: str, uid: int) -> Grant:
@@ -362,7 +354,7 @@ class Uploads:
         try:
             await run_to_end(
                 self._tiers.run_landing(
-                    found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts
+                    found.tier, landing.take, found.slot, piece.slot_offset, piece.cuts
                 )
             )
         except BaseException:

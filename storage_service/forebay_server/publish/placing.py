@@ -112,7 +112,9 @@ async def land_somewhere(
         assert landing is not None, "a sealed session has one until it has landed"
         try:
             await run_to_end(
-                tiers.run_landing(found.tier, landing.take, found.slot, piece.num_bytes, piece.cuts)
+                tiers.run_landing(
+                    found.tier, landing.take, found.slot, piece.slot_offset, piece.cuts
+                )
             )
             return await run_to_end(tiers.run_landing(found.tier, landing.publish))
         except (ResourceExhausted, StorageError) as error:

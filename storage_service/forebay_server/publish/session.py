@@ -40,12 +40,15 @@ class LandedBlob:
 
 @dataclass(frozen=True)
 class Piece:
-    """What the slot holds, as the client announces it."""
+    """What the slot holds, as the client announces it: the blob's next bytes."""
 
     sequence: int
+    """From 0; a repeat of the last one is answered and not taken again."""
     num_bytes: int
     cuts: tuple[int, ...]
     """Segment lengths in bytes."""
+    slot_offset: int = 0
+    """Where in the slot it begins."""
 
 
 class Session:
@@ -122,8 +125,8 @@ class Session:
             )
         check_limit("segments of a piece", len(piece.cuts), MAX_SEGMENTS_PER_APPEND, "append less")
         check_limit(
-            "bytes of a piece",
-            piece.num_bytes,
+            "bytes of a slot",
+            piece.slot_offset + piece.num_bytes,
             self.slot.capacity_bytes,
             "append what the slot holds",
         )

@@ -10,6 +10,7 @@ import grpc.aio
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_manifests import read_manifest
 from forebay_server.publish.lease import Grant, Uploads
+from forebay_server.publish.session import Piece
 from forebay_server.rpc.interceptors import caller_uid
 from forebay_wire.errors import NotFound
 from forebay_wire.ids import check_id
@@ -62,15 +63,11 @@ class BlobsService(blobs_pb2_grpc.BlobsServicer):
     async def Append(
         self, request: messages.AppendRequest, context: Context
     ) -> messages.AppendResponse:
-        blob_bytes = await self._uploads.append(
-            request.session, caller_uid(), request.sequence, request.num_bytes, request.cuts
-        )
+        blob_bytes = await self._uploads.append(request.session, caller_uid(), _piece(request))
         return messages.AppendResponse(blob_bytes=blob_bytes)
 
     async def Seal(self, request: messages.SealRequest, context: Context) -> messages.SealedBlob:
-        landed = await self._uploads.seal(
-            request.session, caller_uid(), request.sequence, request.num_bytes, request.cuts
-        )
+        landed = await self._uploads.seal(request.session, caller_uid(), _piece(request))
         return messages.SealedBlob(
             blob=landed.blob, num_bytes=landed.num_bytes, num_segments=landed.num_segments
         )
@@ -110,3 +107,7 @@ class BlobsService(blobs_pb2_grpc.BlobsServicer):
             lease_seconds=grant.lease_seconds,
             put_ticket=ticket,
         )
+
+
+def _piece(request: messages.AppendRequest | messages.SealRequest) -> Piece:
+    return Piece(request.sequence, request.num_bytes, tuple(request.cuts), request.slot_offset)

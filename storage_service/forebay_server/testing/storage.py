@@ -10,6 +10,7 @@ from pathlib import Path
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.publish.lease import LandedBlob, Uploads
 from forebay_server.publish.reconcile import reconcile
+from forebay_server.publish.session import Piece
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.memory import SlotPool
 from forebay_server.tier.registry import Tiers
@@ -40,7 +41,7 @@ class Storage:
         grant = await self.uploads.begin(UID, owner, len(data), len(data))
         self.uploads.slot(grant.session, UID).view[: len(data)] = data
         pieces = even_cuts(len(data), MIB) if cuts is None else cuts
-        return await self.uploads.seal(grant.session, UID, 0, len(data), pieces)
+        return await self.uploads.seal(grant.session, UID, Piece(0, len(data), tuple(pieces)))
 
 
 @asynccontextmanager

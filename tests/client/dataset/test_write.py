@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import forebay
+from forebay.methods import Blobs
 from forebay_wire.limits import KIB
+from forebay_wire.v1.blobs_pb2 import AbortRequest
 
 TWO_COLUMNS = {"image": forebay.Array("float32", (2, 2)), "label": "int64"}
 
@@ -301,6 +303,52 @@ def test_a_round_of_renewals_does_not_grow_with_the_shards(client, name, monkeyp
     assert opened.session in renewed
     uploads.check()
     writer.abort()
+
+
+def test_a_shard_lands_while_it_is_filled(client, name, monkeypatch):
+    table = pa.table({"x": np.random.default_rng(5).integers(0, 1 << 60, 200_000)})
+    schema = {"x": "int64"}
+    options = {"schema": schema, "batch_bytes": 32 * KIB}
+    with client.create_dataset(f"{name}-at-once", **options) as writer:
+        writer.write_table(table)
+    monkeypatch.setattr("forebay.dataset.uploads.LAND_BYTES", 200 * KIB)
+    with client.create_dataset(name, **options) as writer:
+        for row in range(0, len(table), 4096):
+            writer.write_table(table.slice(row, 4096))
+        upload, builder = writer._shard
+        assert upload.landing is not None
+        upload.landing.result(30)
+        for row in range(0, len(table), 4096):
+            writer.write_table(table.slice(row, 4096))
+        assert upload.num_pieces >= 2
+        assert upload.landed_bytes <= builder.settled_bytes
+    assert client.dataset(name).table()["x"].equals(pa.concat_tables([table, table])["x"])
+    [whole] = client.dataset(f"{name}-at-once").manifest.shards
+    monkeypatch.setattr("forebay.dataset.uploads.LAND_BYTES", 64 * KIB)
+    with client.create_dataset(f"{name}-in-pieces", **options) as writer:
+        writer.write_table(table)
+    [pieced] = client.dataset(f"{name}-in-pieces").manifest.shards
+    assert pieced.blob == whole.blob
+
+
+def write_in_slices(writer, table) -> None:
+    with writer:
+        for row in range(0, len(table), 4096):
+            writer.write_table(table.slice(row, 4096))
+
+
+def test_a_landing_that_failed_is_told_by_the_end(client, name, monkeypatch):
+    monkeypatch.setattr("forebay.dataset.uploads.LAND_BYTES", 200 * KIB)
+    table = pa.table({"x": np.arange(200_000)})
+    writer = client.create_dataset(name, schema={"x": "int64"}, batch_bytes=32 * KIB)
+    writer.write_table(table)
+    writer.write_table(table.slice(0, 8192))
+    upload, _ = writer._shard
+    upload.landing.result(30)
+    client.channel.call(Blobs.Abort, AbortRequest(session=upload.session))
+    with pytest.raises(forebay.NotFound, match="has ended"):
+        write_in_slices(writer, table)
+    assert name not in client.datasets()
 
 
 def test_two_writers_share_no_owner(client, name):

@@ -14,6 +14,7 @@ import pytest
 from forebay_server.ahead import Ahead
 from forebay_server.model.watermarks import Watermarks
 from forebay_server.publish.lease import Uploads
+from forebay_server.publish.session import Piece
 from forebay_server.testing.faults import FaultyTier
 from forebay_server.testing.node import StorageNode
 from forebay_server.testing.tier_contract import random_bytes
@@ -166,7 +167,7 @@ async def push_some(uploads: Uploads, number: int) -> None:
         except ResourceExhausted:
             continue
         uploads.slot(grant.session, UID).view[: len(data)] = data
-        await uploads.seal(grant.session, UID, 0, len(data), [len(data)])
+        await uploads.seal(grant.session, UID, Piece(0, len(data), (len(data),)))
 
 
 @asynccontextmanager

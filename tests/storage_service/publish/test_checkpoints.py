@@ -14,6 +14,7 @@ from forebay_server.catalog.queries_status import count_all
 from forebay_server.model.states import PackState
 from forebay_server.publish.checkpoint import PackSeal
 from forebay_server.publish.lease import Grant
+from forebay_server.publish.session import Piece
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
 from forebay_server.testing.storage import UID
 from forebay_server.tier.memory import Slot
@@ -150,7 +151,9 @@ async def test_a_pack_larger_than_its_slot_is_appended_piece_by_piece(tmp_path: 
         slot = node.storage.uploads.slot(grant.session, UID)
         for sequence in range(5):
             slot.view[: 4 * MIB] = data[sequence * 4 * MIB : (sequence + 1) * 4 * MIB]
-            await node.storage.uploads.append(grant.session, UID, sequence, 4 * MIB, [1 * MIB] * 4)
+            await node.storage.uploads.append(
+                grant.session, UID, Piece(sequence, 4 * MIB, tuple([1 * MIB] * 4))
+            )
         slot.view[:2] = b"{}"
         assert await node.checkpoints.seal_pack(UID, PackSeal(grant.session, 5, 0, (), 2, "", ""))
         info = await node.wait(generation)

@@ -16,6 +16,7 @@ from forebay_server.catalog.queries_checkpoints import find_pack
 from forebay_server.catalog.queries_runs import GenerationInfo
 from forebay_server.model.states import PackState
 from forebay_server.publish.checkpoint import PackSeal
+from forebay_server.publish.session import Piece
 from forebay_server.serve.open import OpenedBlob, Opener
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
 from forebay_server.testing.faults import StallingTier
@@ -275,7 +276,7 @@ async def test_a_pack_that_went_piece_by_piece_is_waited_for(memory: Memory) -> 
     grant = await node.plan(GenerationId(RUN, 1, 2), 2 * KIB)
     slot = node.storage.uploads.slot(grant.session, UID)
     slot.view[:KIB] = os.urandom(KIB)
-    await node.storage.uploads.append(grant.session, UID, 0, KIB, [KIB])
+    await node.storage.uploads.append(grant.session, UID, Piece(0, KIB, (KIB,)))
     await seal_second_piece(node, grant.session)
     assert (await memory.resolve(timeout=0.0)).id.step == 1
     with pytest.raises(DeadlineExceeded, match="still landing"):

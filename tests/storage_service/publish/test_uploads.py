@@ -13,6 +13,7 @@ from forebay_server.catalog import queries_blobs, queries_uploads
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.publish.lease import LandedBlob
 from forebay_server.publish.reconcile import reconcile
+from forebay_server.publish.session import Piece
 from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_server.tier.directory import DirectoryTier
 from forebay_server.tier.memory import SlotPool
@@ -79,34 +80,55 @@ async def test_pieces_appended_in_order_make_the_same_blob(node: Storage) -> Non
         slot.view[: 4 * MIB] = data[start_at : start_at + 4 * MIB]
         cuts = even_cuts(4 * MIB, MIB)
         assert (
-            await node.uploads.append(grant.session, UID, sequence, 4 * MIB, cuts)
+            await node.uploads.append(grant.session, UID, Piece(sequence, 4 * MIB, tuple(cuts)))
             == start_at + 4 * MIB
         )
         slot.view[: 4 * MIB] = bytes(4 * MIB)  # may be overwritten at once
     slot.view[:MIB] = data[8 * MIB :]
-    landed = await node.uploads.seal(grant.session, UID, 2, MIB, [MIB])
+    landed = await node.uploads.seal(grant.session, UID, Piece(2, MIB, (MIB,)))
     assert landed.blob == whole.blob
+
+
+async def test_a_slot_that_lands_while_it_is_filled_makes_the_same_blob(node: Storage) -> None:
+    data = os.urandom(9 * MIB)
+    whole = await node.upload(data)
+    grant = await node.uploads.begin(UID, "dataset d", len(data), len(data))
+    slot = node.uploads.slot(grant.session, UID)
+    for sequence, first in enumerate((0, 4 * MIB)):
+        slot.view[first : first + 4 * MIB] = data[first : first + 4 * MIB]
+        piece = Piece(sequence, 4 * MIB, (MIB,) * 4, slot_offset=first)
+        appended, _ = await asyncio.gather(
+            node.uploads.append(grant.session, UID, piece),
+            node.uploads.append(grant.session, UID, piece),  # asked again meanwhile
+        )
+        assert appended == first + 4 * MIB
+    slot.view[8 * MIB :] = data[8 * MIB :]
+    with pytest.raises(InvalidRequest, match="bytes of a slot"):
+        await node.uploads.append(grant.session, UID, Piece(2, MIB, (MIB,), 8 * MIB + 1))
+    landed = await node.uploads.seal(grant.session, UID, Piece(2, MIB, (MIB,), 8 * MIB))
+    assert landed.blob == whole.blob
+    assert landed.num_segments == whole.num_segments
 
 
 async def test_a_repeated_piece_is_answered_and_not_applied(node: Storage) -> None:
     grant = await node.uploads.begin(UID, "dataset d", 30, MIB)
     node.uploads.slot(grant.session, UID).view[:3] = b"abc"
-    assert await node.uploads.append(grant.session, UID, 0, 3, [3]) == 3
-    assert await node.uploads.append(grant.session, UID, 0, 3, [3]) == 3
-    sealed = await node.uploads.seal(grant.session, UID, 1, 3, [3])
+    assert await node.uploads.append(grant.session, UID, Piece(0, 3, (3,))) == 3
+    assert await node.uploads.append(grant.session, UID, Piece(0, 3, (3,))) == 3
+    sealed = await node.uploads.seal(grant.session, UID, Piece(1, 3, (3,)))
     assert sealed.num_bytes == 6
-    assert await node.uploads.seal(grant.session, UID, 1, 3, [3]) == sealed
+    assert await node.uploads.seal(grant.session, UID, Piece(1, 3, (3,))) == sealed
 
 
 async def test_a_piece_out_of_order_is_refused_and_harms_nothing(node: Storage) -> None:
     grant = await node.uploads.begin(UID, "dataset d", 30, MIB)
     with pytest.raises(InvalidRequest, match="expects piece 0, got 1"):
-        await node.uploads.append(grant.session, UID, 1, 3, [3])
+        await node.uploads.append(grant.session, UID, Piece(1, 3, (3,)))
     with pytest.raises(InvalidRequest, match="cuts add up to 2"):
-        await node.uploads.append(grant.session, UID, 0, 3, [2])
-    with pytest.raises(InvalidRequest, match="bytes of a piece"):
-        await node.uploads.append(grant.session, UID, 0, 2 * MIB, [MIB, MIB])
-    assert await node.uploads.append(grant.session, UID, 0, 3, [3]) == 3
+        await node.uploads.append(grant.session, UID, Piece(0, 3, (2,)))
+    with pytest.raises(InvalidRequest, match="bytes of a slot"):
+        await node.uploads.append(grant.session, UID, Piece(0, 2 * MIB, (MIB, MIB)))
+    assert await node.uploads.append(grant.session, UID, Piece(0, 3, (3,))) == 3
 
 
 async def test_equal_content_is_stored_once(node: Storage) -> None:
@@ -127,7 +149,7 @@ async def test_another_user_cannot_touch_a_session(node: Storage) -> None:
     with pytest.raises(PermissionDenied):
         node.uploads.slot(grant.session, UID + 1)
     with pytest.raises(PermissionDenied):
-        await node.uploads.seal(grant.session, UID + 1, 0, 3, [3])
+        await node.uploads.seal(grant.session, UID + 1, Piece(0, 3, (3,)))
     with pytest.raises(PermissionDenied):
         await node.uploads.abort(grant.session, UID + 1)
 
@@ -140,7 +162,7 @@ async def test_abort_leaves_nothing_and_is_idempotent(node: Storage) -> None:
     assert node.tiers.get("ssd").space().reserved_bytes == 0
     assert node.tiers.get("ssd").space().used_bytes == 0
     with pytest.raises(NotFound, match="has ended"):
-        await node.uploads.append(grant.session, UID, 0, 1, [1])
+        await node.uploads.append(grant.session, UID, Piece(0, 1, (1,)))
 
 
 async def test_a_session_without_sign_of_life_expires(tmp_path: Path) -> None:
@@ -231,7 +253,7 @@ async def test_memory_that_another_has_on_loan_is_waited_for(tmp_path: Path) -> 
         second = asyncio.create_task(node.uploads.begin(UID, "dataset b", 5 * MIB, 5 * MIB))
         done, _ = await asyncio.wait([second], timeout=0.3)
         assert not done
-        await node.uploads.seal(first.session, UID, 0, 10, [10])
+        await node.uploads.seal(first.session, UID, Piece(0, 10, (10,)))
         async with asyncio.timeout(10):
             assert (await second).slot_bytes == 5 * MIB
 
@@ -277,9 +299,7 @@ async def test_a_background_seal_answers_before_it_lands(node: Storage) -> None:
         return await node.uploads.seal_in_background(
             grant.session,
             UID,
-            0,
-            len(data),
-            even_cuts(len(data)),
+            Piece(0, len(data), tuple(even_cuts(len(data)))),
             sealed=lambda connection: "sealed",
             landed=landed,
         )
@@ -309,7 +329,7 @@ async def test_a_refused_landing_leaves_nothing(node: Storage) -> None:
         raise Conflict("the generation was aborted")
 
     _, task = await node.uploads.seal_in_background(
-        grant.session, UID, 0, 3, [3], sealed=lambda connection: None, landed=landed
+        grant.session, UID, Piece(0, 3, (3,)), sealed=lambda connection: None, landed=landed
     )
     with pytest.raises(Conflict, match="was aborted"):
         await task
@@ -360,9 +380,7 @@ async def seal_behind(node: Storage) -> asyncio.Task[None]:
     _, landing = await node.uploads.seal_in_background(
         grant.session,
         UID,
-        0,
-        1,
-        [1],
+        Piece(0, 1, (1,)),
         sealed=lambda connection: None,
         landed=lambda connection, blob: None,
     )
