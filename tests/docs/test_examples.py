@@ -70,6 +70,28 @@ def test_script_of_the_page_about_the_data_s_way(
         assert (names["plan"].position, names["plan"].problem) == (2000, "")
 
 
+def test_script_of_the_page_about_files(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(daemon.data.parent)
+    page = "docs/files.md"
+    [script] = SCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        with client.create_dataset("flowers", {"petals": "int64"}) as writer:
+            for number in range(500):
+                writer.write(petals=number)
+        with forebay.Checkpointer(client, "cnn", model=model) as checkpointer:
+            checkpointer.save(1).wait("local", timeout=60)
+        exec(compile(script, page, "exec"), names)  # noqa: S102 - our own page
+    assert "shard-00000.arrow" in capsys.readouterr().out
+    assert names["frame"]["petals"].tolist() == list(range(500))
+    assert names["table"]["petals"].to_pylist() == list(range(500))
+    assert np.array_equal(names["array"], model[0].weight.detach().numpy())
+    assert (daemon.data.parent / "copy" / "packs" / "rank-00000.pack").exists()
+
+
 def run_example(name: str, *arguments: str) -> str:
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)

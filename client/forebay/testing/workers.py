@@ -14,6 +14,8 @@ from forebay_wire.protocol import DataEndpoint
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
+    from forebay.fs import ForebayFile, ForebayFileSystem
+
 
 def read_blob(endpoint: DataEndpoint, blob: str, sha256: str) -> None:
     """Read a blob twice as a DataLoader worker would; raises if its bytes are not those."""
@@ -26,6 +28,13 @@ def read_blob(endpoint: DataEndpoint, blob: str, sha256: str) -> None:
     opened.close()
     if mp.get_start_method() != "fork" and "grpc" in sys.modules:
         raise AssertionError("reading loaded gRPC")
+
+
+def read_file(fs: ForebayFileSystem, file: ForebayFile, sha256: str) -> None:
+    """Read a file of ``forebay://`` that came here open, and again by its path."""
+    for found in (file.read(), fs.cat_file(file.path)):
+        if hashlib.sha256(found).hexdigest() != sha256:
+            raise AssertionError(f"other bytes came for {file!r}")
 
 
 def connect_at(folder: str, start_unix: float, answers: Queue[str]) -> None:
