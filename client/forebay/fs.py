@@ -478,7 +478,8 @@ class ForebayFile(io.BufferedIOBase):
             if len(view) == stop - start:
                 return view
             whole = memoryview(bytearray(stop - start))
-            source.read_into(start, whole)
+            whole[: len(view)] = view
+            source.read_into(start + len(view), whole[len(view) :])
             return whole.toreadonly()
 
     def slice(self, start: int | None, stop: int | None) -> bytes:

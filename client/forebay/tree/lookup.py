@@ -27,6 +27,9 @@ LATEST: Final = "latest"
 LATEST_SECONDS: Final = 60.0
 """How long ``latest`` waits for generations that all ranks have sealed and that still land."""
 
+LARGEST: Final = {"an attempt": 2**32 - 1, "a step": 2**64 - 1}
+"""What the wire can carry."""
+
 KEPT_FILES: Final = 200_000
 """Of versions and generations that were used last; a file costs about 500 bytes."""
 
@@ -207,7 +210,7 @@ class Tree:
         return _folder(path, children, min(created.values(), default=None))
 
     def _attempt(self, path: str, run: str, attempt: str) -> Found:
-        number = _number("attempt", attempt)
+        number = _number("an attempt", attempt)
         attempts, generations = self._describe_run(run)
         found = sorted(
             (one for one in generations if one.attempt == number and _is_committed(one)),
@@ -224,7 +227,7 @@ class Tree:
 
     def _generation(self, run: str, attempt: str, step: str) -> _Committed:
         generation = GenerationId(
-            check_name("run", run), _number("attempt", attempt), _number("step", step)
+            check_name("run", run), _number("an attempt", attempt), _number("a step", step)
         )
         request = checkpoints_pb2.GetGenerationRequest(
             run=run, attempt=generation.attempt, step=generation.step
@@ -336,8 +339,9 @@ def _is_committed(generation: checkpoints_pb2.Generation) -> bool:
 
 def _number(kind: str, text: str) -> int:
     """*text* as the one way of writing a number: else one thing would have several paths."""
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and str(int(text)) == text):
-        raise NotFound(f"{text!r} is no number of a {kind}")
+    is_number = text.isascii() and text.isdigit() and len(text) < 20 and str(int(text)) == text
+    if not is_number or int(text) > LARGEST[kind]:
+        raise NotFound(f"{text!r} is no number of {kind}")
     return int(text)
 
 
