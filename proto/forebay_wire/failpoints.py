@@ -27,6 +27,13 @@ DATASET_COMMIT: Final = (
 )
 """Failpoints of a dataset commit, in the order in which it passes them."""
 
+SELECTION_COMMIT: Final = (
+    "selection.before_commit",
+    "selection.inside_commit",
+    "selection.after_commit",
+)
+"""Failpoints of naming sealed rows as selections, in the order in which it passes them."""
+
 GENERATION_COMMIT: Final = (
     "pack.before_seal",
     "pack.after_seal",
@@ -105,6 +112,7 @@ CLIENT_SAVE: Final = (
 
 ALL: Final = frozenset(
     DATASET_COMMIT
+    + SELECTION_COMMIT
     + GENERATION_COMMIT
     + REMOTE_FLUSH
     + MOVE

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forebay_wire.errors import InvalidRequest
+from forebay_wire.lazy import lazy
 from forebay_wire.manifest import SelectionManifest
 from forebay_wire.order import split_rows
 
@@ -58,7 +58,7 @@ class Stored:
 
     counts: tuple[int, ...]
 
-    @cached_property
+    @lazy
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum(np.array(self.counts, dtype=np.int64))
 

@@ -37,6 +37,8 @@ def object_folder(tmp_path: Path) -> Path:
             for row in range(500):
                 writer.write(x=row / 3, name=f"row {row}")
         client.dataset("d").define_splits({"train": 0.8, "test": 0.2}, seed=4)
+        client.dataset("d").define_selection("listed", rows=range(7, 500, 3))
+        client.dataset("d").define_selection("low", filter=[("x", "<", 10)])
         with client.append_dataset("d") as writer:
             writer.write(x=-1.0, name="last")
         with forebay.Checkpointer(client, run="r") as checkpointer:
@@ -83,6 +85,9 @@ def test_everything_remote_is_recovered(object_folder: Path, tmp_path: Path) -> 
         assert batch["name"] == [f"row {row}" for row in range(500)]
         assert client.dataset("d").num_rows == 501
         assert client.dataset("d", split="train").num_rows == 400
+        expected = {"listed": range(7, 500, 3), "low": range(30)}
+        for split, rows in expected.items():
+            assert client.dataset("d", split=split).table().equals(first.table().take(list(rows)))
         with forebay.Checkpointer(client, run="r") as checkpointer:
             resumed = checkpointer.restore("latest")
         assert resumed.step == 6

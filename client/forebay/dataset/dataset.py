@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from forebay.dataset.schema import Column, Schema
 from forebay.dataset.stored_rows import StoredRows
 from forebay.transfer import current_endpoint
 from forebay_wire.errors import IntegrityError, InvalidRequest
+from forebay_wire.ids import check_name
 from forebay_wire.lazy import lazy
 from forebay_wire.manifest import DatasetManifest, SelectionManifest
 from forebay_wire.protocol import DataEndpoint
@@ -25,12 +26,21 @@ from forebay_wire.selection import Ring, rule_of
 if TYPE_CHECKING:
     from forebay._channel import RpcChannel
     from forebay.dataset.read_plan import ReadPlan
+    from forebay.transfer import Transfer
+    from forebay_wire.v1 import datasets_pb2
 
 
 class Control(Protocol):
     """What a dataset needs the client for: what changes or waits for the catalog, and plans."""
 
     channel: RpcChannel
+
+    @property
+    def transfer(self) -> Transfer: ...
+
+    def describe_dataset(self, name: str) -> datasets_pb2.Dataset: ...
+
+    def read_manifest(self, manifest: str) -> bytes: ...
 
     def define_splits(
         self, name: str, version: int, shares: Mapping[str, float], seed: int
@@ -199,6 +209,58 @@ class Dataset:
 
     # What needs the client.
 
+    def define_selection(
+        self,
+        name: str,
+        *,
+        filter: Any = None,
+        rows: Any = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> int:
+        """Choose rows of this version for ever, to be read with ``split=name``; how many they are.
+
+            dataset.define_selection("large", filter=pc.field("length") >= 512)
+            dataset.define_selection("checked", rows=[3, 17, 4])
+
+        *filter* is a pyarrow expression, or a list like ``[("length", ">=", 512)]``; rows of which
+        it is null are left out. *rows* are numbers, each once. Rows are kept in the order of the
+        version. A filter is computed here, a record batch at a time, over the columns that it
+        names; *progress* is told how many rows are done, and of how many.
+
+        Repeating the call is a no-op. Raises AlreadyExists if the name has another definition,
+        InvalidRequest for an expression that cannot be computed, rows that do not exist, and
+        a selection that would be empty.
+        """
+        from forebay.dataset import selections  # loads Arrow's engine
+
+        control = self._whole("define_selection")
+        check_name("selection", name)
+        if (filter is None) == (rows is None):
+            raise InvalidRequest("define_selection takes exactly one of filter and rows")
+        if rows is not None:
+            return selections.define_rows(self, control, name, rows)
+        return selections.define_filter(self, control, name, filter, progress)
+
+    def define_buckets(
+        self,
+        value: Any,
+        boundaries: Sequence[float],
+        *,
+        prefix: str = "bucket",
+        progress: Callable[[int, int], object] | None = None,
+    ) -> dict[str, int]:
+        """Share this version out by a number, such as a length; rows of each bucket by name.
+
+        *value* is a column or a pyarrow expression (``pc.list_value_length(pc.field("tokens"))``).
+        n ascending *boundaries* make n + 1 selections: ``bucket0`` is what lies below the first,
+        ``bucket1`` from the first on and below the second, and so on. All are defined, or none.
+        Otherwise as :meth:`define_selection`; rows without a value, and empty buckets, are refused.
+        """
+        from forebay.dataset import selections
+
+        control = self._whole("define_buckets")
+        return selections.define_buckets(self, control, value, boundaries, prefix, progress)
+
     def define_folds(self, k: int, seed: int = 0, *, prefix: str = "fold") -> list[tuple[str, str]]:
         """Define k folds of this version for cross-validation; the names of the training and the
         test part of each: ``[("fold0-train", "fold0-test"), …]``.
@@ -207,7 +269,7 @@ class Dataset:
         most. Repeating the call is a no-op; folds that choose other rows under the same names raise
         AlreadyExists: other folds take another *prefix*.
         """
-        self._client().define_folds(self.name, self.version, k, seed, prefix)
+        self._whole("define_folds").define_folds(self.name, self.version, k, seed, prefix)
         return [(f"{prefix}{fold}-train", f"{prefix}{fold}-test") for fold in range(k)]
 
     def define_splits(self, shares: Mapping[str, float], seed: int = 0) -> None:
@@ -244,6 +306,15 @@ class Dataset:
         starts = np.zeros(len(self.manifest.shards) + 1, dtype=np.int64)
         np.cumsum([shard.num_rows for shard in self.manifest.shards], out=starts[1:])
         return ReadPlan.start(self, self._client().channel, starts, indices, name)
+
+    def _whole(self, what: str) -> Control:
+        if self.selection is not None:
+            raise InvalidRequest(
+                f"{what} chooses among all rows of a version, and this is its split "
+                f"{self.selection.name!r}: call it on client.dataset({self.name!r}, "
+                f"{self.version})"
+            )
+        return self._client()
 
     def _client(self) -> Control:
         if self._control is None:

@@ -266,6 +266,7 @@ class Datasets:
         of = await self._version(name, version)
         shards = {one.name: one.shards for one in wanted}
         made = [selections.stored(of, one) for one in wanted]
+        failpoint("selection.before_commit")
 
         def claim(connection: Connection, new: Sequence[SelectionManifest]) -> None:
             held = [shard for one in new for shard in shards[one.name]]
@@ -275,6 +276,7 @@ class Datasets:
 
         claimed: list[str] = []
         defined = await self._define(of, made, claim)
+        failpoint("selection.after_commit")
         self._uploads.committed(claimed)
         return defined
 
@@ -304,6 +306,7 @@ class Datasets:
                 for one in new:
                     queries.insert_selection(connection, one, *encoded[one.name])
                     queries.enqueue_flush(connection, encoded[one.name][0])
+                failpoint("selection.inside_commit")
                 return queries.find_dataset(connection, of.dataset)
 
             defined = await self._catalog.write(partial(apply, known=known, new=new))

@@ -1,0 +1,300 @@
+"""Stored selections of a dataset version: filters, lists of rows, buckets."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.acero as acero
+import pyarrow.compute as pc
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from forebay.dataset.select import BLOCK_ROWS, Chosen, RowsBuilder
+from forebay.methods import Datasets
+from forebay_wire.errors import AlreadyExists, InvalidRequest
+from forebay_wire.ids import check_name
+from forebay_wire.manifest import SelectionManifest, parse
+from forebay_wire.selection import STORED, describe_definition, describe_rule
+from forebay_wire.v1 import datasets_pb2
+
+if TYPE_CHECKING:
+    from forebay.dataset.dataset import Control, Dataset
+
+Progress = Callable[[int, int], object]
+"""Told how many rows were looked at, and of how many."""
+
+Definition = Mapping[str, Any]
+
+DEFINE_SECONDS: Final = 120.0
+MAX_TEXT: Final = 2000
+"""Characters of an expression that are kept."""
+
+SHORTENED: Final = "..."
+"""In the text of an expression that does not show all of it."""
+
+
+def define_filter(
+    of: Dataset, control: Control, name: str, filter: Any, progress: Progress | None
+) -> int:
+    """See :meth:`forebay.Dataset.define_selection`; the number of rows."""
+    what = f"selection {name!r} of dataset {of.name!r} v{of.version}"
+    expression = _as_expression(filter, what)
+    kind = _evaluate(of.schema.arrow.empty_table(), expression, of, what).type
+    if not pa.types.is_boolean(kind):
+        raise InvalidRequest(f"{what}: {expression} is {kind}, a filter has to be true or false")
+    definition = {"kind": "filter", "text": _text_of(expression)}
+
+    def choose(values: pa.ChunkedArray) -> list[NDArray[np.int64]]:
+        return [np.from_dlpack(pc.indices_nonzero(values)).astype(np.int64)]
+
+    return _define(of, control, {name: definition}, expression, choose, progress)[name]
+
+
+def define_rows(of: Dataset, control: Control, name: str, rows: Any) -> int:
+    """See :meth:`forebay.Dataset.define_selection`; the number of rows."""
+    what = f"selection {name!r} of dataset {of.name!r} v{of.version}"
+    ordered = _ordered(rows, of, what)
+    definition = {"kind": "rows"}
+    digest = blake3()
+    for start in range(0, len(ordered), BLOCK_ROWS):
+        digest.update(ordered[start : start + BLOCK_ROWS].astype("<u8").tobytes())
+    known = _known(of, control, [name]).get(name)
+    if known is not None and known.rule.get("digest") == digest.hexdigest():
+        _check_same(known, definition)
+        return known.num_rows
+    builder = RowsBuilder(control, of, name)
+    try:
+        builder.add(ordered)
+        return _commit(of, control, [builder.finish(json.dumps(definition))])[name]
+    finally:
+        builder.abort()
+
+
+def define_buckets(
+    of: Dataset,
+    control: Control,
+    value: Any,
+    boundaries: Sequence[float],
+    prefix: str,
+    progress: Progress | None,
+) -> dict[str, int]:
+    """See :meth:`forebay.Dataset.define_buckets`."""
+    what = f"buckets of dataset {of.name!r} v{of.version}"
+    expression = pc.field(value) if isinstance(value, str) else value
+    if not isinstance(expression, pc.Expression):
+        raise InvalidRequest(f"{what}: {value!r} is neither a column nor a pyarrow expression")
+    kind = _evaluate(of.schema.arrow.empty_table(), expression, of, what).type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise InvalidRequest(
+            f"{what}: {expression} is {kind}, not a number; of text take pc.utf8_length, of lists "
+            "pc.list_value_length"
+        )
+    edges = _check_boundaries(boundaries, what)
+    text = _text_of(expression)
+    wanted = {
+        f"{prefix}{number}": {"kind": "bucket", "text": text, "low": low, "high": high}
+        for number, (low, high) in enumerate(zip([None, *edges], [*edges, None], strict=True))
+    }
+    found = np.array(edges)
+
+    def choose(values: pa.ChunkedArray) -> list[NDArray[np.int64]]:
+        numbers = _as_numbers(values, expression, what)
+        buckets = np.searchsorted(found, numbers, side="right")
+        return [np.flatnonzero(buckets == number) for number in range(len(wanted))]
+
+    return _define(of, control, wanted, expression, choose, progress)
+
+
+# Computing.
+
+
+def _define(
+    of: Dataset,
+    control: Control,
+    wanted: Mapping[str, Definition],
+    expression: pc.Expression,
+    choose: Callable[[pa.ChunkedArray], list[NDArray[np.int64]]],
+    progress: Progress | None,
+) -> dict[str, int]:
+    """Look at all rows once and make *wanted*, unless it is there; rows of each by name.
+
+    *choose* gives the places, among some values, of the rows of each of *wanted*.
+    """
+    known = _known(of, control, list(wanted))
+    for name, definition in wanted.items():
+        check_name("selection", name)
+        if name in known:
+            _check_same(known[name], definition)
+    if len(known) == len(wanted) and not any(map(_is_shortened, wanted.values())):
+        return {name: known[name].num_rows for name in wanted}
+    what = f"{'selection' if len(wanted) == 1 else 'buckets'} of dataset {of.name!r} v{of.version}"
+    builders = {name: RowsBuilder(control, of, name) for name in wanted}
+    try:
+        done = 0
+        for table in _tables(of):
+            chosen = choose(_evaluate(table, expression, of, what))
+            for builder, places in zip(builders.values(), chosen, strict=True):
+                builder.add(places + done)
+            done += table.num_rows
+            if progress is not None:
+                progress(done, of.num_rows)
+        _check_not_empty(builders, wanted, of)
+        made = [builders[name].finish(json.dumps(wanted[name])) for name in wanted]
+        return _commit(of, control, made)
+    finally:
+        for builder in builders.values():
+            builder.abort()
+
+
+def _commit(of: Dataset, control: Control, made: Sequence[Chosen]) -> dict[str, int]:
+    request = datasets_pb2.DefineSelectionsRequest(
+        dataset=of.name, version=of.version, selections=[one.message for one in made]
+    )
+    answer = control.channel.call(Datasets.DefineSelections, request, timeout=DEFINE_SECONDS)
+    names = {one.message.name for one in made}
+    return {
+        one.name: one.num_rows
+        for one in answer.selections
+        if one.version == of.version and one.name in names
+    }
+
+
+def _tables(of: Dataset) -> Iterator[pa.Table]:
+    """The version's record batches; the daemon knows which shards come next."""
+    shards = [shard for shard in of.manifest.shards if shard.num_rows]
+    starts = np.cumsum([0, *(shard.num_rows for shard in shards)])[:-1]
+    batches = of.iter_batches()
+    with of.plan(starts.tolist(), name=f"{of.name} v{of.version}, selection") as plan:
+        for number, shard in enumerate(shards):
+            for _ in shard.batch_rows:
+                yield pa.Table.from_batches([next(batches)])
+            plan.advance(number + 1)
+
+
+def _evaluate(
+    table: pa.Table, expression: pc.Expression, of: Dataset, what: str
+) -> pa.ChunkedArray:
+    """*expression* of each row; only the columns that it names are touched."""
+    plan = acero.Declaration.from_sequence(
+        [
+            acero.Declaration("table_source", acero.TableSourceNodeOptions(table)),
+            acero.Declaration("project", acero.ProjectNodeOptions([expression], ["value"])),
+        ]
+    )
+    try:
+        return plan.to_table(use_threads=False)["value"]
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InvalidRequest(
+            f"{what}: {_text_of(expression)} cannot be computed: {reason}; the columns are "
+            f"{of.schema}"
+        ) from error
+
+
+def _as_numbers(values: pa.ChunkedArray, expression: pc.Expression, what: str) -> NDArray[Any]:
+    chunks = [np.from_dlpack(chunk.drop_null()) for chunk in values.chunks]
+    found: NDArray[Any] = np.concatenate(chunks) if chunks else np.empty(0)
+    missing = len(values) - len(found)
+    if found.dtype.kind == "f":
+        missing += int(np.isnan(found).sum())
+    if missing:
+        raise InvalidRequest(
+            f"{what}: {_text_of(expression)} has no value in some rows, which so belong to no "
+            "bucket: give them one with pc.fill_null or pc.if_else"
+        )
+    return found
+
+
+# Checks.
+
+
+def _as_expression(filter: Any, what: str) -> pc.Expression:
+    if isinstance(filter, pc.Expression):
+        return filter
+    from pyarrow.parquet import filters_to_expression
+
+    try:
+        return filters_to_expression(filter)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise InvalidRequest(
+            f"{what}: {filter!r} is no filter ({error}): give a pyarrow expression like "
+            "pc.field('length') > 5, or a list like [('length', '>', 5)]"
+        ) from error
+
+
+def _ordered(rows: Any, of: Dataset, what: str) -> NDArray[np.int64]:
+    """*rows* in ascending order; InvalidRequest for what is no set of rows of the version."""
+    given = np.asarray(rows)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise InvalidRequest(f"{what}: rows are a flat list of whole numbers, not {given.dtype}")
+    if not given.size:
+        raise InvalidRequest(f"{what} would be empty: give at least one row")
+    low, high = int(given.min()), int(given.max())
+    if low < 0 or high >= of.num_rows:
+        wrong = low if low < 0 else high
+        raise InvalidRequest(f"{what}: there is no row {wrong}, rows are 0 to {of.num_rows - 1}")
+    ordered: NDArray[np.int64] = given.astype(np.int64)
+    if np.any(ordered[1:] < ordered[:-1]):
+        ordered.sort()
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(twice):
+        raise InvalidRequest(
+            f"{what}: row {ordered[twice[0]]} is given twice, and a selection has each row once"
+        )
+    return ordered
+
+
+def _check_boundaries(boundaries: Sequence[float], what: str) -> list[float]:
+    edges = [edge.item() if isinstance(edge, np.generic) else edge for edge in boundaries]
+    numbers = all(type(edge) in (int, float) and math.isfinite(edge) for edge in edges)
+    if not numbers or not edges or any(a >= b for a, b in pairwise(edges)):
+        raise InvalidRequest(f"{what}: {edges} are no boundaries: ascending numbers, at least one")
+    return edges
+
+
+def _check_not_empty(
+    builders: Mapping[str, RowsBuilder], wanted: Mapping[str, Definition], of: Dataset
+) -> None:
+    for name, builder in builders.items():
+        if not builder.num_rows:
+            raise InvalidRequest(
+                f"selection {name!r} of dataset {of.name!r} v{of.version} would be empty: none of "
+                f"{of.num_rows} rows is in {describe_definition(wanted[name])}"
+            )
+
+
+def _known(of: Dataset, control: Control, names: Sequence[str]) -> dict[str, SelectionManifest]:
+    """Those of *names* that the version has."""
+    found: dict[str, SelectionManifest] = {}
+    for one in control.describe_dataset(of.name).selections:
+        if one.version == of.version and one.name in names:
+            where = f"selection {one.name} of dataset {of.name} v{of.version}"
+            manifest = parse(control.read_manifest(one.manifest), where, one.manifest)
+            assert isinstance(manifest, SelectionManifest), "its row names it"
+            found[one.name] = manifest
+    return found
+
+
+def _check_same(known: SelectionManifest, wanted: Definition) -> None:
+    if known.rule.get("kind") == STORED and known.rule["definition"] == wanted:
+        return
+    raise AlreadyExists(
+        f"version {known.version} of dataset {known.dataset} has a selection {known.name} already: "
+        f"{known.num_rows} rows by {describe_rule(known.rule)}; asked for: "
+        f"{describe_definition(wanted)}. Selections never change: take another name"
+    )
+
+
+def _is_shortened(definition: Definition) -> bool:
+    return SHORTENED in definition.get("text", "")
+
+
+def _text_of(expression: pc.Expression) -> str:
+    text = " ".join(str(expression).split())
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + SHORTENED
