@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch.utils.data
 
@@ -134,6 +135,21 @@ def test_a_split_has_blocks_of_equal_size_or_none(train):
     found, state = global_batches(train, 2, block_rows=10, lanes=2)
     assert found == expected_batches(train, rows=10, lanes=2)
     assert (state["block_rows"], state["window_blocks"]) == (10, 2)
+
+
+def test_a_stored_selection_has_what_it_chooses_of_each_shard_as_blocks(client, numbered):
+    rows = [row for row in range(NUM_SAMPLES) if row % 5 != 2 and not 60 <= row < 110]
+    numbered.define_selection("some", rows=rows)
+    some = client.dataset("numbered", split="some")
+    starts = starts_of([shard.num_rows for shard in numbered.manifest.shards])
+    found, state = global_batches(some, 2, window_blocks=1)
+    assert state["block_rows"] == 0
+    assert sorted(number for batch in found for number in batch) == rows
+    with make(some, window_blocks=1) as loader:
+        read = [number for batch in loader for number in real_numbers(batch)]
+    shards = (np.searchsorted(starts, read, side="right") - 1).tolist()
+    visits = [shard for shard, _ in itertools.groupby(shards)]
+    assert len(visits) == len(set(visits)) > 1  # one after the other, each whole
 
 
 @pytest.mark.parametrize(
