@@ -17,6 +17,7 @@ from forebay.cli.dataset_delete import delete_dataset
 from forebay.cli.dataset_import import import_dataset
 from forebay.cli.dataset_list import list_datasets
 from forebay.cli.dataset_origins import pin_dataset, register_dataset
+from forebay.cli.dataset_select import select_rows, split_dataset
 from forebay.cli.dataset_show import show_dataset
 from forebay.cli.doctor import doctor
 from forebay.cli.exit_codes import ExitCode, epilog, exit_code
@@ -40,7 +41,7 @@ def commands() -> None:
 
 @commands.group()
 def dataset() -> None:
-    """List, show, import, register and delete datasets."""
+    """List, show, import, register, split and delete datasets."""
 
 
 @commands.group()
@@ -54,6 +55,8 @@ for command in (
     import_dataset,
     register_dataset,
     pin_dataset,
+    split_dataset,
+    select_rows,
     delete_dataset,
     warm,
 ):

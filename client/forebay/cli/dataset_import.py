@@ -72,7 +72,7 @@ def import_dataset(
 
     Rows keep their order. All files become one version, or nothing does.
     """
-    shares = _parse_shares(split)
+    shares = parse_shares(split)
     task = _Task(
         name, paths, kind, delimiter, not no_header, _parse_types(types), shard_bytes, batch_bytes
     )
@@ -111,7 +111,7 @@ def _import(client: Client, task: _Task, *, append: bool) -> tuple[int, int]:
         writer = client.create_dataset(
             task.name, shard_bytes=task.shard_bytes, batch_bytes=task.batch_bytes
         )
-    with writer, _progress() as progress:
+    with writer, progress_display() as progress:
         for path in task.paths:
             _import_file(writer, path, task, progress)
     assert writer.version is not None
@@ -164,7 +164,7 @@ def _open(path: str) -> Iterator[tuple[IO[bytes], int]]:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress | None]:
+def progress_display() -> Iterator[Progress | None]:
     """A progress display on standard error, if that is a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -177,7 +177,8 @@ def _progress() -> Iterator[Progress | None]:
         yield progress
 
 
-def _parse_shares(text: str | None) -> dict[str, float]:
+def parse_shares(text: str | None) -> dict[str, float]:
+    """Split name to fraction, of ``train=0.8,test=0.2``."""
     shares: dict[str, float] = {}
     for part in (text or "").split(","):
         if not part.strip():

@@ -9,9 +9,13 @@ import click
 
 from forebay.cli.output import moment, print_fields, print_table, record, size
 from forebay.cli.session import Session, with_session
+from forebay_wire.manifest import SelectionManifest, parse
+from forebay_wire.selection import describe_rule
 
 if TYPE_CHECKING:
+    from forebay.client import Client
     from forebay.dataset.dataset import Dataset
+    from forebay_wire.v1 import datasets_pb2
 
 
 @click.command("show")
@@ -25,6 +29,10 @@ def show_dataset(session: Session, name: str, version: str) -> None:
         dataset = client.dataset(name, version)
         value: dict[str, Any] = {
             **record(found),
+            "selections": [
+                {**record(one), "definition": _definition(client, one, dataset.version)}
+                for one in found.selections
+            ],
             "shown_version": dataset.version,
             "columns": {column.name: column.text for column in dataset.schema.columns},
             "metadata": dataset.manifest.metadata,
@@ -55,6 +63,15 @@ def _has_origins(dataset: Dataset) -> bool:
     return any(shard.origin is not None for shard in dataset.manifest.shards)
 
 
+def _definition(client: Client, one: datasets_pb2.Selection, version: int) -> str | None:
+    """How the rows of a selection of the shown version were chosen; of others nobody looks."""
+    if one.version != version:
+        return None
+    where = f"selection {one.name} of version {version}"
+    manifest = parse(client.read_manifest(one.manifest), where, one.manifest)
+    return describe_rule(manifest.rule) if isinstance(manifest, SelectionManifest) else None
+
+
 def _print(value: dict[str, Any], dataset: Dataset) -> None:
     versions = [
         (
@@ -72,10 +89,10 @@ def _print(value: dict[str, Any], dataset: Dataset) -> None:
     print_table(columns, versions, title=f"Dataset {value['name']}")
     if value["selections"]:
         splits = [
-            (one["name"], str(one["version"]), f"{one['num_rows']:,}")
+            (one["name"], str(one["version"]), f"{one['num_rows']:,}", one["definition"] or "")
             for one in value["selections"]
         ]
-        print_table(("split", ">of version", ">rows"), splits)
+        print_table(("split", ">of version", ">rows", "chosen by"), splits)
     print_fields(
         [
             (f"Version {dataset.version}", f"{len(dataset):,} rows"),

@@ -184,7 +184,9 @@ def test_commands_are_exactly_these(forebay_command) -> None:
     groups = {name: sorted(getattr(one, "commands", ())) for name, one in commands.commands.items()}
     assert groups == {
         "status": [],
-        "dataset": ["delete", "import", "list", "pin", "register", "show", "warm"],
+        "dataset": [
+            *("delete", "import", "list", "pin", "register", "select", "show", "split", "warm"),
+        ],
         "checkpoint": ["delete", "list", "show"],
         "jobs": [],
         "why": [],
