@@ -138,8 +138,17 @@ def test_get_copies_a_version(fs: ForebayFileSystem, tmp_path: Path) -> None:
     assert out.getvalue() == fs.cat_file(WEIGHT)
 
 
+def is_mapped_from(folder: Path, address: int) -> bool:
+    """Whether this process has a file of *folder* mapped at *address*."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        start, stop = (int(text, 16) for text in line.split()[0].split("-"))
+        if start <= address < stop:
+            return str(folder) in line
+    return False
+
+
 def test_bytes_on_this_host_are_mapped_and_not_copied(
-    fs: ForebayFileSystem, content: bytes, way: str
+    fs: ForebayFileSystem, content: bytes, way: str, daemon: DaemonProcess
 ) -> None:
     with fs.open(SHARD) as file:
         whole, part = file.map(), file.map(100, 200)
@@ -148,8 +157,10 @@ def test_bytes_on_this_host_are_mapped_and_not_copied(
         assert file.tell() == 200
     assert (whole, part, buffer.to_pybytes()) == (content, content[100:200], content[100:200])
     assert whole.readonly
+    start = np.frombuffer(whole, np.uint8).ctypes.data
+    assert is_mapped_from(daemon.data, start) == (way == "local")
     if way == "local":
-        assert buffer.address == np.frombuffer(whole, np.uint8).ctypes.data + 100
+        assert buffer.address == start + 100
 
 
 def test_short_reads_over_http_fetch_each_segment_once(
@@ -219,6 +230,22 @@ def test_parts_of_several_ranks_make_one_file(
         assert np.array_equal(found, whole.numpy())
         with fs.open(path) as file:
             assert again(file).read() == found.tobytes()
+
+
+def test_what_is_not_committed_is_not_there(
+    fs: ForebayFileSystem, client: forebay.Client, way: str
+) -> None:
+    service = CheckpointService(client, f"open-{way}")
+    generation = GenerationId(service.run, service.begin_attempt(None, 2), 1)
+    part = Part("t", (1,), (0,), torch.zeros(1))
+    upload = PackUpload(service, PackTerms(generation, 0, 2), build_pack([part], {}, {}))
+    upload.copy(Deadline(60))
+    upload.seal()  # the other rank's is missing
+    assert service.look(generation).state == "open"
+    assert fs.ls(f"checkpoints/{service.run}") == []
+    assert not fs.exists(f"checkpoints/{service.run}/1")
+    assert not fs.exists(f"checkpoints/{service.run}/1/1")
+    assert not fs.exists(f"checkpoints/{service.run}/latest")
 
 
 # Other libraries.
