@@ -8,7 +8,14 @@ from sqlalchemy import Connection, select
 
 from forebay_server.catalog.queries_datasets import find_version
 from forebay_server.catalog.queries_runs import at
-from forebay_server.catalog.tables import datasets, generations, manifest_blobs, runs, versions
+from forebay_server.catalog.tables import (
+    datasets,
+    generations,
+    manifest_blobs,
+    runs,
+    selections,
+    versions,
+)
 from forebay_server.model.subjects import Subject
 from forebay_wire.errors import NotFound
 
@@ -20,7 +27,9 @@ class Resolved:
     target: str
     """Its full name, with the version if it is one."""
     manifests: tuple[str, ...]
+    """Of versions or generations."""
     blobs: tuple[str, ...]
+    """Those of the selections of these versions as well."""
 
 
 def resolve(connection: Connection, subject: Subject) -> Resolved:
@@ -63,7 +72,16 @@ def resolve_all(connection: Connection, subject: Subject) -> Resolved:
 
 def _blobs_of(connection: Connection, manifests: list[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
-    for manifest in manifests:
+    chosen = select(selections.c.manifest).join(
+        versions,
+        (versions.c.dataset == selections.c.dataset) & (versions.c.version == selections.c.version),
+    )
+    of = [
+        one
+        for manifest in manifests
+        for one in connection.scalars(chosen.where(versions.c.manifest == manifest))
+    ]
+    for manifest in [*manifests, *of]:
         statement = select(manifest_blobs.c.blob).where(manifest_blobs.c.manifest == manifest)
         found.update(dict.fromkeys(connection.scalars(statement)))
     return tuple(sorted(found))

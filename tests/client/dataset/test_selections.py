@@ -267,3 +267,14 @@ def test_buckets_that_cannot_be_are_refused(client, dataset, value, boundaries, 
     with pytest.raises(forebay.InvalidRequest, match=why):
         dataset.define_buckets(value, boundaries, prefix="none-bad")
     assert "none-bad0" not in {one.name for one in client.describe_dataset("chosen").selections}
+
+
+def test_what_a_version_has_is_what_its_selections_have_too(client, dataset):
+    def num_blobs():  # as for pins
+        copies = client.why("dataset chosen@1").copies
+        return sum(one.num_blobs for one in copies if (one.tier, one.state) == ("ssd", "live"))
+
+    before = num_blobs()
+    rows = range(before, ROWS, 3)  # another list for each way
+    dataset.define_selection(f"kept-{before}", rows=rows)
+    assert num_blobs() == before + 1
