@@ -85,7 +85,7 @@ def expressions():
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(expression=expressions(), seed=st.integers(0, 99), batch=st.integers(100, 700))
 def test_a_filter_chooses_what_arrow_filters_and_an_epoch_has_each_once(
