@@ -72,7 +72,7 @@ RESTART_GRACE_SECONDS: Final = 5.0
 
 _FORK_WARNING: Final = (
     "this process was forked from one that is connected to a Forebay daemon, and makes control "
-    "calls of its own: they go by way of another process, one at a time. Reading data is not "
+    "calls of its own: they go by way of another process. Reading data is not "
     "concerned; make control calls in the main process, or start this one by forkserver or spawn"
 )
 

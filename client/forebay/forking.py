@@ -37,27 +37,30 @@ def watch(thing: ForkAware) -> None:
 
 
 def _forget_parent() -> None:
-    global _has_frozen
-    _has_frozen = False  # what the parent had made stays frozen here, also after forks of this one
+    global _num_forking
+    _num_forking = 0  # what the parent had made stays frozen here, also after forks of this one
     for thing in list(_watched):
         thing.forget_parent()
 
 
 def _freeze() -> None:
     """Unless the program has done so for itself: what it has frozen must stay as it is."""
-    global _has_frozen
-    if not gc.get_freeze_count():
+    global _num_forking
+    if _num_forking or not gc.get_freeze_count():
         gc.freeze()
-        _has_frozen = True
+        _num_forking += 1
 
 
 def _thaw() -> None:
-    global _has_frozen
-    if _has_frozen:
-        _has_frozen = False
-        gc.unfreeze()
+    """After the last of several forks that go on at the same time, in as many threads."""
+    global _num_forking
+    if _num_forking:
+        _num_forking -= 1
+        if not _num_forking:
+            gc.unfreeze()
 
 
-_has_frozen = False
+_num_forking = 0
+"""Forks for which what there is is frozen; the hooks hold the GIL."""
 
 os.register_at_fork(before=_freeze, after_in_parent=_thaw, after_in_child=_forget_parent)

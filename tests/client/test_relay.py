@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import forebay
 from forebay._relay import Relay
+from forebay.methods import Datasets
 from forebay.testing.forks import busy, in_fork
 from forebay_server.testing.daemon import DaemonProcess
+from forebay_wire.v1.datasets_pb2 import Dataset, GetDatasetRequest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -158,27 +163,80 @@ def test_a_child_follows_a_daemon_that_is_started_anew(
         thread.join()
 
 
-def test_a_call_waits_no_longer_for_another_than_it_has_time(client: forebay.Client) -> None:
-    from forebay.methods import Admin
-    from forebay_wire.v1.admin_pb2 import StatusRequest
+def test_an_answer_that_comes_late_is_nobody_elses(client: forebay.Client) -> None:
+    for name in ("late-a", "late-b"):
+        if name not in client.datasets():
+            with client.create_dataset(name, {"x": "int64"}) as writer:
+                for x in range(len(client.datasets())):
+                    writer.write(x=x)
+    rows = {name: len(client.dataset(name)) for name in ("late-a", "late-b")}
 
-    client.datasets()
+    def ask(name: str, seconds: float) -> Dataset:
+        request = GetDatasetRequest(name=name)
+        return client.channel.call(Datasets.GetDataset, request, timeout=seconds)
 
     def child() -> None:
         client.datasets()
         relay = relay_of(client)
-        os.kill(relay._process.pid, signal.SIGSTOP)
-        waiting = threading.Thread(target=relay.invoke, args=(Admin.Status, StatusRequest(), 30.0))
-        waiting.daemon = True
-        waiting.start()
-        wait_until(relay._lock.locked)
-        with pytest.raises(forebay.DeadlineExceeded, match="another control call"):
-            client.channel.call(Admin.Status, StatusRequest(), timeout=0.5)
-        os.kill(relay._process.pid, signal.SIGCONT)
-        waiting.join(30)
-        assert isinstance(client.datasets(), list)
+        for _ in range(3):
+            os.kill(relay._process.pid, signal.SIGSTOP)
+            with pytest.raises(forebay.DeadlineExceeded, match="no answer within"):
+                ask("late-a", 0.2)
+            os.kill(relay._process.pid, signal.SIGCONT)
+            assert ask("late-b", 30).name == "late-b"
+        assert relay_of(client) is relay
+        assert {name: len(client.dataset(name)) for name in rows} == rows
 
     assert in_fork(child) == 0
+
+
+def test_calls_go_side_by_side(client: forebay.Client) -> None:
+    client.datasets()
+
+    def child() -> None:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda _: client.datasets(), range(40)))
+        assert all(one == found[0] for one in found)
+
+    assert in_fork(child) == 0
+
+
+def test_a_relay_that_cannot_start_is_one_error_at_once(
+    client: forebay.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.datasets()
+    monkeypatch.setattr(sys, "path", ["/nowhere"])
+
+    def child() -> None:
+        began = time.monotonic()
+        with pytest.raises(forebay.ForebayError, match="ended with status 1"):
+            client.datasets()
+        assert time.monotonic() - began < 20
+
+    assert in_fork(child) == 0
+
+
+BY_PATH = """
+import os, sys
+sys.path[:] = eval(sys.argv[2])
+sys.executable = sys._base_executable  # which finds none of our modules by itself
+import forebay
+with forebay.connect(sys.argv[1]) as client:
+    client.datasets()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if isinstance(client.datasets(), list) else 2
+        finally:
+            os._exit(status)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_relay_finds_the_modules_of_its_parent(daemon: DaemonProcess) -> None:
+    command = [sys.executable, "-c", BY_PATH, daemon.address()["rpc"], repr(sys.path)]
+    subprocess.run(command, check=True, timeout=60)
 
 
 def is_alive(pid: int) -> bool:

@@ -136,6 +136,10 @@ def test_a_daemon_starts_beside_a_store_that_is_down(
             client.dataset("during").wait("remote", timeout=60)
             assert health_of(client, "object") == "ok"
         server.kill()
+        elsewhere = ("--object-url", bucket.url("typo"))
+        other = DaemonProcess(tmp_path / "data", *elsewhere, environment=environment)
+        assert other.start().process.wait(60) != 0
+        assert other.log().count("is the store up, reachable") > 0
         fresh = DaemonProcess(tmp_path / "fresh", *arguments, environment=environment)
         assert fresh.start().process.wait(60) != 0
         assert "is the store up, reachable" in fresh.log()

@@ -92,10 +92,10 @@ async def claim_objects(
     :class:`InvalidRequest` for a tier that another catalog deletes in, for one that was to give
     ``remote`` and now can only cache, and for one that is not where the catalog's objects are,
     unless it *is_replaced*: then those are given up. A store that does not answer is checked when
-    it does, if it has been the catalog's before; else its error is raised.
+    it does, if the catalog's was there at the last start; else its error is raised.
     """
     has_remote = await catalog.read(is_anything_remote)
-    is_known = has_remote or await catalog.read(lambda c: get_setting(c, CLAIMED) is not None)
+    claimed = await catalog.read(lambda connection: get_setting(connection, CLAIMED))
     if tiers.why_not_remote and has_remote:
         raise InvalidRequest(
             f"{tiers.why_not_remote}. This data folder has remote bytes, which only a store that "
@@ -106,6 +106,7 @@ async def claim_objects(
         return
     owner = Owner(await catalog.write(own_name), node, folder)
     if isinstance(tier, GuardedTier) and tier.absence is not None:
+        is_known = has_remote if claimed is None else claimed == tier.location
         if is_replaced or not is_known:
             raise tier.absence
         tier.confirm = functools.partial(claim, owner=owner, may_be_new=False)

@@ -156,6 +156,10 @@ class Prefetcher:
                 break
         if is_held_up:
             self._wake_in(YIELD_SECONDS)
+        now = time.monotonic()
+        self._failed = {blob: at for blob, at in self._failed.items() if at > now}
+        if self._failed:
+            self._wake_in(min(self._failed.values()) - now)
 
     async def _needed(self) -> list[Needed]:
         """What is needed next and lies in slower tiers only, in order of need."""
@@ -259,7 +263,6 @@ class Prefetcher:
             return  # somebody else took the room: looked at again with the next change
         except ForebayError as error:
             self._failed[source.blob] = time.monotonic() + RETRY_SECONDS
-            self._wake_in(RETRY_SECONDS)
             level = logging.DEBUG if isinstance(error, NotFound) else logging.INFO
             logger.log(level, "blob %s is not prefetched: %s", source.blob, error)
             return

@@ -165,6 +165,8 @@ class GuardedTier(TierWrapper):
 
     @contextmanager
     def around(self, operation: str, name: str, num_bytes: int) -> Iterator[None]:
+        if operation != "open":
+            self._check_confirmed()
         try:
             yield
         except ForebayError as error:
@@ -174,6 +176,7 @@ class GuardedTier(TierWrapper):
             self._told()
 
     def read(self, name: str) -> TierReader:
+        self._check_confirmed()
         try:
             found = self.inner.read(name)
         except ForebayError as error:
@@ -181,6 +184,13 @@ class GuardedTier(TierWrapper):
             raise
         self._told()
         return self.surround(name, found)
+
+    def _check_confirmed(self) -> None:
+        """Nothing is asked of a place that may be another than it was."""
+        if self.absence is not None:
+            raise StorageError(
+                f"tier {self.name} at {self.location} is out of service: {self._health.reason}"
+            ) from self.absence.__cause__
 
     def _told(self) -> None:
         """The place has answered."""

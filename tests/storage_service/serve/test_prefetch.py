@@ -76,4 +76,5 @@ async def test_what_could_not_be_fetched_is_tried_again_by_itself(
         await ahead.plans.register(name, "a test", None, 0, 0)
         ahead.plans.add_ranges(name, 0, [blob])
         await wait_for(lambda: store.calls["read"] + store.calls["read_whole"] > 0)
+        ahead.prefetcher._wake_in(0.02)  # something else is due before
         await wait_for(lambda: ahead.prefetcher.num_fetched == 1)

@@ -165,6 +165,9 @@ def test_a_store_that_is_away_is_opened_later_and_confirmed_before_it_serves(
 
     def refuse(found: Tier) -> None:
         assert list(found.list()) == []
+        for use in (tier.get, tier.head, tier.delete):  # by others, meanwhile
+            with pytest.raises(StorageError, match="out of service"):
+                use("data/x")
         raise InvalidRequest("it is another store")
 
     tier.confirm = refuse
