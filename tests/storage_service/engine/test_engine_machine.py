@@ -595,6 +595,5 @@ def test_the_engine_agrees_with_a_dictionary() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_engine_agrees_with_a_dictionary_for_long() -> None:
-    run_state_machine_as_test(
-        Engine, settings=settings(QUICK, max_examples=200, stateful_step_count=60)
-    )
+    long = settings(QUICK, max_examples=200, stateful_step_count=60)
+    run_state_machine_as_test(Engine, settings=long)
