@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -15,6 +16,7 @@ from forebay_server.testing.http_proxy import Fault, FaultyProxy
 from forebay_server.testing.s3 import S3Bucket, make_bucket, missing_s3
 from forebay_server.testing.seaweed import KEY, SECRET, SeaweedFS, seaweed_program
 from forebay_server.testing.tier_contract import publish_at_once, random_bytes
+from forebay_server.tier import s3 as s3_module
 from forebay_server.tier.parts import PART_BYTES
 from forebay_server.tier.remote import ObjectClientName, RemoteTier
 from forebay_server.tier.retry import CannotGiveRemote
@@ -129,25 +131,72 @@ def test_a_connection_that_breaks_within_an_answer_is_read_on_from_there(
     assert tier.get(name) == data
 
 
-def test_reads_go_over_sockets_until_only_the_client_understands_an_answer(
-    s3: S3Bucket, proxy: FaultyProxy
-) -> None:
+@pytest.fixture
+def readers(s3: S3Bucket, proxy: FaultyProxy) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """An object, and a read of it that tells who asked the store."""
     proxy.heal()
     tier = replace(s3, endpoint=proxy.endpoint).tier("sockets")
     with closing(tier):
         tier.open()
         name, data = tier.blob_name(new_random_name()), random_bytes(100_000, 5)
+        tier.put(name, data)
 
-        def readers() -> list[str]:
+        def read() -> list[str]:
             before = len(proxy.agents)
             assert tier.get(name) == data
             return [agent.split("/")[0] for agent in proxy.agents[before:]]
 
-        tier.put(name, data)
-        assert readers() == ["forebay"] * 2
-        proxy.fail(Fault("answer", "GET", name, status=301, code="PermanentRedirect"))
-        assert readers() == ["forebay", "aiobotocore", "aiobotocore"]
-        assert readers() == ["aiobotocore"] * 2
+        yield name, read
+    proxy.heal()
+
+
+def test_what_only_the_client_understands_it_reads_for_a_while(
+    proxy: FaultyProxy,
+    readers: tuple[str, Callable[[], list[str]]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO, "forebay_server.tier.s3")
+    name, read = readers
+
+    def told() -> int:
+        return sum("are read by the S3 client" in line for line in caplog.messages)
+
+    assert read() == ["forebay"] * 2
+    monkeypatch.setattr(s3_module, "CLIENT_SECONDS", 3.0)
+    proxy.fail(Fault("answer", "GET", name, status=301, code="PermanentRedirect"))
+    assert read() == ["forebay", "aiobotocore", "aiobotocore"]
+    assert told() == 1
+    deadline = time.monotonic() + 30
+    while read() != ["forebay"] * 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    monkeypatch.undo()
+    proxy.fail(Fault("answer", "GET", name, status=301, code="PermanentRedirect"))
+    assert read() == ["forebay", "aiobotocore", "aiobotocore"]
+    assert read() == ["aiobotocore"] * 2
+    assert told() == 2
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (400, "RequestTimeout")])
+def test_a_refusal_that_passes_leaves_reads_to_the_sockets(
+    proxy: FaultyProxy,
+    readers: tuple[str, Callable[[], list[str]]],
+    status: int,
+    code: str,
+) -> None:
+    name, read = readers
+    proxy.fail(Fault("answer", "GET", name, status=status, code=code))
+    assert read()[0] == "forebay"
+    assert read() == ["forebay"] * 2
+
+
+def test_what_stays_denied_is_left_to_the_client(
+    proxy: FaultyProxy, readers: tuple[str, Callable[[], list[str]]]
+) -> None:
+    name, read = readers
+    proxy.fail(Fault("answer", "GET", name, times=2, status=403, code="AccessDenied"))
+    assert read() == ["forebay"] * 2 + ["aiobotocore"] * 2
 
 
 @pytest.mark.parametrize("key", ["plain", "a b/c+d", "ü/~x_y-z.0", "%41=&?#", "'(!)*,:;@"])

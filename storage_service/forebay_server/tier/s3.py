@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from email.utils import parsedate_to_datetime
@@ -26,6 +27,7 @@ from botocore.loaders import create_loader
 from forebay_server.tier.s3_faults import fault_of
 from forebay_server.tier.s3_options import S3Options
 from forebay_server.tier.s3_reads import (
+    Denied,
     Elsewhere,
     Got,
     Signer,
@@ -52,6 +54,8 @@ SLOWEST_BYTES_PER_SECOND: Final = 128 * 1024
 MARK: Final = "forebay-write"
 """Key of the object's metadata that names the call which made it."""
 PAGE_KEYS: Final = 1000
+CLIENT_SECONDS: Final = 300.0
+"""For so long the S3 client reads after an answer that only it understood."""
 
 _SEND_BYTES: Final = 1 << 20
 
@@ -103,9 +107,14 @@ class S3Client(PartStoreClient):
         base_url, region = self._run(look, 0)
         if goes_by_proxy(base_url):
             return
-        bundle = self._options.ca_file or self._files.session.get_config_variable("ca_bundle")
+        bundle = (
+            self._options.ca_file
+            or self._files.session.get_config_variable("ca_bundle")
+            or os.environ.get("REQUESTS_CA_BUNDLE")
+        )
         self._signer = Signer(base_url, region, self._find_credentials)
-        self._sockets = SocketReads(base_url.startswith("https:"), bundle)
+        with contextlib.suppress(OSError):  # a file that cannot be read: the client will say so
+            self._sockets = SocketReads(base_url.startswith("https:"), bundle)
 
     def _find_credentials(self) -> ReadOnlyCredentials:
         """Whose requests are signed; renewed where they expire."""
@@ -181,7 +190,7 @@ class S3Client(PartStoreClient):
 
     def tail_into(self, key: str, view: memoryview) -> ObjectInfo | None:
         with contextlib.suppress(StoreFault):
-            got = self._read(key, f"bytes=-{view.nbytes}", "", view)
+            got = self._read(key, None, "", view)
             if got.num_bytes == min(got.size_bytes, view.nbytes):
                 modified = parsedate_to_datetime(got.headers["last-modified"]).timestamp()
                 return ObjectInfo(key, got.size_bytes, got.headers.get("etag", ""), modified)
@@ -192,9 +201,7 @@ class S3Client(PartStoreClient):
 
     def read_into(self, key: str, etag: str, offset: int, view: memoryview) -> int:
         try:
-            return self._read(
-                key, f"bytes={offset}-{offset + view.nbytes - 1}", etag, view
-            ).num_bytes
+            return self._read(key, offset, etag, view).num_bytes
         except StoreFault as fault:
             if fault.kind == "refused" and "InvalidRange" in fault.text:
                 return 0
@@ -284,22 +291,40 @@ class S3Client(PartStoreClient):
 
     # -------------------------------------------------------------------------------- reads
 
-    def _read(self, key: str, span: str, etag: str, view: memoryview) -> Got:
-        """Fill *view* with the range *span*, if the object's ETag is still *etag* ("": any)."""
-        headers = {"Range": span, **({"If-Match": etag} if etag else {})}
+    def _read(self, key: str, first: int | None, etag: str, view: memoryview) -> Got:
+        """Fill *view* from byte *first* on (None: with the object's end).
+
+        If the object's ETag is still *etag* ("": any).
+        """
+        span = f"-{view.nbytes}" if first is None else f"{first}-{first + view.nbytes - 1}"
+        headers = {"Range": f"bytes={span}", **({"If-Match": etag} if etag else {})}
         sockets, signer = self._sockets, self._signer
-        if sockets is None or signer is None:
-            return self._read_by_client(key, headers, view)
-        try:
+        if sockets is None or signer is None or sockets.is_paused:
+            return self._read_by_client(key, headers, first, view)
+
+        def read() -> Got:
             url, signed = signer.sign(self._prefix + key, headers)
-            return sockets.read(url, signed, view, _seconds_for(view.nbytes))
+            return sockets.read(url, signed, first, view, _seconds_for(view.nbytes))
+
+        try:
+            try:
+                return read()
+            except Denied:
+                signer.forget()
+                return read()
         except Elsewhere as answer:
-            got = self._read_by_client(key, headers, view)
-            logger.info("objects are read by the S3 client from now on: %s", answer)
-            self._sockets = None
+            got = self._read_by_client(key, headers, first, view)
+            if sockets.pause(CLIENT_SECONDS):
+                logger.info(
+                    "objects are read by the S3 client for the next %.0f s: %s",
+                    CLIENT_SECONDS,
+                    answer,
+                )
             return got
 
-    def _read_by_client(self, key: str, headers: Mapping[str, str], view: memoryview) -> Got:
+    def _read_by_client(
+        self, key: str, headers: Mapping[str, str], first: int | None, view: memoryview
+    ) -> Got:
         received = _Received(view)
         arguments = {name.replace("-", ""): value for name, value in headers.items()}
 
@@ -310,7 +335,7 @@ class S3Client(PartStoreClient):
             )
             async with found["Body"] as body:
                 answer = found["ResponseMetadata"]
-                got = got_of(answer["HTTPStatusCode"], answer["HTTPHeaders"], view.nbytes)
+                got = got_of(answer["HTTPStatusCode"], answer["HTTPHeaders"], first, view.nbytes)
                 # Newer clients wrap the stream; its own chunks come without another copy.
                 async for chunk in getattr(body, "raw_stream", body).content.iter_any():
                     received.add(chunk)

@@ -26,6 +26,7 @@ from urllib.parse import quote, urlsplit
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import ReadOnlyCredentials
+from botocore.httpsession import get_cert_path
 
 from forebay_server.tier.s3_faults import kind_of
 from forebay_server.tier.s3_options import CONNECT_SECONDS, MAX_CONNECTIONS, READ_SECONDS
@@ -52,6 +53,10 @@ _ERROR_BYTES: Final = 64 * 1024
 
 class Elsewhere(Exception):
     """An answer that only the S3 client understands: a redirect to another region, for one."""
+
+
+class Denied(Elsewhere):
+    """An answer that other credentials may change."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +98,26 @@ class Signer:
                 self._known = (time.monotonic(), self._find())
             return self._known[1]
 
+    def forget(self) -> None:
+        """Ask for the credentials again: the store did not take what they signed."""
+        with self._lock:
+            self._known = None
+
 
 class SocketReads:
     """Kept-alive connections to one endpoint. Thread-safe; a call blocks its thread."""
 
     def __init__(self, is_tls: bool, ca_file: str | None) -> None:
-        self._context = ssl.create_default_context(cafile=ca_file) if is_tls else None
+        """Trusts the authorities of *ca_file*, by default those that botocore trusts; ``OSError``
+        if they cannot be read."""
+        self._context: ssl.SSLContext | None = None
+        if is_tls:
+            self._context = ssl.create_default_context(cafile=ca_file or get_cert_path(True))
         self._lock = threading.Lock()
         self._idle: list[tuple[float, str, _Connection]] = []
+        """The one that was used last is at the end."""
         self._is_closed = False
+        self._paused_until = 0.0
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed after that. Idempotent."""
@@ -111,9 +127,32 @@ class SocketReads:
         for _, _, connection in idle:
             connection.close()
 
-    def read(self, url: str, headers: Mapping[str, str], view: memoryview, seconds: float) -> Got:
+    def pause(self, seconds: float) -> bool:
+        """Keep no connection, and be :attr:`is_paused`, for *seconds*; False: we are already."""
+        with self._lock:
+            if self.is_paused:
+                return False
+            self._paused_until = time.monotonic() + seconds
+            idle, self._idle = self._idle, []
+        for _, _, connection in idle:
+            connection.close()
+        return True
+
+    @property
+    def is_paused(self) -> bool:
+        return time.monotonic() < self._paused_until
+
+    def read(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        first: int | None,
+        view: memoryview,
+        seconds: float,
+    ) -> Got:
         """Fill *view* with what the ranged GET of *url* with *headers* answers, within *seconds*.
 
+        The range has the size of *view* and begins at byte *first*; None: it is the object's end.
         :class:`StoreFault` as for all calls of a client, with the bytes that have come;
         :class:`Elsewhere`.
         """
@@ -131,7 +170,7 @@ class SocketReads:
                 connection.close()  # the server had closed it, which is its right
                 connection = self._connect(parts.netloc, deadline)
                 response = connection.ask(target, headers, deadline)
-            got = _receive(response, view, progress)
+            got = _receive(response, first, view, progress)
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -160,16 +199,25 @@ class SocketReads:
     def _connect(self, netloc: str, deadline: float) -> _Connection:
         try:
             return _Connection(netloc, self._context, deadline)
+        except ssl.SSLCertVerificationError as error:
+            raise Elsewhere(f"{error} ({netloc})") from error  # which says what to do about it
         except OSError as error:
             raise StoreFault("busy", f"{type(error).__name__}: {error} ({netloc})") from error
 
     def _give_back(self, netloc: str, connection: _Connection) -> None:
         connection.is_reused = True
+        now = time.monotonic()
+        leaving: list[_Connection] = []
         with self._lock:
-            if connection.is_open and not self._is_closed and len(self._idle) < MAX_CONNECTIONS:
-                self._idle.append((time.monotonic(), netloc, connection))
-                return
-        connection.close()
+            while self._idle and self._idle[0][0] < now - IDLE_SECONDS:
+                leaving.append(self._idle.pop(0)[2])
+            is_kept = connection.is_open and not self._is_closed and not self.is_paused
+            if is_kept and len(self._idle) < MAX_CONNECTIONS:
+                self._idle.append((now, netloc, connection))
+            else:
+                leaving.append(connection)
+        for one in leaving:
+            one.close()
 
 
 @dataclass
@@ -235,7 +283,7 @@ class _TimedBytes(io.RawIOBase):
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
         super().__init__()
-        self._raw = raw
+        self._raw = raw  # only kept open
         self._sock = sock
         self._deadline = deadline
 
@@ -248,18 +296,18 @@ class _TimedBytes(io.RawIOBase):
             if left <= 0:
                 raise TimeoutError("the answer took too long")
             self._sock.settimeout(left)
-        return self._raw.readinto(buffer)
+        return self._sock.recv_into(buffer)
 
     def close(self) -> None:
         self._raw.close()
         super().close()
 
 
-def got_of(status: int, headers: Mapping[str, str], limit: int) -> Got:
-    """What an answer to a ranged read brings, at most *limit* bytes, by its *headers*.
+def got_of(status: int, headers: Mapping[str, str], first: int | None, limit: int) -> Got:
+    """What an answer brings to a read of *limit* bytes from *first* (None: of the object's end).
 
-    :class:`StoreFault` ``misconfigured`` if it is another than was asked for: a store that knows
-    no ranges sends all, for one.
+    :class:`StoreFault` ``misconfigured`` if by its *headers* it is another than was asked for: a
+    store that knows no ranges sends all, for one.
     """
     told = headers.get("content-range") or ""
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", told)
@@ -267,29 +315,53 @@ def got_of(status: int, headers: Mapping[str, str], limit: int) -> Got:
         raise StoreFault(
             "misconfigured", f"a ranged GetObject was answered {status} with range {told!r}"
         )
-    first, last, size = (int(one) for one in found.groups())
-    num_bytes = last - first + 1
-    if num_bytes > limit or headers.get("content-length") != str(num_bytes):
+    begin, last, size = (int(one) for one in found.groups())
+    num_bytes = last - begin + 1
+    if first is None:
+        is_asked = last == size - 1 and num_bytes == min(size, limit)
+    else:
+        is_asked = begin == first and begin <= last < size and num_bytes <= limit
+    if not is_asked or headers.get("content-length") != str(num_bytes):
+        asked = f"the last {limit} bytes" if first is None else f"{limit} bytes from {first}"
         raise StoreFault(
             "misconfigured",
-            f"a GetObject of {limit} bytes was answered with range {told!r} and "
+            f"a GetObject of {asked} was answered with range {told!r} and "
             f"{headers.get('content-length')} bytes",
         )
     return Got(num_bytes, size, headers)
 
 
-def _receive(response: http.client.HTTPResponse, view: memoryview, progress: _Progress) -> Got:
+def _receive(
+    response: http.client.HTTPResponse, first: int | None, view: memoryview, progress: _Progress
+) -> Got:
     if response.status != HTTPStatus.PARTIAL_CONTENT:
         raise _refusal(response)
     headers = {name.lower(): value for name, value in response.getheaders()}
-    got = got_of(response.status, headers, view.nbytes)
-    while progress.num_bytes < got.num_bytes:
-        num_bytes = response.readinto(view[progress.num_bytes : got.num_bytes])
-        if not num_bytes:
-            raise http.client.IncompleteRead(b"", got.num_bytes - progress.num_bytes)
-        progress.num_bytes += num_bytes
+    try:
+        got = got_of(response.status, headers, first, view.nbytes)
+    except StoreFault as fault:
+        raise Elsewhere(fault.text) from None
+    if response.chunked:
+        raise Elsewhere("a ranged GetObject was answered in chunks")
+    _fill(response.fp, view[: got.num_bytes], progress)
+    response.length = 0
     response.read()  # nothing: the connection knows now that the answer has ended
     return got
+
+
+def _fill(stream: io.BufferedReader, view: memoryview, progress: _Progress) -> None:
+    """Fill *view* with what came after the headers, then from the socket.
+
+    A read of the stream itself that fails would lose count of what it had read until then.
+    """
+    begun = stream.peek()[: view.nbytes]
+    view[: len(begun)] = begun
+    progress.num_bytes = len(begun)
+    while progress.num_bytes < view.nbytes:
+        num_bytes = stream.raw.readinto(view[progress.num_bytes :])
+        if not num_bytes:
+            raise http.client.IncompleteRead(b"", view.nbytes - progress.num_bytes)
+        progress.num_bytes += num_bytes
 
 
 def _refusal(response: http.client.HTTPResponse) -> Exception:
@@ -301,7 +373,10 @@ def _refusal(response: http.client.HTTPResponse) -> Exception:
     code, message = _tag("Code", text), _tag("Message", text)
     status = response.status
     kind = kind_of(code, status)
-    if status < HTTPStatus.BAD_REQUEST or kind in ("denied", "misconfigured") or status == 400:
+    if kind == "denied":
+        return Denied(f"GetObject was answered {status} {code}")
+    is_unclear = status == HTTPStatus.BAD_REQUEST and kind == "refused"
+    if status < HTTPStatus.BAD_REQUEST or is_unclear or kind == "misconfigured":
         return Elsewhere(f"GetObject was answered {status} {code}")
     told = f"GetObject was answered {status} {code}: {message or 'no reason given'}"
     return StoreFault(kind, told)
