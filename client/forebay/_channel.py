@@ -288,12 +288,15 @@ class RpcChannel:
                 if isinstance(error, InvalidRequest) or live is None:
                     raise
                 failure = self._lost(error)  # gRPC: another thread has closed this channel
-            if not isinstance(failure, DaemonUnavailable) or not wait_for_daemon:
-                raise failure
-            if patience is None or time.monotonic() - started > RECONNECT_SECONDS:
-                patience = Deadline(min(RECONNECT_SECONDS, deadline.remaining))
-            if self._is_closed or not backoff.pause(patience):
-                raise failure
+            try:
+                if not isinstance(failure, DaemonUnavailable) or not wait_for_daemon:
+                    raise failure
+                if patience is None or time.monotonic() - started > RECONNECT_SECONDS:
+                    patience = Deadline(min(RECONNECT_SECONDS, deadline.remaining))
+                if self._is_closed or not backoff.pause(patience):
+                    raise failure
+            finally:
+                del failure  # its traceback has this frame: a cycle would keep what callers hold
 
     def _lost(self, error: Exception) -> DaemonUnavailable:
         return DaemonUnavailable(f"the connection to {self.address} was closed ({error})")

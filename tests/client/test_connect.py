@@ -1,11 +1,13 @@
 """Finding a daemon: every form of address, and every way in which nobody is there."""
 
+import gc
 import os
 import queue
 import signal
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,26 @@ def test_daemon_that_does_not_answer_runs_into_the_deadline(own_daemon: DaemonPr
                 client.channel.call(Admin.Status, StatusRequest(), timeout=1.0)
         finally:
             os.kill(own_daemon.pid, signal.SIGCONT)
+
+
+def test_a_call_that_failed_keeps_nothing(daemon: DaemonProcess) -> None:
+    """A connection for bytes that only the collector of cycles would close keeps a daemon alive."""
+
+    class Held:
+        pass
+
+    def ask(client: forebay.Client) -> weakref.ref[Held]:
+        held = Held()
+        with pytest.raises(forebay.NotFound):
+            client.dataset("nowhere")
+        return weakref.ref(held)
+
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        gc.disable()
+        try:
+            assert ask(client)() is None
+        finally:
+            gc.enable()
 
 
 def test_close_does_not_wait_for_a_daemon_that_is_away(
