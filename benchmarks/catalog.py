@@ -28,7 +28,8 @@ from forebay_server.catalog.clock import now
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.queries_settings import put_setting
 from forebay_server.catalog.tables import blobs, extents, files, replicas, uploads
-from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.publish.dataset import Datasets, VersionCommit
+from forebay_server.publish.shards import ShardCommit
 from forebay_server.testing.postgresql import PostgresqlServer
 from forebay_wire.ids import new_random_name
 

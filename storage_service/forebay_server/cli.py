@@ -10,7 +10,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -116,12 +116,12 @@ def serve(config_file: Path | None, show_config: bool, as_json: bool, **given: A
         return ExitCode.OK
     config = configured.config
     configure_logs(config.log_level, config.log_format)
-    return asyncio.run(Daemon(config, announce=_announce).serve())
+    return asyncio.run(Daemon(config, started=_started).serve())
 
 
-def _announce(line: str) -> None:
+def _started(lines: Sequence[str]) -> None:
     _spare_what_stays()
-    print(line, flush=True)
+    print(*lines, sep="\n", flush=True)
 
 
 def _spare_what_stays() -> None:

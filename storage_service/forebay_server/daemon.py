@@ -11,7 +11,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -96,10 +96,10 @@ IDLE_LOOK_SECONDS: Final = 1.0
 class Daemon:
     """One daemon on one data folder. :meth:`serve` is its whole life."""
 
-    def __init__(self, config: Config, *, announce: Callable[[str], None]) -> None:
-        """*announce* gets a line for each address once everything listens."""
+    def __init__(self, config: Config, *, started: Callable[[Sequence[str]], None]) -> None:
+        """*started* is called once everything listens, with lines that say where."""
         self._config = config
-        self._announce = announce
+        self._started = started
         self._state = "starting"
         self._started_unix = time.time()
         self._incarnation = secrets.token_hex(8)
@@ -396,9 +396,7 @@ class Daemon:
             http_url=self._http_url,
             protocols=protocol_range(),
         ).write(data)
-        self._announce(f"serving {data.resolve()}")
-        for address in self._addresses:
-            self._announce(f"  {address}")
+        self._started([f"serving {data.resolve()}", *(f"  {one}" for one in self._addresses)])
 
     def _advertised_host(self) -> str:
         return self._config.advertise_host or socket.gethostname()

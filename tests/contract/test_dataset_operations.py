@@ -19,7 +19,8 @@ from forebay_server.model.splits import split_bounds
 from forebay_server.move.collect import Collector
 from forebay_server.move.jobs import Jobs
 from forebay_server.publish.checkpoint import recover_catalog_state
-from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.publish.dataset import Datasets, VersionCommit
+from forebay_server.publish.shards import ShardCommit
 from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_wire.errors import AlreadyExists, Conflict, NotFound
 from forebay_wire.ids import new_random_name

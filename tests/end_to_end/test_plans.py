@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import forebay
-from forebay.dataset import read_plan, row_runs
+from forebay.dataset import heartbeat, read_plan, row_runs
 from forebay.testing.forks import in_fork
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.rpc import rpc_client
@@ -308,7 +308,7 @@ def test_a_child_of_fork_is_told_whose_the_plan_is_and_reads_for_it(node):
 
 
 def test_a_slow_reader_keeps_its_plan_and_a_daemon_that_forgot_it_is_told_again(node, monkeypatch):
-    monkeypatch.setattr(read_plan, "ALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "ALIVE_SECONDS", 0.2)
     with forebay.connect(node.address()["rpc"]) as client:  # which starts no daemon
         dataset = client.dataset("d")
         with dataset.plan(range(NUM_BLOBS), name="slow") as plan:

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from forebay.dataset.heartbeat import Heartbeat
 from forebay.transfer import make_transfer
 from forebay_wire.errors import DaemonUnavailable, ForebayError, NotFound
 from forebay_wire.ids import new_random_name
 from forebay_wire.protocol import DataEndpoint
-
-SEND_SECONDS: Final = 0.05
-"""Positions are sent at most so often: the newest one counts."""
-
-ALIVE_SECONDS: Final = 10.0
-"""A loader that stands still says so this often: its plan's lease is longer."""
-
-RETRY_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +39,28 @@ class _Standing:
     sent: tuple[int, int] | None = None
     """None: the daemon knows no plan of this loader."""
     news: PlanNews = field(default_factory=PlanNews)
-    moved: threading.Event = field(default_factory=threading.Event)
-    is_over: bool = False
+
+    def send(self) -> None:
+        place, transfer = self.place, make_transfer(self.endpoint)
+        body = {"plan": self.plan, "epoch": place[0], "position": place[1]}
+        answer = None
+        if self.sent is not None and place >= self.sent:
+            with contextlib.suppress(NotFound):  # of a daemon that was restarted
+                answer = transfer.plan("position", body)
+        if answer is None:
+            order = self.make_order()
+            answer = transfer.plan("plan", {**body, "loader": self.loader, "order": order})
+        self.sent = place
+        self.news = PlanNews(waits=answer["waits"])
+
+    def failed(self, error: ForebayError | ValueError) -> None:
+        self.sent = None
+        if not isinstance(error, DaemonUnavailable):
+            self.news = PlanNews(str(error), self.news.waits)
+
+    def end(self) -> None:
+        if self.sent is not None:
+            make_transfer(self.endpoint).plan("end_plan", {"plan": self.plan})
 
 
 class PlanReporter:
@@ -63,8 +73,7 @@ class PlanReporter:
         """*make_order* gives the order's parameters when they are known; it must not refer to
         whoever owns this object. *loader* says whose plan it is, for people."""
         self._standing = _Standing(make_order, loader, endpoint)
-        self._pid = 0
-        self._thread: threading.Thread | None = None
+        self._heartbeat: Heartbeat | None = None
 
     @property
     def plan(self) -> str:
@@ -77,70 +86,18 @@ class PlanReporter:
 
     def stand(self, epoch: int, position: int) -> None:
         """The loader stands at *position* of *epoch*; if that is back, it plans anew."""
+        if self._heartbeat is not None and not self._heartbeat.is_ours:
+            self._standing = replace(self._standing, plan=new_random_name(), sent=None)
+            self._heartbeat = None  # in a child of fork the plan is the parent's
         standing = self._standing
         standing.place = (epoch, position)
-        if self._pid != os.getpid():
-            self._start()
-        standing.moved.set()
+        if self._heartbeat is None:
+            self._heartbeat = Heartbeat(
+                "forebay-plan", standing.send, standing.failed, standing.end
+            )
+        self._heartbeat.beat()
 
     def end(self) -> None:
         """End the plan. Idempotent."""
-        _finish(self._standing)
-        thread, self._thread = self._thread, None
-        if thread is not None and self._pid == os.getpid():
-            thread.join(timeout=5.0)
-
-    def _start(self) -> None:
-        if self._pid:  # in a child of fork the plan is the parent's
-            old = self._standing
-            self._standing = _Standing(old.make_order, old.loader, old.endpoint, place=old.place)
-        self._pid = os.getpid()
-        standing = self._standing
-        self._thread = threading.Thread(
-            target=_send_positions, args=(standing,), name="forebay-plan", daemon=True
-        )
-        weakref.finalize(self, _finish, standing).atexit = False
-        self._thread.start()
-
-
-def _finish(standing: _Standing) -> None:
-    standing.is_over = True
-    standing.moved.set()
-
-
-def _send_positions(standing: _Standing) -> None:
-    """The thread: sends the newest position, now and then, until it is over."""
-    pause = threading.Event()  # never set: a sleep that does not look like one
-    while True:
-        standing.moved.wait(ALIVE_SECONDS)
-        standing.moved.clear()
-        if standing.is_over:
-            break
-        try:
-            _send(standing)
-        except DaemonUnavailable:
-            standing.sent = None
-            pause.wait(RETRY_SECONDS)
-            standing.moved.set()
-        except ForebayError as error:
-            standing.sent = None
-            standing.news = PlanNews(error.message, standing.news.waits)
-            pause.wait(RETRY_SECONDS)
-        pause.wait(SEND_SECONDS)
-    if standing.sent is not None:
-        with contextlib.suppress(ForebayError):
-            make_transfer(standing.endpoint).plan("end_plan", {"plan": standing.plan})
-
-
-def _send(standing: _Standing) -> None:
-    place, transfer = standing.place, make_transfer(standing.endpoint)
-    body = {"plan": standing.plan, "epoch": place[0], "position": place[1]}
-    answer = None
-    if standing.sent is not None and place >= standing.sent:
-        with contextlib.suppress(NotFound):  # of a daemon that was restarted
-            answer = transfer.plan("position", body)
-    if answer is None:
-        order = standing.make_order()
-        answer = transfer.plan("plan", {**body, "loader": standing.loader, "order": order})
-    standing.sent = place
-    standing.news = PlanNews(waits=answer["waits"])
+        if self._heartbeat is not None:
+            self._heartbeat.stop()

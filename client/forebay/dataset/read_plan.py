@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from forebay.dataset.heartbeat import Heartbeat
 from forebay.dataset.row_runs import Run, RunsAhead
 from forebay.plans import PlanCalls
 from forebay.transfer.wanted import reading_for
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
 
 PAGE_RUNS: Final = 1 << 13
 """Runs that one message tells: some 600 KB."""
-
-SEND_SECONDS: Final = 0.05
-"""The daemon is told at most so often: the newest position counts."""
-
-ALIVE_SECONDS: Final = 10.0
-"""A reader that stands still says so this often: its plan's lease is longer."""
-
-RETRY_SECONDS: Final = 1.0
-
-JOIN_SECONDS: Final = 5.0
 
 
 @dataclass
@@ -51,8 +41,6 @@ class _Told:
     ahead: RunsAhead
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Of *ahead*; never held while anything is waited for."""
-    moved: threading.Event = field(default_factory=threading.Event)
-    is_over: bool = False
     problem: str = ""
     stop: int | None = None
     """The position after what the daemon knows; None: it knows no such plan. This and the next two
@@ -69,6 +57,9 @@ class _Told:
             self.stop = None  # it forgot the plan, or who knows what it got: all is told anew
             raise
         self.problem = ""
+
+    def failed(self, error: ForebayError | ValueError) -> None:
+        self.problem = str(error)
 
     def _tell_page(self, wait_for_daemon: bool) -> bool:
         """Whether there is more to tell."""
@@ -109,12 +100,15 @@ class ReadPlan:
     """
 
     def __init__(self, plan: str, told: _Told) -> None:
+        """Registers the plan and tells its first rows."""
         self.plan = plan
         """The plan's random name."""
         self._told = told
         self._pid = os.getpid()
-        self._thread: threading.Thread | None = None
         self._reading: contextlib.AbstractContextManager[None] | None = None
+        self._look_ahead()
+        told.tell(wait_for_daemon=True)
+        self._heartbeat = Heartbeat("forebay-read-plan", told.tell, told.failed, told.calls.end)
 
     @classmethod
     def start(
@@ -132,15 +126,7 @@ class ReadPlan:
         blobs = [shard.blob for shard in dataset.manifest.shards]
         ahead = RunsAhead(dataset, shard_starts, indices)
         told = _Told(PlanCalls(channel, plan), reader, dataset.manifest_id, blobs, ahead)
-        made = cls(plan, told)
-        made._look_ahead()
-        told.tell(wait_for_daemon=True)
-        made._thread = threading.Thread(
-            target=_keep_telling, args=(told,), name="forebay-read-plan", daemon=True
-        )
-        weakref.finalize(made, _finish, told, made._pid).atexit = False
-        made._thread.start()
-        return made
+        return cls(plan, told)
 
     @property
     def position(self) -> int:
@@ -175,7 +161,7 @@ class ReadPlan:
         with told.lock:
             ahead.skip_to(position)
         self._look_ahead()
-        told.moved.set()
+        self._heartbeat.beat()
 
     def __iter__(self) -> Iterator[int]:
         """The rows from the position on; one counts as read when the next one is asked for."""
@@ -189,10 +175,7 @@ class ReadPlan:
             reading, self._reading = self._reading, None
             with contextlib.suppress(ValueError):  # of a thread that is not that of the start
                 reading.__exit__(None, None, None)
-        thread, self._thread = self._thread, None
-        _finish(self._told, self._pid)
-        if thread is not None and self._pid == os.getpid():
-            thread.join(timeout=JOIN_SECONDS)
+        self._heartbeat.stop()
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -209,12 +192,12 @@ class ReadPlan:
         self.close()
 
     def _check_open(self) -> None:
-        if self._pid != os.getpid():
+        if not self._heartbeat.is_ours:
             raise InvalidRequest(
                 f"this plan belongs to process {self._pid}: advance it there, with what its "
                 "workers have read"
             )
-        if self._told.is_over:
+        if self._heartbeat.is_over:
             raise InvalidRequest("this plan is closed: make a new one")
 
     def _look_ahead(self) -> None:
@@ -228,29 +211,3 @@ class ReadPlan:
         with told.lock:
             told.ahead.append(numbers, runs)
             told.ahead.skip_to(position)
-
-
-def _finish(told: _Told, pid: int) -> None:
-    if os.getpid() != pid:  # in a child of fork the plan is the parent's, and locks may be held
-        return
-    told.is_over = True
-    told.moved.set()
-
-
-def _keep_telling(told: _Told) -> None:
-    """The thread: tells what is new, now and then, until it is over."""
-    pause = threading.Event()  # never set: a sleep that does not look like one
-    while True:
-        told.moved.wait(ALIVE_SECONDS)
-        told.moved.clear()
-        if told.is_over:
-            break
-        try:
-            told.tell()
-        except (ForebayError, ValueError) as error:
-            told.problem = str(error)
-            pause.wait(RETRY_SECONDS)
-            told.moved.set()
-        pause.wait(SEND_SECONDS)
-    with contextlib.suppress(ForebayError, ValueError):
-        told.calls.end()

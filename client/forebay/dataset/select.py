@@ -53,10 +53,7 @@ class RowsWriter(DatasetWriter):
 
     def seal(self) -> list[datasets_pb2.ShardCommit]:
         """The blobs, durable, in sessions that live until :meth:`abort`."""
-        self._flush_tables()
-        self._finish_shard()
-        self._await_sealing(0)
-        self._uploads.check()
+        self._seal_all()
         return self._commits
 
     def end(self, version: int) -> None:

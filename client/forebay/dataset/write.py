@@ -184,17 +184,21 @@ class DatasetWriter:
         self._sealer.shutdown(wait=True, cancel_futures=True)
         self._uploads.end(committed=self.version is not None)
 
-    def _commit(self) -> int:
+    def _seal_all(self) -> None:
+        """All that was written is durable, in sessions that live until :meth:`abort`."""
         self._flush_rows()
         self._flush_tables()
         self._finish_shard()
         self._await_sealing(0)
+        self._uploads.check()
+
+    def _commit(self) -> int:
+        self._seal_all()
         if self._schema is None:
             raise InvalidRequest(
                 f"dataset {self.name!r}: no sample was written and no schema given; write at least "
                 "one sample, or create_dataset(schema=...)"
             )
-        self._uploads.check()
         failpoint("client.write.before_commit")
         request = datasets_pb2.CommitVersionRequest(
             dataset=self.name,

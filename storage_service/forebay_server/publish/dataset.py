@@ -39,8 +39,6 @@ from forebay_wire.ids import check_name, check_random_name
 from forebay_wire.limits import KIB, MAX_PAGE_ROWS, MAX_SHARDS_PER_VERSION, MIB, check_limit
 from forebay_wire.manifest import DatasetManifest, SelectionManifest, ShardRef, parse
 
-__all__ = ["Datasets", "ShardCommit", "VersionCommit"]
-
 MAX_SCHEMA_BYTES: Final = 1 * MIB
 MAX_METADATA_BYTES: Final = 256 * KIB
 MAX_WAIT_SECONDS: Final = 7 * 86400.0

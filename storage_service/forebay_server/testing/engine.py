@@ -120,7 +120,7 @@ def _serve(pipe: Pipe, data: str, settings: dict[str, Any]) -> None:
 
 async def _run(pipe: Pipe, data: Path, settings: dict[str, Any]) -> None:
     """The engine's life: until the parent says so, or is gone."""
-    daemon = Daemon(load_config({"data": data, **settings}, {}).config, announce=lambda line: None)
+    daemon = Daemon(load_config({"data": data, **settings}, {}).config, started=lambda lines: None)
     with FolderLock(data):
         async with AsyncExitStack() as stack:
             await _start(daemon, data, stack)

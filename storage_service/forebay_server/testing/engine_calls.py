@@ -35,7 +35,8 @@ from forebay_server.move.jobs import Progress
 from forebay_server.move.migrate import Migrator, migrate_target
 from forebay_server.move.scrub import read_report
 from forebay_server.move.trash import Trash
-from forebay_server.publish.dataset import ShardCommit, VersionCommit
+from forebay_server.publish.dataset import VersionCommit
+from forebay_server.publish.shards import ShardCommit
 from forebay_server.serve.opened import OpenedBlob
 from forebay_server.serve.plans import OrderParameters
 from forebay_server.testing.checkpoints import RUN, CheckpointNode

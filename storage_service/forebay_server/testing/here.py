@@ -32,7 +32,7 @@ async def serve_here(data: Path, **settings: Any) -> AsyncIterator[DaemonHere]:
     """A daemon on *data*, once it listens. Whoever uses it ends it and awaits its life."""
     listens = asyncio.Event()
     config = load_config({"data": data, **settings}, {}).config
-    daemon = Daemon(config, announce=lambda line: listens.set())
+    daemon = Daemon(config, started=lambda lines: listens.set())
     async with asyncio.TaskGroup() as group:
         life = group.create_task(daemon.serve())
         ready = group.create_task(listens.wait())

@@ -15,7 +15,8 @@ from forebay_server.catalog.queries_jobs import job_of
 from forebay_server.catalog.queries_manifests import read_manifest
 from forebay_server.catalog.tables import manifest_remote, manifests
 from forebay_server.move.jobs import Jobs, Progress
-from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.publish.dataset import Datasets, VersionCommit
+from forebay_server.publish.shards import ShardCommit
 from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_wire.errors import (
     AlreadyExists,

@@ -11,8 +11,9 @@ from forebay_server.catalog.queries_jobs import (
     FLUSH,
 )
 from forebay_server.config import load_config
-from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.publish.dataset import Datasets, VersionCommit
 from forebay_server.publish.recovery import Recovered, recover
+from forebay_server.publish.shards import ShardCommit
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
 from forebay_server.testing.storage import UID
 from forebay_wire.errors import (

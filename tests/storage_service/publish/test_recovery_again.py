@@ -9,8 +9,9 @@ import pytest
 
 from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH
 from forebay_server.catalog.queries_settings import LAST_MOMENT, pass_moment, put_setting
-from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.publish.dataset import Datasets, VersionCommit
 from forebay_server.publish.recovery import Recovered, recover
+from forebay_server.publish.shards import ShardCommit
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
 from forebay_server.testing.storage import UID
 from forebay_wire.ids import GenerationId, new_random_name

@@ -8,8 +8,9 @@ import pytest
 from forebay_server.catalog.queries_history import list_events
 from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH, TOMBSTONE
 from forebay_server.catalog.queries_trash import EXPIRED, empty_trash
-from forebay_server.publish.dataset import Datasets, ShardCommit, VersionCommit
+from forebay_server.publish.dataset import Datasets, VersionCommit
 from forebay_server.publish.recovery import recover
+from forebay_server.publish.shards import ShardCommit
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
 from forebay_server.testing.storage import UID
 from forebay_wire.errors import AlreadyExists, Conflict, NotFound
