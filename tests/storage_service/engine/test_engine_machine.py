@@ -5,6 +5,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -145,21 +146,21 @@ class Engine(RuleBasedStateMachine):
     def _learn(self) -> None:
         """What became of that whose answer was lost."""
         for key, blobs in list(self.unknown.items()):
-            found = self._look(key)
+            found = self._look(key, self.engine.call)
             if found is not None:
                 assert found == [blob.id for blob in blobs], "half of it is visible"
                 self.named[key] = blobs
                 del self.unknown[key]
 
-    def _look(self, key: tuple[str, int]) -> list[str] | None:
+    def _look(self, key: tuple[str, int], call: Callable[..., Any]) -> list[str] | None:
         """The blobs of a generation or dataset, None if it is not there."""
         kind, number = key
         if kind == "dataset":
-            found = self.engine.call("manifest_of", f"d{number}")
+            found = call("manifest_of", f"d{number}")
             return None if found is None else found[1]
-        if not self.engine.call("is_committed", self.attempt, number):
+        if not call("is_committed", self.attempt, number):
             return None
-        found = self.engine.call("blobs_of", self.attempt, number)
+        found = call("blobs_of", self.attempt, number)
         assert isinstance(found, list)
         return found
 
@@ -167,6 +168,7 @@ class Engine(RuleBasedStateMachine):
     @when(lambda self: not self.away)
     @survives
     def restart(self) -> None:
+        self.call("live_on")  # or what is done at the end comes by where it is to die
         self.engine.stop()
         self.full.clear()
         self.plans.clear()
@@ -238,7 +240,7 @@ class Engine(RuleBasedStateMachine):
         except Conflict:  # the newest attempt stands on it
             self.named[key] = self.unknown[key]
         else:
-            assert self._look(key) is None, "deleted, and still there"
+            assert self._look(key, self.call) is None, "deleted, and still there"
         del self.unknown[key]
 
     # ------------------------------------------------------------------------------------ read
