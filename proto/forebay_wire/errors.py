@@ -87,6 +87,12 @@ class IntegrityError(ForebayError):
     status = "DATA_LOSS"
 
 
+class TooManyBadSamples(ForebayError):
+    """A loader that masks what cannot be read met more bad samples than it may; names them."""
+
+    status = "DATA_LOSS"
+
+
 class PermissionDenied(ForebayError):
     """The caller is known and may not do this."""
 

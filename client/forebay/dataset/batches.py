@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -13,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from forebay.dataset.dataset import Dataset
+from forebay.dataset.holes import Hole, HoleReader, check_on_error
 from forebay.dataset.ranks import find_nodes, find_rank
+from forebay.dataset.transforms import Batch, Rows, Transform, Transforms
+from forebay.stopwatch import Stopwatch
 from forebay.transfer.wanted import reading_for
 from forebay_wire.blocks import BlockLayout, BlockParameters, starts_of
 from forebay_wire.errors import InvalidRequest
@@ -22,18 +25,33 @@ from forebay_wire.order import (
     LastBatch,
     Order,
     OrderState,
+    Part,
     Shuffle,
     check_last_batch,
     check_shuffle,
 )
 
-Batch = dict[str, Any]
-"""Column name to tensor ``(rows, *shape)``, or to a list for text, bytes and ragged columns."""
-
-Transform = Callable[[Batch], Batch]
-
 WINDOW_BLOCKS: Final = 16
 """Blocks that a block shuffle mixes unless told otherwise: 1 GiB of shards of the usual size."""
+
+
+@dataclass(slots=True)
+class ReadBatch:
+    """One rank's batch of a step."""
+
+    batch: Batch
+    num_samples: int
+    """Without padding and holes."""
+    num_bytes: int
+    holes: list[Hole]
+    """Its samples that could not be read."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Where the time of its thread went: cause to seconds."""
+    finished: float = 0.0
+    """When, by ``time.perf_counter``."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.batch, self.num_samples, self.num_bytes))
 
 
 class BatchSource:
@@ -51,9 +69,11 @@ class BatchSource:
         block_rows: int | None = None,
         lanes: int | None = None,
         last_batch: str = "keep",
-        transform: Transform | None = None,
+        transform: Transform | Sequence[Transform] | None = None,
         columns: Sequence[str] | None = None,
         include_ids: bool = False,
+        on_error: str = "raise",
+        max_errors: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -66,7 +86,10 @@ class BatchSource:
                 "give exactly one of global_batch_size (all ranks together) and batch_size (each)"
             )
         self.dataset = dataset
-        self.transform = transform
+        self._transforms = Transforms(transform)
+        self.max_errors = check_on_error(on_error, max_errors)
+        """Bad samples that may be masked; -1: the first one raises."""
+        self._hole_reader = HoleReader() if self.max_errors >= 0 else None
         self.shuffle: Shuffle = check_shuffle(shuffle)
         self._layout = _layout(dataset, shuffle, window_blocks, block_rows, lanes)
         self._lanes = lanes
@@ -170,23 +193,69 @@ class BatchSource:
         size, lanes = self.global_batch_size, self.lanes
         return Cut(self.dataset.num_rows, size, self.last_batch, position, lanes)
 
-    def read(self, order: Order, cut: Cut, step: int) -> tuple[Batch, int, int]:
-        """This rank's batch of *step*, transformed; its samples without padding; its bytes."""
+    def read(self, order: Order, cut: Cut, step: int) -> ReadBatch:
+        """This rank's batch of *step*, transformed."""
+        watch = Stopwatch("decode")
+        try:
+            found = self._read(order, cut, step, watch)
+        finally:
+            finished = watch.stop()
+        found.times, found.finished = watch.seconds, finished
+        return found
+
+    def _read(self, order: Order, cut: Cut, step: int, watch: Stopwatch) -> ReadBatch:
         rank, world_size = self.bind()
         part = cut.part(step, rank, world_size)
         indices = order.at(part.positions(self.dataset.num_rows))
         rows = self.dataset.rows_at(indices)
+        holes: list[Hole] = []
         with reading_for(self.plan):
-            arrays = self.dataset.read(rows, self._columns, _torch_memory)
+            if self._hole_reader is None:
+                arrays = self.dataset.read(rows, self._columns, _torch_memory)
+            else:
+                arrays, holes = self._hole_reader.read(
+                    self.dataset, rows, self._columns, _torch_memory, order.epoch
+                )
+        watch.switch("collate")
         batch = {name: _as_tensors(values) for name, values in arrays.items()}
         num_bytes = sum(_bytes_of(values) for values in batch.values())
         if self._include_ids:
             batch["_ids"] = torch.from_numpy(np.array(rows))
+        if self._hole_reader is not None:
+            return self._masked(batch, num_bytes, part, order, rows, holes, watch)
         if self.last_batch == "pad":
             batch["_mask"] = torch.from_numpy(part.mask())
-        if self.transform is not None:
-            batch = self.transform(batch)
-        return batch, part.num_samples, num_bytes
+        if self._transforms:
+            watch.switch("transform")
+            named = Rows(self.seed, order.epoch, rows, self.dataset.name)
+            batch, _ = self._transforms.apply(batch, named, None, masks=False)
+        return ReadBatch(batch, part.num_samples, num_bytes, holes)
+
+    def _masked(
+        self,
+        batch: Batch,
+        num_bytes: int,
+        part: Part,
+        order: Order,
+        rows: NDArray[np.int64],
+        holes: list[Hole],
+        watch: Stopwatch,
+    ) -> ReadBatch:
+        """The batch whose *holes* are masked, and those that a transform makes."""
+        real = part.mask()
+        good = np.ones(len(rows), dtype=np.bool_)
+        good[[hole.position for hole in holes]] = False
+        batch["_mask"] = torch.from_numpy(real & good)
+        if self._transforms:
+            watch.switch("transform")
+            named = Rows(self.seed, order.epoch, rows, self.dataset.name)
+            batch, failed = self._transforms.apply(batch, named, good, masks=True)
+            if failed:
+                holes = holes + failed
+                good[[hole.position for hole in failed]] = False
+        # A row that pads the batch is counted where it stands itself.
+        holes = [hole for hole in holes if real[hole.position]]
+        return ReadBatch(batch, int((real & good).sum()), num_bytes, holes)
 
     # Where reading stands.
 

@@ -1,0 +1,252 @@
+"""What is done to batches on their way to the trainer, seeded so that it is the same on any topology."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from forebay.dataset.holes import Hole
+from forebay_wire.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+"""Column name to tensor ``(rows, *shape)``, or to a list for text, bytes and ragged columns."""
+
+Sample = dict[str, Any]
+"""Column name to one row's tensor, number, text or the like."""
+
+MAX_WARNINGS: Final = 16
+"""Samples that failed and are logged one by one."""
+
+
+def per_sample(function: Callable[..., Mapping[str, Any]]) -> PerSample:
+    """A ``transform=`` for loaders that calls ``function(sample, rng)``, or ``function(sample)``,
+    for each sample and makes a batch of what it returns.
+
+        def augment(sample, rng):                    # rng: a numpy.random.Generator
+            sample["image"] = sample["image"].roll(int(rng.integers(-4, 5)), dims=-1)
+            return sample
+
+        forebay.DataLoader(dataset, transform=forebay.per_sample(augment), ...)
+
+    *rng* is seeded by the loader's seed, the epoch and the sample's row in the version: the same
+    sample is treated alike whatever the ranks, workers, threads and batch size. Tensors, arrays and
+    numbers of equal shape are stacked, anything else comes as a list.
+    """
+    return PerSample(function)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples of one batch, and what seeds their treatment."""
+
+    seed: int
+    epoch: int
+    ids: NDArray[np.int64]
+    """Row in the version of each sample."""
+    where: str
+    """Whose rows, for messages."""
+
+    def generator(self, position: int) -> np.random.Generator:
+        """For the sample at *position* of the batch."""
+        counter = [
+            0,
+            0,
+            int(self.ids[position]),
+            0,
+        ]  # 2^128 numbers before they meet the next row's
+        return np.random.Generator(np.random.Philox(key=self._key(b""), counter=counter))
+
+    def batch_generator(self) -> np.random.Generator:
+        """For the batch as a whole: another set of rows has another one."""
+        rows = np.ascontiguousarray(self.ids, dtype="<i8").tobytes()
+        return np.random.Generator(np.random.Philox(key=self._key(rows)))
+
+    def _key(self, rows: bytes) -> int:
+        seed = f"{self.seed}/{self.epoch}/".encode()
+        return int.from_bytes(blake2b(seed + rows, digest_size=16).digest(), "little")
+
+
+class PerSample:
+    """See :func:`per_sample`. Thread-safe if the function is; picklable if it is."""
+
+    def __init__(self, function: Callable[..., Mapping[str, Any]]) -> None:
+        self.function = function
+        self._is_seeded = _takes_two(function)
+        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
+        """Of the columns that came out before, for a batch without one good sample."""
+        self._num_warnings = 0
+
+    def apply(
+        self, batch: Batch, rows: Rows, present: NDArray[np.bool_], *, masks: bool
+    ) -> tuple[Batch, list[Hole]]:
+        """The batch of all *present* samples, and those that failed, if *masks*; else the first
+        failure is raised."""
+        kept = {name: values for name, values in batch.items() if name.startswith("_")}
+        columns = {name: _rows_of(batch[name]) for name in batch if name not in kept}
+        done: dict[int, Mapping[str, Any]] = {}
+        holes: list[Hole] = []
+        for position in np.flatnonzero(present).tolist():
+            sample = {name: values[position] for name, values in columns.items()}
+            try:
+                done[position] = self._call(sample, rows, position)
+            except Exception as error:
+                row = int(rows.ids[position])
+                if not masks:
+                    error.add_note(f"in the transform of row {row} of {rows.where}")
+                    raise
+                reason = f"its transform failed: {type(error).__name__}: {error}"
+                holes.append(Hole(position, row, reason))
+                self._warn(holes[-1], rows.where)
+        if not done:
+            return self._empty(batch, len(present)) | kept, holes
+        return self._join(done, len(present)) | kept, holes
+
+    def _call(self, sample: Sample, rows: Rows, position: int) -> Mapping[str, Any]:
+        if self._is_seeded:
+            found = self.function(sample, rows.generator(position))
+        else:
+            found = self.function(sample)
+        if not isinstance(found, Mapping):
+            raise InvalidRequest(
+                "a per-sample transform returns a dict of columns, not "
+                f"{type(found).__name__}: return the sample"
+            )
+        return found
+
+    def _join(self, done: Mapping[int, Mapping[str, Any]], count: int) -> Batch:
+        names = list(next(iter(done.values())))
+        for position, sample in done.items():
+            if list(sample) != names and set(sample) != set(names):
+                raise InvalidRequest(
+                    f"a per-sample transform returned the columns {', '.join(sorted(names))} for "
+                    f"one sample and {', '.join(sorted(sample))} for the one at {position} of the "
+                    "same batch: return the same for all"
+                )
+        positions = list(done)
+        joined = {
+            name: _stack([sample[name] for sample in done.values()], positions, count)
+            for name in names
+        }
+        self._shapes = {
+            name: (tuple(values.shape[1:]), values.dtype)
+            if isinstance(values, torch.Tensor)
+            else None
+            for name, values in joined.items()
+        }
+        return joined
+
+    def _empty(self, batch: Batch, count: int) -> Batch:
+        """*count* holes that look like the samples before them; as they came if there were none."""
+        if not self._shapes:
+            return batch
+        return {
+            name: [None] * count
+            if shape is None
+            else torch.zeros((count, *shape[0]), dtype=shape[1])
+            for name, shape in self._shapes.items()
+        }
+
+    def _warn(self, hole: Hole, where: str) -> None:
+        self._num_warnings += 1
+        if self._num_warnings <= MAX_WARNINGS:
+            more = "; further ones are counted only" if self._num_warnings == MAX_WARNINGS else ""
+            logger.warning("row %d of %s is masked: %s%s", hole.row, where, hole.reason, more)
+
+
+Transform = Callable[[Batch], Batch] | Callable[[Batch, np.random.Generator], Batch] | PerSample
+"""A batch to a batch, in place or anew; with a second argument it is given a generator that is
+seeded by the loader's seed, the epoch and the rows of the batch."""
+
+
+class Transforms:
+    """A loader's transforms, in their order. Thread-safe as far as they are."""
+
+    def __init__(self, given: Transform | Sequence[Transform] | None) -> None:
+        steps = [] if given is None else [given] if callable(given) or _is_step(given) else given
+        self._steps: list[tuple[Any, bool]] = []
+        for step in steps:  # type: ignore[union-attr]
+            if not callable(step) and not _is_step(step):
+                raise InvalidRequest(
+                    f"transform={step!r}: expected a function of a batch, "
+                    "forebay.per_sample(function), or a list of them"
+                )
+            self._steps.append((step, not _is_step(step) and _takes_two(step)))
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def apply(
+        self, batch: Batch, rows: Rows, present: NDArray[np.bool_] | None, *, masks: bool
+    ) -> tuple[Batch, list[Hole]]:
+        """The batch after all steps, and the samples that failed where *masks* lets them.
+
+        *present* is False for holes; None: all are there.
+        """
+        holes: list[Hole] = []
+        for step, is_seeded in self._steps:
+            if isinstance(step, PerSample):
+                if present is None:
+                    present = np.ones(len(rows.ids), dtype=np.bool_)
+                batch, failed = step.apply(batch, rows, present, masks=masks)
+                if failed:
+                    holes += failed
+                    present = present.copy()
+                    present[[hole.position for hole in failed]] = False
+                    batch["_mask"] &= torch.from_numpy(present)
+            else:
+                batch = step(batch, rows.batch_generator()) if is_seeded else step(batch)
+        return batch, holes
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, PerSample)
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether *function* needs a second positional argument."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # something built in
+        return False
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(one.kind in plain and one.default is one.empty for one in parameters) == 2
+
+
+def _rows_of(values: Any) -> Sequence[Any]:
+    return values.unbind(0) if isinstance(values, torch.Tensor) else values
+
+
+def _stack(values: list[Any], positions: list[int], count: int) -> Any:
+    """*values* at their *positions* of *count* rows; zeros, or None, elsewhere."""
+    first = values[0]
+    if all(isinstance(one, np.ndarray) for one in values):
+        values = [torch.from_numpy(np.ascontiguousarray(one)) for one in values]
+    if all(isinstance(one, torch.Tensor) for one in values):
+        if all(one.shape == values[0].shape and one.dtype == values[0].dtype for one in values):
+            return _spread(torch.stack(values), positions, count)
+    elif all(isinstance(one, (bool, int, float, np.generic)) for one in values):
+        if isinstance(first, np.generic):
+            return _spread(torch.from_numpy(np.array(values)), positions, count)
+        return _spread(torch.tensor(values), positions, count)
+    found: list[Any] = [None] * count
+    for position, value in zip(positions, values, strict=True):
+        found[position] = value
+    return found
+
+
+def _spread(stacked: torch.Tensor, positions: list[int], count: int) -> torch.Tensor:
+    if len(positions) == count:
+        return stacked
+    found = stacked.new_zeros((count, *stacked.shape[1:]))
+    found[torch.tensor(positions)] = stacked
+    return found
