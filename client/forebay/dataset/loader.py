@@ -32,8 +32,10 @@ class DataLoader:
 
     Global batch k is the samples at the positions [k·B, (k+1)·B) of the epoch's order, whatever the
     ranks, threads or interruptions. Batches are plain dicts: a tensor ``(rows, *shape)`` for each
-    column, a list for text, bytes and ragged columns. Not thread-safe; one epoch at a time. It
-    owns threads: ``close()`` ends them, and so does forgetting the loader.
+    column, a list for text, bytes and ragged columns. Several iterations may run at once:
+    each goes its own way from where the loader stood when it was asked for, and the loader stands
+    where the one that began last stands. Not thread-safe otherwise. It owns threads: ``close()``
+    ends them, and so does forgetting the loader.
     """
 
     def __init__(
@@ -98,6 +100,8 @@ class DataLoader:
         self._epoch = 0
         self._position = 0
         self._turn = 0
+        self._leader: object = None
+        """Of the iterations that run, the one that moves the loader."""
         self._closed = False
         self._num_epochs = 0
         self._plan: PlanReporter | None = None
@@ -122,8 +126,16 @@ class DataLoader:
                 self._start_epoch(number + 1, 0)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the current epoch; the next call gives the next epoch."""
-        return self._batches(self._epoch)
+        """The rest of the current epoch; if nothing is left of it, the next one."""
+        self._source.bind()
+        if self._position and not self.remaining_steps():
+            self._stand(self._epoch + 1, 0)
+        return self._rest()
+
+    def _rest(self) -> Iterator[Batch]:
+        """The rest of the current epoch, even if that is nothing."""
+        self._source.bind()
+        return self._batches(self._epoch, self._position, self._turn)
 
     # Where it stands.
 
@@ -159,6 +171,10 @@ class DataLoader:
 
     def _start_epoch(self, epoch: int, position: int) -> None:
         self._turn += 1  # an iterator that still runs stops with an error instead of mixing epochs
+        self._leader = None
+        self._stand(epoch, position)
+
+    def _stand(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position
         if self._plan is not None:
             self._plan.stand(epoch, position)
@@ -177,12 +193,11 @@ class DataLoader:
         news = self._plan.news
         return replace(report, open_waits=news.waits, plan_problem=news.problem)
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
-        self._source.bind()
-        self._turn += 1
-        turn = self._turn
+    def _batches(self, epoch: int, position: int, turn: int) -> Iterator[Batch]:
+        self._check_turn(turn)
+        self._leader = me = object()  # who began last moves the loader
         plan = self._planned()
-        cut = self._source.cut(self._position)
+        cut = self._source.cut(position)
         batches = self._prefetched(epoch, cut)
         try:
             for step in range(cut.num_steps):
@@ -192,12 +207,14 @@ class DataLoader:
                 handed_out = time.perf_counter()
                 self._meter.read(num_bytes)
                 self._meter.handed_out(samples, handed_out - asked)
-                self._position = cut.bounds(step)[1]
-                plan.stand(epoch, self._position)
+                if self._leader is me:
+                    self._position = cut.bounds(step)[1]
+                    plan.stand(epoch, self._position)
                 yield batch
                 self._meter.computed(time.perf_counter() - handed_out)
                 self._check_turn(turn)
-            self._start_epoch(epoch + 1, 0)
+            if self._leader is me:
+                self._stand(epoch + 1, 0)
         finally:
             batches.close()
 
@@ -213,8 +230,8 @@ class DataLoader:
     def _check_turn(self, turn: int) -> None:
         if turn != self._turn:
             raise InvalidRequest(
-                "this iteration is over: another one was started, or a state was loaded; "
-                "iterate the loader anew"
+                "this iteration is over: a state was loaded, an epoch was set or the loader was "
+                "closed; iterate the loader anew"
             )
 
     def _prefetched(self, epoch: int, cut: Cut) -> Any:
@@ -304,7 +321,7 @@ class Epoch:
             raise InvalidRequest(
                 f"epoch {self.number} is over, the loader stands in epoch {self._loader.epoch}"
             )
-        return iter(self._loader)
+        return self._loader._rest()
 
 
 def _read(source: BatchSource, *what: Any) -> tuple[Batch, int, int]:

@@ -105,7 +105,7 @@ def test_a_batch_size_of_each_rank_makes_the_global_one(train):
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
 def test_interrupted_at_any_step_it_goes_on_with_other_ranks(train, before, after, last_batch):
     expected = expected_batches(train)
-    for steps in range(len(expected) + 1):
+    for steps in range(len(expected)):
         first, state = global_batches(
             train, before, steps=steps, last_batch=last_batch, num_threads=0
         )
@@ -153,6 +153,13 @@ def test_restored_after_the_last_batch_the_epoch_is_empty_and_the_next_whole(tra
     with make(train) as loader:
         loader.load_state_dict(state)
         assert [len(list(epoch)) for epoch in loader.epochs(2)] == [0, 8]
+
+
+def test_a_plain_iteration_after_the_last_batch_is_the_next_epoch(train):
+    _, state = global_batches(train, 1)
+    assert state["position"] == len(train)
+    found, _ = global_batches(train, 2, state=state)
+    assert found == expected_batches(train, epoch=1)
 
 
 def test_an_epoch_left_early_counts_as_done(train):
@@ -300,14 +307,50 @@ def test_something_else_than_a_dataset_is_refused():
         make([1, 2, 3])
 
 
-def test_a_second_iteration_ends_the_first_one(train):
+def test_iterations_at_once_do_not_disturb_each_other(train):
+    with make(train) as loader:
+        pairs = [(real_numbers(a), real_numbers(b)) for a, b in zip(loader, loader, strict=True)]
+    assert pairs == [(batch, batch) for batch in expected_batches(train)]
+
+
+def test_the_loader_stands_where_the_iteration_that_began_last_stands(train):
+    expected = expected_batches(train)
     with make(train) as loader:
         first = iter(loader)
-        next(first)
+        assert real_numbers(next(first)) == expected[0]
         second = iter(loader)
-        next(second)
-        with pytest.raises(forebay.InvalidRequest, match="iteration is over"):
-            next(first)
+        assert real_numbers(next(first)) == expected[1]
+        assert loader.state_dict()["position"] == 2 * GLOBAL
+        assert real_numbers(next(second)) == expected[1]
+        assert [real_numbers(batch) for batch in first] == expected[2:]
+        state = loader.state_dict()
+        assert (state["epoch"], state["position"]) == (0, 2 * GLOBAL)
+        assert [real_numbers(batch) for batch in second] == expected[2:]
+        assert loader.epoch == 1
+
+
+@pytest.mark.parametrize("stop", ["load_state_dict", "set_epoch"])
+def test_who_is_told_where_to_stand_ends_its_iterations(train, stop):
+    with make(train) as loader:
+        running, waiting = iter(loader), iter(loader)
+        next(running)
+        loader.set_epoch(2) if stop == "set_epoch" else loader.load_state_dict(loader.state_dict())
+        for batches in running, waiting:
+            with pytest.raises(forebay.InvalidRequest, match="iteration is over"):
+                next(batches)
+
+
+def test_an_early_break_goes_on_and_whoever_counts_the_batches_gets_the_next_epoch(train):
+    """The second is what Lightning does: it never asks for the end of an epoch."""
+    expected = expected_batches(train) + expected_batches(train, epoch=1)
+    with make(train) as loader:
+        found = [real_numbers(batch) for batch, _ in zip(loader, range(3), strict=False)][:3]
+        # zip took a fourth batch from the loader before it saw that the numbers were over.
+        batches = iter(loader)
+        found += [expected[3], *(real_numbers(next(batches)) for _ in range(4))]
+        batches = iter(loader)
+        found += [real_numbers(next(batches)) for _ in range(8)]
+    assert found == expected
 
 
 def test_closing_ends_the_threads_and_the_iteration(train):
