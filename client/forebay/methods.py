@@ -57,6 +57,15 @@ class Datasets:
         datasets.DatasetVersion,
         MAX_COMMIT_BYTES,
     )
+    SealPart: Final = Method(
+        "/forebay.v1.Datasets/SealPart", datasets.SealPartRequest, datasets.SealPartResponse
+    )
+    ListParts: Final = Method(
+        "/forebay.v1.Datasets/ListParts", datasets.ListPartsRequest, datasets.ListPartsResponse
+    )
+    DropParts: Final = Method(
+        "/forebay.v1.Datasets/DropParts", datasets.DropPartsRequest, datasets.DropPartsResponse
+    )
     DefineSplits: Final = Method(
         "/forebay.v1.Datasets/DefineSplits", datasets.DefineSplitsRequest, datasets.Dataset
     )

@@ -99,20 +99,88 @@ class ShardCommit(_message.Message):
     def __init__(self, session: _Optional[str] = ..., blob: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_rows: _Optional[int] = ..., batch_rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CommitVersionRequest(_message.Message):
-    __slots__ = ("dataset", "base_version", "schema", "shards", "request", "metadata_json")
+    __slots__ = ("dataset", "base_version", "schema", "shards", "request", "metadata_json", "write")
     DATASET_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
+    WRITE_FIELD_NUMBER: _ClassVar[int]
     dataset: str
     base_version: int
     schema: bytes
     shards: _containers.RepeatedCompositeFieldContainer[ShardCommit]
     request: str
     metadata_json: str
-    def __init__(self, dataset: _Optional[str] = ..., base_version: _Optional[int] = ..., schema: _Optional[bytes] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ..., request: _Optional[str] = ..., metadata_json: _Optional[str] = ...) -> None: ...
+    write: str
+    def __init__(self, dataset: _Optional[str] = ..., base_version: _Optional[int] = ..., schema: _Optional[bytes] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ..., request: _Optional[str] = ..., metadata_json: _Optional[str] = ..., write: _Optional[str] = ...) -> None: ...
+
+class SealPartRequest(_message.Message):
+    __slots__ = ("write", "part", "dataset", "schema", "shards", "keep_seconds")
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    write: str
+    part: str
+    dataset: str
+    schema: bytes
+    shards: _containers.RepeatedCompositeFieldContainer[ShardCommit]
+    keep_seconds: float
+    def __init__(self, write: _Optional[str] = ..., part: _Optional[str] = ..., dataset: _Optional[str] = ..., schema: _Optional[bytes] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ..., keep_seconds: _Optional[float] = ...) -> None: ...
+
+class SealPartResponse(_message.Message):
+    __slots__ = ("counted",)
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    counted: bool
+    def __init__(self, counted: _Optional[bool] = ...) -> None: ...
+
+class SealedPart(_message.Message):
+    __slots__ = ("part", "shards")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    part: str
+    shards: _containers.RepeatedCompositeFieldContainer[ShardCommit]
+    def __init__(self, part: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ...) -> None: ...
+
+class ListPartsRequest(_message.Message):
+    __slots__ = ("write", "after", "limit")
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    write: str
+    after: str
+    limit: int
+    def __init__(self, write: _Optional[str] = ..., after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListPartsResponse(_message.Message):
+    __slots__ = ("dataset", "schema", "parts", "next")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    schema: bytes
+    parts: _containers.RepeatedCompositeFieldContainer[SealedPart]
+    next: str
+    def __init__(self, dataset: _Optional[str] = ..., schema: _Optional[bytes] = ..., parts: _Optional[_Iterable[_Union[SealedPart, _Mapping]]] = ..., next: _Optional[str] = ...) -> None: ...
+
+class DropPartsRequest(_message.Message):
+    __slots__ = ("write", "parts")
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    write: str
+    parts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, write: _Optional[str] = ..., parts: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DropPartsResponse(_message.Message):
+    __slots__ = ("num_dropped",)
+    NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    num_dropped: int
+    def __init__(self, num_dropped: _Optional[int] = ...) -> None: ...
 
 class SplitShare(_message.Message):
     __slots__ = ("name", "fraction")

@@ -50,6 +50,21 @@ class DatasetsStub:
                 request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.CommitVersionRequest.SerializeToString,
                 response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DatasetVersion.FromString,
                 _registered_method=True)
+        self.SealPart = channel.unary_unary(
+                '/forebay.v1.Datasets/SealPart',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.SealPartRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.SealPartResponse.FromString,
+                _registered_method=True)
+        self.ListParts = channel.unary_unary(
+                '/forebay.v1.Datasets/ListParts',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.ListPartsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.ListPartsResponse.FromString,
+                _registered_method=True)
+        self.DropParts = channel.unary_unary(
+                '/forebay.v1.Datasets/DropParts',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DropPartsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DropPartsResponse.FromString,
+                _registered_method=True)
         self.DefineSplits = channel.unary_unary(
                 '/forebay.v1.Datasets/DefineSplits',
                 request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineSplitsRequest.SerializeToString,
@@ -117,6 +132,32 @@ class DatasetsServicer:
         of a commit that went through is answered with that version. A create of a
         name that exists fails (ALREADY_EXISTS); an append whose base is not the
         newest version fails (ABORTED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SealPart(self, request, context):
+        """Counts a part of a version that many processes write: its shards were sealed in
+        upload sessions that still live, and which the write holds from now on, for
+        keep_seconds after its last call, also if the daemon restarts. Idempotent by
+        name: where a part of that name counts already, counted is false and the
+        sessions stay the caller's. A schema or a dataset other than that of the parts
+        before is refused (INVALID_ARGUMENT).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListParts(self, request, context):
+        """The parts of a write that count, paged by name. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropParts(self, request, context):
+        """Parts do not count any more, or with no names the whole write ends. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,6 +248,21 @@ def add_DatasetsServicer_to_server(servicer, server):
                     servicer.CommitVersion,
                     request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.CommitVersionRequest.FromString,
                     response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DatasetVersion.SerializeToString,
+            ),
+            'SealPart': grpc.unary_unary_rpc_method_handler(
+                    servicer.SealPart,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.SealPartRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.SealPartResponse.SerializeToString,
+            ),
+            'ListParts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListParts,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.ListPartsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.ListPartsResponse.SerializeToString,
+            ),
+            'DropParts': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropParts,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DropPartsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DropPartsResponse.SerializeToString,
             ),
             'DefineSplits': grpc.unary_unary_rpc_method_handler(
                     servicer.DefineSplits,
@@ -331,6 +387,87 @@ class Datasets:
             '/forebay.v1.Datasets/CommitVersion',
             forebay__wire_dot_v1_dot_datasets__pb2.CommitVersionRequest.SerializeToString,
             forebay__wire_dot_v1_dot_datasets__pb2.DatasetVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SealPart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/SealPart',
+            forebay__wire_dot_v1_dot_datasets__pb2.SealPartRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.SealPartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListParts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/ListParts',
+            forebay__wire_dot_v1_dot_datasets__pb2.ListPartsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.ListPartsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropParts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/DropParts',
+            forebay__wire_dot_v1_dot_datasets__pb2.DropPartsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.DropPartsResponse.FromString,
             options,
             channel_credentials,
             insecure,

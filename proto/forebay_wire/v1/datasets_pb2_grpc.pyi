@@ -45,6 +45,18 @@ class DatasetsStub:
     name that exists fails (ALREADY_EXISTS); an append whose base is not the
     newest version fails (ABORTED).
     """
+    SealPart: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.SealPartRequest, _datasets_pb2.SealPartResponse]
+    """Counts a part of a version that many processes write: its shards were sealed in
+    upload sessions that still live, and which the write holds from now on, for
+    keep_seconds after its last call, also if the daemon restarts. Idempotent by
+    name: where a part of that name counts already, counted is false and the
+    sessions stay the caller's. A schema or a dataset other than that of the parts
+    before is refused (INVALID_ARGUMENT).
+    """
+    ListParts: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListPartsRequest, _datasets_pb2.ListPartsResponse]
+    """The parts of a write that count, paged by name. Idempotent."""
+    DropParts: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DropPartsRequest, _datasets_pb2.DropPartsResponse]
+    """Parts do not count any more, or with no names the whole write ends. Idempotent."""
     DefineSplits: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DefineSplitsRequest, _datasets_pb2.Dataset]
     """Defines splits of one version as immutable selections. A repeat with the
     same arguments is a no-op, with others fails (ALREADY_EXISTS).
@@ -99,6 +111,18 @@ class DatasetsAsyncStub(DatasetsStub):
     name that exists fails (ALREADY_EXISTS); an append whose base is not the
     newest version fails (ABORTED).
     """
+    SealPart: _aio.UnaryUnaryMultiCallable[_datasets_pb2.SealPartRequest, _datasets_pb2.SealPartResponse]  # type: ignore[assignment]
+    """Counts a part of a version that many processes write: its shards were sealed in
+    upload sessions that still live, and which the write holds from now on, for
+    keep_seconds after its last call, also if the daemon restarts. Idempotent by
+    name: where a part of that name counts already, counted is false and the
+    sessions stay the caller's. A schema or a dataset other than that of the parts
+    before is refused (INVALID_ARGUMENT).
+    """
+    ListParts: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListPartsRequest, _datasets_pb2.ListPartsResponse]  # type: ignore[assignment]
+    """The parts of a write that count, paged by name. Idempotent."""
+    DropParts: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DropPartsRequest, _datasets_pb2.DropPartsResponse]  # type: ignore[assignment]
+    """Parts do not count any more, or with no names the whole write ends. Idempotent."""
     DefineSplits: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DefineSplitsRequest, _datasets_pb2.Dataset]  # type: ignore[assignment]
     """Defines splits of one version as immutable selections. A repeat with the
     same arguments is a no-op, with others fails (ALREADY_EXISTS).
@@ -168,6 +192,36 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         name that exists fails (ALREADY_EXISTS); an append whose base is not the
         newest version fails (ABORTED).
         """
+
+    @_abc_1.abstractmethod
+    def SealPart(
+        self,
+        request: _datasets_pb2.SealPartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.SealPartResponse, _abc.Awaitable[_datasets_pb2.SealPartResponse]]:
+        """Counts a part of a version that many processes write: its shards were sealed in
+        upload sessions that still live, and which the write holds from now on, for
+        keep_seconds after its last call, also if the daemon restarts. Idempotent by
+        name: where a part of that name counts already, counted is false and the
+        sessions stay the caller's. A schema or a dataset other than that of the parts
+        before is refused (INVALID_ARGUMENT).
+        """
+
+    @_abc_1.abstractmethod
+    def ListParts(
+        self,
+        request: _datasets_pb2.ListPartsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.ListPartsResponse, _abc.Awaitable[_datasets_pb2.ListPartsResponse]]:
+        """The parts of a write that count, paged by name. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def DropParts(
+        self,
+        request: _datasets_pb2.DropPartsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.DropPartsResponse, _abc.Awaitable[_datasets_pb2.DropPartsResponse]]:
+        """Parts do not count any more, or with no names the whole write ends. Idempotent."""
 
     @_abc_1.abstractmethod
     def DefineSplits(

@@ -70,7 +70,10 @@ def renew_uploads(
     was extended within the last quarter of a lease is left as it is.
     """
     extended = update(uploads).values(expires=now() + lease_seconds)
-    known = connection.execute(extended.where(uploads.c.session == session)).rowcount > 0
+    its_own = uploads.c.session == session
+    known = connection.scalar(select(uploads.c.session).where(its_own)) is not None
+    # What a part holds lives longer than this already.
+    connection.execute(extended.where(its_own, uploads.c.expires < now() + lease_seconds))
     connection.execute(
         extended.where(
             uploads.c.uid == uid,
@@ -151,6 +154,31 @@ def claim_landed(connection: Connection, uid: int, held: Mapping[str, str]) -> N
         connection.execute(delete(uploads).where(uploads.c.session.in_(part)))
 
 
+def hold_landed(
+    connection: Connection,
+    uid: int,
+    held: Mapping[str, str],
+    *,
+    owner: str,
+    lease_seconds: float,
+) -> None:
+    """Make sessions with landed blobs *owner*'s, for *lease_seconds*; *held* is session to blob.
+
+    Raises as :func:`claim_landed`. They outlive this daemon, unlike others.
+    """
+    for part in batches(list(held)):
+        columns = (uploads.c.session, uploads.c.uid, uploads.c.blob, uploads.c.state)
+        live = select(*columns).where(uploads.c.session.in_(part), uploads.c.expires >= now())
+        rows = {row.session: row for row in connection.execute(live)}
+        for session in part:
+            _check_claim(rows.get(session), session, uid, held[session])
+        connection.execute(
+            update(uploads)
+            .where(uploads.c.session.in_(part))
+            .values(owner=owner, expires=now() + lease_seconds, is_held=1)
+        )
+
+
 def _check_claim(row: Any, session: str, uid: int, blob: str) -> None:
     if row is None:
         raise NotFound(
@@ -214,8 +242,9 @@ def expired_uploads(connection: Connection, limit: int) -> list[str]:
 
 
 def end_all_uploads(connection: Connection) -> int:
-    """At the daemon's start: no session of an earlier incarnation lives. How many there were."""
-    return connection.execute(delete(uploads)).rowcount
+    """At the daemon's start: no session of an earlier incarnation lives, except those that hold
+    what landed for a part. How many there were."""
+    return connection.execute(delete(uploads).where(uploads.c.is_held == 0)).rowcount
 
 
 def live_sessions(connection: Connection, sessions: Sequence[str]) -> set[str]:

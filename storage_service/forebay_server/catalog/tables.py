@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 metadata: Final = MetaData()
 
@@ -272,12 +272,28 @@ uploads = Table(
     # What landed: no ON DELETE, so a live session keeps its blob.
     Column("blob", ForeignKey("blobs.blob")),
     Column("expires", Double, nullable=False),
+    # 1: what landed belongs to a part, and waits for its commit also when the daemon restarts.
+    Column("is_held", Integer, nullable=False, default=0, server_default="0"),
     _created(),
     _one_of("state", "open", "sealed", "landed"),
     CheckConstraint("state <> 'landed' OR blob IS NOT NULL", name="landed_is_a_blob"),
     Index("uploads_by_owner", "uid", "owner", "expires"),
     Index("uploads_by_expiry", "expires"),
     Index("uploads_by_blob", "blob"),
+)
+
+parts = Table(
+    "parts",
+    metadata,
+    Column("uid", BigInteger, primary_key=True),
+    Column("write", _name(128), primary_key=True),
+    # Empty: the header of the write.
+    Column("part", _name(128), primary_key=True),
+    # JSON: the shards with their sessions; of the header what all parts share.
+    Column("detail", Text, nullable=False),
+    Column("expires", Double, nullable=False),
+    _created(),
+    Index("parts_by_expiry", "expires"),
 )
 
 jobs = Table(

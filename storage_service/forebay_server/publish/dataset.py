@@ -19,6 +19,7 @@ from forebay_server.catalog.queries_datasets import (
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, TOMBSTONE, Job, job_of
 from forebay_server.catalog.queries_manifests import read_manifest
 from forebay_server.catalog.queries_origins import OriginRow, find_origins
+from forebay_server.catalog.queries_parts import forget_parts
 from forebay_server.catalog.queries_trash import trash_dataset
 from forebay_server.catalog.queries_uploads import claim_landed
 from forebay_server.publish import selections
@@ -73,6 +74,8 @@ class VersionCommit:
     """Random name: the same request is applied once."""
     metadata_json: str = ""
     """A JSON object; empty: that of the base version."""
+    write: str = ""
+    """Whose parts these shards were; they end with the commit."""
 
 
 class Datasets:
@@ -183,6 +186,8 @@ class Datasets:
             )
             made = queries.insert_version(connection, manifest, manifest_id, data, commit.request)
             queries.enqueue_flush(connection, manifest_id)
+            if commit.write:
+                forget_parts(connection, uid, commit.write)
             failpoint("dataset.inside_commit")
             return made
 

@@ -12,6 +12,7 @@ from forebay_server.catalog.queries_datasets import DatasetInfo, VersionInfo
 from forebay_server.catalog.queries_origins import OriginRow
 from forebay_server.publish.dataset import Datasets, VersionCommit
 from forebay_server.publish.origins import OriginDatasets, Registered
+from forebay_server.publish.parts import NewPart, Parts
 from forebay_server.publish.selections import NewSelection
 from forebay_server.publish.shards import ShardCommit
 from forebay_server.rpc.interceptors import caller_uid
@@ -25,8 +26,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
     """What each call promises stands in ``datasets.proto``."""
 
-    def __init__(self, datasets: Datasets, origins: OriginDatasets) -> None:
+    def __init__(self, datasets: Datasets, origins: OriginDatasets, parts: Parts) -> None:
         self._datasets = datasets
+        self._parts = parts
         self._origins = origins
 
     async def ListDatasets(
@@ -51,8 +53,47 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
             shards=_shards(request.shards),
             request=request.request,
             metadata_json=request.metadata_json,
+            write=request.write,
         )
         return convert_version(await self._datasets.commit_version(commit, caller_uid()))
+
+    async def SealPart(
+        self, request: messages.SealPartRequest, context: Context
+    ) -> messages.SealPartResponse:
+        new = NewPart(
+            write=request.write,
+            part=request.part,
+            dataset=request.dataset,
+            schema=request.schema,
+            shards=_shards(request.shards),
+            keep_seconds=request.keep_seconds,
+        )
+        return messages.SealPartResponse(counted=await self._parts.seal(new, caller_uid()))
+
+    async def ListParts(
+        self, request: messages.ListPartsRequest, context: Context
+    ) -> messages.ListPartsResponse:
+        dataset, schema, found, following = await self._parts.page(
+            request.write, caller_uid(), request.after, request.limit
+        )
+        return messages.ListPartsResponse(
+            dataset=dataset,
+            schema=schema,
+            parts=[
+                messages.SealedPart(
+                    part=one.part,
+                    shards=[messages.ShardCommit(**vars(shard)) for shard in one.shards],
+                )
+                for one in found
+            ],
+            next=following,
+        )
+
+    async def DropParts(
+        self, request: messages.DropPartsRequest, context: Context
+    ) -> messages.DropPartsResponse:
+        dropped = await self._parts.drop(request.write, caller_uid(), request.parts)
+        return messages.DropPartsResponse(num_dropped=dropped)
 
     async def DefineSplits(
         self, request: messages.DefineSplitsRequest, context: Context

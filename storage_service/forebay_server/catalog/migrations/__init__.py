@@ -13,7 +13,7 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from forebay_server.catalog.migrations import v0002_movement
+from forebay_server.catalog.migrations import v0002_movement, v0003_parts
 
 
 @dataclass(frozen=True)
@@ -25,5 +25,8 @@ class Migration:
     apply: Callable[[Connection], None]
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (Migration(2, "movement", v0002_movement.apply),)
+MIGRATIONS: Final[tuple[Migration, ...]] = (
+    Migration(2, "movement", v0002_movement.apply),
+    Migration(3, "parts", v0003_parts.apply),
+)
 """In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""
