@@ -7,6 +7,7 @@ whole for any number of workers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch.utils.data
 
 from forebay.dataset.batches import Batch, BatchSource, Transform
 from forebay.dataset.dataset import Dataset
+from forebay.dataset.passes import Pass, refuse_accelerate, torchdata_state
 from forebay.dataset.plan import PlanReporter
+from forebay.dataset.turns import Turns
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.order import worker_steps
 
 # Slots of the memory that parent and workers share.
-_EPOCH, _POSITION, _WORKERS_READ, _LANES = range(4)
+_WORKERS_READ, _LANES = range(2)
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
@@ -29,8 +31,11 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
     Give it to a loader with ``batch_size=None``. Workers (fork, forkserver, spawn) open their own
     connection for bytes and use no gRPC. Each batch carries ``_position``, an int64 tensor
     ``[epoch, samples consumed after it]``: so ``state_dict(after=batch)`` is right whatever the
-    workers read ahead. One iteration gives the rest of the current epoch; call
-    :meth:`set_epoch` before each further one.
+    workers read ahead. Each iteration is an epoch of its own: the first one what is left of the
+    epoch where :meth:`load_state_dict` or :meth:`set_epoch` made it stand, each further one the
+    next whole epoch, even if one was left early. Several may run at once. In torchdata's
+    StatefulDataLoader the loader's own state is exact, too; on other workers or batch sizes,
+    give that state to :meth:`load_state_dict` instead.
     """
 
     def __init__(
@@ -70,40 +75,57 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             world_size=world_size,
         )
         self.dataset = dataset
-        # Persistent workers read it at the start of each iteration, so that a new epoch or a
-        # restored position reaches them.
-        self._shared = torch.zeros(4, dtype=torch.int64).share_memory_()
+        # Both are read at the start of each iteration, so that a new epoch or a restored position
+        # reaches persistent workers.
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._turns = Turns()
+        self._reached: tuple[int, int] | None = None
+        """(epoch, position) of the batch that this process handed out last, without workers."""
         self._plan: PlanReporter | None = None
 
     def __len__(self) -> int:
         """Steps of a whole epoch, on every rank."""
         return self._source.cut(0).num_steps
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Pass:
+        """A pass over the next epoch, or over what is left of the one it was told to stand in."""
+        refuse_accelerate(self, sys.modules)
         self._source.bind()
-        self._take_lanes(int(self._shared[_LANES]))
-        epoch, position = int(self._shared[_EPOCH]), int(self._shared[_POSITION])
-        cut = self._source.cut(position)
-        order = self._source.order(epoch)
         worker = torch.utils.data.get_worker_info()
-        steps = range(cut.num_steps)
-        if worker is not None:
-            self._shared[_WORKERS_READ] = 1
-            steps = worker_steps(cut.num_steps, worker.id, worker.num_workers)
+        if worker is None:
+            return Pass(self, self._turns.take(self._has_rest), 0, 1)
+        self._shared[_WORKERS_READ] = 1
+        place = self._turns.agree(worker.id, worker.seed - worker.id, self._has_rest)
+        return Pass(self, place, worker.id, worker.num_workers)
+
+    def _has_rest(self, position: int) -> bool:
+        return position == 0 or self._source.cut(position).num_steps > 0
+
+    def _read(
+        self, place: tuple[int, int], steps: range
+    ) -> Iterator[tuple[Batch, tuple[int, int]]]:
+        """The batches of *steps* of the pass that began at *place*, and where each one ends."""
+        self._take_lanes(int(self._shared[_LANES]))
+        epoch, position = place
+        cut, order = self._source.cut(position), self._source.order(epoch)
+        worker = torch.utils.data.get_worker_info()
         plan = self._planned() if worker is None or worker.id == 0 else None
         if plan is not None:
-            plan.stand(epoch, position)
+            plan.stand(epoch, cut.bounds(steps[0])[0] if steps else position)
         for step in steps:
             batch, _, _ = self._source.read(order, cut, step)
             after = cut.bounds(step)[1]
             batch["_position"] = torch.tensor([epoch, after])
             if worker is None:
-                self._shared[_POSITION] = after
+                self._reached = (epoch, after)
             if plan is not None:
                 plan.stand(epoch, after)
-            yield batch
+            yield batch, (epoch, after)
         if plan is not None:
             plan.stand(epoch + 1, 0)
+
+    def _went(self, epoch: int) -> None:
+        self._turns.went(epoch)
 
     def _take_lanes(self, lanes: int) -> None:
         """The lanes of the state that the parent restored, if it did: 0 says no."""
@@ -126,6 +148,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         """Stand at the start of *epoch*, in persistent workers too from their next iteration on."""
         if epoch < 0:
             raise InvalidRequest(f"epoch {epoch}: epochs count from 0")
+        refuse_accelerate(self, sys.modules)  # it sets an epoch on all ranks before it reads
         self._stand_at(epoch, 0)
 
     def state_dict(self, after: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -136,26 +159,31 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         """
         if after is not None:
             return self._source.state(*_position_of(after))
+        if torch.utils.data.get_worker_info() is not None:
+            return {}  # torchdata asks the worker's copy: its pass knows
         if int(self._shared[_WORKERS_READ]):
             raise InvalidRequest(
                 "workers read ahead of the training loop, so this process does not know what it "
                 "consumed: pass the last batch, state_dict(after=batch)"
             )
-        return self._source.state(int(self._shared[_EPOCH]), int(self._shared[_POSITION]))
+        return self._source.state(*(self._reached or self._turns.place))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where *state* was taken, on any ranks, workers and batch size.
+        """Stand where *state* was taken, on any ranks, workers and batch size. The state of a
+        torchdata StatefulDataLoader around such a dataset will do, too.
 
         Raises InvalidRequest if it was taken on another dataset version, split, shuffle or seed.
         """
-        place = self._source.restored(state)
+        if torch.utils.data.get_worker_info() is not None:
+            return  # likewise
+        place = self._source.restored(torchdata_state(state) or state)
         self._shared[_LANES] = self._source.lanes
         self._stand_at(*place)
 
     def _stand_at(self, epoch: int, position: int) -> None:
-        self._shared[_EPOCH] = epoch
-        self._shared[_POSITION] = position
         self._shared[_WORKERS_READ] = 0
+        self._reached = None
+        self._turns.stand(epoch, position)
 
     def __getstate__(self) -> dict[str, Any]:
         self._source.bind()  # a spawned worker knows nothing of torch.distributed

@@ -79,7 +79,7 @@ def test_more_ranks_and_workers_give_the_same_global_batches_too(train, num_rank
 @pytest.mark.parametrize(("before", "after"), [((2, 0), (3, 0)), ((1, 0), (2, 0))])
 def test_interrupted_at_every_step_it_goes_on_with_other_ranks(train, before, after):
     expected = expected_batches(train)
-    for steps in range(1, len(expected) + 1):
+    for steps in range(1, len(expected)):
         first, state = read_ranks(train, *before, steps=steps)
         second, _ = read_ranks(train, *after, state=state)
         assert first + second == expected
@@ -108,6 +108,41 @@ def test_it_exchanges_states_with_the_loader(train):
     ) as loader:
         loader.load_state_dict(state)
         assert [real_numbers(batch) for batch in loader] == expected_batches(train)[3:]
+
+
+def numbers(batches) -> list[list[int]]:
+    return [real_numbers(batch) for batch in batches]
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (1, False), (2, True)])
+def test_each_iteration_is_an_epoch_however_early_one_was_left(train, num_workers, persistent):
+    streaming = stream(train)
+    loader = torch_loader(streaming, num_workers, persistent_workers=persistent)
+    assert numbers(loader) == expected_batches(train)
+    for batch in loader:
+        assert real_numbers(batch) == expected_batches(train, epoch=1)[0]
+        break
+    assert numbers(loader) == expected_batches(train, epoch=2)
+    state = streaming.state_dict(after=batch)
+    streaming.load_state_dict(state)
+    assert numbers(loader) == expected_batches(train, epoch=1)[1:]
+    assert numbers(loader) == expected_batches(train, epoch=2)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_iterations_at_once_are_epochs_of_their_own(train, num_workers):
+    loader = torch_loader(stream(train), num_workers)
+    found = [(real_numbers(a), real_numbers(b)) for a, b in zip(loader, loader, strict=True)]
+    assert sorted(map(list, zip(*found, strict=True))) == sorted(
+        [expected_batches(train), expected_batches(train, epoch=1)]
+    )
+
+
+def test_after_the_last_batch_the_next_epoch_comes(train):
+    streaming = stream(train)
+    *_, last = torch_loader(streaming, 0)
+    streaming.load_state_dict(streaming.state_dict(after=last))
+    assert numbers(torch_loader(streaming, 1)) == expected_batches(train, epoch=1)
 
 
 @pytest.mark.parametrize("persistent", [False, True])

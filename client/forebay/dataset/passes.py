@@ -1,0 +1,141 @@
+"""One pass over a StreamingDataset: an iterator that can say where it stands and go on there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, Self
+
+from forebay.dataset.batches import Batch, BatchSource
+from forebay_wire.errors import InvalidRequest
+from forebay_wire.order import worker_steps
+
+
+class Passed(Protocol):
+    """What a pass is over."""
+
+    _source: BatchSource
+
+    def _read(
+        self, place: tuple[int, int], steps: range
+    ) -> Iterator[tuple[Batch, tuple[int, int]]]: ...
+
+    def _went(self, epoch: int) -> None: ...
+
+
+class Pass(Iterator[Batch]):
+    """A worker's batches of one iteration, or all of them without workers. Belongs to one thread.
+
+    It has the two methods by which torchdata's StatefulDataLoader lets an iterator go on.
+    """
+
+    def __init__(
+        self, passed: Passed, place: tuple[int, int], worker: int, num_workers: int
+    ) -> None:
+        """*place*: epoch and position where the iteration begins, for all its workers."""
+        self._passed = passed
+        self._place = place
+        self._worker = (worker, num_workers)
+        self._num_read = 0
+        self._reached = place
+        self._batches: Iterator[tuple[Batch, tuple[int, int]]] | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            num_steps = self._passed._source.cut(self._place[1]).num_steps
+            steps = worker_steps(num_steps, *self._worker)
+            self._batches = self._passed._read(self._place, steps[self._num_read :])
+        batch, self._reached = next(self._batches)
+        self._num_read += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON that says: this worker of as many goes on after what it read."""
+        source = self._passed._source
+        worker, num_workers = self._worker
+        return {
+            "began": source.state(*self._place),
+            "reached": source.state(*self._reached),
+            "num_read": self._num_read,
+            "worker": worker,
+            "num_workers": num_workers,
+            "global_batch_size": source.global_batch_size,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a pass with as many workers and the same batch size stood."""
+        source = self._passed._source
+        worker, num_workers = self._worker
+        for what, here in (
+            ("worker", worker),
+            ("num_workers", num_workers),
+            ("global_batch_size", source.global_batch_size),
+        ):
+            if state[what] != here:
+                raise InvalidRequest(
+                    f"the StatefulDataLoader's state was taken with {what}={state[what]}, here it "
+                    f"is {here}: give that state to StreamingDataset.load_state_dict, which goes "
+                    "on with other workers and batch sizes, and none to the loader"
+                )
+        self._place = source.restored(state["began"])
+        self._reached = source.restored(state["reached"])
+        self._num_read = state["num_read"]
+        self._batches = None
+        self._passed._went(self._place[0])
+
+
+def torchdata_state(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The dataset's state in the *state* of a StatefulDataLoader; None if it is not one.
+
+    That of the batch which the loader handed out last, whatever its workers had read ahead.
+    """
+    if "_snapshot" in state:
+        snapshot = state["_snapshot"]
+        last = f"worker_{snapshot['_last_yielded_worker_id']}"
+        found = _in_fetcher(snapshot["_worker_snapshots"][last]["fetcher_state"])
+        num_later = state["_steps_since_snapshot"]
+    elif "fetcher_state" in state:
+        found, num_later = _in_fetcher(state["fetcher_state"]), 0
+    else:
+        return None
+    reached: dict[str, Any] = dict(found["reached"])
+    reached["position"] += num_later * found["global_batch_size"]
+    return reached
+
+
+def _in_fetcher(state: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    found = None if state is None else state.get("dataset_iter_state")
+    if not isinstance(found, Mapping) or "reached" not in found:
+        raise InvalidRequest(
+            "this is the state of a StatefulDataLoader, but not of one around a StreamingDataset"
+        )
+    return found
+
+
+def refuse_accelerate(dataset: object, modules: Mapping[str, Any]) -> None:
+    """Raise if Accelerate is about to iterate a loader over *dataset* that it prepared.
+
+    Its dispatcher reads the loader of rank 0 alone and shares that out, its shards cut again what
+    is cut already, and both set an epoch over a restored position: samples would be lost without
+    an error. *modules* is ``sys.modules``.
+    """
+    state = modules.get("accelerate.state")
+    if state is None or "accelerate.data_loader" not in modules:
+        return
+    active = state.GradientState().active_dataloader
+    inner: object = getattr(active, "dataset", None)
+    inner = getattr(inner, "dataset", inner) if inner is not dataset else inner
+    if active is not None and inner is dataset:
+        raise InvalidRequest(
+            "Accelerate prepared a loader over a StreamingDataset "
+            f"({type(active).__name__}: dispatch_batches={_DISPATCHES.get(type(active).__name__)}) "
+            "and would lose samples: a StreamingDataset cuts its batches over the ranks itself. Do "
+            "not pass its loader to accelerator.prepare(), whatever dispatch_batches, "
+            "split_batches and even_batches are; or use forebay.DataLoader, which prepare() leaves "
+            "as it is"
+        )
+
+
+_DISPATCHES = {"DataLoaderDispatcher": True, "DataLoaderShard": False}
