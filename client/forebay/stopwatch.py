@@ -22,9 +22,9 @@ CAUSES: Final = (
     "copy",
 )
 """What a batch may wait for: the object tier or the origin; a bandwidth limit, or a store that is
-busy; a local disk, or the catalog; other work in the daemon; what else it takes to open shards; bytes
-over HTTP; digests; finding, parsing and gathering rows; transforms; making tensors; the way to the
-device."""
+busy; a local disk, or the catalog; other work in the daemon; what else it takes to open shards;
+bytes over HTTP; digests; finding, parsing and gathering rows; transforms; making tensors; the way
+to the device."""
 
 WAIT_CAUSES: Final = ("origin", "throttle", "tier", "queue")
 """The ones that the daemon tells."""
@@ -66,7 +66,7 @@ class _Here(threading.local):
 _here: Final = _Here()
 
 
-class timed:  # noqa: N801 - reads like a statement: with timed("verify")
+class timed:
     """A ``with`` block whose time goes to a cause, if a stopwatch runs in this thread; costs half
     a microsecond. Inside, another one takes its part away from this."""
 
@@ -82,6 +82,11 @@ class timed:  # noqa: N801 - reads like a statement: with timed("verify")
             self._before = watch.switch(self._cause)
             self._had = watch.seconds.get(self._cause, 0.0)
         return self
+
+    @property
+    def counts(self) -> bool:
+        """Whether a stopwatch runs in this thread."""
+        return self._watch is not None
 
     def explain(self, parts: object) -> None:
         """The block waited for *parts*, cause to seconds, as the daemon says: no more of them than

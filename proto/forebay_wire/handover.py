@@ -6,7 +6,8 @@ table and the operations are in ``docs/formats/descriptor-socket.md``.
 
 Operations (request -> answer):
 ``hello``    {protocol, pid, name} -> {protocol, node, incarnation, token, http_url}
-``open``     {blobs: [id]} -> {blobs: [entry]}; an entry is
+``open``     {blobs: [id]} -> {blobs: [entry], waits: {reason: seconds}}; no ``waits`` if all was open
+             already; an entry is
              {blob, length, tier, table: [fd, offset, length],
               extents: [[blob_offset, fd, file_offset, length]]}
              where fd is the index of a descriptor of this answer, or

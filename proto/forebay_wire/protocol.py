@@ -22,6 +22,10 @@ TOKEN_METADATA: Final = "authorization"
 ERROR_METADATA: Final = "forebay-error"
 """gRPC trailing metadata key: the name of the exception (see ``forebay_wire.errors``)."""
 
+WAITS_HEADER: Final = "Forebay-Waits"
+"""Header of an answer whose bytes come as they arrive: the name by which ``/v1/waits`` tells what
+it waited for, once the bytes are there."""
+
 RPC_SOCKET_NAME: Final = "rpc.sock"
 DESCRIPTOR_SOCKET_NAME: Final = "data.sock"
 """Both sockets of a daemon lie in one folder of mode 0700."""

@@ -1,4 +1,4 @@
-"""What is done to batches on their way to the trainer, seeded so that it is the same on any topology."""
+"""What is done to batches on their way to the trainer, seeded to be the same on any topology."""
 
 from __future__ import annotations
 
@@ -172,9 +172,16 @@ class Transforms:
     """A loader's transforms, in their order. Thread-safe as far as they are."""
 
     def __init__(self, given: Transform | Sequence[Transform] | None) -> None:
-        steps = [] if given is None else [given] if callable(given) or _is_step(given) else given
+        steps: Sequence[Any]
+        if given is None:
+            steps = ()
+        elif isinstance(given, Sequence):
+            steps = given
+        else:
+            steps = (given,)
         self._steps: list[tuple[Any, bool]] = []
-        for step in steps:  # type: ignore[union-attr]
+        step: Any
+        for step in steps:
             if not callable(step) and not _is_step(step):
                 raise InvalidRequest(
                     f"transform={step!r}: expected a function of a batch, "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
 
 import numpy as np
 
+from forebay.stopwatch import timed
 from forebay.transfer.wanted import WantedBack
 from forebay.transfer.window import POOL
 from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound
@@ -303,7 +304,10 @@ class Blob(ABC):
     def _arrived(self, piece: Piece, digest: int | None = None) -> None:
         """Check a piece whose bytes are there (their *digest*, if known); raises Damage."""
         if piece.segment is not None:
-            self._check(piece.segment, xxh3(piece.view) if digest is None else digest)
+            if digest is None:
+                with timed("verify"):
+                    digest = xxh3(piece.view)
+            self._check(piece.segment, digest)
         if piece.wanted is not None:
             copy(piece.wanted, piece.view[piece.skip : piece.skip + len(piece.wanted)])
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from forebay.forking import watch
+from forebay.stopwatch import timed
 from forebay.transfer.blob import NO_SEGMENT, REOPENS, Blob, Checks, Damage, Piece, UploadSlot, copy
 from forebay.transfer.link import DescriptorLink, close_all
 from forebay.transfer.populate import populate_read, populate_write
@@ -273,7 +274,9 @@ class LocalBlob(Blob):
         """Fault *run* in where a bad page is an error and not SIGBUS, then check it."""
         borders = self._borders
         start, stop = borders[run.start], borders[run.stop]
-        if populate_read(address + start, stop - start) != 0:
+        with timed("tier"):
+            is_there = populate_read(address + start, stop - start) == 0
+        if not is_there:
             for segment in run:
                 start, stop = borders[segment], borders[segment + 1]
                 failure = populate_read(address + start, stop - start)
@@ -281,9 +284,10 @@ class LocalBlob(Blob):
                 # mapped file; the file's length was checked when it was opened.
                 if failure not in (0, errno.EINVAL):
                     raise Damage(segment, f"cannot be read ({os.strerror(failure)})")
-        for segment in run:
-            self._check(segment, xxh3(view[borders[segment] : borders[segment + 1]]))
-            checks.mark(segment)
+        with timed("verify"):
+            for segment in run:
+                self._check(segment, xxh3(view[borders[segment] : borders[segment + 1]]))
+                checks.mark(segment)
 
     def _read_into(self, offset: int, target: memoryview) -> None:
         with self._lock:
@@ -314,13 +318,15 @@ class LocalBlob(Blob):
         for start in range(0, len(piece.view), HOT_BYTES):
             part = piece.view[start : start + HOT_BYTES]
             self._fill(replica, offset + start, part)
-            digest.update(part)
+            with timed("verify"):
+                digest.update(part)
         self._arrived(piece, digest.intdigest())
 
     def _fill(self, replica: Replica | _StreamedReplica, offset: int, target: memoryview) -> None:
         count = 0
         try:
-            count = replica.read(offset, target)
+            with timed("tier"):
+                count = replica.read(offset, target)
         except OSError as error:
             raise Damage(self._segment_at(offset), f"cannot be read ({error.strerror})") from error
         if count < len(target):
@@ -394,9 +400,11 @@ def open_replicas(
     problems: dict[int, tuple[str, str, IntegrityError]] = {}
     wanted = list(range(len(blobs)))
     for _ in range(REOPENS + 1):
-        serial, answer, descriptors = link.request(
-            {"op": "open", "blobs": [blobs[index] for index in wanted], **current_plan()}
-        )
+        with timed("open") as opening:
+            serial, answer, descriptors = link.request(
+                {"op": "open", "blobs": [blobs[index] for index in wanted], **current_plan()}
+            )
+            opening.explain(answer.get("waits"))
         problems = {}
         handover = Handover(descriptors)
         link.count_opens(sum("tier" in entry for entry in answer["blobs"]))

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 from forebay.forking import watch
+from forebay.stopwatch import timed
 from forebay.transfer.blob import NO_SEGMENT, REOPENS, Blob, Checks, Damage, Piece, UploadSlot
 from forebay.transfer.connection import DescriptorConnection
 from forebay.transfer.http import (
@@ -36,7 +37,7 @@ from forebay_wire.errors import (
 )
 from forebay_wire.ids import new_random_name
 from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE, MAX_SEGMENTS_PER_BLOB, MIB
-from forebay_wire.protocol import DataEndpoint
+from forebay_wire.protocol import WAITS_HEADER, DataEndpoint
 from forebay_wire.segments import SegmentTable, table_bytes_for
 
 REQUEST_BYTES: Final = 64 * MIB
@@ -112,7 +113,9 @@ class RemoteTransfer:
     def open_entries(self, blobs: Sequence[str], context: str) -> list[dict[str, Any]]:
         """The daemon's entries for *blobs*, or the first one's exception."""
         body = {"blobs": list(blobs), "client": self._client, **current_plan()}
-        answer = self.post("/v1/open", body)
+        with timed("open") as opening:
+            answer = self.post("/v1/open", body)
+            opening.explain(answer.get("waits"))
         self.wanted_back.tell(answer)
         entries: list[dict[str, Any]] = answer["blobs"]
         self._num_opens += sum("error" not in entry for entry in entries)
@@ -122,6 +125,13 @@ class RemoteTransfer:
                 note = f" ({context})" if context else ""
                 raise rebuild(str(entry["error"]), "UNKNOWN", f"{entry['message']}{note}")
         return entries
+
+    def waits_of(self, answer: str) -> object:
+        """What the daemon waited for in an *answer* that came as it arrived: cause to seconds."""
+        try:
+            return self.post("/v1/waits", {"answer": answer}, wait=0.0).get("waits")
+        except ForebayError:  # one that was restarted: then it is the network's
+            return None
 
     def release_later(self, blob: str) -> None:
         """Note that one open has ended; sent when there are enough. Never blocks."""
@@ -218,10 +228,11 @@ class RemoteTransfer:
         if num_bytes > table_bytes_for(MAX_SEGMENTS_PER_BLOB):
             raise IntegrityError(f"segment table of {num_bytes} bytes ({where})")
         data = memoryview(bytearray(num_bytes))
-        self.exchange(
-            lambda: HttpRequest("GET", f"/v1/tables/{blob}?ticket={quote(ticket)}"),
-            lambda response: read_exactly(response, data),
-        )
+        with timed("network"):
+            self.exchange(
+                lambda: HttpRequest("GET", f"/v1/tables/{blob}?ticket={quote(ticket)}"),
+                lambda response: read_exactly(response, data),
+            )
         return SegmentTable.decode(data, where, blob)
 
 
@@ -276,6 +287,7 @@ class RemoteBlob(Blob):
             num_bytes += len(pieces[count].view)
             count += 1
         done = num_cuts = 0
+        waits = ""
 
         def request() -> HttpRequest:
             start = position + sum(len(piece.view) for piece in pieces[:done])
@@ -286,7 +298,8 @@ class RemoteBlob(Blob):
             )
 
         def read(response: http.client.HTTPResponse) -> None:
-            nonlocal done, num_cuts
+            nonlocal done, num_cuts, waits
+            waits = response.getheader(WAITS_HEADER) or ""
             if response.status != HTTPStatus.PARTIAL_CONTENT:
                 raise http.client.HTTPException(f"a range was asked for, not {response.status}")
             while done < count:
@@ -301,7 +314,10 @@ class RemoteBlob(Blob):
                 self._arrived(pieces[done])
                 done, num_cuts = done + 1, 0
 
-        self._transfer.exchange(request, read)
+        with timed("network") as fetching:
+            self._transfer.exchange(request, read)
+            if waits and fetching.counts:
+                fetching.explain(self._transfer.waits_of(waits))
         return done
 
     def _renew(self) -> None:

@@ -363,8 +363,12 @@ class DescriptorServer:
             return Answer({"blob": blob, "healthy": healthy})
         blobs = [check_id("blob", blob) for blob in _blobs(request)]
         plan = request.get("plan")
-        results = await self._opener.open(client, blobs, plan if isinstance(plan, str) else "")
-        return self._hand_over(client, results, blobs)
+        plan = plan if isinstance(plan, str) else ""
+        waits: dict[str, float] = {}
+        results = await self._opener.open(client, blobs, plan, waits=waits)
+        answer = self._hand_over(client, results, blobs)
+        answer.body["waits"] = waits
+        return answer
 
     def _hand_over(
         self, client: str, results: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] = ()

@@ -46,16 +46,20 @@ class HeldOpens:
         self._held: dict[tuple[str, str], _Held] = {}
 
     async def open(
-        self, client: str, blobs: Sequence[str], plan: str = ""
+        self,
+        client: str,
+        blobs: Sequence[str],
+        plan: str = "",
+        waits: dict[str, float] | None = None,
     ) -> list[OpenedBlob | ForebayError]:
         """Open *blobs*: always anew, since the copy in use may have turned out bad.
 
-        The descriptors stay here.
+        The descriptors stay here. *waits* gets what was waited for, reason to seconds.
         """
         opened = self._opener.open_cached(client, blobs)
         results: Sequence[OpenedBlob | ForebayError] | None = opened
         if results is None:
-            results = await self._opener.open(client, blobs, plan, can_stream=True)
+            results = await self._opener.open(client, blobs, plan, can_stream=True, waits=waits)
         for one in results:
             if isinstance(one, OpenedBlob):
                 self._keep(client, one)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -34,8 +35,9 @@ from forebay_wire.errors import (
     PermissionDenied,
     Unauthenticated,
 )
-from forebay_wire.ids import check_id, check_random_name
+from forebay_wire.ids import check_id, check_random_name, new_random_name
 from forebay_wire.limits import MAX_NAME_BYTES, MAX_OPEN_BLOBS_PER_CLIENT, check_limit
+from forebay_wire.protocol import WAITS_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ MAX_MESSAGE_CHARACTERS: Final = 2000
 
 MAX_BLOBS_PER_REQUEST: Final = 8 * MAX_OPEN_BLOBS_PER_CLIENT
 """Releases come in batches, for more opens than a client may have at a time."""
+
+MAX_STREAM_WAITS: Final = 4096
+"""Answers whose readers may still ask what they waited for."""
 
 BYTES_TYPE: Final = "application/octet-stream"
 
@@ -93,6 +98,7 @@ def make_app(
         [
             web.post("/v1/open", handlers.open),
             web.post("/v1/release", handlers.release),
+            web.post("/v1/waits", handlers.waits),
             web.post("/v1/report", handlers.report),
             web.post("/v1/plans/{operation}", handlers.plan),
             web.get("/v1/blobs/{blob}", handlers.get_data),
@@ -127,6 +133,8 @@ class _Handlers:
         self._auth = auth
         self._render_metrics = render_metrics
         self._is_serving = is_serving
+        self._stream_waits: OrderedDict[object, dict[str, float]] = OrderedDict()
+        """Answers of streams, and what they waited for until now, until somebody asks."""
 
     async def run(self, app: web.Application) -> AsyncIterator[None]:
         """The application's life: unused opens are released meanwhile, all of them at the end."""
@@ -141,19 +149,27 @@ class _Handlers:
     # --------------------------------------------------------------------- JSON, with the token
 
     async def open(self, request: web.Request) -> web.Response:
-        """{blobs, client} -> {blobs: [{blob, length, tier, table_bytes, ticket} | error]}."""
+        """{blobs, client} -> {blobs: [{blob, length, tier, table_bytes, ticket} | error], waits}."""
         uid, body = await self._admit(request)
         client = _client(uid, body)
         blobs = [check_id("blob", blob) for blob in _blobs(body)]
         plan = body.get("plan")
-        results = await self._held.open(client, blobs, plan if isinstance(plan, str) else "")
+        waits: dict[str, float] = {}
+        plan = plan if isinstance(plan, str) else ""
+        results = await self._held.open(client, blobs, plan, waits)
         entries = [
             {"blob": blob, **_error_body(one)}
             if isinstance(one, ForebayError)
             else self._entry(uid, client, one)
             for blob, one in zip(blobs, results, strict=True)
         ]
-        return web.json_response({"blobs": entries} | self._wanted_back(client))
+        answer = {"blobs": entries, "waits": waits}
+        return web.json_response(answer | self._wanted_back(client))
+
+    async def waits(self, request: web.Request) -> web.Response:
+        """{answer} -> {waits}: what a stream's answer has waited for, told once."""
+        _, body = await self._admit(request)
+        return web.json_response({"waits": self._stream_waits.pop(body.get("answer"), {})})
 
     async def plan(self, request: web.Request) -> web.Response:
         """``plan``, ``position`` and ``end_plan``, as on the descriptor socket."""
@@ -292,9 +308,13 @@ class _Handlers:
         response.content_type = BYTES_TYPE
         response.content_length = stop - start
         response.headers["Accept-Ranges"] = "bytes"
+        sending = _Sending(self._opener.streams, self._sender, response, stream)
+        name = response.headers[WAITS_HEADER] = new_random_name()
+        self._stream_waits[name] = sending.waits
+        if len(self._stream_waits) > MAX_STREAM_WAITS:
+            self._stream_waits.popitem(last=False)
         await response.prepare(request)
         transport = request.transport
-        sending = _Sending(self._opener.streams, self._sender, response, stream)
         try:
             if transport is None:
                 raise ConnectionResetError("the client went away")

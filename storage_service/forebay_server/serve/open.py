@@ -162,7 +162,13 @@ class Opener:
         return opened
 
     async def open(
-        self, client: str, blobs: Sequence[str], plan: str = "", *, can_stream: bool = False
+        self,
+        client: str,
+        blobs: Sequence[str],
+        plan: str = "",
+        *,
+        can_stream: bool = False,
+        waits: dict[str, float] | None = None,
     ) -> list[OpenedBlob | ForebayError]:
         """Open *blobs* for *client*, which reads by *plan*: each one, or the reason why not.
 
@@ -170,7 +176,8 @@ class Opener:
         quarantined and the next copy serves; where none is left, the quarantined ones are read
         again, as a tier that was away condemns what is good. A blob that only the object tier has
         is fetched once, however many ask; a large one comes as a stream if the client *can_stream*,
-        else without a descriptor, and not held open. :class:`NotFound`, :class:`IntegrityError`,
+        else without a descriptor, and not held open. *waits* gets what was waited for, reason to
+        seconds. :class:`NotFound`, :class:`IntegrityError`,
         :class:`ResourceExhausted`, :class:`LimitExceeded`, :class:`StorageError`.
         """
         asking = Reading(plan, can_stream)
@@ -184,6 +191,8 @@ class Opener:
         try:
             results = list(await asyncio.gather(*tasks))
             self._promoter.policy.waited(plan, asking.waits)
+            if waits is not None:
+                waits.update(asking.waits)
             return results
         except BaseException:
             for task in tasks:
