@@ -10,9 +10,11 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Final
 
+from forebay.dataset.addresses import AddressTable
 from forebay.dataset.schema import Schema
 from forebay.dataset.shard import BatchColumns, ShardReader
 from forebay.transfer import Transfer, local_path_is_on, make_transfer
@@ -54,12 +56,17 @@ class ShardCache:
         self._max_shards = max_shards
         self._lock = threading.Lock()
         self._opening = threading.Lock()
-        self._shards: OrderedDict[str, ShardReader] = OrderedDict()
-        self._batches: OrderedDict[tuple[str, int], BatchColumns] = OrderedDict()
+        self._shards: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._batches: OrderedDict[tuple[str, int], _HeldBatch] = OrderedDict()
         self._held_bytes = 0
+        self._clock = count(1)
         self._origins: dict[str, str] = {}
         """Blob to the origin that it was opened as."""
         transfer.wanted_back.listen(self.give_back)
+
+    def now(self) -> int:
+        """The time, for the question what was used last."""
+        return next(self._clock)
 
     @property
     def num_shards(self) -> int:
@@ -82,13 +89,30 @@ class ShardCache:
                     if shard is None
                 }
             fresh = self._open_missing(list(missing.values()))
+        now = self.now()
         with self._lock:
             for place in places:
-                if place.ref.blob in self._shards:
+                shard = self._shards.get(place.ref.blob)
+                if shard is not None:
+                    shard.used = now
                     self._shards.move_to_end(place.ref.blob)
-            while len(self._shards) > self._max_shards:
-                self._forget(self._shards.popitem(last=False)[0])
-        return [shard or fresh[place.ref.blob] for place, shard in zip(places, found, strict=True)]
+            self._close_least_used()
+        return [
+            fresh[place.ref.blob] if shard is None else shard.reader
+            for place, shard in zip(places, found, strict=True)
+        ]
+
+    def _close_least_used(self) -> None:
+        """Reads that find their batches held do not come by here: who was used since gets another
+        turn (the "second chance" of page replacement)."""
+        while len(self._shards) > self._max_shards:
+            blob, shard = next(iter(self._shards.items()))
+            used = max((self._batches[blob, n].last_use for n in shard.batches), default=0)
+            if used > shard.used:
+                shard.used = used
+                self._shards.move_to_end(blob)
+            else:
+                self._forget(blob)
 
     def _open_missing(self, places: list[ShardPlace]) -> dict[str, ShardReader]:
         if not places:
@@ -100,39 +124,98 @@ class ShardCache:
             for place, blob in zip(places, blobs, strict=True)
         }
         with self._lock:
-            self._shards.update(fresh)
+            self._shards.update((blob, _OpenShard(reader)) for blob, reader in fresh.items())
             for place, blob in zip(places, blobs, strict=True):
                 if blob.id != place.ref.blob:
                     self._origins[blob.id] = place.ref.blob
         return fresh
 
-    def batch(self, blob: str, shard: ShardReader, index: int) -> BatchColumns:
-        """Record batch *index* of an open *shard*, parsed (and verified) at its first use."""
+    def batch(
+        self, blob: str, shard: ShardReader, index: int, table: AddressTable, number: int
+    ) -> BatchColumns:
+        """Record batch *index* of an open *shard*, parsed (and verified) at its first use.
+
+        As long as it is held, *table* has it as its batch *number*.
+        """
         key = (blob, index)
         with self._lock:
             found = self._batches.get(key)
             if found is not None:
                 self._batches.move_to_end(key)
-                return found
+                found.tell(table, number)
+                return found.columns
         parsed = shard.batch(index)  # two threads may both do this once; both results are right
         with self._lock:
             if key not in self._batches and blob in self._shards:
-                self._batches[key] = parsed
+                held = self._batches[key] = _HeldBatch(parsed, self.now())
+                held.tell(table, number)
+                self._shards[blob].batches.add(index)
                 self._held_bytes += parsed.num_bytes
-            while self._held_bytes > self._batch_bytes and len(self._batches) > 1:
-                self._held_bytes -= self._batches.popitem(last=False)[1].num_bytes
+            self._drop_least_used()
         return parsed
+
+    def _drop_least_used(self) -> None:
+        while self._held_bytes > self._batch_bytes and len(self._batches) > 1:
+            key, held = next(iter(self._batches.items()))
+            used = held.last_use
+            if used > held.used:
+                held.used = used
+                self._batches.move_to_end(key)
+            else:
+                self._shards[key[0]].batches.discard(key[1])
+                self._drop(key)
 
     def give_back(self, blobs: Sequence[str]) -> None:
         """Close these shards, as soon as the last reader lets go of them."""
         with self._lock:
             for blob in [self._origins.get(blob, blob) for blob in blobs]:
-                if self._shards.pop(blob, None) is not None:
+                if blob in self._shards:
                     self._forget(blob)
 
     def _forget(self, blob: str) -> None:
-        for key in [key for key in self._batches if key[0] == blob]:
-            self._held_bytes -= self._batches.pop(key).num_bytes
+        for index in self._shards.pop(blob).batches:
+            self._drop((blob, index))
+
+    def _drop(self, key: tuple[str, int]) -> None:
+        held = self._batches.pop(key)
+        self._held_bytes -= held.columns.num_bytes
+        held.drop()
+
+
+@dataclass
+class _OpenShard:
+    reader: ShardReader
+    batches: set[int] = field(default_factory=set)
+    """Record batches of it that are held."""
+    used: int = 0
+
+
+@dataclass
+class _HeldBatch:
+    """A parsed record batch, and the tables that have it."""
+
+    columns: BatchColumns
+    used: int
+    """Its last use, as far as is known here."""
+    tables: list[tuple[weakref.ref[AddressTable], int]] = field(default_factory=list)
+
+    @property
+    def last_use(self) -> int:
+        tables = [(reference(), number) for reference, number in self.tables]
+        uses = [int(table.used[number]) for table, number in tables if table is not None]
+        return max(self.used, *uses) if uses else self.used
+
+    def tell(self, table: AddressTable, number: int) -> None:
+        table.hold(number, self.columns)
+        if (table.reference, number) not in self.tables:
+            self.tables = [one for one in self.tables if one[0]() is not None]
+            self.tables.append((table.reference, number))
+
+    def drop(self) -> None:
+        for reference, number in self.tables:
+            table = reference()
+            if table is not None:
+                table.drop(number)
 
 
 _lock = threading.Lock()

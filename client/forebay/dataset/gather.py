@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from forebay.dataset.addresses import AddressTable, gather
 from forebay.dataset.cache import ShardCache, ShardPlace
 from forebay.dataset.schema import Column, Schema
 from forebay.dataset.shard import BatchColumns
@@ -93,6 +94,7 @@ class RowReader:
 
     def __init__(self, manifest: DatasetManifest, schema: Schema, cache: ShardCache) -> None:
         self._index = BatchIndex(manifest)
+        self._table = AddressTable(self._index.starts)
         self._cache = cache
         name = f"dataset {manifest.dataset} v{manifest.version}"
         self._places = [
@@ -120,6 +122,31 @@ class RowReader:
         Numbers and arrays come as one array ``(len(rows), *shape)`` from *allocate*, the others as
         lists. Raises IntegrityError, NotFound, DaemonUnavailable.
         """
+        found = self._gathered(rows, [column for column in columns if column.kind in NUMBERS])
+        others = [column for column in columns if column.name not in found]
+        if others:
+            found |= self._grouped(rows, others, allocate)
+        return {column.name: found[column.name] for column in columns}
+
+    def _gathered(self, rows: NDArray[np.int64], columns: Sequence[Column]) -> dict[str, Any]:
+        """The *columns* of numbers by one call each; empty if not all that they need is held."""
+        batches = np.searchsorted(self._index.starts, rows, side="right") - 1
+        looked = self._table.look(batches, columns, self._cache.now()) if columns else None
+        if looked is None:
+            return {}
+        held, origins = looked  # held keeps the memory until all is copied
+        found = {}
+        for column, begins in zip(columns, origins, strict=True):
+            assert column.dtype is not None
+            values = gather(begins + rows * column.fixed_bytes, column.fixed_bytes)
+            found[column.name] = values.view(column.dtype).reshape(len(rows), *column.shape)
+        del held
+        return found
+
+    def _grouped(
+        self, rows: NDArray[np.int64], columns: Sequence[Column], allocate: Allocate
+    ) -> dict[str, Any]:
+        """The *columns*, record batch by record batch."""
         outputs = {column: _make_output(column, len(rows), allocate) for column in columns}
         wanted = list(groups(self._index.starts, rows))
         for start in range(0, len(wanted), GROUPS_AT_ONCE):
@@ -139,8 +166,10 @@ class RowReader:
             zip(shards, self._cache.open([self._places[shard] for shard in shards]), strict=True)
         )
         return [
-            self._cache.batch(self._places[shard].ref.blob, opened[shard], index)
-            for shard, index in places
+            self._cache.batch(
+                self._places[shard].ref.blob, opened[shard], index, self._table, group.batch
+            )
+            for group, (shard, index) in zip(wanted, places, strict=True)
         ]
 
 

@@ -71,7 +71,7 @@ class Column:
     def field(self) -> pa.Field:
         return pa.field(self.name, self.arrow_type, nullable=self.nullable)
 
-    @property
+    @lazy
     def fixed_bytes(self) -> int:
         """Bytes of one sample's value; 0 where they vary."""
         if self.kind not in ("scalar", "array") or self.dtype is None:

@@ -238,6 +238,11 @@ class BatchColumns:
             found = self._arrays[column.name] = _as_numbers(self._arrow(column), column)
         return found
 
+    def address(self, column: Column) -> int:
+        """Where :meth:`numbers` of *column* begin, which lie in line; for as long as this lives."""
+        address: int = self.numbers(column).__array_interface__["data"][0]
+        return address
+
     def objects(self, column: Column, rows: NDArray[np.int64]) -> list[Any]:
         """The values of other columns in the given *rows*: str, bytes, arrays or Python objects."""
         taken = self._arrow(column).take(pa.array(rows))

@@ -1,0 +1,170 @@
+"""Where rows lie in this process's memory, so that those of a batch are copied by one call.
+
+The rows of a batch lie all over the mapped shards of a version, a few in each record batch. numpy
+copies rows of one array from anywhere in it (its "advanced indexing"), without the interpreter's
+lock; so all memory is looked at as one array, whose rows begin at every byte and overlap. Only
+rows whose address is known are ever touched, while whoever keeps their memory is held.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay.dataset.schema import Column
+from forebay.dataset.shard import BatchColumns
+
+FIRST_ADDRESS: Final = 4096
+"""No memory is ever mapped below."""
+
+NUM_ADDRESSES: Final = 1 << 48
+"""As far as the memory of a process goes, unless it asks for more."""
+
+LARGEST_PIECE: Final = 32 * 1024 - 1
+"""Bytes that are copied as one row: numpy counts the bytes of an array in 63 bits."""
+
+WORDS: Final = (1, 2, 4, 8, 16)
+"""Bytes that numpy copies as one item."""
+
+UNKNOWN: Final = np.iinfo(np.int64).min
+
+Addresses = NDArray[np.int64]
+
+
+class _Memory:
+    """All memory as an array, by numpy's protocol for memory of others."""
+
+    def __init__(self, item: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": item,
+            "shape": shape,
+            "strides": strides,
+            "data": (FIRST_ADDRESS, True),
+        }
+
+
+_views: dict[int, NDArray[Any]] = {}
+
+
+def _view(num_bytes: int) -> NDArray[Any]:
+    """Row i is the *num_bytes* from address ``FIRST_ADDRESS + i`` on."""
+    view = _views.get(num_bytes)
+    if view is None:
+        count = NUM_ADDRESSES - FIRST_ADDRESS - num_bytes
+        if num_bytes in WORDS:
+            memory = _Memory(f"|V{num_bytes}", (count,), (1,))
+        else:
+            memory = _Memory("|u1", (count, num_bytes), (1, 1))
+        view = _views[num_bytes] = np.asarray(memory)
+    return view
+
+
+def gather(addresses: Addresses, num_bytes: int) -> NDArray[np.uint8]:
+    """A new array ``(len(addresses), num_bytes)``: the bytes from each address on."""
+    count = len(addresses)
+    if num_bytes == 0 or count == 0:
+        return np.empty((count, num_bytes), dtype=np.uint8)
+    piece = _piece(num_bytes)
+    offsets = addresses - FIRST_ADDRESS
+    if num_bytes == piece:
+        return _view(num_bytes)[offsets].view(np.uint8).reshape(count, num_bytes)
+    pieces = np.arange(0, num_bytes - piece + 1, piece)
+    body = _view(piece)[offsets[:, None] + pieces].reshape(count, -1)
+    if body.shape[1] == num_bytes:
+        return body
+    tail = gather(addresses + body.shape[1], num_bytes - body.shape[1])
+    return np.concatenate((body, tail), axis=1)
+
+
+def _piece(num_bytes: int) -> int:
+    """Bytes of the pieces that a row of *num_bytes* is copied in: equal ones, if there are."""
+    for count in range(-(-num_bytes // LARGEST_PIECE), 2 * (num_bytes // LARGEST_PIECE) + 2):
+        if num_bytes % count == 0:
+            return num_bytes // count
+    return LARGEST_PIECE
+
+
+def origin(batch: BatchColumns, column: Column, first_row: int) -> int:
+    """Where row 0 of the version would lie if all rows lay in line with those of *batch*, which
+    begins with *first_row*."""
+    return batch.address(column) - first_row * column.fixed_bytes
+
+
+class AddressTable:
+    """The record batches of a version that are held open, and where their columns lie.
+
+    Thread-safe. Whoever lets go of a batch (the cache) says so by :meth:`drop`.
+    """
+
+    def __init__(self, starts: NDArray[np.int64]) -> None:
+        """*starts*: the first row of each record batch, and the number of rows last."""
+        self._starts = starts
+        self._lock = threading.Lock()
+        self._held = np.full(len(starts) - 1, None, dtype=object)
+        self._origins: dict[str, NDArray[np.int64]] = {}
+        self.used = np.zeros(len(starts) - 1, dtype=np.int64)
+        """Record batch to the time (of its cache's clock) of its last use."""
+        self.reference = weakref.ref(self)
+
+    def hold(self, number: int, batch: BatchColumns) -> None:
+        """Record batch *number* of the version is *batch*."""
+        with self._lock:
+            self._held[number] = batch
+
+    def drop(self, number: int) -> None:
+        """Forget record batch *number*."""
+        with self._lock:
+            self._held[number] = None
+            for origins in self._origins.values():
+                origins[number] = UNKNOWN
+
+    def look(
+        self, batches: NDArray[np.int64], columns: Sequence[Column], now: int
+    ) -> tuple[NDArray[Any], list[NDArray[np.int64]]] | None:
+        """For each of *batches* (record batch numbers, any number of times each) what keeps its
+        memory, and by column the origin (see :func:`origin`). None if one of them is not held.
+        """
+        with self._lock:
+            held = self._held[batches]
+            tables = [self._of(column.name) for column in columns]
+            origins = [table[batches] for table in tables]
+        self.used[batches] = now
+        for column, table, found in zip(columns, tables, origins, strict=True):
+            if found.min() == UNKNOWN and not self._learn(column, table, batches, held, found):
+                return None
+        if not columns and None in held:
+            return None
+        return held, origins
+
+    def _of(self, name: str) -> NDArray[np.int64]:
+        table = self._origins.get(name)
+        if table is None:
+            table = np.full(len(self._held), UNKNOWN, dtype=np.int64)
+            self._origins[name] = table
+        return table
+
+    def _learn(
+        self,
+        column: Column,
+        table: NDArray[np.int64],
+        batches: NDArray[np.int64],
+        held: NDArray[Any],
+        found: NDArray[np.int64],
+    ) -> bool:
+        """Complete *found*; False if a record batch is not held."""
+        for place in np.flatnonzero(found == UNKNOWN).tolist():
+            batch = held[place]
+            if batch is None:
+                return False
+            number = int(batches[place])
+            found[place] = origin(batch, column, int(self._starts[number]))
+            with self._lock:
+                if self._held[number] is batch:
+                    table[number] = found[place]
+        return True
