@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, Self
 
-from forebay.dataset.batches import Batch, BatchSource
+from forebay.dataset.batches import BatchSource
+from forebay.dataset.transforms import Batch
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import worker_steps
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
+from forebay.dataset.advice import PlanFit
 from forebay.dataset.heartbeat import Heartbeat
 from forebay.transfer import make_transfer
 from forebay_wire.errors import DaemonUnavailable, ForebayError, NotFound
 from forebay_wire.ids import new_random_name
 from forebay_wire.protocol import DataEndpoint
+
+ACCOUNT_SECONDS: Final = 1.0
+"""The daemon is told a loader's sums at most so often."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class PlanNews:
     """``num_waits`` and, by reason, ``tier_seconds``, ``queue_seconds``, ``throttle_seconds``,
     ``origin_seconds``: how long blobs were waited for in the daemon, and why; ``longest_seconds``
     of one wait."""
+    fit: PlanFit = field(default_factory=PlanFit)
+    """How much it reads in an epoch, and how much of that the local tiers can hold."""
 
 
 @dataclass
@@ -39,10 +46,19 @@ class _Standing:
     sent: tuple[int, int] | None = None
     """None: the daemon knows no plan of this loader."""
     news: PlanNews = field(default_factory=PlanNews)
+    account: Callable[[PlanFit], dict[str, Any]] | None = None
+    """The loader's sums."""
+    accounted_at: float = 0.0
 
     def send(self) -> None:
         place, transfer = self.place, make_transfer(self.endpoint)
-        body = {"plan": self.plan, "epoch": place[0], "position": place[1]}
+        body: dict[str, Any] = {"plan": self.plan, "epoch": place[0], "position": place[1]}
+        now = time.monotonic()
+        if self.account is not None and (
+            self.sent is None or now - self.accounted_at >= ACCOUNT_SECONDS
+        ):
+            body["times"] = self.account(self.news.fit)
+            self.accounted_at = now
         answer = None
         if self.sent is not None and place >= self.sent:
             with contextlib.suppress(NotFound):  # of a daemon that was restarted
@@ -51,16 +67,26 @@ class _Standing:
             order = self.make_order()
             answer = transfer.plan("plan", {**body, "loader": self.loader, "order": order})
         self.sent = place
-        self.news = PlanNews(waits=answer["waits"])
+        self.news = PlanNews(waits=answer["waits"], fit=_fit(answer.get("fit")))
 
     def failed(self, error: ForebayError | ValueError) -> None:
         self.sent = None
         if not isinstance(error, DaemonUnavailable):
-            self.news = PlanNews(str(error), self.news.waits)
+            self.news = replace(self.news, problem=str(error))
 
     def end(self) -> None:
         if self.sent is not None:
-            make_transfer(self.endpoint).plan("end_plan", {"plan": self.plan})
+            body: dict[str, Any] = {"plan": self.plan}
+            if self.account is not None:
+                body["times"] = self.account(self.news.fit)
+            make_transfer(self.endpoint).plan("end_plan", body)
+
+
+def _fit(told: object) -> PlanFit:
+    """What a daemon says of the room for a plan; nothing if it is older."""
+    if not isinstance(told, dict):
+        return PlanFit()
+    return PlanFit(int(told["plan_bytes"]), {str(k): int(v) for k, v in told["tiers"].items()})
 
 
 class PlanReporter:
@@ -74,6 +100,11 @@ class PlanReporter:
         whoever owns this object. *loader* says whose plan it is, for people."""
         self._standing = _Standing(make_order, loader, endpoint)
         self._heartbeat: Heartbeat | None = None
+
+    def account(self, account: Callable[[PlanFit], dict[str, Any]]) -> None:
+        """Have the daemon told *account*'s answer now and then, and at the end: the loader's sums.
+        It is called in another thread, and must not refer to whoever owns this object."""
+        self._standing.account = account
 
     @property
     def plan(self) -> str:
