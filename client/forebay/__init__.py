@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from forebay.client import Client, connect
     from forebay.dataset.dataset import Dataset
     from forebay.dataset.loader import DataLoader
+    from forebay.dataset.parallel import WriteSession
     from forebay.dataset.schema import Array
     from forebay.dataset.stream import StreamingDataset
     from forebay.dataset.write import DatasetWriter
@@ -65,6 +66,7 @@ __all__ = [
     "Unauthenticated",
     "UnsupportedObject",
     "VersionMismatch",
+    "WriteSession",
     "connect",
 ]
 
@@ -77,6 +79,7 @@ _LAZY = {
     "Dataset": "forebay.dataset.dataset",
     "DatasetWriter": "forebay.dataset.write",
     "StreamingDataset": "forebay.dataset.stream",
+    "WriteSession": "forebay.dataset.parallel",
     "connect": "forebay.client",
 }
 

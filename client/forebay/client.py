@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from forebay._channel import CALL_SECONDS, CONNECT_SECONDS, RpcChannel
 from forebay.address import Address, parse_address
+from forebay.imports import ImportCalls
 from forebay.integrity import IntegrityCalls
 from forebay.methods import Admin, Blobs, Checkpoints, Datasets
 from forebay.movement import MovementCalls
@@ -52,7 +54,11 @@ def connect(
     Raises DaemonUnavailable if nobody answers within *timeout* seconds, VersionMismatch if the
     daemon speaks no common protocol, Unauthenticated without a token that it gave.
     """
-    client = Client(parse_address(address, token))
+    return _connect_to(parse_address(address, token), timeout)
+
+
+def _connect_to(address: Address, timeout: float = CONNECT_SECONDS) -> Client:
+    client = Client(address)
     try:
         client.channel.connect(timeout)
         client.channel.attach()
@@ -62,7 +68,7 @@ def connect(
     return client
 
 
-class Client(MovementCalls, IntegrityCalls, OriginCalls):
+class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
     """What :func:`connect` returns. Thread-safe, fork-safe (a child connects anew at first use).
 
     Close it, or use it in a ``with``; a client nobody refers to any more closes itself.
@@ -91,6 +97,10 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls):
 
     def __repr__(self) -> str:
         return f"<forebay.Client of {self.address}>"
+
+    def reconnect(self) -> Callable[[], Client]:
+        """What connects another process to the same daemon; small and picklable."""
+        return partial(_connect_to, self.address)
 
     @property
     def endpoint(self) -> DataEndpoint:

@@ -14,7 +14,7 @@ PUBLIC = [
     "OriginChanged",
     *("PermissionDenied", "ResourceExhausted", "SampleTooLarge", "SchemaMismatch"),
     *("StorageError", "StreamingDataset", "Unauthenticated", "UnsupportedObject"),
-    *("VersionMismatch", "connect"),
+    *("VersionMismatch", "WriteSession", "connect"),
 ]
 
 

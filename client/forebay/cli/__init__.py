@@ -14,7 +14,7 @@ from forebay.cli.checkpoint_list import list_checkpoints
 from forebay.cli.checkpoint_show import show_checkpoint
 from forebay.cli.daemon import backup, recover, serve
 from forebay.cli.dataset_delete import delete_dataset
-from forebay.cli.dataset_import import import_dataset
+from forebay.cli.dataset_import import append_dataset, import_dataset
 from forebay.cli.dataset_list import list_datasets
 from forebay.cli.dataset_origins import pin_dataset, register_dataset
 from forebay.cli.dataset_select import select_rows, split_dataset
@@ -53,6 +53,7 @@ for command in (
     list_datasets,
     show_dataset,
     import_dataset,
+    append_dataset,
     register_dataset,
     pin_dataset,
     split_dataset,

@@ -1,25 +1,32 @@
-"""``forebay dataset import``: Parquet, CSV and npz files into a dataset."""
+"""``forebay dataset import`` and ``append``: data in other formats into a dataset."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from forebay.cli.output import size
 from forebay.cli.session import Session, with_session
-from forebay_wire.errors import InvalidRequest, NotFound
+from forebay_wire.errors import NotFound
 from forebay_wire.limits import MIB
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from forebay.client import Client
-    from forebay.dataset.write import DatasetWriter
+FORMATS: Final = (
+    *("parquet", "csv", "jsonl", "npz", "npy", "arrow", "webdataset"),
+    *("mds", "litdata", "huggingface", "zarr", "images"),
+)
+
+BYTES_OF_A_JOB: Final = 256 * MIB
+"""A process takes a second to start: less than this is not worth another."""
+MAX_JOBS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -28,64 +35,119 @@ class _Task:
 
     name: str
     paths: Sequence[str]
+    append: bool
     kind: str | None
     delimiter: str
     has_header: bool
     types: dict[str, str]
     shard_bytes: int
     batch_bytes: int
+    jobs: int
+    split: str | None
+    seed: int
+
+
+def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What both commands take beside NAME and PATH."""
+    options = (
+        click.argument("name"),
+        click.argument("paths", nargs=-1, required=True, metavar="PATH..."),
+        click.option(
+            "--format",
+            "kind",
+            type=click.Choice(FORMATS),
+            help="Default: by names, and by what a folder holds.",
+        ),
+        click.option("--split", metavar="NAME=SHARE,…", help="Define splits: train=0.8,test=0.2."),
+        click.option("--seed", default=0, show_default=True, help="Of the splits' random choice."),
+        click.option(
+            "--delimiter", default=",", show_default=True, help="Between the fields of a CSV."
+        ),
+        click.option(
+            "--no-header", is_flag=True, help="CSV without a first line of names: f0, f1, …"
+        ),
+        click.option(
+            "--type",
+            "types",
+            multiple=True,
+            metavar="COLUMN=TYPE",
+            help="Of a column, instead of the inferred one: float32, string, binary, …",
+        ),
+        click.option("--jobs", type=click.IntRange(min=0), default=0, help=_JOBS_HELP),
+        click.option("--shard-bytes", default=64 * MIB, show_default=True, help="Largest shard."),
+        click.option(
+            "--batch-bytes", default=2 * MIB, show_default=True, help="Record batch, about."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_JOBS_HELP: Final = "Processes that read side by side. Default 0: by the size of the data."
 
 
 @click.command("import")
-@click.argument("name")
-@click.argument("paths", nargs=-1, required=True, metavar="FILE...")
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["parquet", "csv", "npz"]),
-    help="Default: by the end of each file's name.",
-)
+@_with_options
 @click.option("--append", is_flag=True, help="Add a version to a dataset that exists.")
-@click.option("--split", metavar="NAME=SHARE,…", help="Define splits: train=0.8,test=0.2.")
-@click.option("--seed", default=0, show_default=True, help="Of the splits' random choice.")
-@click.option("--delimiter", default=",", show_default=True, help="Between the fields of a CSV.")
-@click.option("--no-header", is_flag=True, help="CSV without a first line of names: f0, f1, …")
-@click.option("--type", "types", multiple=True, metavar="COLUMN=TYPE", help="Of a CSV column.")
-@click.option("--shard-bytes", default=64 * MIB, show_default=True, help="Largest shard.")
-@click.option("--batch-bytes", default=2 * MIB, show_default=True, help="Record batch, about.")
 @with_session
-def import_dataset(
-    session: Session,
-    name: str,
-    paths: tuple[str, ...],
-    kind: str | None,
-    append: bool,
-    split: str | None,
-    seed: int,
-    delimiter: str,
-    no_header: bool,
-    types: tuple[str, ...],
-    shard_bytes: int,
-    batch_bytes: int,
-) -> None:
-    """Make dataset NAME of FILEs (Parquet, CSV, .csv.gz, npz; paths or fsspec URLs).
+def import_dataset(session: Session, append: bool, **options: Any) -> None:
+    """Make dataset NAME of what lies at PATHs: files, folders, patterns, fsspec URLs.
 
-    Rows keep their order. All files become one version, or nothing does.
+    Files: Parquet, CSV, JSON lines, npz, npy, Arrow, WebDataset tar. Folders: of such files, MDS,
+    LitData, what Hugging Face datasets saved, zarr, images in a folder for each class.
+
+    Rows keep their order. All becomes one version, or nothing does. If it is killed, the same
+    command goes on where it was.
     """
-    shares = parse_shares(split)
-    task = _Task(
-        name, paths, kind, delimiter, not no_header, _parse_types(types), shard_bytes, batch_bytes
-    )
+    _run(session, _task(options, append=append))
+
+
+@click.command("append")
+@_with_options
+@with_session
+def append_dataset(session: Session, **options: Any) -> None:
+    """Add what lies at PATHs to dataset NAME, as its next version.
+
+    As import, but the dataset has to exist, and the data have to fit its columns.
+    """
+    _run(session, _task(options, append=True))
+
+
+def _task(given: dict[str, Any], *, append: bool) -> _Task:
+    types = _parse_types(given.pop("types"))
+    return _Task(append=append, has_header=not given.pop("no_header"), types=types, **given)
+
+
+def _run(session: Session, task: _Task) -> None:
+    shares = parse_shares(task.split)
     with session.connect() as client:
-        version, num_rows = _import(client, task, append=append)
-        dataset = client.dataset(name, version)
+        if task.append and task.name not in client.datasets():
+            raise NotFound(f"there is no dataset {task.name!r} to append to: import it first")
+        before = len(client.dataset(task.name)) if task.append else 0
+        with _progress_of(task.name) as progress:
+            dataset = client.import_dataset(
+                task.name,
+                list(task.paths),
+                format=task.kind,
+                append=task.append,
+                types=task.types,
+                delimiter=task.delimiter,
+                has_header=task.has_header,
+                shard_bytes=task.shard_bytes,
+                batch_bytes=task.batch_bytes,
+                jobs=task.jobs or _jobs,
+                progress=progress,
+            )
         if shares:
-            dataset.define_splits(shares, seed=seed)
-        parts = {part: len(client.dataset(name, version, split=part)) for part in shares}
+            dataset.define_splits(shares, seed=task.seed)
+        parts = {
+            part: len(client.dataset(task.name, dataset.version, split=part)) for part in shares
+        }
     value = {
-        "name": name,
-        "version": version,
-        "num_rows_added": num_rows,
+        "name": task.name,
+        "version": dataset.version,
+        "num_rows_added": len(dataset) - before,
         "num_rows": len(dataset),
         "num_bytes": dataset.num_bytes,
         "splits": parts,
@@ -94,73 +156,25 @@ def import_dataset(
     session.show(
         value,
         lambda: print(
-            f"Dataset {name!r} version {version}: {len(dataset):,} rows{shown}, "
+            f"Dataset {task.name!r} version {dataset.version}: {len(dataset):,} rows{shown}, "
             f"{size(dataset.num_bytes)}."
         ),
     )
 
 
-def _import(client: Client, task: _Task, *, append: bool) -> tuple[int, int]:
-    """The new version's number and the rows that were added; all of them or none."""
-    if append:
-        writer = client.append_dataset(
-            task.name, shard_bytes=task.shard_bytes, batch_bytes=task.batch_bytes
-        )
-    else:
-        _refuse_existing(client, task.name)
-        writer = client.create_dataset(
-            task.name, shard_bytes=task.shard_bytes, batch_bytes=task.batch_bytes
-        )
-    with writer, progress_display() as progress:
-        for path in task.paths:
-            _import_file(writer, path, task, progress)
-    assert writer.version is not None
-    return writer.version, writer.num_rows
-
-
-def _refuse_existing(client: Client, name: str) -> None:
-    """Say so before hours of reading; the commit would find out as well."""
-    from forebay_wire.errors import AlreadyExists
-
-    if name in client.datasets():
-        raise AlreadyExists(
-            f"there is a dataset {name!r} already: choose another name, --append to it, or delete "
-            f"it first (forebay dataset delete {name})"
-        )
-
-
-def _import_file(writer: DatasetWriter, path: str, task: _Task, progress: Progress | None) -> None:
-    from forebay.cli.sources import CsvOptions, format_of, open_source  # loads pyarrow
-
-    kind = task.kind or format_of(path)
-    options = CsvOptions(task.delimiter, task.has_header, task.types)
-    with _open(path) as (file, num_bytes):
-        source = open_source(file, path, kind, options)
-        total = source.num_rows if source.num_rows is not None else num_bytes
-        bar: Any = progress.add_task(path, total=total) if progress is not None else None
-        for batch in source.batches():
-            writer.write_table(batch)
-            if progress is not None and source.num_rows is not None:
-                progress.advance(bar, batch.num_rows)
-            elif progress is not None:
-                progress.update(bar, completed=num_bytes if file.closed else file.tell())
+def _jobs(num_bytes: int) -> int:
+    """How many processes read so many bytes."""
+    return max(1, min(len(os.sched_getaffinity(0)), num_bytes // BYTES_OF_A_JOB, MAX_JOBS))
 
 
 @contextmanager
-def _open(path: str) -> Iterator[tuple[IO[bytes], int]]:
-    """A local file or an fsspec URL, open for reading, and its size in bytes."""
-    import fsspec
-
-    try:
-        filesystem, inner = fsspec.core.url_to_fs(path)
-        file = filesystem.open(inner, "rb")
-        num_bytes = int(filesystem.size(inner) or 0)
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no file {path}") from error
-    except (ImportError, IsADirectoryError, PermissionError) as error:
-        raise InvalidRequest(f"{path} cannot be opened: {error}") from error
-    with file:
-        yield file, num_bytes
+def _progress_of(name: str) -> Iterator[Callable[[int, int], None] | None]:
+    with progress_display() as progress:
+        if progress is None:
+            yield None
+            return
+        bar = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 @contextmanager

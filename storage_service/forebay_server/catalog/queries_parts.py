@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, Select, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_blobs import batches
@@ -64,14 +64,15 @@ def add_part(connection: Connection, of: Write, part: SealedPart, lease_seconds:
     :class:`SchemaMismatch` for a part of another dataset or schema than those before.
     """
     forget_expired(connection)
-    header = connection.scalar(_of(of.uid, of.write).where(parts.c.part == HEADER))
+    header = _detail(connection, of, HEADER)
     if header is None:
         _insert(connection, of, HEADER, of.header(), lease_seconds)
     elif header != of.header():
         _refuse(of, json.loads(header))
     extend(connection, of.uid, of.write, lease_seconds)
-    if connection.scalar(_of(of.uid, of.write).where(parts.c.part == part.part)) is not None:
-        return False
+    known = _detail(connection, of, part.part)
+    if known is not None:
+        return _shards(known) == part.shards  # a repeat of the call that counted it
     held = {shard.session: shard.blob for shard in part.shards}
     hold_landed(connection, of.uid, held, owner=_owner(of.write), lease_seconds=lease_seconds)
     _insert(
@@ -143,8 +144,13 @@ def forget_expired(connection: Connection) -> None:
     connection.execute(delete(parts).where(parts.c.expires < now()))
 
 
-def _of(uid: int, write: str) -> Select[tuple[str]]:
-    return select(parts.c.detail).where(parts.c.uid == uid, parts.c.write == write)
+def _detail(connection: Connection, of: Write, part: str) -> str | None:
+    detail: str | None = connection.scalar(
+        select(parts.c.detail).where(
+            parts.c.uid == of.uid, parts.c.write == of.write, parts.c.part == part
+        )
+    )
+    return detail
 
 
 def _insert(

@@ -185,7 +185,8 @@ def test_commands_are_exactly_these(forebay_command) -> None:
     assert groups == {
         "status": [],
         "dataset": [
-            *("delete", "import", "list", "pin", "register", "select", "show", "split", "warm"),
+            *("append", "delete", "import", "list", "pin", "register", "select", "show", "split"),
+            "warm",
         ],
         "checkpoint": ["delete", "list", "show"],
         "jobs": [],

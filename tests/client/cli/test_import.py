@@ -12,7 +12,8 @@ import pytest
 
 import forebay
 from forebay.cli.exit_codes import ExitCode
-from forebay.cli.sources import CsvOptions, open_source
+from forebay.importers.formats import find_source
+from forebay.importers.piece import Options
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire.limits import MIB
 
@@ -183,11 +184,10 @@ def test_npz_that_cannot_be_columns(run, tmp_path: Path, arrays: dict, message: 
 
 def test_files_are_never_read_whole(tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", x=np.frombuffer(os.urandom(64 * MIB), np.uint8).reshape(-1, 1024))
-    with (tmp_path / "t.npz").open("rb") as file:
-        source = open_source(file, "t.npz", "npz", CsvOptions())
-        tracemalloc.start()
-        num_rows = sum(batch.num_rows for batch in source.batches())
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+    (piece,) = find_source([str(tmp_path / "t.npz")]).pieces
+    tracemalloc.start()
+    num_rows = sum(block.batch.num_rows for block in piece.read(None, Options()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert num_rows == 64 * 1024
     assert peak < 24 * MIB

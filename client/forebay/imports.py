@@ -1,0 +1,172 @@
+"""Datasets made of data in other formats, or by many processes; part of :class:`forebay.Client`."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from forebay_wire.errors import AlreadyExists, DaemonUnavailable, InvalidRequest
+from forebay_wire.ids import check_name, new_random_name
+from forebay_wire.limits import MIB
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from forebay.dataset.dataset import Dataset
+    from forebay.dataset.parallel import Connection, WriteSession
+    from forebay.dataset.schema import Schema
+    from forebay.importers.piece import Source
+    from forebay.importers.run import Progress
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+class ImportCalls(ABC):
+    """The calls of :class:`forebay.Client` that read in and write side by side. Thread-safe."""
+
+    @abstractmethod
+    def dataset(self, name: str, version: int | str = "latest") -> Dataset:
+        """One version of a dataset, by name."""
+
+    @abstractmethod
+    def datasets(self) -> list[str]:
+        """The names of all datasets."""
+
+    @abstractmethod
+    def reconnect(self) -> Callable[[], Connection]:
+        """Connects to the same daemon, in any process; picklable."""
+
+    def write_session(
+        self,
+        name: str,
+        schema: Mapping[str, Any] | pa.Schema | Schema | None = None,
+        *,
+        append: bool = False,
+        write: str | None = None,
+        shard_bytes: int = 64 * MIB,
+        batch_bytes: int = 2 * MIB,
+        metadata: Mapping[str, Any] | None = None,
+        keep_seconds: float = 6 * 3600.0,
+    ) -> WriteSession:
+        """A version of dataset *name* that many processes write, in parts that count once each: see
+        :class:`forebay.WriteSession`.
+
+        *schema* as for :meth:`create_dataset`; without one each part infers its own, and they have
+        to agree. *append* adds to the newest version, whose schema it is then. *write* names the
+        session: one of the same name goes on with the parts that were sealed within the last
+        *keep_seconds*.
+        """
+        from forebay.dataset.parallel import Target, WriteSession, serialized
+
+        target = Target(
+            dataset=check_name("dataset", name),
+            write=check_name("write", write or new_random_name()),
+            schema=serialized(schema),
+            shard_bytes=shard_bytes,
+            batch_bytes=batch_bytes,
+            keep_seconds=keep_seconds,
+        )
+        if append:
+            base = self.dataset(name)
+            target = replace(
+                target,
+                base_version=base.version,
+                base_shards=len(base.manifest.shards),
+                schema=serialized(base.schema),
+            )
+        text = "" if metadata is None else json.dumps(dict(metadata))
+        return WriteSession(target, self.reconnect(), text)
+
+    def import_dataset(
+        self,
+        name: str,
+        source: Any,
+        *,
+        format: str | None = None,
+        append: bool = False,
+        types: Mapping[str, Any] | None = None,
+        delimiter: str = ",",
+        has_header: bool = True,
+        shard_bytes: int = 64 * MIB,
+        batch_bytes: int = 2 * MIB,
+        metadata: Mapping[str, Any] | None = None,
+        jobs: int | Callable[[int], int] = 1,
+        progress: Progress | None = None,
+    ) -> Dataset:
+        """Make dataset *name* of *source*, in one version: all of it, or nothing.
+
+        *source* is a path, URL or pattern, or several: files (Parquet, CSV, JSON lines, npz, npy,
+        Arrow, WebDataset tar) or folders (of such files; MDS; LitData; what ``datasets`` saved;
+        zarr; images in a folder for each class). *format* names the format where the names do not.
+        Or it is a ``datasets.Dataset``, a ``pyarrow.Table`` or an iterable of record batches.
+
+        *types* maps columns to the types that they shall have instead of inferred ones. *append*
+        adds to the newest version. *jobs* processes read side by side; they are new interpreters,
+        so a script that asks for them needs ``if __name__ == "__main__":``. It may be a function of
+        the source's bytes. *progress* is called with the bytes that are done, and all.
+
+        An import that was killed goes on where it was if it is called again within 6 hours, with
+        the same files and arguments: parts that were sealed are not read again. SchemaMismatch
+        names file, row and column; NotFound, InvalidRequest, IntegrityError name the file.
+        """
+        from forebay.importers.objects import source_of
+        from forebay.importers.piece import Options
+        from forebay.importers.run import write_parts
+
+        if not append and name in self.datasets():
+            raise AlreadyExists(
+                f"there is a dataset {name!r} already: choose another name, append to it "
+                "(--append), or delete it first"
+            )
+        options = Options(dict(types or {}), delimiter, has_header)
+        found = source_of(source, format)
+        base = self.dataset(name) if append else None
+        schema = found.schema(options) if base is None else base.schema
+        session = self.write_session(
+            name,
+            schema,
+            append=append,
+            write=self._write_name(found, name, base, repr((options, shard_bytes, batch_bytes))),
+            shard_bytes=shard_bytes,
+            batch_bytes=batch_bytes,
+            metadata=_metadata(found, metadata, base),
+        )
+        parts = found.parts(shard_bytes)
+        workers = jobs(found.num_bytes) if callable(jobs) else jobs
+        if workers < 1:
+            raise InvalidRequest(f"{workers} jobs: at least 1")
+        try:
+            write_parts(
+                session,
+                parts,
+                schema,
+                options,
+                jobs=workers if found.can_travel else 1,
+                progress=progress,
+            )
+            version = session.commit([part.name for part in parts])
+        except (DaemonUnavailable, KeyboardInterrupt):
+            raise  # what is sealed stays for the next try
+        except BaseException:
+            session.abort()
+            raise
+        return self.dataset(name, version)
+
+    def _write_name(self, found: Source, name: str, base: Dataset | None, options: str) -> str:
+        """The same for the same import; a random one where that cannot be known."""
+        on = "" if base is None else base.manifest_id
+        digest = found.digest(name, on, options)
+        return f"import-{digest}" if digest else new_random_name()
+
+
+def _metadata(
+    found: Source, given: Mapping[str, Any] | None, base: Dataset | None
+) -> Mapping[str, Any] | None:
+    """The user's, over what the format says; an append changes nothing by itself."""
+    if base is not None or not found.metadata:
+        return given
+    return {**found.metadata, **(given or {})}
