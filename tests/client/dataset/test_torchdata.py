@@ -1,4 +1,4 @@
-"""Our dataset in torchdata's StatefulDataLoader: its own state is exact, and elastic with our help."""
+"""Our dataset in torchdata's StatefulDataLoader: its own state is exact, and elastic with us."""
 
 import itertools
 import json
