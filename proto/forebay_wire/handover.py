@@ -6,8 +6,8 @@ table and the operations are in ``docs/formats/descriptor-socket.md``.
 
 Operations (request -> answer):
 ``hello``    {protocol, pid, name} -> {protocol, node, incarnation, token, http_url}
-``open``     {blobs: [id]} -> {blobs: [entry], waits: {reason: seconds}}; no ``waits`` if all was open
-             already; an entry is
+``open``     {blobs: [id]} -> {blobs: [entry], waits: {reason: seconds}}; no ``waits`` if all was
+             open already; an entry is
              {blob, length, tier, table: [fd, offset, length],
               extents: [[blob_offset, fd, file_offset, length]]}
              where fd is the index of a descriptor of this answer, or
@@ -20,9 +20,9 @@ Operations (request -> answer):
 ``slot``     {session} -> {capacity} and one writable descriptor of the upload session's slot
 ``plan``     {plan, loader, order: {manifest, selection, shuffle, seed, global_batch_size,
              last_batch, rank, num_ranks, num_epochs}, epoch, position} -> standing
-``position`` {plan, epoch, position} -> standing: {plan, lease_seconds, waits}; what it means is in
-             ``plans.proto``. A plan ends with the connection that registered it
-``end_plan`` {plan} -> {existed}
+``position`` {plan, epoch, position} -> standing: {plan, lease_seconds, waits, fit}; what it means
+             is in ``plans.proto``. A plan ends with the connection that registered it
+``end_plan`` {plan} -> {existed}; these three may carry {times}, the sums of the loader
 The answers to ``open`` and to the operations of plans may also carry {wanted_back: [id]}: blobs
 that this connection has open and whose room the daemon needs for what is read sooner.
 An answer {error, message} stands for an exception of ``forebay_wire.errors``.

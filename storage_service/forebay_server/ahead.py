@@ -88,6 +88,13 @@ class Ahead:
         for tier, num_bytes in self.evictor.evicted_bytes.items():
             yield Sample("forebay_evicted_bytes", (tier,), num_bytes)
         yield Sample("forebay_plans", (), len(self.plans.all))
+        totals = self.plans.totals
+        yield Sample("forebay_loader_samples_total", (), totals.samples)
+        yield Sample("forebay_loader_masked_samples_total", (), totals.masked_samples)
+        for cause, seconds in totals.stalls.items():
+            yield Sample("forebay_loader_wait_seconds_total", (cause,), seconds)
+        for cause, seconds in totals.reading.items():
+            yield Sample("forebay_loader_read_seconds_total", (cause,), seconds)
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -122,6 +122,40 @@ class PlanStanding(_message.Message):
     waits: Waits
     def __init__(self, plan: _Optional[str] = ..., lease_seconds: _Optional[float] = ..., waits: _Optional[_Union[Waits, _Mapping]] = ...) -> None: ...
 
+class CauseTime(_message.Message):
+    __slots__ = ("cause", "wait_seconds", "read_seconds")
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    READ_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    cause: str
+    wait_seconds: float
+    read_seconds: float
+    def __init__(self, cause: _Optional[str] = ..., wait_seconds: _Optional[float] = ..., read_seconds: _Optional[float] = ...) -> None: ...
+
+class LoaderTimes(_message.Message):
+    __slots__ = ("samples", "batches", "bytes_read", "masked_samples", "seconds", "wait_seconds", "causes", "advice", "covers", "ago_seconds")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_READ_FIELD_NUMBER: _ClassVar[int]
+    MASKED_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CAUSES_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
+    COVERS_FIELD_NUMBER: _ClassVar[int]
+    AGO_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    samples: int
+    batches: int
+    bytes_read: int
+    masked_samples: int
+    seconds: float
+    wait_seconds: float
+    causes: _containers.RepeatedCompositeFieldContainer[CauseTime]
+    advice: str
+    covers: str
+    ago_seconds: float
+    def __init__(self, samples: _Optional[int] = ..., batches: _Optional[int] = ..., bytes_read: _Optional[int] = ..., masked_samples: _Optional[int] = ..., seconds: _Optional[float] = ..., wait_seconds: _Optional[float] = ..., causes: _Optional[_Iterable[_Union[CauseTime, _Mapping]]] = ..., advice: _Optional[str] = ..., covers: _Optional[str] = ..., ago_seconds: _Optional[float] = ...) -> None: ...
+
 class EndPlanRequest(_message.Message):
     __slots__ = ("plan",)
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -139,7 +173,7 @@ class ListPlansRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class PlanSummary(_message.Message):
-    __slots__ = ("plan", "loader", "dataset", "epoch", "position", "num_samples", "ready_bytes", "rate", "waits", "ahead_bytes", "expires_seconds", "recent")
+    __slots__ = ("plan", "loader", "dataset", "epoch", "position", "num_samples", "ready_bytes", "rate", "waits", "ahead_bytes", "expires_seconds", "recent", "times", "plan_bytes")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     LOADER_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +186,8 @@ class PlanSummary(_message.Message):
     AHEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_SECONDS_FIELD_NUMBER: _ClassVar[int]
     RECENT_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    PLAN_BYTES_FIELD_NUMBER: _ClassVar[int]
     plan: str
     loader: str
     dataset: str
@@ -164,7 +200,9 @@ class PlanSummary(_message.Message):
     ahead_bytes: int
     expires_seconds: float
     recent: _containers.RepeatedCompositeFieldContainer[Wait]
-    def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., dataset: _Optional[str] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_samples: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., rate: _Optional[float] = ..., waits: _Optional[_Union[Waits, _Mapping]] = ..., ahead_bytes: _Optional[int] = ..., expires_seconds: _Optional[float] = ..., recent: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ...) -> None: ...
+    times: LoaderTimes
+    plan_bytes: int
+    def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., dataset: _Optional[str] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., num_samples: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., rate: _Optional[float] = ..., waits: _Optional[_Union[Waits, _Mapping]] = ..., ahead_bytes: _Optional[int] = ..., expires_seconds: _Optional[float] = ..., recent: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ..., times: _Optional[_Union[LoaderTimes, _Mapping]] = ..., plan_bytes: _Optional[int] = ...) -> None: ...
 
 class ListPlansResponse(_message.Message):
     __slots__ = ("plans",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any, Final
 
+from forebay_server.model.loader_times import LoaderTimes
 from forebay_server.serve.plans import OrderParameters, Plan, Plans
 from forebay_wire.errors import InvalidRequest
 
@@ -20,11 +21,17 @@ async def answer_plan(
 ) -> dict[str, Any]:
     """The answer to a plan *operation*; the plan is *owner*'s, as long as that is connected."""
     plan = _text(body, "plan")
+    times = LoaderTimes.parse(body["times"]) if "times" in body else None
     if operation == "end_plan":
+        if times is not None:
+            plans.told(plan, times, uid=uid)
         return {"existed": plans.end(plan, uid=uid)}
     epoch, position = _number(body, "epoch"), _number(body, "position")
     if operation == "position":
-        return _standing(plans, plans.advance(plan, epoch, position, uid=uid))
+        made = plans.advance(plan, epoch, position, uid=uid)
+        if times is not None:
+            plans.told(plan, times, uid=uid)
+        return _standing(plans, made)
     made = await plans.register(
         plan,
         _text(body, "loader"),
@@ -34,6 +41,8 @@ async def answer_plan(
         uid=uid,
         owner=owner,
     )
+    if times is not None:
+        plans.told(plan, times, uid=uid)
     return _standing(plans, made)
 
 
@@ -42,6 +51,7 @@ def _standing(plans: Plans, plan: Plan) -> dict[str, Any]:
         "plan": plan.name,
         "lease_seconds": plans.lease_seconds,
         "waits": asdict(plan.waits),
+        "fit": {"plan_bytes": plan.num_bytes, "tiers": plans.capacities()},
     }
 
 

@@ -149,7 +149,8 @@ class _Handlers:
     # --------------------------------------------------------------------- JSON, with the token
 
     async def open(self, request: web.Request) -> web.Response:
-        """{blobs, client} -> {blobs: [{blob, length, tier, table_bytes, ticket} | error], waits}."""
+        """{blobs, client} -> {blobs: [{blob, length, tier, table_bytes, ticket} | error], waits}:
+        what was waited for."""
         uid, body = await self._admit(request)
         client = _client(uid, body)
         blobs = [check_id("blob", blob) for blob in _blobs(body)]

@@ -26,6 +26,8 @@ class Keeping(NextUse):
 
     def __init__(self, capacity_bytes: int) -> None:
         super().__init__()
+        self.capacity_bytes = capacity_bytes
+        """What the tier may hold, as it was last told."""
         self._reactive = ReactiveCache(capacity_bytes)
 
     @property
@@ -35,6 +37,7 @@ class Keeping(NextUse):
 
     def resize(self, capacity_bytes: int) -> None:
         """What the tier may hold has changed; small changes cost nothing."""
+        self.capacity_bytes = capacity_bytes
         self._reactive.resize(capacity_bytes)
 
     def asked(self, blob: str, num_bytes: int, now: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -137,6 +137,27 @@ METRICS: Final[dict[str, MetricSpec]] = {
             "Bytes of copies given up since the start, as another tier has them.",
         ),
         MetricSpec("forebay_plans", "gauge", (), "Plans of loaders that are known now."),
+        MetricSpec(
+            "forebay_loader_wait_seconds_total",
+            "counter",
+            ("cause",),
+            "Seconds that training loops waited for data, as their loaders tell, by cause.",
+        ),
+        MetricSpec(
+            "forebay_loader_read_seconds_total",
+            "counter",
+            ("cause",),
+            "Seconds that threads and workers of loaders spent on reading, by cause.",
+        ),
+        MetricSpec(
+            "forebay_loader_samples_total", "counter", (), "Samples that loaders handed out."
+        ),
+        MetricSpec(
+            "forebay_loader_masked_samples_total",
+            "counter",
+            (),
+            "Samples that loaders masked because they could not be read.",
+        ),
         MetricSpec("forebay_start_unix_seconds", "gauge", (), "When this daemon started."),
     )
 }
@@ -145,9 +166,13 @@ METRICS: Final[dict[str, MetricSpec]] = {
 SECONDS_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 
 
+TOLD: Final = frozenset(name for name in METRICS if name.startswith("forebay_loader_"))
+"""Counters that others count: their values come with those of the gauges."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One value of a gauge."""
+    """One value of a gauge, or of a counter that others count."""
 
     name: str
     labels: tuple[str, ...]
@@ -161,11 +186,13 @@ class _Gauges:
         self.samples: tuple[Sample, ...] = ()
 
     def collect(self) -> Iterator[Metric]:
-        families = {
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
             spec.name: GaugeMetricFamily(spec.name, spec.meaning, labels=spec.labels)
             for spec in METRICS.values()
             if spec.kind == "gauge"
         }
+        for spec in (METRICS[name] for name in TOLD):
+            families[spec.name] = CounterMetricFamily(spec.name, spec.meaning, labels=spec.labels)
         for sample in self.samples:
             families[sample.name].add_metric(sample.labels, sample.value)
         yield from families.values()

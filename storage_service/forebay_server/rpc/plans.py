@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc.aio
 
+from forebay_server.model.loader_times import LoaderTimes
 from forebay_server.rpc.interceptors import caller_uid
 from forebay_server.serve.plans import OrderParameters, Plan, Plans, Waited
 from forebay_server.serve.standing import PlanReader, Standing
@@ -102,6 +103,31 @@ def convert_standing(standing: Standing) -> messages.PlanSummary:
         ready_bytes=standing.ready_bytes,
         expires_seconds=standing.expires_seconds,
         recent=[_wait(one, standing.now) for one in reversed(plan.recent)],
+        times=None if plan.times is None else _times(plan.times, standing.now - plan.times_at),
+        plan_bytes=plan.num_bytes,
+    )
+
+
+def _times(times: LoaderTimes, ago_seconds: float) -> messages.LoaderTimes:
+    causes = {**dict.fromkeys(times.reading, 0.0), **times.stalls}
+    return messages.LoaderTimes(
+        samples=times.samples,
+        batches=times.batches,
+        bytes_read=times.bytes_read,
+        masked_samples=times.masked_samples,
+        seconds=times.seconds,
+        wait_seconds=times.wait_seconds,
+        causes=[
+            messages.CauseTime(
+                cause=cause,
+                wait_seconds=causes[cause],
+                read_seconds=times.reading.get(cause, 0.0),
+            )
+            for cause in sorted(causes, key=lambda one: -causes[one])
+        ],
+        advice=times.advice,
+        covers=times.covers,
+        ago_seconds=ago_seconds,
     )
 
 

@@ -129,6 +129,10 @@ class Foresight:
         """Whether *tier* would keep *blob* if nothing had to go for it."""
         return self._tiers[tier].should_admit(blob, num_bytes, num_bytes).admit
 
+    def capacities(self) -> dict[str, int]:
+        """Tier to bytes that it may hold, the fastest first."""
+        return {name: known.capacity_bytes for name, known in self._tiers.items()}
+
     def policies(self) -> dict[str, str]:
         """Tier to the policy that it follows for what no plan knows."""
         return {name: known.following for name, known in self._tiers.items()}

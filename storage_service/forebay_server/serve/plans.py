@@ -12,6 +12,7 @@ from typing import Final
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_objects import wanted_manifest
 from forebay_server.catalog.queries_origins import find_origins
+from forebay_server.model.loader_times import LoaderTimes, LoaderTotals
 from forebay_server.model.lookahead import OrderView, RangesView
 from forebay_server.model.uses import ReadOrder
 from forebay_server.serve.foresight import Foresight
@@ -124,6 +125,11 @@ class Plan:
     rate: float = 0.0
     """Samples a second, lately."""
     advanced_at: float = 0.0
+    num_bytes: int = 0
+    """Of the shards that it reads in an epoch; 0 for explicit ranges of nobody knows what."""
+    times: LoaderTimes | None = None
+    """What its loader last told of its time."""
+    times_at: float = 0.0
 
     def time(self, epoch: int, position: int) -> int:
         """A place in the row of epochs, or of ranges, as one number."""
@@ -149,6 +155,7 @@ class Plans:
         self._plans: dict[str, Plan] = {}
         self._learned: OrderedDict[str, str] = OrderedDict()
         """Origins whose bytes were read lately, and the blobs that they make."""
+        self.totals = LoaderTotals()
 
     def learned(self, origin: str, blob: str) -> None:
         """The bytes of *origin* were read for the first time and make *blob*: under this name they
@@ -223,6 +230,7 @@ class Plans:
         if before is not None:
             self._foresight.remove_plan(plan)
             made.waits, made.recent = before.waits, before.recent
+            made.times, made.times_at = before.times, before.times_at
         made.loader = loader[:MAX_LOADER_CHARACTERS]
         made.epoch, made.position = epoch, position
         made.advanced_at = self._foresight.clock()
@@ -284,6 +292,18 @@ class Plans:
         self._changed()
         return found
 
+    def told(self, plan: str, times: LoaderTimes, *, uid: int = 0) -> None:
+        """The loader of *plan* tells its sums; of an unknown plan they count in the totals."""
+        self._check_owner(plan, uid)
+        self.totals.add(times)
+        found = self._plans.get(plan)
+        if found is not None:
+            found.times, found.times_at = times, self._foresight.clock()
+
+    def capacities(self) -> dict[str, int]:
+        """Local tier to bytes that it may hold, the fastest first."""
+        return self._foresight.capacities()
+
     def end(self, plan: str, *, uid: int = 0) -> bool:
         """End a plan; whether there was one."""
         found = self._plans.get(plan)
@@ -325,7 +345,7 @@ class Plans:
         owner: str,
     ) -> Plan:
         version = await self._read_version(order.manifest)
-        rule, num_samples = None, version.num_rows
+        rule, num_samples, counts = None, version.num_rows, None
         if order.selection:
             selection = await self._read(order.selection, "split")
             if not isinstance(selection, SelectionManifest):
@@ -335,7 +355,7 @@ class Plans:
                     f"split {selection.name!r} is one of {selection.dataset} version "
                     f"{selection.version}, not of {version.dataset} version {version.version}"
                 )
-            rule = rule_of(selection)
+            rule, counts = rule_of(selection), selection.rule.get("counts")
             num_samples = selection.num_rows
         if position > num_samples:
             raise InvalidRequest(
@@ -364,6 +384,11 @@ class Plans:
             reading.time(epoch, position),
         )
         made = Plan(plan, loader, "", uid, owner, num_samples, view, 0.0)
+        made.num_bytes = sum(
+            shard.num_bytes
+            for number, shard in enumerate(shards)
+            if counts is None or counts[number]
+        )
         await self._name(made, version)
         return made
 
@@ -372,6 +397,7 @@ class Plans:
 
     async def _name(self, made: Plan, version: DatasetManifest) -> None:
         """Say that *made* reads *version*, whose origins it knows by their blobs, if there are."""
+        made.num_bytes = made.num_bytes or sum(shard.num_bytes for shard in version.shards)
         made.dataset = f"{version.dataset}@{version.version}"
         origins = [shard.blob for shard in version.shards if shard.origin is not None]
         known = await self._catalog.read(lambda one: find_origins(one, origins)) if origins else {}
