@@ -23,6 +23,7 @@ from forebay_wire.errors import (
     SampleTooLarge,
     SchemaMismatch,
     StorageError,
+    TooManyBadSamples,
     Unauthenticated,
     UnsupportedObject,
     VersionMismatch,
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
     from forebay.checkpoint import Checkpointer
     from forebay.client import Client, connect
     from forebay.dataset.dataset import Dataset
+    from forebay.dataset.images import decode_images
     from forebay.dataset.loader import DataLoader
     from forebay.dataset.parallel import WriteSession
     from forebay.dataset.schema import Array
     from forebay.dataset.stream import StreamingDataset
+    from forebay.dataset.transforms import per_sample
     from forebay.dataset.write import DatasetWriter
 
 __all__ = [
@@ -63,11 +66,14 @@ __all__ = [
     "SchemaMismatch",
     "StorageError",
     "StreamingDataset",
+    "TooManyBadSamples",
     "Unauthenticated",
     "UnsupportedObject",
     "VersionMismatch",
     "WriteSession",
     "connect",
+    "decode_images",
+    "per_sample",
 ]
 
 # Resolved at first use (PEP 562): importing forebay loads neither torch nor gRPC nor pyarrow.
@@ -81,9 +87,11 @@ _LAZY = {
     "StreamingDataset": "forebay.dataset.stream",
     "WriteSession": "forebay.dataset.parallel",
     "connect": "forebay.client",
+    "decode_images": "forebay.dataset.images",
+    "per_sample": "forebay.dataset.transforms",
 }
 
-_NEEDS_TORCH = {"Checkpointer", "DataLoader", "StreamingDataset"}
+_NEEDS_TORCH = {"Checkpointer", "DataLoader", "StreamingDataset", "decode_images", "per_sample"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,9 @@ PUBLIC = [
     *("Fenced", "ForebayError", "IntegrityError", "InvalidRequest", "LimitExceeded", "NotFound"),
     "OriginChanged",
     *("PermissionDenied", "ResourceExhausted", "SampleTooLarge", "SchemaMismatch"),
-    *("StorageError", "StreamingDataset", "Unauthenticated", "UnsupportedObject"),
-    *("VersionMismatch", "WriteSession", "connect"),
+    *("StorageError", "StreamingDataset", "TooManyBadSamples", "Unauthenticated"),
+    "UnsupportedObject",
+    *("VersionMismatch", "WriteSession", "connect", "per_sample"),
 ]
 
 

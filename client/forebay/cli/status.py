@@ -11,16 +11,48 @@ from forebay.cli.session import Session, with_session
 
 if TYPE_CHECKING:
     from forebay_wire.v1.admin_pb2 import JobStatus, StatusResponse, TierStatus
-    from forebay_wire.v1.plans_pb2 import PlanSummary, Waits
+    from forebay_wire.v1.plans_pb2 import LoaderTimes, PlanSummary, Waits
 
 
 @click.command()
+@click.option("--loaders", is_flag=True, help="Only the loaders, and where their time goes.")
 @with_session
-def status(session: Session) -> None:
+def status(session: Session, loaders: bool) -> None:
     """Tiers with their bytes, datasets, runs, background work, and the plans of loaders."""
     with session.connect() as client:
         found = client.status()
-    session.show(record(found), lambda: _print(found))
+    if loaders:
+        session.show([record(plan) for plan in found.plans], lambda: _print_loaders(found))
+    else:
+        session.show(record(found), lambda: _print(found))
+
+
+def _print_loaders(found: StatusResponse) -> None:
+    if not found.plans:
+        print("No loader reads.")
+        return
+    columns = ("loader", "reads", ">at", ">samples/s", ">waited", "for", ">masked", "advice")
+    print_table(columns, [_loader(plan) for plan in found.plans])
+
+
+def _loader(plan: PlanSummary) -> tuple[str, ...]:
+    loader, reads, place, rate, *_ = _plan(plan)
+    if not plan.HasField("times"):
+        return (loader, reads, place, rate, "–", _waits(plan.waits), "–", "")
+    times = plan.times
+    waited = f"{times.wait_seconds / times.seconds:.1%}" if times.wait_seconds else "–"
+    notes = [note for note in (times.advice, times.covers) if note]
+    masked = str(times.masked_samples)
+    return (loader, reads, place, rate, waited, _causes(times), masked, "; ".join(notes))
+
+
+def _causes(times: LoaderTimes) -> str:
+    """What the training loop waited for; of workers, what they were busy with."""
+    field = "wait_seconds" if times.wait_seconds else "read_seconds"
+    took: dict[str, float] = {one.cause: getattr(one, field) for one in times.causes}
+    total = sum(took.values()) or 1.0
+    parts = sorted(took.items(), key=lambda part: -part[1])
+    return ", ".join(f"{cause} {one / total:.0%}" for cause, one in parts if one >= 0.005 * total)
 
 
 def _print(found: StatusResponse) -> None:
