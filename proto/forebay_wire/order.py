@@ -184,6 +184,15 @@ class Cut:
         full, short = divmod(rest, self.global_batch_size)
         return full if self.last_batch == "drop" else full + (short > 0)
 
+    def steps(self) -> range:
+        """The numbers of the steps."""
+        return range(self.num_steps)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left."""
+        return self.num_steps == 0
+
     def bounds(self, step: int) -> tuple[int, int]:
         """The positions [start, stop) of the global batch of *step*."""
         if not 0 <= step < self.num_steps:

@@ -26,6 +26,7 @@ from forebay_wire.selection import Ring, rule_of
 if TYPE_CHECKING:
     from forebay._channel import RpcChannel
     from forebay.dataset.read_plan import ReadPlan
+    from forebay.dataset.reading import OrderOptions, Reading
     from forebay.transfer import Transfer
     from forebay_wire.v1 import datasets_pb2
 
@@ -169,6 +170,12 @@ class Dataset:
         verified before its first use. Raises IntegrityError, DaemonUnavailable.
         """
         return self._reader.read(rows, self.columns(columns), allocate)
+
+    def arranged(self, options: OrderOptions) -> Reading:
+        """What a loader reads of it, in the order that its *options* say."""
+        from forebay.dataset.reading import DatasetReading
+
+        return DatasetReading(self, options)
 
     def take(
         self, indices: Sequence[int] | NDArray[np.int64], columns: Sequence[str] | None = None

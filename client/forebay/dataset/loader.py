@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import os
 import time
 import weakref
@@ -15,13 +15,12 @@ from typing import Any, Final, Self
 
 import torch
 
-from forebay.dataset.batches import Batch, BatchSource, Transform
-from forebay.dataset.dataset import Dataset
-from forebay.dataset.plan import PlanReporter
+from forebay.dataset.batches import BatchSource
+from forebay.dataset.reading import Readable, Reporter, Steps
 from forebay.dataset.report import LoaderReport, Meter
+from forebay.dataset.transforms import Batch, Transform
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import GIB
-from forebay_wire.order import Cut
 
 PREFETCH_BYTES: Final = 1 * GIB
 """However many batches are asked for, about so many bytes are prefetched."""
@@ -40,7 +39,7 @@ class DataLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Readable,
         *,
         global_batch_size: int | None = None,
         batch_size: int | None = None,
@@ -104,11 +103,11 @@ class DataLoader:
         """Of the iterations that run, the one that moves the loader."""
         self._closed = False
         self._num_epochs = 0
-        self._plan: PlanReporter | None = None
+        self._plan: Reporter | None = None
 
     def __len__(self) -> int:
         """Steps of a whole epoch, on every rank."""
-        return self._source.cut(0).num_steps
+        return self._source.cut(0, self._epoch).num_steps
 
     def epochs(self, num_epochs: int) -> Iterator[Epoch]:
         """The epochs that are left of *num_epochs* in all, counted from epoch 0.
@@ -128,7 +127,7 @@ class DataLoader:
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch; if nothing is left of it, the next one."""
         self._source.bind()
-        if self._position and not self.remaining_steps():
+        if self._position and self._source.cut(self._position, self._epoch).is_over:
             self._stand(self._epoch + 1, 0)
         return self._rest()
 
@@ -181,7 +180,7 @@ class DataLoader:
 
     def remaining_steps(self) -> int:
         """Steps to the end of the current epoch."""
-        return self._source.cut(self._position).num_steps
+        return self._source.cut(self._position, self._epoch).num_steps
 
     # Reading.
 
@@ -197,10 +196,10 @@ class DataLoader:
         self._check_turn(turn)
         self._leader = me = object()  # who began last moves the loader
         plan = self._planned()
-        cut = self._source.cut(position)
+        cut = self._source.cut(position, epoch)
         batches = self._prefetched(epoch, cut)
         try:
-            for step in range(cut.num_steps):
+            for step in cut.steps():
                 asked = time.perf_counter()
                 batch, samples, num_bytes = next(batches)
                 batch = self._on_device(batch)
@@ -218,11 +217,10 @@ class DataLoader:
         finally:
             batches.close()
 
-    def _planned(self) -> PlanReporter:
+    def _planned(self) -> Reporter:
         """The plan that the daemon has of this loader, standing where it stands."""
         if self._plan is None:
-            make_order = functools.partial(self._source.order_parameters, self._num_epochs)
-            self._plan = PlanReporter(self.dataset.endpoint, self._source.title, make_order)
+            self._plan = self._source.reporter(self._num_epochs)
         self._plan.stand(self._epoch, self._position)
         self._source.plan = self._plan.plan
         return self._plan
@@ -234,11 +232,11 @@ class DataLoader:
                 "closed; iterate the loader anew"
             )
 
-    def _prefetched(self, epoch: int, cut: Cut) -> Any:
+    def _prefetched(self, epoch: int, cut: Steps) -> Any:
         """A generator of the steps of *cut*, read ahead in threads, in order."""
         order = self._source.order(epoch)
         if self._num_threads == 0:
-            for step in range(cut.num_steps):
+            for step in cut.steps():
                 yield self._source.read(order, cut, step)
             return
         size = max(1, self._source.average_batch_bytes)
@@ -247,9 +245,12 @@ class DataLoader:
         pending: deque[Future[tuple[Batch, int, int]]] = deque()
         read = _read_pinned if self._pins else _read
         try:
-            for step in range(cut.num_steps):
-                for later in range(step + len(pending), min(step + ahead, cut.num_steps)):
+            steps = iter(cut.steps())
+            while True:
+                for later in itertools.islice(steps, ahead - len(pending)):
                     pending.append(pool.submit(read, self._source, order, cut, later))
+                if not pending:
+                    return
                 yield pending.popleft().result()
         finally:
             for future in pending:

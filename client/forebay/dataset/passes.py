@@ -8,7 +8,6 @@ from typing import Any, Protocol, Self
 from forebay.dataset.batches import BatchSource
 from forebay.dataset.transforms import Batch
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.order import worker_steps
 
 
 class Passed(Protocol):
@@ -17,7 +16,7 @@ class Passed(Protocol):
     _source: BatchSource
 
     def _read(
-        self, place: tuple[int, int], steps: range
+        self, place: tuple[int, int], first: int, every: int
     ) -> Iterator[tuple[Batch, tuple[int, int]]]: ...
 
     def _went(self, epoch: int) -> None: ...
@@ -45,9 +44,9 @@ class Pass(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            num_steps = self._passed._source.cut(self._place[1]).num_steps
-            steps = worker_steps(num_steps, *self._worker)
-            self._batches = self._passed._read(self._place, steps[self._num_read :])
+            worker, num_workers = self._worker
+            first = worker + self._num_read * num_workers
+            self._batches = self._passed._read(self._place, first, num_workers)
         batch, self._reached = next(self._batches)
         self._num_read += 1
         return batch
@@ -102,7 +101,13 @@ def torchdata_state(state: Mapping[str, Any]) -> dict[str, Any] | None:
     else:
         return None
     reached: dict[str, Any] = dict(found["reached"])
-    reached["position"] += num_later * found["global_batch_size"]
+    if num_later and "position" not in reached:
+        raise InvalidRequest(
+            "of packed windows the StatefulDataLoader has to take a snapshot at every step: "
+            "snapshot_every_n_steps=1"
+        )
+    if num_later:
+        reached["position"] += num_later * found["global_batch_size"]
     return reached
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.utils.data
 
-from forebay.dataset.batches import Batch, BatchSource, Transform
-from forebay.dataset.dataset import Dataset
+from forebay.dataset.batches import BatchSource
 from forebay.dataset.passes import Pass, refuse_accelerate, torchdata_state
-from forebay.dataset.plan import PlanReporter
+from forebay.dataset.reading import Readable, Reporter, some_steps
+from forebay.dataset.transforms import Batch, Transform
 from forebay.dataset.turns import Turns
 from forebay_wire.errors import InvalidRequest
 
@@ -40,7 +40,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Readable,
         *,
         global_batch_size: int | None = None,
         batch_size: int | None = None,
@@ -81,11 +81,11 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         self._turns = Turns()
         self._reached: tuple[int, int] | None = None
         """(epoch, position) of the batch that this process handed out last, without workers."""
-        self._plan: PlanReporter | None = None
+        self._plan: Reporter | None = None
 
     def __len__(self) -> int:
         """Steps of a whole epoch, on every rank."""
-        return self._source.cut(0).num_steps
+        return self._source.cut(0, self._turns.place[0]).num_steps
 
     def __iter__(self) -> Pass:
         """A pass over the next epoch, or over what is left of the one it was told to stand in."""
@@ -99,21 +99,24 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         return Pass(self, place, worker.id, worker.num_workers)
 
     def _has_rest(self, position: int) -> bool:
-        return position == 0 or self._source.cut(position).num_steps > 0
+        return position == 0 or not self._source.cut(position, self._turns.place[0]).is_over
 
     def _read(
-        self, place: tuple[int, int], steps: range
+        self, place: tuple[int, int], first: int, every: int
     ) -> Iterator[tuple[Batch, tuple[int, int]]]:
-        """The batches of *steps* of the pass that began at *place*, and where each one ends."""
+        """The batches of the steps *first*, *first* + *every*, … of the pass that began at *place*,
+        and where each one ends."""
         self._take_lanes(int(self._shared[_LANES]))
         epoch, position = place
-        cut, order = self._source.cut(position), self._source.order(epoch)
+        cut, order = self._source.cut(position, epoch), self._source.order(epoch)
         worker = torch.utils.data.get_worker_info()
         plan = self._planned() if worker is None or worker.id == 0 else None
-        if plan is not None:
-            plan.stand(epoch, cut.bounds(steps[0])[0] if steps else position)
-        for step in steps:
-            batch, _, _ = self._source.read(order, cut, step)
+        is_planned = False
+        for step in some_steps(cut, first, every):
+            if plan is not None and not is_planned:
+                plan.stand(epoch, cut.bounds(step)[0])
+                is_planned = True
+            batch = self._source.read(order, cut, step).batch
             after = cut.bounds(step)[1]
             batch["_position"] = torch.tensor([epoch, after])
             if worker is None:
@@ -135,12 +138,10 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
                 self._plan.end()  # it tells another order
                 self._plan = None
 
-    def _planned(self) -> PlanReporter:
+    def _planned(self) -> Reporter:
         """The plan of all workers of this rank: the first one tells it, as they read in turn."""
         if self._plan is None:
-            self._plan = PlanReporter(
-                self.dataset.endpoint, self._source.title, self._source.order_parameters
-            )
+            self._plan = self._source.reporter()
         self._source.plan = self._plan.plan
         return self._plan
 

@@ -1,0 +1,397 @@
+"""What a loader reads, seen from the loader: epochs of numbered samples, whatever they are made of.
+
+A loader is given something with a method ``arranged``: a dataset, a mixture of datasets, packed
+windows. What that returns says which samples an epoch has, in which order, how a position becomes a
+state, and which plan the daemon gets; :class:`~forebay.dataset.batches.BatchSource` cuts it over
+ranks and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay.dataset.advice import PlanFit
+from forebay.dataset.gather import Allocate, numpy_array
+from forebay.dataset.holes import Hole, HoleReader
+from forebay.dataset.plan import PlanNews, PlanReporter
+from forebay_wire.blocks import BlockLayout, BlockParameters, starts_of
+from forebay_wire.errors import InvalidRequest
+from forebay_wire.order import Cut, LastBatch, Order, OrderState, Shuffle
+
+if TYPE_CHECKING:
+    from forebay.dataset.dataset import Dataset
+
+Numbers = NDArray[np.int64]
+
+WINDOW_BLOCKS: Final = 16
+"""Blocks that a block shuffle mixes unless told otherwise: 1 GiB of shards of the usual size."""
+
+
+@dataclass(frozen=True)
+class OrderOptions:
+    """What a loader's user says of the order."""
+
+    shuffle: Shuffle = "none"
+    seed: int = 0
+    window_blocks: int | None = None
+    block_rows: int | None = None
+    lanes: int | None = None
+    columns: tuple[str, ...] | None = None
+    """The ones that batches have; None: all."""
+
+
+@dataclass(frozen=True)
+class PlanParameters:
+    """What a plan says beside the order itself."""
+
+    global_batch_size: int
+    last_batch: LastBatch
+    rank: int
+    num_ranks: int
+    lanes: int
+    num_epochs: int = 0
+    """0: nobody knows."""
+
+
+class Samples(Protocol):
+    """One epoch of what is read. Thread-safe."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    def rows(self, positions: Numbers) -> Numbers:
+        """What stands at *positions*: numbers that name rows to :meth:`read`."""
+        ...
+
+    def read(
+        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+    ) -> dict[str, Any]:
+        """Column to values of *rows*, in that order: arrays ``(len(rows), *shape)`` and lists."""
+        ...
+
+    def read_masked(
+        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+    ) -> tuple[dict[str, Any], list[Hole]]:
+        """The same, and those of *rows* that cannot be read: zeros, or None."""
+        ...
+
+    def ids(self, rows: Numbers) -> dict[str, Numbers]:
+        """What ``include_ids`` adds for *rows*."""
+        ...
+
+
+class Piece(Protocol):
+    """What one rank reads in one step."""
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that are no padding."""
+        ...
+
+    def positions(self, num_samples: int) -> Numbers:
+        """For :meth:`Samples.rows`, padding included."""
+        ...
+
+    def mask(self) -> NDArray[np.bool_]:
+        """True for samples, False for padding."""
+        ...
+
+
+class Steps(Protocol):
+    """The global batches from one position of an epoch on: the same on all ranks."""
+
+    def steps(self) -> Iterable[Any]:
+        """One after the other; each names itself to the methods below."""
+        ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is none; cheap where counting all is not."""
+        ...
+
+    def bounds(self, step: Any) -> tuple[int, int]:
+        """The position that a step starts from, and the one after it."""
+        ...
+
+    def part(self, step: Any, rank: int, num_ranks: int) -> Piece: ...
+
+
+def some_steps(cut: Steps, first: int, every: int) -> Iterable[Any]:
+    """The steps *first*, *first* + *every*, … of *cut*."""
+    steps = cut.steps()
+    return steps[first::every] if isinstance(steps, range) else islice(steps, first, None, every)
+
+
+class Reporter(Protocol):
+    """Tells the daemon what a loader reads next: see ``PlanReporter``."""
+
+    @property
+    def plan(self) -> str: ...
+
+    @property
+    def news(self) -> PlanNews: ...
+
+    def account(self, account: Callable[[PlanFit], dict[str, Any]]) -> None:
+        """Have the daemon told *account*'s answer now and then: the loader's sums."""
+        ...
+
+    def stand(self, epoch: int, position: int) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Reading(Protocol):
+    """Something to read, in an order. Immutable, picklable, thread-safe."""
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether the order has lanes; if not, they are 1."""
+        ...
+
+    @property
+    def row_bytes(self) -> float:
+        """About what one sample takes in a batch."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """What is read, for people."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Whose rows :meth:`Samples.rows` are, for messages."""
+        ...
+
+    @property
+    def can_mask(self) -> bool:
+        """Whether :meth:`Samples.read_masked` works."""
+        ...
+
+    def check(self, global_batch_size: int, last_batch: LastBatch) -> None:
+        """Raise InvalidRequest if that would give no batch at all."""
+        ...
+
+    def epoch(self, epoch: int, lanes: int) -> Samples: ...
+
+    def cut(
+        self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int
+    ) -> Steps: ...
+
+    def state(self, epoch: int, position: int, lanes: int) -> dict[str, Any]:
+        """The JSON object that says: go on with *position* of *epoch*. O(1)."""
+        ...
+
+    def restored(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
+        """(epoch, position, lanes) of a *state*; *lanes*: the ones it must have, None: any.
+
+        InvalidRequest if it is of other samples or another order.
+        """
+        ...
+
+    def reporter(self, loader: str, parameters: PlanParameters) -> Reporter:
+        """The plan of a loader that has the name *loader* for people; to be started."""
+        ...
+
+
+class Readable(Protocol):
+    """What a loader can be given."""
+
+    def arranged(self, options: OrderOptions) -> Reading:
+        """It, in an order. InvalidRequest for options that it does not have."""
+        ...
+
+
+def arrange(given: Any, options: OrderOptions) -> Reading:
+    """What a loader was *given*, in an order."""
+    arranged = getattr(given, "arranged", None)
+    if arranged is None:
+        raise InvalidRequest(
+            f"expected a dataset from client.dataset(...), a forebay.Mixture or a forebay.Packed, "
+            f"got {type(given).__name__}"
+        )
+    reading: Reading = arranged(options)
+    return reading
+
+
+def no_drop_of_all(num_samples: int, global_batch_size: int, last_batch: LastBatch) -> None:
+    """Raise if ``last_batch="drop"`` leaves nothing of *num_samples*."""
+    if last_batch == "drop" and num_samples < global_batch_size:
+        raise InvalidRequest(
+            f'last_batch="drop" with a global batch of {global_batch_size} would drop all '
+            f'{num_samples} samples: use a smaller batch, or "keep" or "pad"'
+        )
+
+
+@dataclass(frozen=True)
+class DatasetSamples:
+    """One epoch of a dataset."""
+
+    dataset: Dataset
+    order: Order
+    holes: HoleReader
+
+    @property
+    def num_samples(self) -> int:
+        return self.order.num_samples
+
+    @property
+    def epoch(self) -> int:
+        return self.order.epoch
+
+    def rows(self, positions: Numbers) -> Numbers:
+        return self.dataset.rows_at(self.order.at(positions))
+
+    def read(
+        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+    ) -> dict[str, Any]:
+        return self.dataset.read(rows, columns, allocate)
+
+    def read_masked(
+        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+    ) -> tuple[dict[str, Any], list[Hole]]:
+        return self.holes.read(self.dataset, rows, columns, allocate, self.epoch)
+
+    def ids(self, rows: Numbers) -> dict[str, Numbers]:
+        return {"_ids": np.array(rows)}
+
+
+class DatasetReading:
+    """A dataset in an order."""
+
+    def __init__(self, dataset: Dataset, options: OrderOptions) -> None:
+        dataset.columns(options.columns)  # raises for a name that does not exist
+        self.dataset = dataset
+        self._options = options
+        self._layout = block_layout(dataset, options)
+        self._holes = HoleReader()
+
+    @property
+    def has_lanes(self) -> bool:
+        return self._layout is not None
+
+    @property
+    def row_bytes(self) -> float:
+        """By the version's size on disk."""
+        rows = sum(shard.num_rows for shard in self.dataset.manifest.shards)
+        return self.dataset.num_bytes / max(1, rows)
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    @property
+    def can_mask(self) -> bool:
+        return True
+
+    @property
+    def title(self) -> str:
+        split = f" split {self.dataset.split}" if self.dataset.split else ""
+        return f"{self.dataset.name} v{self.dataset.version}{split}"
+
+    def check(self, global_batch_size: int, last_batch: LastBatch) -> None:
+        no_drop_of_all(self.dataset.num_rows, global_batch_size, last_batch)
+
+    def order(self, epoch: int, lanes: int) -> Order:
+        """The order of *epoch*: the same on all ranks."""
+        dataset, options, layout = self.dataset, self._options, self._layout
+        if layout is not None:
+            layout = replace(layout, parameters=replace(layout.parameters, lanes=lanes))
+        return Order(
+            dataset.num_rows, options.shuffle, options.seed, epoch, dataset.identity, layout
+        )
+
+    def epoch(self, epoch: int, lanes: int) -> DatasetSamples:
+        return DatasetSamples(self.dataset, self.order(epoch, lanes), self._holes)
+
+    def cut(
+        self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int
+    ) -> Cut:
+        return Cut(self.dataset.num_rows, global_batch_size, last_batch, position, lanes)
+
+    def state(self, epoch: int, position: int, lanes: int) -> dict[str, Any]:
+        return self._state(epoch, position, lanes).to_json()
+
+    def restored(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
+        found = OrderState.from_json(state)
+        any_lanes = lanes is None and found.shuffle == self._options.shuffle
+        own = self._state(0, 0, found.lanes if any_lanes else lanes or 1)
+        found.check_same_samples(own)
+        if found.position > self.dataset.num_rows:
+            raise InvalidRequest(
+                f"the state stands at sample {found.position} of {self.dataset.num_rows}"
+            )
+        return found.epoch, found.position, found.lanes
+
+    def _state(self, epoch: int, position: int, lanes: int) -> OrderState:
+        dataset, options = self.dataset, self._options
+        blocks = None if self._layout is None else self._layout.parameters
+        return OrderState(
+            epoch=epoch,
+            position=position,
+            seed=options.seed,
+            shuffle=options.shuffle,
+            dataset=dataset.name,
+            version=dataset.version,
+            manifest=dataset.manifest_id,
+            selection=dataset.selection_id,
+            window_blocks=0 if blocks is None else blocks.window_blocks,
+            block_rows=0 if blocks is None else blocks.block_rows,
+            lanes=lanes,
+        )
+
+    def reporter(self, loader: str, parameters: PlanParameters) -> PlanReporter:
+        order = self.plan_order(parameters)
+        return PlanReporter(self.dataset.endpoint, loader, lambda: order)
+
+    def plan_order(self, parameters: PlanParameters) -> dict[str, Any]:
+        """What a plan says of the order (see ``plans.proto``)."""
+        told = asdict(parameters)
+        if self._layout is not None:
+            told = asdict(self._layout.parameters) | told
+        else:
+            del told["lanes"]
+        return {
+            **told,
+            "manifest": self.dataset.manifest_id,
+            "selection": self.dataset.selection_id,
+            "shuffle": self._options.shuffle,
+            "seed": self._options.seed,
+        }
+
+
+def block_layout(dataset: Dataset, options: OrderOptions) -> BlockLayout | None:
+    """The blocks of a block shuffle, of which only the lanes may not be known yet."""
+    lanes, block_rows, window_blocks = options.lanes, options.block_rows, options.window_blocks
+    if options.shuffle != "block":
+        if (window_blocks, block_rows, lanes) != (None, None, None):
+            raise InvalidRequest(
+                'window_blocks, block_rows and lanes belong to shuffle="block", not to '
+                f"{options.shuffle!r}"
+            )
+        return None
+    if block_rows is not None and block_rows < 1:
+        raise InvalidRequest(f"block_rows={block_rows}: at least 1, or None for whole shards")
+    parameters = BlockParameters(
+        WINDOW_BLOCKS if window_blocks is None else window_blocks,
+        block_rows or 0,
+        1 if lanes is None else lanes,
+    )
+    counts: Sequence[int] | None
+    if dataset.selection is None:
+        counts = [shard.num_rows for shard in dataset.manifest.shards]
+    else:
+        counts = dataset.selection.rule.get("counts")  # a stored one keeps the version's order
+    return parameters.layout(dataset.num_rows, None if counts is None else starts_of(counts))
