@@ -47,6 +47,8 @@ class Workload:
     num_cpus: int = 1
     option: str = "num_threads"
     """What raises *num_threads*."""
+    whole: str = "the step"
+    """What *seconds* are."""
 
 
 def advise(work: Workload, fit: PlanFit | None = None) -> str:
@@ -54,6 +56,10 @@ def advise(work: Workload, fit: PlanFit | None = None) -> str:
     if work.seconds <= 0.0:
         return ""
     waited = sum(work.stalls.values()) / work.seconds
+    if work.whole != "the step" and waited < 1.0 - FREE_SHARE:
+        return (
+            f"the trainer is the bottleneck: workers were idle {_percent(1 - waited)} of the time"
+        )
     if waited < FREE_SHARE:
         return f"the trainer is the bottleneck: data was ready {_percent(1 - waited)} of the time"
     groups = {name: work.stalls.get(name, 0.0) for name in _ADVICE}
@@ -62,8 +68,9 @@ def advise(work: Workload, fit: PlanFit | None = None) -> str:
     share = _percent(groups[group] / work.seconds)
     if group == "reading":
         cause = max(READING, key=lambda name: work.stalls.get(name, 0.0))
-        return f"reading is {share} of the step: {_about_reading(cause, fit or PlanFit())}"
-    return f"{group} is {share} of the step: {_ADVICE[group].format(threads=_more_threads(work))}"
+        return f"reading is {share} of {work.whole}: {_about_reading(cause, fit or PlanFit())}"
+    more = _ADVICE[group].format(threads=_more_threads(work))
+    return f"{group} is {share} of {work.whole}: {more}"
 
 
 _ADVICE: Final = {

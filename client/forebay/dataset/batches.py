@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,6 @@ class ReadBatch:
     """Where the time of its thread went: cause to seconds."""
     finished: float = 0.0
     """When, by ``time.perf_counter``."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.batch, self.num_samples, self.num_bytes))
 
 
 class BatchSource:

@@ -28,7 +28,7 @@ class _Shared:
     """What the reader's thread and the telling one share. Knows nothing of the heartbeat's owner,
     which may be forgotten."""
 
-    tell: Callable[[], None]
+    tell: Callable[[], float | None]
     failed: Callable[[ForebayError | ValueError], None]
     end: Callable[[], None]
     moved: threading.Event = field(default_factory=threading.Event)
@@ -36,7 +36,8 @@ class _Shared:
 
 
 class Heartbeat:
-    """Calls *tell* in a thread of its own: soon after :meth:`beat`, and now and then without one;
+    """Calls *tell* in a thread of its own: soon after :meth:`beat`, and now and then without one,
+    after as many seconds as it answered;
     *failed* with what it raised, before it is tried again; *end* at last. None of them may refer
     to whoever owns this object.
 
@@ -47,7 +48,7 @@ class Heartbeat:
     def __init__(
         self,
         name: str,
-        tell: Callable[[], None],
+        tell: Callable[[], float | None],
         failed: Callable[[ForebayError | ValueError], None],
         end: Callable[[], None],
     ) -> None:
@@ -88,13 +89,14 @@ def _stop(shared: _Shared, pid: int) -> None:
 
 def _keep_telling(shared: _Shared) -> None:
     pause = threading.Event()  # never set: a sleep that does not look like one
+    again: float | None = None
     while True:
-        shared.moved.wait(ALIVE_SECONDS)
+        shared.moved.wait(ALIVE_SECONDS if again is None else min(again, ALIVE_SECONDS))
         shared.moved.clear()
         if shared.is_over:
             break
         try:
-            shared.tell()
+            again = shared.tell()
         except (ForebayError, ValueError) as error:
             shared.failed(error)
             pause.wait(RETRY_SECONDS)

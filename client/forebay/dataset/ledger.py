@@ -40,8 +40,9 @@ class Ledger:
         self._meter.start_epoch(epoch)
 
     def hand_out(self, read: ReadBatch, asked: float, loaded: float, position: int) -> float:
-        """Book a batch that is *asked* for since then, was there from *loaded* on, and is on its
-        device now; when that is. TooManyBadSamples if its holes exceed the budget."""
+        """Book a batch that is *asked* for since then, was there from *loaded* on (0: it has no
+        way to a device), and is handed out now; when that is. TooManyBadSamples if its holes
+        exceed the budget."""
         if read.holes:
             assert self._budget is not None, "else they were raised"
             self._budget.spend(read.holes)
@@ -51,8 +52,8 @@ class Ledger:
             now - asked,
             read.times,
             num_bytes=read.num_bytes,
-            ready_seconds=asked - read.finished,
-            copy_seconds=now - loaded,
+            ready_seconds=max(0.0, asked - read.finished),
+            copy_seconds=now - loaded if loaded else 0.0,
             masked=len(read.holes),
             position=position,
         )

@@ -9,15 +9,15 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
 
-from forebay.dataset.batches import BatchSource
+from forebay.dataset.batches import BatchSource, ReadBatch
+from forebay.dataset.ledger import Ledger, batch_times
 from forebay.dataset.reading import Readable, Reporter, Steps
-from forebay.dataset.report import LoaderReport, Meter
+from forebay.dataset.report import BatchTimes, LoaderReport
 from forebay.dataset.transforms import Batch, Transform
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import GIB
@@ -51,10 +51,13 @@ class DataLoader:
         last_batch: str = "keep",
         num_threads: int = 2,
         prefetch_batches: int = 4,
-        transform: Transform | None = None,
+        transform: Transform | Sequence[Transform] | None = None,
         device: torch.device | str | None = None,
         columns: Sequence[str] | None = None,
         include_ids: bool = False,
+        include_times: bool = False,
+        on_error: str = "raise",
+        max_errors: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -68,9 +71,19 @@ class DataLoader:
         samples of a batch then come lane by lane. *last_batch*:
         "keep" (shorter; a rank may get an empty part), "pad" (all parts full, ``_mask`` is False
         where rows repeat), "drop". *transform* turns a batch into a batch, in the
-        *num_threads* prefetch threads (0: in the caller's). *device* is where tensors are put.
-        *include_ids* adds ``_ids``: rows of the version. *rank* and *world_size* default to
-        torch.distributed's, then the environment's, at the first iteration.
+        *num_threads* prefetch threads (0: in the caller's); with a second argument it gets a
+        ``numpy.random.Generator`` seeded by the seed, the epoch and the batch's rows; several come
+        as a list; ``forebay.per_sample`` makes one of what treats a sample. *device* is where
+        tensors are put. *include_ids* adds ``_ids``: rows of the version; *include_times*
+        ``_times``: see :attr:`last_batch_times`.
+
+        *on_error* "mask": a sample that cannot be read (or transformed, by itself) is a hole, zeros
+        or None, and ``_mask``, which all batches have then, is False there. Holes are never filled
+        by other samples, and change neither order nor state. More than *max_errors* (default: 100)
+        different samples in the life of the loader, on this rank, raise TooManyBadSamples.
+
+        *rank* and *world_size* default to torch.distributed's, then the environment's, at the
+        first iteration.
         """
         self._source = BatchSource(
             dataset,
@@ -85,6 +98,8 @@ class DataLoader:
             transform=transform,
             columns=columns,
             include_ids=include_ids,
+            on_error=on_error,
+            max_errors=max_errors,
             rank=rank,
             world_size=world_size,
         )
@@ -94,7 +109,8 @@ class DataLoader:
         self._num_threads = num_threads
         self._prefetch_batches = prefetch_batches
         self._device = None if device is None else torch.device(device)
-        self._meter = Meter()
+        self._include_times = include_times
+        self._ledger = Ledger(self._source.name, self._source.max_errors, num_threads)
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
         self._epoch = 0
         self._position = 0
@@ -185,12 +201,13 @@ class DataLoader:
     # Reading.
 
     def report(self) -> LoaderReport:
-        """Samples/s, the share of time spent waiting for data, and more; for this rank."""
-        report = self._meter.report()
-        if self._plan is None:
-            return report
-        news = self._plan.news
-        return replace(report, open_waits=news.waits, plan_problem=news.problem)
+        """Samples/s, how long was waited for data and for what, and more; for this rank."""
+        return self._ledger.report(None if self._plan is None else self._plan.news)
+
+    @property
+    def last_batch_times(self) -> BatchTimes:
+        """Where the time of the batch went that was handed out last."""
+        return self._ledger.last
 
     def _batches(self, epoch: int, position: int, turn: int) -> Iterator[Batch]:
         self._check_turn(turn)
@@ -198,19 +215,21 @@ class DataLoader:
         plan = self._planned()
         cut = self._source.cut(position, epoch)
         batches = self._prefetched(epoch, cut)
+        self._ledger.start_epoch(epoch)
         try:
             for step in cut.steps():
                 asked = time.perf_counter()
-                batch, samples, num_bytes = next(batches)
-                batch = self._on_device(batch)
-                handed_out = time.perf_counter()
-                self._meter.read(num_bytes)
-                self._meter.handed_out(samples, handed_out - asked)
+                read = next(batches)
+                loaded = 0.0 if self._device is None else time.perf_counter()
+                batch, after = self._on_device(read.batch), cut.bounds(step)[1]
+                handed_out = self._ledger.hand_out(read, asked, loaded, after)
+                if self._include_times:
+                    batch["_times"] = batch_times(self._ledger.last)
                 if self._leader is me:
-                    self._position = cut.bounds(step)[1]
-                    plan.stand(epoch, self._position)
+                    self._position = after
+                    plan.stand(epoch, after)
                 yield batch
-                self._meter.computed(time.perf_counter() - handed_out)
+                self._ledger.computed(time.perf_counter() - handed_out)
                 self._check_turn(turn)
             if self._leader is me:
                 self._stand(epoch + 1, 0)
@@ -221,6 +240,7 @@ class DataLoader:
         """The plan that the daemon has of this loader, standing where it stands."""
         if self._plan is None:
             self._plan = self._source.reporter(self._num_epochs)
+        self._plan.account(self._ledger.told)
         self._plan.stand(self._epoch, self._position)
         self._source.plan = self._plan.plan
         return self._plan
@@ -242,7 +262,7 @@ class DataLoader:
         size = max(1, self._source.average_batch_bytes)
         ahead = max(1, min(self._prefetch_batches, PREFETCH_BYTES // size))
         pool = self._pool()
-        pending: deque[Future[tuple[Batch, int, int]]] = deque()
+        pending: deque[Future[ReadBatch]] = deque()
         read = _read_pinned if self._pins else _read
         try:
             steps = iter(cut.steps())
@@ -325,17 +345,19 @@ class Epoch:
         return self._loader._rest()
 
 
-def _read(source: BatchSource, *what: Any) -> tuple[Batch, int, int]:
+def _read(source: BatchSource, *what: Any) -> ReadBatch:
     return source.read(*what)
 
 
-def _read_pinned(source: BatchSource, *what: Any) -> tuple[Batch, int, int]:
-    batch, samples, num_bytes = source.read(*what)
-    pinned = {
+def _read_pinned(source: BatchSource, *what: Any) -> ReadBatch:
+    found = source.read(*what)
+    found.batch = {
         name: value.pin_memory() if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
+        for name, value in found.batch.items()
     }
-    return pinned, samples, num_bytes
+    began, found.finished = found.finished, time.perf_counter()
+    found.times["copy"] = found.times.get("copy", 0.0) + found.finished - began
+    return found
 
 
 def _end_pool(pool: ThreadPoolExecutor, pid: int) -> None:

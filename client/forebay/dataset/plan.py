@@ -15,7 +15,7 @@ from forebay_wire.errors import DaemonUnavailable, ForebayError, NotFound
 from forebay_wire.ids import new_random_name
 from forebay_wire.protocol import DataEndpoint
 
-ACCOUNT_SECONDS: Final = 1.0
+ACCOUNT_SECONDS: Final = 0.5
 """The daemon is told a loader's sums at most so often."""
 
 
@@ -50,15 +50,16 @@ class _Standing:
     """The loader's sums."""
     accounted_at: float = 0.0
 
-    def send(self) -> None:
+    def send(self) -> float | None:
+        """Tell where the loader stands; after how many seconds there is more to tell."""
         place, transfer = self.place, make_transfer(self.endpoint)
         body: dict[str, Any] = {"plan": self.plan, "epoch": place[0], "position": place[1]}
-        now = time.monotonic()
-        if self.account is not None and (
-            self.sent is None or now - self.accounted_at >= ACCOUNT_SECONDS
-        ):
-            body["times"] = self.account(self.news.fit)
-            self.accounted_at = now
+        now, again = time.monotonic(), None
+        if self.account is not None:
+            again = self.accounted_at + ACCOUNT_SECONDS - now
+            if again <= 0.0:
+                body["times"] = self.account(self.news.fit)
+                self.accounted_at, again = now, None
         answer = None
         if self.sent is not None and place >= self.sent:
             with contextlib.suppress(NotFound):  # of a daemon that was restarted
@@ -68,6 +69,7 @@ class _Standing:
             answer = transfer.plan("plan", {**body, "loader": self.loader, "order": order})
         self.sent = place
         self.news = PlanNews(waits=answer["waits"], fit=_fit(answer.get("fit")))
+        return again
 
     def failed(self, error: ForebayError | ValueError) -> None:
         self.sent = None

@@ -247,10 +247,6 @@ class Meter:
             if len(self._slow) < MAX_SLOW_STEPS or wait_seconds > self._slow[0][0]:
                 self._note_slow(sums.epoch, position)
 
-    def read(self, num_bytes: int) -> None:
-        with self._lock:
-            self._epoch.bytes_read += num_bytes
-
     def computed(self, seconds: float) -> None:
         """The training loop worked on a batch before it asked for the next."""
         with self._lock:

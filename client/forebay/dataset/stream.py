@@ -8,6 +8,7 @@ whole for any number of workers.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.utils.data
 from forebay.dataset.batches import BatchSource
 from forebay.dataset.passes import Pass, refuse_accelerate, torchdata_state
 from forebay.dataset.reading import Readable, Reporter, some_steps
+from forebay.dataset.report import LoaderReport
+from forebay.dataset.shared_sums import SharedSums
 from forebay.dataset.transforms import Batch, Transform
 from forebay.dataset.turns import Turns
 from forebay_wire.errors import InvalidRequest
@@ -50,9 +53,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         block_rows: int | None = None,
         lanes: int | None = None,
         last_batch: str = "keep",
-        transform: Transform | None = None,
+        transform: Transform | Sequence[Transform] | None = None,
         columns: Sequence[str] | None = None,
         include_ids: bool = False,
+        include_times: bool = False,
+        on_error: str = "raise",
+        max_errors: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -71,6 +77,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             transform=transform,
             columns=columns,
             include_ids=include_ids,
+            on_error=on_error,
+            max_errors=max_errors,
             rank=rank,
             world_size=world_size,
         )
@@ -82,6 +90,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         self._reached: tuple[int, int] | None = None
         """(epoch, position) of the batch that this process handed out last, without workers."""
         self._plan: Reporter | None = None
+        self._include_times = include_times
+        self._sums = SharedSums(self._source.name, self._source.max_errors)
 
     def __len__(self) -> int:
         """Steps of a whole epoch, on every rank."""
@@ -110,20 +120,27 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         epoch, position = place
         cut, order = self._source.cut(position, epoch), self._source.order(epoch)
         worker = torch.utils.data.get_worker_info()
-        plan = self._planned() if worker is None or worker.id == 0 else None
+        number = None if worker is None else worker.id
+        plan = self._planned() if not number else None
         is_planned = False
         for step in some_steps(cut, first, every):
             if plan is not None and not is_planned:
                 plan.stand(epoch, cut.bounds(step)[0])
                 is_planned = True
-            batch = self._source.read(order, cut, step).batch
+            read = self._source.read(order, cut, step)
+            self._sums.book(read, number)
+            batch = read.batch
+            if self._include_times:
+                batch["_times"] = read.times
             after = cut.bounds(step)[1]
             batch["_position"] = torch.tensor([epoch, after])
             if worker is None:
                 self._reached = (epoch, after)
             if plan is not None:
                 plan.stand(epoch, after)
+            handed_out = time.perf_counter()
             yield batch, (epoch, after)
+            self._sums.idle(time.perf_counter() - handed_out, number)
         if plan is not None:
             plan.stand(epoch + 1, 0)
 
@@ -142,6 +159,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         """The plan of all workers of this rank: the first one tells it, as they read in turn."""
         if self._plan is None:
             self._plan = self._source.reporter()
+            self._plan.account(self._sums.told)
         self._source.plan = self._plan.plan
         return self._plan
 
@@ -151,6 +169,15 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             raise InvalidRequest(f"epoch {epoch}: epochs count from 0")
         refuse_accelerate(self, sys.modules)  # it sets an epoch on all ranks before it reads
         self._stand_at(epoch, 0)
+
+    def report(self) -> LoaderReport:
+        """What all workers of this rank did since this dataset was made, and where their time went.
+
+        Workers do not know how long the training loop waits: of them it says how busy they were
+        (see ``covers``). Without workers it waits for all that is read. For all processes that got
+        this dataset by fork, or with torch's workers.
+        """
+        return self._sums.report()
 
     def state_dict(self, after: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A few integers and names (JSON) that say: go on with the batch that follows *after*.

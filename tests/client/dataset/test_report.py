@@ -14,8 +14,7 @@ def test_a_fresh_loader_reports_nothing():
 def test_time_is_waiting_and_computing():
     meter = Meter()
     for _ in range(10):
-        meter.read(1000)
-        meter.handed_out(32, 0.25)
+        meter.handed_out(32, 0.25, num_bytes=1000)
         meter.computed(0.75)
     report = meter.report()
     assert report.samples == 320
