@@ -136,7 +136,8 @@ class AddressTable:
             origins = [table[batches] for table in tables]
         self.used[batches] = now
         for column, table, found in zip(columns, tables, origins, strict=True):
-            if found.min() == UNKNOWN and not self._learn(column, table, batches, held, found):
+            is_new = len(found) > 0 and found.min() == UNKNOWN
+            if is_new and not self._learn(column, table, batches, held, found):
                 return None
         if not columns and None in held:
             return None
