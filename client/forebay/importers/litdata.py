@@ -5,27 +5,34 @@ Layouts after https://github.com/Lightning-AI/litData, all numbers little-endian
     chunk       count u32, offsets u32[count + 1] from its start, items
     item        length u32 of each leaf, then the leaves in order; where the index gives the chunk a
                 `dim`, an item is the elements of one tensor and nothing else
-    tensor      type u32, rank u32, sizes u32[rank], elements; numpy arrays alike
+    rows        of newer chunks an Arrow IPC file stands for the items: that file, its length u32,
+                "LDARW01" and a zero byte end the chunk
+    tensor      type u32, rank u32, sizes u32[rank], elements; numpy arrays alike. The head is
+                big-endian in tensors of newer versions.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 
 from forebay.dataset.schema import Schema
 from forebay.importers.compressed import decompress
 from forebay.importers.files import File, join, read_file
+from forebay.importers.litdata_nested import NestedReader
 from forebay.importers.piece import Block, Options
 from forebay.importers.samples import Sample, blocks
 from forebay_wire.errors import InvalidRequest
 
 INDEX: Final = "index.json"
+ARROW_END: Final = b"LDARW01\0"
 COLUMN: Final = "item"
 """The column of items that are one value, not a dict, list or tuple."""
 
@@ -48,6 +55,7 @@ _NUMPY: Final = dict(
 ) | {13: "bool"}
 _KINDS: Final = {
     "str": "string",
+    "text": "string",
     "int": "int64",
     "float": "float64",
     "bool": "bool",
@@ -56,6 +64,9 @@ _KINDS: Final = {
     "video": "binary",
     "tifffile": "image",
     "jpeg": "image",
+    "jpeg_array": "image",
+    "image": "image",
+    **dict.fromkeys(("audio", "pdf", "nifti", "mesh"), "binary"),
 }
 """Format of a leaf to the type of its column."""
 
@@ -85,14 +96,32 @@ class LitDataPiece:
         raw = {name for name, kind in options.types.items() if kind in ("binary", "image")}
         if schema is not None:
             raw = {one.name for one in schema.columns if one.kind == "binary"}
+        if data.endswith(ARROW_END):
+            yield from self._arrow_rows(data)
+            return
         hints = {name: kind for name, format in self.columns if (kind := _hint(format))}
         try:
             samples = self._samples(memoryview(data), raw)
             yield from blocks(samples, schema, options, self.path, hints)
-        except (ValueError, IndexError, KeyError) as error:
+        except (ValueError, IndexError, KeyError, struct.error) as error:
             if isinstance(error, InvalidRequest):
                 raise
             raise InvalidRequest(f"{self.path} cannot be read as litdata: {error!r}") from error
+
+    def _arrow_rows(self, data: bytes) -> Iterator[Block]:
+        stop = len(data) - len(ARROW_END) - 4
+        (length,) = struct.unpack_from("<I", data, max(0, stop))
+        rows = 0
+        try:
+            reader = pa.ipc.open_file(pa.py_buffer(data)[max(0, stop - length) : stop])
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                rows += batch.num_rows
+                yield Block(batch, self.num_bytes * rows // max(1, self.num_rows))
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidRequest(f"{self.path} cannot be read as litdata: {error}") from error
+        if rows != self.num_rows:
+            raise InvalidRequest(f"{self.path} has {rows} rows, the index says {self.num_rows}")
 
     def _samples(self, data: memoryview, raw: set[str]) -> Iterator[Sample]:
         count = int(np.frombuffer(data, "<u4", 1)[0])
@@ -132,6 +161,11 @@ def litdata_pieces(index: File, folder: str) -> list[LitDataPiece]:
         config = found["config"]
         if config.get("encryption"):
             raise InvalidRequest(f"{folder} is encrypted: decrypt it with litdata first")
+        if (level := config.get("compression_level") or "chunk") != "chunk":
+            raise InvalidRequest(
+                f"{folder} is compressed within its chunks (level {level!r}), which is not read: "
+                "write it with compression_level='chunk', or without compression"
+            )
         formats = config["data_format"]
         names = _names(config.get("data_spec"), len(formats))
         return [
@@ -181,7 +215,7 @@ def _hint(format: str) -> str | None:
 
 def _reader(format: str, where: str) -> Callable[[memoryview], Any]:
     name, _, detail = format.partition(":")
-    if name == "str":
+    if name in ("str", "text"):
         return lambda data: bytes(data).decode()
     if name in ("int", "float", "bool"):
         dtype = np.dtype({"int": "<i8", "float": "<f8", "bool": "?"}[name])
@@ -194,6 +228,8 @@ def _reader(format: str, where: str) -> Callable[[memoryview], Any]:
         return lambda data: np.frombuffer(data, flat)
     if name in ("tensor", "numpy"):
         return partial(_array, _TORCH if name == "tensor" else _NUMPY)
+    if name == "json":
+        return lambda data: NestedReader(bytes(data)).read()
     raise InvalidRequest(
         f"{where}: the format {format!r} is not read"
         f"{', as it needs pickle' if name == 'pickle' else ''}; keep its bytes as they are with "
@@ -202,7 +238,10 @@ def _reader(format: str, where: str) -> Callable[[memoryview], Any]:
 
 
 def _array(types: Mapping[int, str], data: memoryview) -> Any:
-    kind, rank = np.frombuffer(data, "<u4", 2).tolist()
-    shape = tuple(np.frombuffer(data, "<u4", rank, 8).tolist())
+    # Some versions write this head big-endian; types and ranks are small numbers.
+    is_big = not (data[0] or data[4]) and (data[3] or data[7])
+    order = ">" if is_big else "<"
+    kind, rank = np.frombuffer(data, f"{order}u4", 2).tolist()
+    shape = tuple(np.frombuffer(data, f"{order}u4", rank, 8).tolist())
     dtype = np.dtype(types[kind]).newbyteorder("<")
     return np.frombuffer(data[8 + 4 * rank :], dtype).reshape(shape)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from forebay.dataset.parallel import WriteSession
 from forebay.dataset.schema import Schema
+from forebay.dataset.tables import conform
 from forebay.importers.crew import Crew
 from forebay.importers.piece import Options, Part, Piece
 from forebay_wire.errors import SchemaMismatch
@@ -39,7 +40,7 @@ class PartWork:
                     try:
                         writer.write_table(batch)
                     except SchemaMismatch as error:
-                        raise SchemaMismatch(_where(piece, row, batch, error.message)) from error
+                        raise _blamed(piece, row, batch, self.schema, error) from error
                     row += batch.num_rows
                     report(before + min(block.done_bytes, piece.num_bytes))
                 before += piece.num_bytes
@@ -55,8 +56,10 @@ class PartWork:
             try:
                 column = batch.column(index).cast(wanted)
             except pa.ArrowException as error:
-                reason = f"column {name!r}: {error}"
-                raise SchemaMismatch(_where(piece, row, batch, reason)) from error
+                last = row + batch.num_rows - 1
+                raise SchemaMismatch(
+                    f"{piece.name}, rows {row} to {last} of it, column {name!r}: {error}"
+                ) from error
             batch = batch.set_column(index, name, column)
         return batch
 
@@ -97,7 +100,28 @@ def _tell(tell: Progress, before: int, total: int, done: int) -> None:
     tell(before + done, total)
 
 
-def _where(piece: Piece, row: int, batch: pa.RecordBatch, message: str) -> str:
-    """*message* counts rows from *row* of the piece on."""
-    last = row + batch.num_rows - 1
-    return f"{piece.name}, rows {row} to {last} of it: {message.removeprefix('write_table, ')}"
+def _blamed(
+    piece: Piece, row: int, batch: pa.RecordBatch, schema: Schema, error: SchemaMismatch
+) -> SchemaMismatch:
+    """*error* with the row that is to blame, of *batch*, which begins at *row* of the piece."""
+    table = pa.Table.from_batches([batch])
+    if _fits(table.slice(0, 0), schema):
+        low, high = 0, batch.num_rows  # the first so many rows fit; so many do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if _fits(table.slice(0, middle), schema) else (low, middle)
+        where = f"{piece.name}, row {row + high - 1} of it"
+        try:
+            conform(table.slice(high - 1, 1), schema)
+        except SchemaMismatch as found:
+            return SchemaMismatch(f"{where}: {found.message.replace(': row 0 is', ': it is')}")
+        return SchemaMismatch(f"{where}: {error.message}")
+    return SchemaMismatch(f"{piece.name}: {error.message}")
+
+
+def _fits(table: pa.Table, schema: Schema) -> bool:
+    try:
+        conform(table, schema)
+    except SchemaMismatch:
+        return False
+    return True

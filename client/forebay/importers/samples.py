@@ -98,7 +98,9 @@ def _inferred(first: list[Sample], given: Mapping[str, Any], where: str) -> Sche
         try:
             column = Schema.of({name: given.get(name) or _type_of(name, there)})[name]
         except (pa.ArrowException, SchemaMismatch) as error:
-            raise SchemaMismatch(f"{where}, column {name!r}: {error}") from error
+            raise SchemaMismatch(
+                f"{where}, column {name!r}: {error}; --type {name}=binary keeps its bytes"
+            ) from error
         if column.kind in ("scalar", "array") and len(there) < len(first):
             raise SchemaMismatch(
                 f"{where}, column {name!r}: only {len(there)} of the first {len(first)} samples "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Final
@@ -161,34 +162,36 @@ class JsonLinesPiece:
 
     def read(self, schema: Schema | None, options: Options) -> Iterator[Block]:
         wanted = Schema.of(options.types).arrow if options.types else pa.schema([])
-        behaviour = "infer"
+        may_add = schema is None
         if schema is not None:
-            wanted, behaviour = schema.arrow, "error"
+            wanted = schema.arrow
         rows = 0
         with open_file(self.file.path) as file:
             for lines, done in self._lines(file):
                 try:
-                    table = pa_json.read_json(
-                        io.BytesIO(lines),
-                        read_options=pa_json.ReadOptions(
-                            use_threads=False, block_size=max(BLOCK_BYTES, len(lines) + 1)
-                        ),
-                        parse_options=pa_json.ParseOptions(
-                            explicit_schema=wanted, unexpected_field_behavior=behaviour
-                        ),
-                    )
+                    table = _parse_lines(lines, wanted, may_add=may_add)
                 except pa.ArrowInvalid as error:
-                    kind = InvalidRequest if schema is None else SchemaMismatch
-                    raise kind(
-                        f"{self.name} cannot be read as jsonl, in the lines from row {rows} of it: "
-                        f"{error}; columns and types are those of the first lines: name a type "
-                        "with --type COLUMN=TYPE"
-                    ) from error
-                if schema is None:
-                    wanted, behaviour = table.schema, "error"
+                    raise self._blamed(lines, rows, wanted, error, may_add=may_add) from error
+                wanted, may_add = wanted if schema is not None else table.schema, False
                 rows += table.num_rows
                 for batch in table.combine_chunks().to_batches():
                     yield Block(batch, done)
+
+    def _blamed(
+        self, lines: bytes, row: int, wanted: pa.Schema, error: Exception, *, may_add: bool
+    ) -> SchemaMismatch:
+        """Which of *lines*, the first of which is *row* of the range, is to blame, and why."""
+        for number, line in enumerate(filter(None, lines.splitlines()), row):
+            try:
+                _parse_lines(line, wanted, may_add=may_add)
+            except pa.ArrowInvalid as found:
+                return SchemaMismatch(
+                    f"{self.name}, row {number}{_new_column(line, wanted)}: {found}; columns and "
+                    "types are those of the first lines: give others with --type COLUMN=TYPE"
+                )
+        return SchemaMismatch(
+            f"{self.name}, rows from {row} on: {error}; give a type with --type COLUMN=TYPE"
+        )
 
     def _lines(self, file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
         """Whole lines, some MiB at a time, and how many bytes of the range are read with them."""
@@ -218,6 +221,31 @@ class JsonLinesPiece:
                 break
         if begun.strip():
             yield bytes(begun), self.num_bytes
+
+
+def _parse_lines(lines: bytes, wanted: pa.Schema, *, may_add: bool) -> pa.Table:
+    """*lines* as a table: columns of *wanted*, and if *may_add* those that come up."""
+    fields = [pa.field(one.name, one.type) for one in wanted]  # nulls are looked for later
+    return pa_json.read_json(
+        io.BytesIO(lines),
+        read_options=pa_json.ReadOptions(
+            use_threads=False, block_size=max(BLOCK_BYTES, len(lines) + 1)
+        ),
+        parse_options=pa_json.ParseOptions(
+            explicit_schema=pa.schema(fields),
+            unexpected_field_behavior="infer" if may_add else "error",
+        ),
+    )
+
+
+def _new_column(line: bytes, wanted: pa.Schema) -> str:
+    """The first column of *line* that is not among those *wanted*, in words; empty: none."""
+    try:
+        keys = json.loads(line)
+    except ValueError:
+        return ""
+    new = [key for key in keys if key not in wanted.names] if isinstance(keys, dict) else []
+    return f", column {new[0]!r}" if new else ""
 
 
 def _told(file: IO[bytes]) -> int:
