@@ -39,12 +39,7 @@ class Options:
     def schema(self, found: pa.Schema) -> Schema:
         """The schema of data that was inferred as *found*: :attr:`types` wins."""
         inferred = Schema.from_arrow(found)
-        unknown = self.types.keys() - set(inferred.names)
-        if unknown:
-            raise InvalidRequest(
-                f"a type is given for {', '.join(sorted(unknown))}; the columns are "
-                f"{', '.join(inferred.names)}"
-            )
+        self.check_names(inferred.names)
         wanted = Schema.of(self.types) if self.types else None
         return Schema(
             tuple(
@@ -52,6 +47,15 @@ class Options:
                 for column in inferred.columns
             )
         )
+
+    def check_names(self, found: Sequence[str]) -> None:
+        """InvalidRequest if a type is given for another column than those *found*."""
+        unknown = self.types.keys() - set(found)
+        if unknown:
+            raise InvalidRequest(
+                f"a type is given for {', '.join(sorted(unknown))}; the columns are "
+                f"{', '.join(found)}"
+            )
 
 
 class Piece(Protocol):

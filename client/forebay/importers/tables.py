@@ -172,6 +172,8 @@ class JsonLinesPiece:
                     table = _parse_lines(lines, wanted, may_add=may_add)
                 except pa.ArrowInvalid as error:
                     raise self._blamed(lines, rows, wanted, error, may_add=may_add) from error
+                if may_add:  # Arrow adds the columns that have a type, also if there are none
+                    options.check_names(_keys_of(lines))
                 wanted, may_add = wanted if schema is not None else table.schema, False
                 rows += table.num_rows
                 for batch in table.combine_chunks().to_batches():
@@ -236,6 +238,11 @@ def _parse_lines(lines: bytes, wanted: pa.Schema, *, may_add: bool) -> pa.Table:
             unexpected_field_behavior="infer" if may_add else "error",
         ),
     )
+
+
+def _keys_of(lines: bytes) -> list[str]:
+    objects = (json.loads(line) for line in lines.splitlines() if line.strip())
+    return list(dict.fromkeys(key for one in objects for key in one))
 
 
 def _new_column(line: bytes, wanted: pa.Schema) -> str:

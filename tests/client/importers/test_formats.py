@@ -1,4 +1,4 @@
-"""Importers read what other tools write: fixtures are encoded here, after the formats' own pages."""
+"""Importers read what other tools write: fixtures are encoded here, after their own pages."""
 
 import gzip
 import hashlib
@@ -320,9 +320,7 @@ MDS_COLUMNS: list[tuple[str, str, int | None]] = [
 def mds_row(n: int) -> list[bytes]:
     tokens = np.arange(n % 5 + 1, dtype="<i4")
     return [
-        bytes([17, 2 << 2 | 1])
-        + np.array([1, 2], "<u2").tobytes()
-        + np.array([n, -n], "<i2").tobytes(),
+        bytes([17, 2 << 2 | 1]) + struct.pack("<2H2h", 1, 2, n, -n),
         np.full((2, 3), n, "<f4").tobytes(),
         struct.pack("<q", n),
         json.dumps({"n": [n]}).encode(),
