@@ -18,6 +18,10 @@ class ForebayError(Exception):
     status: ClassVar[str] = "INTERNAL"
     retryable: ClassVar[bool] = False
 
+    def __init__(self, *args: object, message: str = "") -> None:
+        """*message*: how torch rebuilds what a DataLoader worker raised."""
+        super().__init__(*(args or ((message,) if message else ())))
+
     @property
     def message(self) -> str:
         return str(self.args[0]) if self.args else type(self).__name__

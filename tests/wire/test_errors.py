@@ -1,5 +1,7 @@
 """Errors cross the wire unchanged; versions that cannot talk say what to upgrade."""
 
+import copy
+
 import pytest
 
 from forebay_wire.errors import (
@@ -57,3 +59,13 @@ def test_the_older_side_is_told_to_upgrade():
 def test_a_caller_without_a_version_is_refused(offered):
     with pytest.raises(VersionMismatch, match="no protocol version"):
         agree(offered, "1-1", caller="client", here="daemon")
+
+
+@pytest.mark.parametrize("name", sorted(ERROR_NAMES))
+def test_an_error_is_rebuilt_from_its_message_alone(name: str) -> None:
+    """As torch does with what a worker raised: by that keyword, or by its arguments."""
+    error = ERROR_NAMES[name](message="what, where, what to do")
+    assert error.message == str(error) == "what, where, what to do"
+    again = copy.copy(error)
+    assert (type(again), again.message) == (type(error), error.message)
+    assert type(error)().message == name

@@ -117,12 +117,12 @@ class HoleReader:
         batch_of = np.searchsorted(self._index.starts, rows, side="right") - 1
         good = ~np.isin(batch_of, list(self._bad))
         try:
-            arrays = dataset.read(rows[good], columns, allocate)
+            arrays = _read_some(dataset, rows[good], columns, allocate)
         except READ_ERRORS:
             for batch in np.unique(batch_of[good]).tolist():
                 self._probe(dataset, batch, rows[batch_of == batch], columns)
             good = ~np.isin(batch_of, list(self._bad))
-            arrays = dataset.read(rows[good], columns, allocate)
+            arrays = _read_some(dataset, rows[good], columns, allocate)
         reasons = self._bad
         holes = [
             Hole(position, int(rows[position]), reasons[int(batch_of[position])])
@@ -157,6 +157,16 @@ class HoleReader:
         return {"_epoch": -1, "_bad": {}, "_index": None, "_warned": set()}
 
 
+def _read_some(
+    dataset: Readable,
+    rows: NDArray[np.int64],
+    columns: Sequence[str] | None,
+    allocate: Allocate,
+) -> dict[str, Any]:
+    """Nothing at all if there are no *rows*."""
+    return dataset.read(rows, columns, allocate) if len(rows) else {}
+
+
 def _spread(
     arrays: dict[str, Any],
     good: NDArray[np.bool_],
@@ -166,15 +176,15 @@ def _spread(
     """*arrays* of the *good* rows as those of all rows."""
     found: dict[str, Any] = {}
     for column in columns:
-        values = arrays[column.name]
         if column.kind in NUMBERS:
             assert column.dtype is not None
             whole = allocate((len(good), *column.shape), column.dtype)
             whole[~good] = 0
-            whole[good] = values
+            if column.name in arrays:
+                whole[good] = arrays[column.name]
             found[column.name] = whole
         else:
-            rest = iter(values)
+            rest = iter(arrays.get(column.name, ()))
             found[column.name] = [next(rest) if there else None for there in good.tolist()]
     return found
 
