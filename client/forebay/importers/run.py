@@ -114,9 +114,10 @@ def _blamed(
         try:
             conform(table.slice(high - 1, 1), schema)
         except SchemaMismatch as found:
-            return SchemaMismatch(f"{where}: {found.message.replace(': row 0 is', ': it is')}")
+            reason = found.message.removeprefix("write_table, ").replace(": row 0 is", ": it is")
+            return SchemaMismatch(f"{where}: {reason}")
         return SchemaMismatch(f"{where}: {error.message}")
-    return SchemaMismatch(f"{piece.name}: {error.message}")
+    return SchemaMismatch(f"{piece.name}: {error.message.removeprefix('write_table, ')}")
 
 
 def _fits(table: pa.Table, schema: Schema) -> bool:

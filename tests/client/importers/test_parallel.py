@@ -1,0 +1,243 @@
+"""One version written by many processes: every part once, whatever dies."""
+
+import copy
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import forebay
+from forebay.dataset.parallel import WriteSession
+from forebay.importers import tables
+from forebay.importers.crew import Crew
+from forebay.testing.parts import SCHEMA, FragileWork, write_part
+from forebay_server.testing.daemon import DaemonProcess
+from forebay_wire.errors import AlreadyExists, NotFound, SchemaMismatch, StorageError
+
+DEADLINE_SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    with DaemonProcess(tmp_path_factory.mktemp("parallel") / "data") as process:
+        yield process
+
+
+@pytest.fixture
+def client(daemon: DaemonProcess) -> Iterator[forebay.Client]:
+    with forebay.connect(daemon.data) as connected:
+        yield connected
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
+
+
+def numbers_of(client: forebay.Client, name: str) -> list[int]:
+    return client.dataset(name).table().column("n").to_pylist()
+
+
+def write_in_pool(session: WriteSession, numbers: list[int]) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        assert all(pool.map(write_part, [session] * len(numbers), numbers))
+
+
+def test_processes_write_one_version(client: forebay.Client, name: str) -> None:
+    with client.write_session(name, SCHEMA, metadata={"a": 1}) as session:
+        write_in_pool(session, [3, 1, 0, 2])
+        assert session.parts() == {f"part-{number:03d}": 10 for number in range(4)}
+        assert name not in client.datasets()
+    assert numbers_of(client, name) == list(range(40))
+    assert client.dataset(name).manifest.metadata == {"a": 1}
+    with client.write_session(name, append=True) as session:
+        assert write_part(session, 4)
+    assert session.version == 2
+    assert numbers_of(client, name) == list(range(50))
+
+
+def test_a_part_counts_once(client: forebay.Client, name: str) -> None:
+    with client.write_session(name, SCHEMA) as session:
+        assert write_part(session, 0) is True
+        assert write_part(copy.copy(session), 0, offset=1000) is False
+    assert numbers_of(client, name) == list(range(10))
+
+
+def test_a_dropped_part_is_written_anew(client: forebay.Client, name: str) -> None:
+    with client.write_session(name, SCHEMA) as session:
+        write_part(session, 0)
+        assert session.drop("part-000") == 1
+        assert write_part(session, 0, offset=5) is True
+    assert numbers_of(client, name) == list(range(5, 15))
+
+
+def test_order_and_completeness_are_the_callers(client: forebay.Client, name: str) -> None:
+    session = client.write_session(name, SCHEMA)
+    write_part(session, 0)
+    write_part(session, 1)
+    write_part(session, 2)
+    with pytest.raises(NotFound, match=r"1 of 2 parts are not sealed \(part-007\)"):
+        session.commit(["part-000", "part-007"])
+    assert session.commit(["part-002", "part-000"]) == 1
+    assert numbers_of(client, name) == [*range(20, 30), *range(10)]
+    assert session.commit() == 1
+    assert session.parts() == {}
+
+
+def test_an_exception_leaves_nothing(client: forebay.Client, name: str) -> None:
+    session = client.write_session(name, SCHEMA)
+
+    def fail() -> None:
+        with session:
+            write_part(session, 0)
+            assert session.parts()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert session.parts() == {}
+    assert name not in client.datasets()
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while client.status().num_uploads:
+        assert time.monotonic() < deadline, "dropped parts keep their bytes"
+        time.sleep(0.2)
+
+
+def test_parts_agree_on_the_schema(client: forebay.Client, name: str) -> None:
+    session = client.write_session(name)
+    with session.part("a") as writer:
+        writer.write(n=1)
+    with pytest.raises(SchemaMismatch, match="another schema"), session.part("b") as writer:
+        writer.write(n=1.5)
+    assert list(session.parts()) == ["a"]
+    session.abort()
+
+
+def test_a_taken_name_is_found_at_the_commit(client: forebay.Client, name: str) -> None:
+    for expected in (None, AlreadyExists):
+        session = client.write_session(name, SCHEMA)
+        write_part(session, 0)
+        if expected is None:
+            session.commit()
+        else:
+            with pytest.raises(expected):
+                session.commit()
+            session.abort()
+
+
+def test_parts_outlive_daemon_and_writer(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path / "data") as process:
+        with forebay.connect(process.data) as client:
+            write_part(client.write_session("d", SCHEMA, write="nightly"), 0)
+        process.kill()
+        process.start()
+        with forebay.connect(process.data) as client:
+            session = client.write_session("d", SCHEMA, write="nightly")
+            assert session.parts() == {"part-000": 10}
+            write_part(session, 1)
+            session.commit()
+            assert numbers_of(client, "d") == list(range(20))
+
+
+# -------------------------------------------------------------------------------------- crew
+
+
+def test_a_part_whose_process_died_is_done_by_another(tmp_path: Path) -> None:
+    crew = Crew(FragileWork(tmp_path), 2, 6)
+    done = [part for part in crew.run(range(6)) if part is not None]
+    assert sorted(done) == list(range(6))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*"012345", "died"]
+    assert crew.done_bytes == sum(range(6))
+
+
+def test_a_part_that_kills_each_process_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="died 3 times"):
+        list(Crew(FragileWork(tmp_path), 2, 8).run([7, 5]))
+
+
+# ------------------------------------------------------------------------------------- import
+
+
+def write_lines(folder: Path, num_files: int, rows: int = 100) -> list[int]:
+    folder.mkdir()
+    for number in range(num_files):
+        lines = [json.dumps({"n": number * rows + n, "s": "x" * 50}) for n in range(rows)]
+        (folder / f"{number:03d}.jsonl").write_text("\n".join(lines) + "\n")
+    return list(range(num_files * rows))
+
+
+def test_jobs_change_nothing(client: forebay.Client, name: str, tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "in", 30, rows=1000)
+    seen: list[tuple[int, int]] = []
+    options = {"shard_bytes": 1 << 18, "progress": lambda *told: seen.append(told)}
+    made = client.import_dataset(name, tmp_path / "in", jobs=2, **options)
+    assert made.table().column("n").to_pylist() == rows
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert seen == sorted(seen)
+
+
+def test_an_import_that_was_killed_goes_on(
+    client: forebay.Client, daemon: DaemonProcess, name: str, tmp_path: Path
+) -> None:
+    rows = write_lines(tmp_path / "in", 40, rows=1000)
+    command = (
+        "import forebay, pathlib, time\n"
+        f"client = forebay.connect({str(daemon.data)!r})\n"
+        f"told = pathlib.Path({str(tmp_path / 'told')!r})\n"
+        "def tell(done, all): told.write_text(str(done)); time.sleep(0.05)\n"
+        f"client.import_dataset({name!r}, {str(tmp_path / 'in')!r}, shard_bytes=1 << 18,"
+        " progress=tell)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", command])
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not (text := _read(tmp_path / "told")) or int(text) < 1 << 20:
+        assert time.monotonic() < deadline
+        assert child.poll() is None, "the import ended before it was killed"
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert name not in client.datasets()
+    told: list[int] = []
+    made = client.import_dataset(
+        name, tmp_path / "in", shard_bytes=1 << 18, progress=lambda done, all: told.append(done)
+    )
+    assert told[0] > 1 << 19, "it began from the front"
+    assert made.table().column("n").to_pylist() == rows
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_row_that_does_not_fit_is_named(
+    client: forebay.Client, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "BATCH_ROWS", 100)
+    values = [None if row == 777 else row for row in range(1000)]
+    pq.write_table(pa.table({"n": pa.array(values, pa.int64())}), tmp_path / "t.parquet")
+    with pytest.raises(SchemaMismatch, match=r"t\.parquet.*row 777 of it: column 'n'.* missing"):
+        client.import_dataset(name, tmp_path / "t.parquet")
+    assert name not in client.datasets()
+
+
+def test_types_cast_tables(client: forebay.Client, name: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": np.arange(10.0)}), tmp_path / "t.parquet")
+    made = client.import_dataset(name, tmp_path / "t.parquet", types={"x": "float32"})
+    assert made.table().schema.field("x").type == pa.float32()
+
+
+def test_a_dataset_of_datasets(client: forebay.Client, name: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    given = datasets.Dataset.from_dict({"n": list(range(100))}).shuffle(seed=1)
+    made = client.import_dataset(name, given)
+    assert made.table().column("n").to_pylist() == given["n"][:]
