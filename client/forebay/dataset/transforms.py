@@ -175,7 +175,7 @@ class Transforms:
         steps: Sequence[Any]
         if given is None:
             steps = ()
-        elif isinstance(given, Sequence):
+        elif isinstance(given, (list, tuple)):
             steps = given
         else:
             steps = (given,)
