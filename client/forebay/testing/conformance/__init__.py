@@ -65,6 +65,12 @@ def _outcome(subject: Subject, promise: Promise, seed: int) -> Outcome:
     except Broken as error:
         verdict, detail = "broken", str(error)
     except Exception as error:  # noqa: BLE001 - whatever the loader raises is the finding
-        verdict, detail = "broken", f"it raised {type(error).__name__}: {error}"
+        verdict, detail = "broken", f"it raised {type(error).__name__}: {_short(error)}"
     meaning = " ".join((promise.__doc__ or "").split())
     return Outcome(promise.__name__, verdict, meaning, detail, time.monotonic() - began)
+
+
+def _short(error: Exception) -> str:
+    """The first and the last line: torch puts a worker's whole traceback between them."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1]}"

@@ -90,7 +90,7 @@ class Environment:
         return _nothing()
 
     def damaged(self) -> AbstractContextManager[None]:
-        """Stored bytes of some samples are flipped."""
+        """Stored bytes of many samples, none of which was read before, are flipped."""
         raise NotSupported("the environment cannot damage stored bytes")
 
     def slow(self) -> AbstractContextManager[None]:
