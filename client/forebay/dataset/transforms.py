@@ -58,12 +58,8 @@ class Rows:
 
     def generator(self, position: int) -> np.random.Generator:
         """For the sample at *position* of the batch."""
-        counter = [
-            0,
-            0,
-            int(self.ids[position]),
-            0,
-        ]  # 2^128 numbers before they meet the next row's
+        # 2^128 numbers before they meet those of the next row.
+        counter = [0, 0, int(self.ids[position]), 0]
         return np.random.Generator(np.random.Philox(key=self._key(b""), counter=counter))
 
     def batch_generator(self) -> np.random.Generator:
