@@ -49,7 +49,7 @@ def test_workers_in_another_loader_keep_promises(environment):
 
 
 def test_the_command_checks_a_daemon(environment, capsys):
-    assert main(["--data", environment.client.address, "--only", "epoch_is_whole"]) == 0
+    assert main(["--data", str(environment.client.address), "--only", "epoch_is_whole"]) == 0
     assert "1 kept, 0 broken" in capsys.readouterr().out
     assert "conformance-of-loaders" not in environment.client.datasets()
 

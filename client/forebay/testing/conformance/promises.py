@@ -129,10 +129,7 @@ def resumes_at_every_step(subject: Subject, chance: random.Random) -> None:
         with Team(subject, shape, state) as team:
             rest = team.rest()
         what = f"after step {min(steps, len(found))} of {len(found)}, {shape}"
-        if steps < len(found):
-            check_exactly_once([*found[:steps], *rest], num_samples, what)
-        elif rest:  # of the next epoch
-            check_exactly_once(rest, num_samples, f"the epoch that follows {what}")
+        _check_both(found[:steps], rest, num_samples, what)
 
 
 def resumes_with_other_workers(subject: Subject, chance: random.Random) -> None:
@@ -263,10 +260,8 @@ def damage_is_noticed(subject: Subject, chance: random.Random) -> None:
                 raise
             except Exception as error:  # noqa: BLE001 - any error says that something is wrong
                 failure = f", which raised {type(error).__name__}"
-        if failure:
-            with Team(subject, _some_shape(subject, chance), states) as team:
-                found += team.rest()
-        check_exactly_once(found, num_samples, f"damage under {shape}{failure}")
+        rest = _resumed(subject, chance, states) if failure else []
+    _check_both(found, rest, num_samples, f"damage under {shape}{failure}")
 
 
 def a_slow_store_only_takes_longer(subject: Subject, chance: random.Random) -> None:
@@ -319,11 +314,27 @@ def _trouble(
                     raise Broken(f"it raised {type(error).__name__}: {error}") from error
                 failure = f", which raised {type(error).__name__}"
                 team.abandon()
-    if failure:
-        with Team(subject, _some_shape(subject, chance), states) as team:
-            found += team.rest()
+    rest = _resumed(subject, chance, states) if failure else []
     what = f"{steps} steps of {shape}, then trouble{failure}"
-    check_exactly_once(found, num_samples, what)
+    _check_both(found, rest, num_samples, what)
+
+
+def _resumed(
+    subject: Subject, chance: random.Random, states: list[Any] | None
+) -> list[GlobalBatch]:
+    with Team(subject, _some_shape(subject, chance), states) as team:
+        return team.rest()
+
+
+def _check_both(
+    found: list[GlobalBatch], rest: list[GlobalBatch], num_samples: int, what: str
+) -> None:
+    """*rest* is what came after a resume: the rest of the epoch, or all of the next one if nothing
+    was left of it."""
+    if rest and sum(map(len, joined(found))) >= num_samples:
+        check_exactly_once(rest, num_samples, f"the epoch that follows {what}")
+        rest = []
+    check_exactly_once([*found, *rest], num_samples, what)
 
 
 def an_appended_version_waits(subject: Subject, chance: random.Random) -> None:
