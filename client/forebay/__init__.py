@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from forebay.dataset.dataset import Dataset
     from forebay.dataset.images import decode_images
     from forebay.dataset.loader import DataLoader
+    from forebay.dataset.mixture import Mixture, Stage
     from forebay.dataset.parallel import WriteSession
     from forebay.dataset.schema import Array
     from forebay.dataset.stream import StreamingDataset
@@ -58,12 +59,14 @@ __all__ = [
     "IntegrityError",
     "InvalidRequest",
     "LimitExceeded",
+    "Mixture",
     "NotFound",
     "OriginChanged",
     "PermissionDenied",
     "ResourceExhausted",
     "SampleTooLarge",
     "SchemaMismatch",
+    "Stage",
     "StorageError",
     "StreamingDataset",
     "TooManyBadSamples",
@@ -84,6 +87,8 @@ _LAZY = {
     "DataLoader": "forebay.dataset.loader",
     "Dataset": "forebay.dataset.dataset",
     "DatasetWriter": "forebay.dataset.write",
+    "Mixture": "forebay.dataset.mixture",
+    "Stage": "forebay.dataset.mixture",
     "StreamingDataset": "forebay.dataset.stream",
     "WriteSession": "forebay.dataset.parallel",
     "connect": "forebay.client",

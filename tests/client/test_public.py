@@ -10,9 +10,9 @@ import forebay
 PUBLIC = [
     *("AlreadyExists", "AlreadyRunning", "Array", "Checkpointer", "Client", "Conflict"),
     *("DaemonUnavailable", "DataLoader", "Dataset", "DatasetWriter", "DeadlineExceeded"),
-    *("Fenced", "ForebayError", "IntegrityError", "InvalidRequest", "LimitExceeded", "NotFound"),
-    "OriginChanged",
-    *("PermissionDenied", "ResourceExhausted", "SampleTooLarge", "SchemaMismatch"),
+    *("Fenced", "ForebayError", "IntegrityError", "InvalidRequest", "LimitExceeded", "Mixture"),
+    *("NotFound", "OriginChanged"),
+    *("PermissionDenied", "ResourceExhausted", "SampleTooLarge", "SchemaMismatch", "Stage"),
     *("StorageError", "StreamingDataset", "TooManyBadSamples", "Unauthenticated"),
     "UnsupportedObject",
     *("VersionMismatch", "WriteSession", "connect", "per_sample"),

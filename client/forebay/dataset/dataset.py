@@ -82,6 +82,7 @@ class Dataset:
         self._control = control
         self._open: tuple[int, RowReader] | None = None
         self._open_rows: tuple[int, StoredRows] | None = None
+        self._totals: dict[str, int] = {}
         self._rule = None if selection is None else rule_of(selection)
 
     # What it is.
@@ -170,6 +171,41 @@ class Dataset:
         verified before its first use. Raises IntegrityError, DaemonUnavailable.
         """
         return self._reader.read(rows, self.columns(columns), allocate)
+
+    def list_lengths(self, rows: NDArray[np.int64], column: str) -> NDArray[np.int64]:
+        """How many elements the lists of *column* have in *rows of the version*."""
+        from forebay.dataset import lists
+
+        return lists.lengths(self._reader, rows, lists.check_list(self.schema[column]))
+
+    def list_pieces(
+        self,
+        rows: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        column: str,
+    ) -> NDArray[Any]:
+        """Elements [start, start + size) of the list in each of *rows of the version*, one after
+        the other in one array."""
+        from forebay.dataset import lists
+
+        found = lists.check_list(self.schema[column])
+        return lists.pieces(self._reader, rows, starts, sizes, found)
+
+    def total_length(self, column: str) -> int:
+        """Elements of all lists of *column*, of the selection if there is one. Reads all of them
+        once, and remembers the sum in this process."""
+        from forebay.dataset import lists
+
+        found = self._totals.get(column)
+        if found is None:
+            found = 0
+            for start in range(0, len(self), lists.CHUNK_ROWS):
+                stop = min(start + lists.CHUNK_ROWS, len(self))
+                rows = self.rows_at(np.arange(start, stop, dtype=np.int64))
+                found += int(self.list_lengths(rows, column).sum())
+            self._totals[column] = found
+        return found
 
     def arranged(self, options: OrderOptions) -> Reading:
         """What a loader reads of it, in the order that its *options* say."""

@@ -1,0 +1,325 @@
+"""A mixture in an order: what a loader reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from forebay.dataset.advice import PlanFit
+from forebay.dataset.gather import Allocate, numpy_array
+from forebay.dataset.holes import Hole
+from forebay.dataset.plan import PlanNews
+from forebay.dataset.reading import (
+    DatasetReading,
+    DatasetSamples,
+    Numbers,
+    OrderOptions,
+    PlanParameters,
+    Reporter,
+    no_drop_of_all,
+)
+from forebay.dataset.schema import Column
+from forebay.transfer.wanted import current_plan, reading_for
+from forebay_wire.errors import InvalidRequest
+from forebay_wire.mixture import MixtureOrder
+from forebay_wire.order import Cut, LastBatch
+
+if TYPE_CHECKING:
+    from forebay.dataset.mixture import Mixture
+
+STATE_FORMAT: Final = 1
+
+KEPT_PASSES: Final = 4
+"""Orders of passes that are kept for each dataset: two are read where one ends."""
+
+
+class MixtureReading:
+    """A mixture in an order."""
+
+    def __init__(self, mixture: Mixture, options: OrderOptions) -> None:
+        if options.lanes not in (None, 1):
+            raise InvalidRequest("a mixture has no lanes: leave lanes= out")
+        mixture.columns(options.columns)  # raises where they differ
+        self.mixture = mixture
+        self._options = replace(options, lanes=None)
+        self._readings = [
+            DatasetReading(dataset, self._options) for dataset in mixture.datasets.values()
+        ]
+
+    @property
+    def has_lanes(self) -> bool:
+        return False
+
+    @property
+    def can_mask(self) -> bool:
+        return True
+
+    @property
+    def name(self) -> str:
+        return self.mixture.name
+
+    @property
+    def title(self) -> str:
+        return " + ".join(reading.title for reading in self._readings)
+
+    @property
+    def row_bytes(self) -> float:
+        """By the shares of the whole row of stages, each counted alike."""
+        shares = np.sum([stage.shares for stage in self.mixture.recipe.stages], axis=0)
+        sizes = np.array([reading.row_bytes for reading in self._readings])
+        return float((shares / shares.sum() * sizes).sum())
+
+    def check(self, global_batch_size: int, last_batch: LastBatch) -> None:
+        no_drop_of_all(self.mixture.num_samples, global_batch_size, last_batch)
+
+    def epoch(self, epoch: int, lanes: int) -> MixtureSamples:
+        del lanes
+        recipe, seed = self.mixture.recipe, self._options.seed
+        order = MixtureOrder(recipe, self.mixture.identity, seed, epoch)
+        return MixtureSamples(self.mixture, order, self._readings)
+
+    def cut(
+        self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int
+    ) -> Cut:
+        del epoch, lanes
+        return Cut(self.mixture.num_samples, global_batch_size, last_batch, position)
+
+    # Where reading stands.
+
+    def state(self, epoch: int, position: int, lanes: int) -> dict[str, Any]:
+        del lanes
+        return {"epoch": epoch, "position": position, **self._own_state()}
+
+    def restored(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
+        del lanes
+        check_state(state, self._own_state())
+        epoch, position = whole_numbers(state, "epoch", "position")
+        if position > self.mixture.num_samples:
+            raise InvalidRequest(
+                f"the state stands at sample {position} of {self.mixture.num_samples}"
+            )
+        return epoch, position, 1
+
+    def _own_state(self) -> dict[str, Any]:
+        options = self._options
+        blocks = self._readings[0].state(0, 0, 1)
+        return {
+            "format": STATE_FORMAT,
+            "kind": "mixture",
+            "datasets": {
+                name: [dataset.name, dataset.version, dataset.identity]
+                for name, dataset in self.mixture.datasets.items()
+            },
+            "mixture": self.mixture.identity,
+            "seed": options.seed,
+            "shuffle": options.shuffle,
+            "window_blocks": blocks["window_blocks"],
+            "block_rows": blocks["block_rows"],
+        }
+
+    # The plan.
+
+    def reporter(self, loader: str, parameters: PlanParameters) -> Reporter:
+        return MixtureReporter(self, loader, parameters)
+
+    def component_reporters(self, loader: str, parameters: PlanParameters) -> list[Reporter]:
+        """A plan for each dataset. Which of its samples fall to which rank is known only to the
+        mixture, so each rank's plan is about all of them."""
+        recipe = self.mixture.recipe
+        shares = np.sum([stage.shares for stage in recipe.stages], axis=0)
+        found: list[Reporter] = []
+        for reading, share in zip(self._readings, shares / shares.sum(), strict=True):
+            size = max(1, round(parameters.global_batch_size * float(share)))
+            own = PlanParameters(size, "keep", 0, 1, 1)
+            found.append(reading.reporter(f"{reading.title} of {loader}", own))
+        return found
+
+    def places(self, epoch: int, position: int) -> list[tuple[int, int] | None]:
+        """(pass, sample) of each dataset at *position* of *epoch*; None for an empty one."""
+        order = self.epoch(epoch, 1).order
+        ordinals = order.next_ordinals(position)
+        return [
+            divmod(ordinal, size) if size else None
+            for ordinal, size in zip(ordinals, self.mixture.recipe.sizes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class MixtureSamples:
+    """One epoch of a mixture. Rows are those of all datasets' versions, counted through."""
+
+    mixture: Mixture
+    order: MixtureOrder
+    readings: Sequence[DatasetReading]
+
+    def __post_init__(self) -> None:
+        self.__dict__["_passes"] = [{} for _ in self.readings]
+
+    @property
+    def num_samples(self) -> int:
+        return self.mixture.num_samples
+
+    @property
+    def epoch(self) -> int:
+        return self.order.epoch
+
+    def rows(self, positions: Numbers) -> Numbers:
+        numbers, ordinals = self.order.at(positions)
+        rows = np.empty(len(positions), dtype=np.int64)
+        for number, size in enumerate(self.mixture.recipe.sizes):
+            target = np.flatnonzero(numbers == number)
+            if not len(target):
+                continue
+            turns, places = np.divmod(ordinals[target], size)
+            for turn in np.unique(turns).tolist():
+                now = target[turns == turn]
+                own = self._pass(number, turn).rows(places[turns == turn])
+                rows[now] = self.mixture.joined_rows(number, own)
+        return rows
+
+    def _pass(self, number: int, turn: int) -> DatasetSamples:
+        """A pass of one dataset, kept because its blocks may have been dealt."""
+        kept: dict[int, DatasetSamples] = self.__dict__["_passes"][number]
+        found = kept.get(turn)
+        if found is None:
+            found = self.readings[number].epoch(turn, 1)
+            recent = sorted(kept.items())[-KEPT_PASSES + 1 :]
+            self.__dict__["_passes"][number] = {**dict(recent), turn: found}
+        return found
+
+    def read(
+        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+    ) -> dict[str, Any]:
+        parts = []
+        plans = plan_names()
+        for number, dataset, target, own in self.mixture.share_out(rows):
+            with reading_for(plans.get(number, "")):
+                parts.append((target, dataset.read(own, columns, numpy_array)))
+        return scatter(parts, self.mixture.columns(columns), len(rows), allocate)
+
+    def read_masked(
+        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+    ) -> tuple[dict[str, Any], list[Hole]]:
+        parts = []
+        holes: list[Hole] = []
+        plans = plan_names()
+        for number, _, target, own in self.mixture.share_out(rows):
+            samples = self.readings[number].epoch(self.epoch, 1)
+            with reading_for(plans.get(number, "")):
+                values, bad = samples.read_masked(own, columns, numpy_array)
+            parts.append((target, values))
+            for hole in bad:
+                position = int(target[hole.position])
+                holes.append(Hole(position, int(rows[position]), hole.reason))
+        holes.sort()
+        return scatter(parts, self.mixture.columns(columns), len(rows), allocate), holes
+
+    def ids(self, rows: Numbers) -> dict[str, Numbers]:
+        found = np.empty(len(rows), dtype=np.int64)
+        numbers = np.empty(len(rows), dtype=np.int64)
+        for number, _, target, own in self.mixture.share_out(rows):
+            found[target], numbers[target] = own, number
+        return {"_ids": found, "_dataset": numbers}
+
+
+def scatter(
+    parts: Sequence[tuple[Numbers, Mapping[str, Any]]],
+    columns: Sequence[Column],
+    num_rows: int,
+    allocate: Allocate,
+) -> dict[str, Any]:
+    """Columns of *num_rows* rows from *parts*: where the rows stand, and their columns."""
+    found: dict[str, Any] = {}
+    for column in columns:
+        if column.kind in ("scalar", "array"):
+            assert column.dtype is not None
+            whole = allocate((num_rows, *column.shape), column.dtype)
+            for target, values in parts:
+                whole[target] = values[column.name]
+            found[column.name] = whole
+            continue
+        objects = np.empty(num_rows, dtype=object)
+        for target, values in parts:
+            own = values[column.name]
+            objects[target] = np.fromiter(own, dtype=object, count=len(own))
+        found[column.name] = objects.tolist()
+    return found
+
+
+def plan_names() -> dict[int, str]:
+    """Number of each dataset to the plan that this thread reads it for."""
+    joined = current_plan().get("plan", "")
+    return dict(enumerate(joined.split(","))) if "," in joined else {0: joined}
+
+
+class MixtureReporter:
+    """A plan for each dataset of a mixture, told as one. Methods as those of ``PlanReporter``."""
+
+    def __init__(self, reading: MixtureReading, loader: str, parameters: PlanParameters) -> None:
+        self._reading = reading
+        self._reporters = reading.component_reporters(loader, parameters)
+
+    @property
+    def plan(self) -> str:
+        """The plans' names, in the order of the datasets."""
+        return ",".join(reporter.plan for reporter in self._reporters)
+
+    @property
+    def news(self) -> PlanNews:
+        """Waits added up; the longest is the longest of all."""
+        waits: dict[str, float] = {}
+        problems: dict[str, None] = {}
+        tiers: dict[str, int] = {}
+        all_news = [reporter.news for reporter in self._reporters]
+        for news in all_news:
+            for name, value in news.waits.items():
+                before = waits.get(name, 0)
+                is_longest = name == "longest_seconds"
+                waits[name] = max(before, value) if is_longest else before + value
+            if news.problem:
+                problems[news.problem] = None
+            tiers |= news.fit.tier_bytes
+        fit = PlanFit(sum(news.fit.plan_bytes for news in all_news), tiers)
+        return PlanNews("; ".join(problems), waits, fit)
+
+    def account(self, account: Callable[[PlanFit], dict[str, Any]]) -> None:
+        self._reporters[0].account(account)  # once is enough: the sums are of the loader
+
+    def stand(self, epoch: int, position: int) -> None:
+        places = self._reading.places(epoch, position)
+        for reporter, place in zip(self._reporters, places, strict=True):
+            if place is not None:
+                reporter.stand(*place)
+
+    def end(self) -> None:
+        for reporter in self._reporters:
+            reporter.end()
+
+
+def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise unless a saved *state* and a loader's *own* mean the same order."""
+    if state.get("kind") != own["kind"] or state.get("format") != own["format"]:
+        raise InvalidRequest(
+            f"this loader reads a {own['kind']}; the state is of "
+            f"{state.get('kind', 'a dataset')!r}, format "
+            f"{state.get('format')!r}: pass what state_dict() returned for the same"
+        )
+    for name, value in own.items():
+        if name not in state:
+            raise InvalidRequest(f"loader state lacks {name!r}: it is not complete")
+        if state[name] != value:
+            raise InvalidRequest(
+                f"the state was taken with {name}={state[name]!r}, this loader has {value!r}: make "
+                "it with the same datasets, weights and options"
+            )
+
+
+def whole_numbers(state: Mapping[str, Any], *names: str) -> list[int]:
+    """The numbers called *names* of a loader's *state*."""
+    found = [state.get(name) for name in names]
+    if any(type(value) is not int or value < 0 for value in found):
+        raise InvalidRequest(f"loader state: {', '.join(names)} are numbers from 0 on")
+    return [value for value in found if value is not None]

@@ -1,0 +1,278 @@
+"""Mixtures through both loaders: by definition the same samples, from any ranks and batch sizes."""
+
+import json
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import forebay
+from forebay_server.testing.rpc import rpc_client
+from forebay_wire.mixture import MixtureOrder
+from forebay_wire.order import Order
+from forebay_wire.v1 import plans_pb2 as messages
+
+SIZES = {"web": 211, "code": 60, "books": 33}
+WEIGHTS = {"web": 0.6, "code": 0.3, "books": 0.1}
+SCHEMA = {"number": "int64", "tokens": "list[int32]", "text": "string"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def _datasets(daemon):
+    with forebay.connect(daemon.data) as client:
+        for dataset, (name, size) in enumerate(SIZES.items()):
+            with client.create_dataset(
+                name, schema=SCHEMA, shard_bytes=64 * 1024, batch_bytes=2048
+            ) as writer:
+                for number in range(size):
+                    tokens = [number] * (10 * (dataset + 1))
+                    writer.write(number=number, tokens=tokens, text=f"{name} {number}")
+        client.dataset("web").define_splits({"train": 0.8, "test": 0.2}, seed=1)
+
+
+@pytest.fixture
+def datasets(client, _datasets):
+    return {name: client.dataset(name) for name in SIZES}
+
+
+@pytest.fixture
+def mixture(datasets):
+    return forebay.Mixture(datasets, WEIGHTS, num_samples=250)
+
+
+def expected(mixture, *, shuffle="full", seed=5, epoch=0):
+    """(dataset, row) of each position, by definition: no loader runs."""
+    order = MixtureOrder(mixture.recipe, mixture.identity, seed, epoch)
+    found = []
+    datasets = list(mixture.datasets.values())
+    for number, ordinal in zip(*order.at(np.arange(len(mixture))), strict=True):
+        dataset = datasets[number]
+        turn, place = divmod(int(ordinal), len(dataset))
+        own = Order(len(dataset), shuffle, seed, turn, dataset.identity)
+        found.append((int(number), int(dataset.rows_at(own.between(place, place + 1))[0])))
+    return found
+
+
+def make(mixture, **options):
+    options = {"global_batch_size": 24, "shuffle": "full", "seed": 5, "include_ids": True} | options
+    return forebay.DataLoader(mixture, **options)
+
+
+def samples_of(batch):
+    names = list(SIZES)
+    found = list(zip(batch["_dataset"].tolist(), batch["_ids"].tolist(), strict=True))
+    assert batch["number"].tolist() == [row for _, row in found]
+    assert batch["text"] == [f"{names[number]} {row}" for number, row in found]
+    if "_mask" in batch:
+        found = [one for one, real in zip(found, batch["_mask"].tolist(), strict=True) if real]
+    return found
+
+
+def read(mixture, num_ranks, *, state=None, steps=None, **options):
+    """Samples that all ranks read, batch by batch, and the state after them."""
+    loaders = [
+        make(mixture, rank=rank, world_size=num_ranks, **options) for rank in range(num_ranks)
+    ]
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(state)
+    found = []
+    for parts in zip(*loaders, strict=True):
+        found.append([one for part in parts for one in samples_of(part)])
+        states = [loader.state_dict() for loader in loaders]
+        assert all(one == states[0] for one in states)
+        if len(found) == steps:
+            break
+    for loader in loaders:
+        loader.close()
+    return [one for batch in found for one in batch], json.loads(json.dumps(states[0]))
+
+
+@pytest.mark.parametrize("last_batch", ["keep", "pad"])
+def test_ranks_and_batch_size_change_in_the_middle_and_nothing_else(mixture, last_batch):
+    first, state = read(mixture, 1, steps=3)
+    second, state = read(mixture, 3, state=state, steps=4, global_batch_size=7)
+    third, _ = read(mixture, 2, state=state, global_batch_size=31, last_batch=last_batch)
+    assert first + second + third == expected(mixture)
+
+
+def test_of_each_dataset_every_sample_comes_once_before_any_comes_again(mixture):
+    with make(mixture) as loader:
+        seen = [one for epoch in loader.epochs(5) for batch in epoch for one in samples_of(batch)]
+    assert len(seen) == 5 * 250
+    for number, size in enumerate(SIZES.values()):
+        own = [row for dataset, row in seen if dataset == number]
+        for start in range(0, len(own), size):
+            turn = own[start : start + size]
+            assert len(set(turn)) == len(turn)
+    shares = np.bincount([number for number, _ in seen]) / len(seen)
+    assert np.abs(shares - [0.6, 0.3, 0.1]).max() < 0.01
+
+
+@pytest.mark.parametrize("stop", ["first", "all"])
+def test_an_epoch_ends_by_a_rule(datasets, stop):
+    mixture = forebay.Mixture(datasets, WEIGHTS, stop=stop)
+    found, _ = read(mixture, 2, global_batch_size=40)
+    times = [
+        [found.count((number, row)) for row in range(size)]
+        for number, size in enumerate(SIZES.values())
+    ]
+    if stop == "first":
+        assert max(map(max, times)) == 1
+        assert {1} in map(set, times)  # one dataset came whole
+    else:
+        assert min(map(min, times)) == 1
+
+
+def test_fixed_sizes_and_repeats(datasets):
+    sizes = {"web": 100, "code": 60, "books": 50}
+    found, _ = read(forebay.Mixture(datasets, sizes=sizes), 1)
+    assert np.bincount([number for number, _ in found]).tolist() == [100, 60, 50]
+    repeated = forebay.Mixture(datasets, repeats={"web": 0.5, "code": 1, "books": 3})
+    found, _ = read(repeated, 1)
+    assert np.bincount([number for number, _ in found]).tolist() == [106, 60, 99]
+    assert {found.count((2, row)) for row in range(33)} == {3}
+
+
+def test_weights_by_token_become_shares_of_samples_by_the_mean_length(datasets):
+    weights = {"web": 1, "code": 1, "books": 1}
+    mixture = forebay.Mixture(datasets, weights, by="tokens", num_samples=1100)
+    with make(mixture, global_batch_size=100) as loader:
+        tokens = np.zeros(3)
+        for batch in loader:
+            lengths = torch.tensor([len(one) for one in batch["tokens"]])
+            tokens += np.bincount(batch["_dataset"], weights=lengths, minlength=3)
+    assert np.abs(tokens / tokens.sum() - 1 / 3).max() < 0.02
+    said = {"web": 10, "code": 20, "books": 30}
+    again = forebay.Mixture(datasets, weights, by="tokens", num_samples=1100, mean_tokens=said)
+    assert again.identity == mixture.identity
+
+
+def test_a_schedule_counts_samples_or_tokens_through_all_epochs(datasets):
+    only = {"web": 0, "code": 0, "books": 0}
+    stages = [
+        forebay.Stage(only | {"web": 1}),
+        forebay.Stage(only | {"code": 1}, from_samples=150),
+        forebay.Stage(only | {"books": 1}, from_tokens=150 * 10 + 100 * 20),
+    ]
+    mixture = forebay.Mixture(datasets, stages, num_samples=200)
+    with make(mixture) as loader:
+        seen = [one[0] for epoch in loader.epochs(2) for b in epoch for one in samples_of(b)]
+    assert seen == [0] * 150 + [1] * 100 + [2] * 150
+
+
+def test_the_streaming_dataset_reads_the_same_beside_workers(mixture):
+    stream = forebay.StreamingDataset(
+        mixture, global_batch_size=24, shuffle="full", seed=5, include_ids=True
+    )
+    loader = torch.utils.data.DataLoader(
+        stream, batch_size=None, num_workers=2, multiprocessing_context="fork"
+    )
+    batches = list(loader)
+    assert [one for batch in batches for one in samples_of(batch)] == expected(mixture)
+    state = stream.state_dict(after=batches[3])
+    rest, _ = read(mixture, 2, state=state)
+    assert rest == expected(mixture)[4 * 24 :]
+
+
+@pytest.mark.parametrize("shuffle", ["none", "block"])
+def test_other_shuffles_keep_each_dataset_s_own_order(datasets, shuffle):
+    mixture = forebay.Mixture(datasets, WEIGHTS, stop="first")
+    options = {"block_rows": 10, "window_blocks": 2} if shuffle == "block" else {}
+    found, state = read(mixture, 2, shuffle=shuffle, steps=2, **options)
+    rest, _ = read(mixture, 1, shuffle=shuffle, state=state, **options)
+    assert len(set(found + rest)) == len(mixture) == len(found + rest)
+    if shuffle == "none":
+        assert found + rest == expected(mixture, shuffle="none")
+
+
+def test_a_split_is_a_component_like_any_other(client, datasets):
+    train = client.dataset("web", split="train")
+    mixture = forebay.Mixture({"train": train, "code": datasets["code"]}, {"train": 3, "code": 1})
+    with make(mixture) as loader:
+        rows = [
+            row
+            for batch in loader
+            for n, row in zip(batch["_dataset"], batch["_ids"], strict=True)
+            if n == 0
+        ]
+    assert set(map(int, rows)) <= set(train.rows_at(np.arange(len(train))).tolist())
+
+
+def test_a_state_of_another_mixture_is_refused(mixture, datasets):
+    with make(mixture) as loader:
+        state = loader.state_dict()
+    others = [
+        forebay.Mixture(datasets, {**WEIGHTS, "web": 0.61}, num_samples=250),
+        forebay.Mixture({name: datasets[name] for name in ("web", "code")}, {"web": 6, "code": 3}),
+    ]
+    for other in others:
+        with make(other) as loader, pytest.raises(forebay.InvalidRequest, match="was taken with"):
+            loader.load_state_dict(state)
+    with make(datasets["web"]) as loader, pytest.raises(forebay.InvalidRequest):
+        loader.load_state_dict(state)
+    with make(mixture) as loader:
+        with pytest.raises(forebay.InvalidRequest, match="a mixture"):
+            loader.load_state_dict(make(datasets["web"]).state_dict())
+        with pytest.raises(forebay.InvalidRequest, match="seed"):
+            loader.load_state_dict({**state, "seed": 6})
+        with pytest.raises(forebay.InvalidRequest, match="stands at"):
+            loader.load_state_dict({**state, "position": 251})
+
+
+def test_datasets_with_other_columns_are_refused_unless_projected(client, datasets, name):
+    with client.create_dataset(name, schema={"number": "int64", "text": "int32"}) as writer:
+        writer.write(number=1, text=1)
+    mixture = forebay.Mixture(
+        {"web": datasets["web"], "odd": client.dataset(name)}, {"web": 1, "odd": 1}, num_samples=8
+    )
+    with pytest.raises(forebay.SchemaMismatch, match="other columns"):
+        make(mixture)
+    with pytest.raises(forebay.SchemaMismatch, match=r"'text'.*string in 'web' and int32 in 'odd'"):
+        make(mixture, columns=["text"])
+    with make(mixture, columns=["number"], include_ids=False) as loader:
+        assert len(next(iter(loader))["number"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "exactly one of weights"),
+        ({"weights": WEIGHTS, "sizes": SIZES}, "exactly one of weights"),
+        ({"weights": {"web": 1}}, "datasets are"),
+        ({"weights": WEIGHTS, "stop": "never"}, "stop"),
+        ({"weights": WEIGHTS, "num_samples": 5, "stop": "all"}, "without stop"),
+        ({"weights": [forebay.Stage(WEIGHTS), forebay.Stage(WEIGHTS, 5)]}, "num_samples"),
+        ({"weights": WEIGHTS | {"web": -1}}, "none below 0"),
+        ({"sizes": SIZES, "stop": "all"}, "belong to weights"),
+    ],
+)
+def test_what_makes_no_mixture_is_refused(datasets, options, words):
+    with pytest.raises(forebay.InvalidRequest, match=words):
+        forebay.Mixture(datasets, **options)
+
+
+def test_lanes_are_refused_and_a_pickle_is_the_same_mixture(mixture):
+    with pytest.raises(forebay.InvalidRequest, match="no lanes"):
+        make(mixture, shuffle="block", block_rows=10, lanes=2)
+    assert pickle.loads(pickle.dumps(mixture)).identity == mixture.identity  # noqa: S301 - our own
+
+
+def test_the_daemon_has_a_plan_for_each_dataset(daemon, mixture):
+    with make(mixture, columns=["number"], include_ids=False) as loader:
+        batches = iter(loader)
+        for _ in range(4):
+            next(batches)
+        deadline = time.monotonic() + 20
+        plans = {}
+        with rpc_client(daemon) as rpc:
+            while len(plans) < 3 and time.monotonic() < deadline:
+                told = rpc.call(rpc.plans.ListPlans, messages.ListPlansRequest()).plans
+                plans = {one.dataset: one for one in told if "web v1" in one.loader}
+                time.sleep(0.05)
+        assert {name.partition("@")[0] for name in plans} == set(SIZES)
+        assert loader.report().plan_problem == ""
