@@ -1,0 +1,105 @@
+"""Our loaders inside Accelerate and Lightning, two ranks with gloo in processes of their own: every
+sample once, or a refusal that names the setting."""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forebay.testing import numbered
+
+NUM_RANKS = 2
+
+
+@pytest.fixture
+def way() -> str:
+    """One way of bytes is enough for what is about frameworks."""
+    return "local"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run_ranks(scenario, dataset, folder: Path) -> list[dict]:
+    """What each rank printed."""
+    pickled = folder / "dataset"
+    pickled.write_bytes(pickle.dumps(dataset))
+    port = free_port()
+    ranks = []
+    for rank in range(NUM_RANKS):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(NUM_RANKS),
+            "LOCAL_WORLD_SIZE": str(NUM_RANKS),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test",  # or Lightning starts ranks of its own
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        program = Path(__file__).parent / "framework_ranks.py"
+        command = [sys.executable, str(program), scenario, str(pickled), str(folder)]
+        with (folder / f"rank{rank}.log").open("wb") as log:
+            ranks.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log)
+            )
+    try:
+        printed = [process.communicate(timeout=170)[0].decode() for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(NUM_RANKS))
+    assert [process.returncode for process in ranks] == [0] * NUM_RANKS, logs
+    return [json.loads(text.splitlines()[-1]) for text in printed]
+
+
+def joined(found: list[dict], key: str, epoch: int | None = None) -> list[list[int]]:
+    """The global batches of both ranks."""
+    parts = [one[key] if epoch is None else one[key][epoch] for one in found]
+    return [a + b for a, b in zip(*parts, strict=True)]
+
+
+def expected_batches(dataset, **options):
+    return numbered.expected_batches(dataset, 24, seed=5, **options)
+
+
+@pytest.mark.timeout(200)
+def test_accelerate_reads_each_sample_once_or_is_refused_by_name(train, tmp_path):
+    found = run_ranks("accelerate", train, tmp_path)
+    assert [one["ranks"] for one in found] == [2, 2]
+    assert [one["is untouched"] for one in found] == [True, True]
+    assert joined(found, "loader") == expected_batches(train)
+    assert joined(found, "next epoch") == expected_batches(train, epoch=1)
+    assert joined(found, "torch") == expected_batches(train)
+    refused = {key: [one[key] for one in found] for key in found[0] if key.startswith("prepared ")}
+    assert len(refused) == 6
+    for key, answers in refused.items():
+        setting = "split_batches" if "split_batches" in key else "dispatch_batches"
+        assert all(answer != "it read" and setting in answer for answer in answers), (key, answers)
+    seen = [number for one in found for batch in one["map style"] for number in batch]
+    assert sorted(seen) == sorted(number for batch in expected_batches(train) for number in batch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_lightning_reads_each_sample_once_and_resumes(train, tmp_path):
+    found = run_ranks("lightning", train, tmp_path)
+    epochs = [expected_batches(train, epoch=epoch) for epoch in range(2)]
+    for key in ("loader", "loader to step 3", "torch", "torchdata"):
+        assert [joined(found, key, epoch) for epoch in range(2)] == epochs, key
+    for key in ("loader from step 3", "torchdata from step 3"):
+        assert joined(found, key, 0) == epochs[0][3:], key
+        assert joined(found, key, 1) == epochs[1], key
+    assert joined(found, "loader from the last step", 1) == epochs[1]
