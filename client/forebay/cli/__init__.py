@@ -14,11 +14,13 @@ from forebay.cli.checkpoint_list import list_checkpoints
 from forebay.cli.checkpoint_show import show_checkpoint
 from forebay.cli.daemon import backup, recover, serve
 from forebay.cli.dataset_delete import delete_dataset
+from forebay.cli.dataset_head import show_rows
 from forebay.cli.dataset_import import append_dataset, import_dataset
 from forebay.cli.dataset_list import list_datasets
 from forebay.cli.dataset_origins import pin_dataset, register_dataset
 from forebay.cli.dataset_select import select_rows, split_dataset
 from forebay.cli.dataset_show import show_dataset
+from forebay.cli.dataset_verify import show_statistics, verify_dataset
 from forebay.cli.doctor import doctor
 from forebay.cli.exit_codes import ExitCode, epilog, exit_code
 from forebay.cli.integrity import fsck, gc, scrub
@@ -41,7 +43,7 @@ def commands() -> None:
 
 @commands.group()
 def dataset() -> None:
-    """List, show, import, register, split and delete datasets."""
+    """List, show, import, append, verify, register, split and delete datasets."""
 
 
 @commands.group()
@@ -52,6 +54,9 @@ def checkpoint() -> None:
 for command in (
     list_datasets,
     show_dataset,
+    show_rows,
+    show_statistics,
+    verify_dataset,
     import_dataset,
     append_dataset,
     register_dataset,

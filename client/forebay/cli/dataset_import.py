@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
 from forebay.cli.output import size
+from forebay.cli.progress import progress_of
 from forebay.cli.session import Session, with_session
 from forebay_wire.errors import NotFound
 from forebay_wire.limits import MIB
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 FORMATS: Final = (
     *("parquet", "csv", "jsonl", "npz", "npy", "arrow", "webdataset"),
@@ -125,7 +121,7 @@ def _run(session: Session, task: _Task) -> None:
         if task.append and task.name not in client.datasets():
             raise NotFound(f"there is no dataset {task.name!r} to append to: import it first")
         before = len(client.dataset(task.name)) if task.append else 0
-        with _progress_of(task.name) as progress:
+        with progress_of(task.name) as progress:
             dataset = client.import_dataset(
                 task.name,
                 list(task.paths),
@@ -165,30 +161,6 @@ def _run(session: Session, task: _Task) -> None:
 def _jobs(num_bytes: int) -> int:
     """How many processes read so many bytes."""
     return max(1, min(len(os.sched_getaffinity(0)), num_bytes // BYTES_OF_A_JOB, MAX_JOBS))
-
-
-@contextmanager
-def _progress_of(name: str) -> Iterator[Callable[[int, int], None] | None]:
-    with progress_display() as progress:
-        if progress is None:
-            yield None
-            return
-        bar = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
-
-
-@contextmanager
-def progress_display() -> Iterator[Progress | None]:
-    """A progress display on standard error, if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        yield progress
 
 
 def parse_shares(text: str | None) -> dict[str, float]:

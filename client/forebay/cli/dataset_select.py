@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from forebay.cli.dataset_import import parse_shares, progress_display
+from forebay.cli.dataset_import import parse_shares
+from forebay.cli.progress import progress_display
 from forebay.cli.session import Session, with_session
 from forebay_wire.errors import InvalidRequest, NotFound
 

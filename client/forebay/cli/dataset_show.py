@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from forebay.cli.dataset_head import first_rows, plain, print_rows
 from forebay.cli.output import moment, print_fields, print_table, record, size
 from forebay.cli.session import Session, with_session
 from forebay_wire.manifest import SelectionManifest, parse
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 @click.command("show")
 @click.argument("name")
 @click.option("--version", default="latest", show_default=True, help="Which version to show.")
+@click.option("--preview", default=0, metavar="ROWS", help="Show so many rows as well.")
 @with_session
-def show_dataset(session: Session, name: str, version: str) -> None:
+def show_dataset(session: Session, name: str, version: str, preview: int) -> None:
     """A dataset's versions and splits, and the columns, copies and shards of one version."""
     with session.connect() as client:
         found = client.describe_dataset(name)
         dataset = client.dataset(name, version)
+        rows = first_rows(dataset, preview) if preview else []
         value: dict[str, Any] = {
             **record(found),
             "selections": [
@@ -55,8 +58,15 @@ def show_dataset(session: Session, name: str, version: str) -> None:
                 {**asdict(one), "trust": one.trust}
                 for one in (client.origins(name, dataset.version) if _has_origins(dataset) else ())
             ],
+            "preview": [{key: plain(one) for key, one in row.items()} for row in rows],
         }
-    session.show(value, lambda: _print(value, dataset))
+
+    def people() -> None:
+        _print(value, dataset)
+        if rows:
+            print_rows(rows)
+
+    session.show(value, people)
 
 
 def _has_origins(dataset: Dataset) -> bool:

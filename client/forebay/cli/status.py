@@ -31,19 +31,21 @@ def _print_loaders(found: StatusResponse) -> None:
     if not found.plans:
         print("No loader reads.")
         return
-    columns = ("loader", "reads", ">at", ">samples/s", ">waited", "for", ">masked", "advice")
+    columns = ("loader", "reads", ">at", ">samples/s", ">waited", "for", ">masked")
     print_table(columns, [_loader(plan) for plan in found.plans])
+    for plan in found.plans:
+        notes = [note for note in (plan.times.advice, plan.times.covers) if note]
+        if notes:
+            print(f"{plan.loader}: {'; '.join(notes)}")
 
 
 def _loader(plan: PlanSummary) -> tuple[str, ...]:
     loader, reads, place, rate, *_ = _plan(plan)
     if not plan.HasField("times"):
-        return (loader, reads, place, rate, "–", _waits(plan.waits), "–", "")
+        return (loader, reads, place, rate, "–", _waits(plan.waits), "–")
     times = plan.times
     waited = f"{times.wait_seconds / times.seconds:.1%}" if times.wait_seconds else "–"
-    notes = [note for note in (times.advice, times.covers) if note]
-    masked = str(times.masked_samples)
-    return (loader, reads, place, rate, waited, _causes(times), masked, "; ".join(notes))
+    return (loader, reads, place, rate, waited, _causes(times), str(times.masked_samples))
 
 
 def _causes(times: LoaderTimes) -> str:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from forebay._channel import RpcChannel
     from forebay.dataset.read_plan import ReadPlan
     from forebay.dataset.reading import OrderOptions, Reading
+    from forebay.dataset.statistics import ColumnStatistics
+    from forebay.dataset.verify import Verified
     from forebay.transfer import Transfer
     from forebay_wire.v1 import datasets_pb2
 
@@ -249,6 +251,31 @@ class Dataset:
         if self.selection is None:
             return table
         return table.take(pa.array(self.rows_at(np.arange(len(self), dtype=np.int64))))
+
+    def verify(
+        self, progress: Callable[[int, int], object] = lambda done, total: None
+    ) -> Verified:
+        """Read every byte of the version and compare it with its digests; see ``damaged`` of what
+        is returned. *progress* is told how many bytes are done, and of how many."""
+        from forebay.dataset.verify import verify
+
+        return verify(self, progress)
+
+    def statistics(
+        self,
+        columns: Sequence[str] | None = None,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> dict[str, ColumnStatistics]:
+        """Counts, extremes, mean and deviation of each column of this version or split; of text,
+        bytes and lists those of their lengths. All rows are read, a record batch at a time;
+        *progress* is told how many are done, and of how many."""
+        from forebay.dataset.statistics import statistics
+
+        return statistics(self, columns, progress)
+
+    def whole(self) -> Dataset:
+        """The version that this is a split of."""
+        return Dataset(self.manifest, self.manifest_id, self.endpoint, control=self._control)
 
     # What needs the client.
 
