@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from types import TracebackType
 from typing import Final, Self
@@ -108,15 +108,60 @@ class timed:
             _share_out(watch.seconds, self._cause, self._had, self._parts)
 
 
+class Turn:
+    """A lock for what takes long. Who waits for it books the time like whoever had it: to the same
+    causes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._began: dict[str, float] = {}
+        self._took: dict[str, float] = {}
+        """Cause to seconds of the last one that had it, while it did."""
+
+    def __enter__(self) -> None:
+        watch = _here.watch
+        if not self._lock.acquire(blocking=False):
+            if watch is None:
+                self._lock.acquire()
+            else:
+                before = watch.switch("open")
+                had = watch.seconds.get("open", 0.0)
+                self._lock.acquire()
+                watch.switch(before)
+                _share_out(watch.seconds, "open", had, self._took, CAUSES)
+        if watch is not None:
+            watch.switch(watch.cause)
+            self._began = dict(watch.seconds)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        watch = _here.watch
+        if watch is not None:
+            watch.switch(watch.cause)
+            self._took = {
+                cause: took - self._began.get(cause, 0.0) for cause, took in watch.seconds.items()
+            }
+        self._lock.release()
+
+
 def _share_out(
-    seconds: dict[str, float], cause: str, had: float, parts: Mapping[str, float]
+    seconds: dict[str, float],
+    cause: str,
+    had: float,
+    parts: Mapping[str, float],
+    causes: Sequence[str] = WAIT_CAUSES,
 ) -> None:
-    """Move what *cause* got since it *had* so much to *parts*."""
-    known = {name: float(parts[name]) for name in WAIT_CAUSES if parts.get(name, 0.0) > 0.0}
+    """Move what *cause* got since it *had* so much to those of *parts* that are *causes*: what they
+    say, of the daemon's; else all of it, in their proportions."""
+    known = {name: float(parts[name]) for name in causes if parts.get(name, 0.0) > 0.0}
     took, told = seconds[cause] - had, sum(known.values())
     if told <= 0.0 or took <= 0.0:
         return
-    scale = min(1.0, took / told)
+    scale = took / told if causes is CAUSES else min(1.0, took / told)
+    seconds[cause] -= told * scale
     for name, one in known.items():
         seconds[name] = seconds.get(name, 0.0) + one * scale
-    seconds[cause] -= min(took, told)

@@ -17,6 +17,7 @@ from typing import Final
 from forebay.dataset.addresses import AddressTable
 from forebay.dataset.schema import Schema
 from forebay.dataset.shard import BatchColumns, ShardReader
+from forebay.stopwatch import Turn
 from forebay.transfer import Transfer, local_path_is_on, make_transfer
 from forebay_wire.limits import GIB, MAX_OPEN_BLOBS_PER_CLIENT, MIB
 from forebay_wire.manifest import ShardRef
@@ -55,7 +56,7 @@ class ShardCache:
         self._batch_bytes = batch_bytes
         self._max_shards = max_shards
         self._lock = threading.Lock()
-        self._opening = threading.Lock()
+        self._opening = Turn()
         self._shards: OrderedDict[str, _OpenShard] = OrderedDict()
         self._batches: OrderedDict[tuple[str, int], _HeldBatch] = OrderedDict()
         self._held_bytes = 0
