@@ -24,6 +24,7 @@ from forebay.dataset.reading import (
     Steps,
     arrange,
 )
+from forebay.dataset.steps import StepPages
 from forebay.dataset.transforms import Batch, Rows, Transform, Transforms
 from forebay.stopwatch import Stopwatch
 from forebay.transfer.wanted import reading_for
@@ -96,6 +97,7 @@ class BatchSource:
         self._include_ids = include_ids
         self._rank = (rank, world_size)
         self._bound: tuple[int, int] | None = None
+        self._pages = StepPages()
         self.plan = ""
         """Name of the plan that the daemon knows this reading by."""
         if min(size for size in self._sizes if size is not None) < 1:
@@ -172,8 +174,7 @@ class BatchSource:
 
     def _read(self, order: Samples, cut: Steps, step: Any, watch: Stopwatch) -> ReadBatch:
         rank, world_size = self.bind()
-        part = cut.part(step, rank, world_size)
-        rows = order.rows(part.positions(order.num_samples))
+        part, rows = self._pages.at(order, cut, step, rank, world_size)
         holes: list[Hole] = []
         with reading_for(self.plan):
             if self._masks_holes:
