@@ -57,9 +57,8 @@ def advise(work: Workload, fit: PlanFit | None = None) -> str:
         return ""
     waited = sum(work.stalls.values()) / work.seconds
     if work.whole != "the step" and waited < 1.0 - FREE_SHARE:
-        return (
-            f"the trainer is the bottleneck: workers were idle {_percent(1 - waited)} of the time"
-        )
+        idle = _percent(1.0 - waited)
+        return f"the trainer is the bottleneck: workers were idle {idle} of their time"
     if waited < FREE_SHARE:
         return f"the trainer is the bottleneck: data was ready {_percent(1 - waited)} of the time"
     groups = {name: work.stalls.get(name, 0.0) for name in _ADVICE}
@@ -110,7 +109,7 @@ def _more_threads(work: Workload) -> str:
     """The threads that would read as fast as the trainer computes, as far as there are cores."""
     computing = work.seconds - sum(work.stalls.values())
     wanted = math.inf if computing <= 0.0 else work.reading_seconds / computing
-    count = int(min(max(wanted, work.num_threads + 1.0), work.num_cpus))
+    count = math.ceil(min(max(wanted, work.num_threads + 1.0), work.num_cpus))
     return f"give {work.option}={count} or" if count > work.num_threads else "take"
 
 
