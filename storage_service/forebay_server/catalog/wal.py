@@ -190,6 +190,8 @@ class _Log:
 
     def lacks(self, mark: End) -> str:
         """What the mark knows of and the log has not; empty if nothing."""
+        if not mark.num_frames:
+            return ""  # noted before the first commit that this log, or its next cycle, was to get
         if (mark.salt_1, mark.salt_2) != self.salts:
             cycles = (self.salts[0] - mark.salt_1) & 0xFFFFFFFF
             if 0 < cycles < 1 << 31:

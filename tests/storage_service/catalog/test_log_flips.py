@@ -73,12 +73,30 @@ def test_all_commits_are_there_after_a_kill(left: Callable[[], Path]) -> None:
     assert not mark_path(path).exists()
 
 
+def test_a_kill_before_the_first_commit_is_marked_is_no_loss(tmp_path: Path) -> None:
+    for number in range(8):  # what a log that is begun anew is told by is random
+        place = tmp_path / f"{number}"
+        place.mkdir()
+        path = place / "catalog.sqlite"
+        Catalog.open(sqlite_url(path)).close()
+        catalog = Catalog.open(sqlite_url(path))
+        catalog.write_now(lambda connection: get_setting(connection, "nothing"))
+        mark = mark_path(path).read_bytes()
+        catalog.write_now(lambda connection: put_setting(connection, "n0", "x" * 500))
+        killed = tmp_path / f"{number}-killed"
+        shutil.copytree(place, killed)
+        mark_path(killed / path.name).write_bytes(mark)  # as a kill right after the commit
+        catalog.close()
+        assert find_loss(killed / path.name) is None
+        assert num_found(killed / path.name) == 1
+
+
 def test_no_flip_in_the_log_loses_a_commit_unseen(left: Callable[[], Path]) -> None:
     sweep(left, NUM_FLIPS)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 def test_no_flip_of_any_byte_of_the_log_loses_a_commit_unseen(left: Callable[[], Path]) -> None:
     sweep(left, 10**9)
 
