@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from forebay.dataset.images import decode_images
     from forebay.dataset.loader import DataLoader
     from forebay.dataset.mixture import Mixture, Stage
+    from forebay.dataset.packing import Packed
     from forebay.dataset.parallel import WriteSession
     from forebay.dataset.schema import Array
     from forebay.dataset.stream import StreamingDataset
@@ -62,6 +63,7 @@ __all__ = [
     "Mixture",
     "NotFound",
     "OriginChanged",
+    "Packed",
     "PermissionDenied",
     "ResourceExhausted",
     "SampleTooLarge",
@@ -88,6 +90,7 @@ _LAZY = {
     "Dataset": "forebay.dataset.dataset",
     "DatasetWriter": "forebay.dataset.write",
     "Mixture": "forebay.dataset.mixture",
+    "Packed": "forebay.dataset.packing",
     "Stage": "forebay.dataset.mixture",
     "StreamingDataset": "forebay.dataset.stream",
     "WriteSession": "forebay.dataset.parallel",

@@ -11,7 +11,7 @@ PUBLIC = [
     *("AlreadyExists", "AlreadyRunning", "Array", "Checkpointer", "Client", "Conflict"),
     *("DaemonUnavailable", "DataLoader", "Dataset", "DatasetWriter", "DeadlineExceeded"),
     *("Fenced", "ForebayError", "IntegrityError", "InvalidRequest", "LimitExceeded", "Mixture"),
-    *("NotFound", "OriginChanged"),
+    *("NotFound", "OriginChanged", "Packed"),
     *("PermissionDenied", "ResourceExhausted", "SampleTooLarge", "SchemaMismatch", "Stage"),
     *("StorageError", "StreamingDataset", "TooManyBadSamples", "Unauthenticated"),
     "UnsupportedObject",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from forebay.dataset.advice import PlanFit
 from forebay.dataset.gather import Allocate, numpy_array
@@ -22,6 +23,7 @@ from forebay.dataset.reading import (
     no_drop_of_all,
 )
 from forebay.dataset.schema import Column
+from forebay.dataset.states import check_state, whole_numbers
 from forebay.transfer.wanted import current_plan, reading_for
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.mixture import MixtureOrder
@@ -224,6 +226,28 @@ class MixtureSamples:
             found[target], numbers[target] = own, number
         return {"_ids": found, "_dataset": numbers}
 
+    def list_lengths(self, rows: Numbers, column: str) -> Numbers:
+        found = np.empty(len(rows), dtype=np.int64)
+        plans = plan_names()
+        for number, dataset, target, own in self.mixture.share_out(rows):
+            with reading_for(plans.get(number, "")):
+                found[target] = dataset.list_lengths(own, column)
+        return found
+
+    def list_pieces(
+        self, rows: Numbers, starts: Numbers, sizes: Numbers, column: str
+    ) -> NDArray[Any]:
+        (kind,) = self.mixture.columns([column])
+        found = np.empty(int(sizes.sum()), dtype=kind.dtype)
+        plans = plan_names()
+        for number, dataset, target, own in self.mixture.share_out(rows):
+            with reading_for(plans.get(number, "")):
+                part = dataset.list_pieces(own, starts[target], sizes[target], column)
+            is_own = np.zeros(len(rows), dtype=np.bool_)
+            is_own[target] = True
+            found[np.repeat(is_own, sizes)] = part
+        return found
+
 
 def scatter(
     parts: Sequence[tuple[Numbers, Mapping[str, Any]]],
@@ -297,29 +321,3 @@ class MixtureReporter:
     def end(self) -> None:
         for reporter in self._reporters:
             reporter.end()
-
-
-def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise unless a saved *state* and a loader's *own* mean the same order."""
-    if state.get("kind") != own["kind"] or state.get("format") != own["format"]:
-        raise InvalidRequest(
-            f"this loader reads a {own['kind']}; the state is of "
-            f"{state.get('kind', 'a dataset')!r}, format "
-            f"{state.get('format')!r}: pass what state_dict() returned for the same"
-        )
-    for name, value in own.items():
-        if name not in state:
-            raise InvalidRequest(f"loader state lacks {name!r}: it is not complete")
-        if state[name] != value:
-            raise InvalidRequest(
-                f"the state was taken with {name}={state[name]!r}, this loader has {value!r}: make "
-                "it with the same datasets, weights and options"
-            )
-
-
-def whole_numbers(state: Mapping[str, Any], *names: str) -> list[int]:
-    """The numbers called *names* of a loader's *state*."""
-    found = [state.get(name) for name in names]
-    if any(type(value) is not int or value < 0 for value in found):
-        raise InvalidRequest(f"loader state: {', '.join(names)} are numbers from 0 on")
-    return [value for value in found if value is not None]

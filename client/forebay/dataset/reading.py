@@ -89,6 +89,20 @@ class Samples(Protocol):
         ...
 
 
+class ListSamples(Samples, Protocol):
+    """Samples whose lists can be taken apart."""
+
+    def list_lengths(self, rows: Numbers, column: str) -> Numbers:
+        """How many elements each list has."""
+        ...
+
+    def list_pieces(
+        self, rows: Numbers, starts: Numbers, sizes: Numbers, column: str
+    ) -> NDArray[Any]:
+        """Elements [start, start + size) of each list, one after the other."""
+        ...
+
+
 class Piece(Protocol):
     """What one rank reads in one step."""
 
@@ -266,6 +280,14 @@ class DatasetSamples:
 
     def ids(self, rows: Numbers) -> dict[str, Numbers]:
         return {"_ids": np.array(rows)}
+
+    def list_lengths(self, rows: Numbers, column: str) -> Numbers:
+        return self.dataset.list_lengths(rows, column)
+
+    def list_pieces(
+        self, rows: Numbers, starts: Numbers, sizes: Numbers, column: str
+    ) -> NDArray[Any]:
+        return self.dataset.list_pieces(rows, starts, sizes, column)
 
 
 class DatasetReading:

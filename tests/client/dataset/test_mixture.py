@@ -21,6 +21,13 @@ SCHEMA = {"number": "int64", "tokens": "list[int32]", "text": "string"}
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 
 
+@pytest.fixture
+def way(monkeypatch):
+    """By descriptors; one test goes by HTTP."""
+    monkeypatch.delenv("FOREBAY_NO_LOCAL", raising=False)
+    return "local"
+
+
 @pytest.fixture(scope="module")
 def _datasets(daemon):
     with forebay.connect(daemon.data) as client:
@@ -177,6 +184,14 @@ def test_the_streaming_dataset_reads_the_same_beside_workers(mixture):
     state = stream.state_dict(after=batches[3])
     rest, _ = read(mixture, 2, state=state)
     assert rest == expected(mixture)[4 * 24 :]
+
+
+def test_by_http_the_samples_are_the_same(daemon, mixture, monkeypatch):
+    monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
+    with forebay.connect(daemon.data) as client:
+        datasets = {name: client.dataset(name) for name in SIZES}
+        found, _ = read(forebay.Mixture(datasets, WEIGHTS, num_samples=250), 2)
+    assert found == expected(mixture)
 
 
 @pytest.mark.parametrize("shuffle", ["none", "block"])

@@ -1,0 +1,324 @@
+"""Packed windows in an order: what a loader reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forebay.dataset.advice import PlanFit
+from forebay.dataset.gather import Allocate, numpy_array
+from forebay.dataset.holes import Hole
+from forebay.dataset.lists import check_list
+from forebay.dataset.plan import PlanNews
+from forebay.dataset.reading import (
+    ListSamples,
+    Numbers,
+    OrderOptions,
+    PlanParameters,
+    Reading,
+    Reporter,
+)
+from forebay.dataset.states import check_state, whole_numbers
+from forebay_wire.errors import InvalidRequest
+from forebay_wire.order import LastBatch
+from forebay_wire.packing import MAX_GROUPS, OFFSET_BITS, WindowCut, group_of, pieces, place_of
+
+if TYPE_CHECKING:
+    from forebay.dataset.packing import Packed
+
+STATE_FORMAT: Final = 1
+
+KEPT_DOCUMENTS: Final = 1 << 20
+"""Documents of the groups that are kept laid out: 16 MiB."""
+
+KEPT_EPOCHS: Final = 2
+
+
+class PackedReading:
+    """Packed windows in an order. A position is a place: group · 2^32 + token."""
+
+    def __init__(self, packed: Packed, options: OrderOptions) -> None:
+        if options.lanes not in (None, 1):
+            raise InvalidRequest("packed windows have no lanes: leave lanes= out")
+        if options.columns not in (None, (packed.column,)):
+            raise InvalidRequest(
+                f"packed windows have the column {packed.column!r} alone: leave columns= out"
+            )
+        (self.column,) = packed.samples.columns([packed.column])
+        check_list(self.column)
+        for what, token in (("separator", packed.separator), ("pad", packed.pad)):
+            _check_token(what, token, self.column.dtype)
+        own = replace(options, lanes=1 if options.shuffle == "block" else None)
+        self.packed = packed
+        self.inner: Reading = packed.samples.arranged(replace(own, columns=(packed.column,)))
+        self._epochs: dict[int, PackedSamples] = {}
+
+    has_lanes = False
+    can_mask = False
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.inner.title} packed by {self.packed.length}"
+
+    @property
+    def row_bytes(self) -> float:
+        assert self.column.dtype is not None
+        return self.packed.length * (self.column.dtype.itemsize + 9)  # document, position, mask
+
+    def check(self, global_batch_size: int, last_batch: LastBatch) -> None:
+        pass  # nobody knows how many windows there are
+
+    def epoch(self, epoch: int, lanes: int) -> PackedSamples:
+        del lanes
+        found = self._epochs.get(epoch)
+        if found is None:
+            inner = cast(ListSamples, self.inner.epoch(epoch, 1))
+            found = PackedSamples(self.packed, inner, self.column.dtype)
+            recent = sorted(self._epochs.items())[-KEPT_EPOCHS + 1 :]
+            self._epochs = {**dict(recent), epoch: found}
+        return found
+
+    def cut(
+        self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int
+    ) -> WindowCut:
+        groups = self.epoch(epoch, lanes)
+        return WindowCut(groups, self.packed.packing, global_batch_size, last_batch, position)
+
+    # Where reading stands.
+
+    def state(self, epoch: int, position: int, lanes: int) -> dict[str, Any]:
+        del lanes
+        group, offset = group_of(position)
+        first = min(group * self.packed.group_samples, self._num_samples)
+        return {
+            **self._own_state(),
+            "epoch": epoch,
+            "group": group,
+            "offset": offset,
+            "samples": self.inner.state(epoch, first, 1),
+        }
+
+    def restored(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
+        del lanes
+        check_state(state, self._own_state())
+        epoch, group, offset = whole_numbers(state, "epoch", "group", "offset")
+        samples = state.get("samples")
+        if not isinstance(samples, Mapping):
+            raise InvalidRequest("loader state lacks 'samples': it is not complete")
+        first = min(group * self.packed.group_samples, self._num_samples)
+        if self.inner.restored(samples, 1)[:2] != (epoch, first) or offset >> OFFSET_BITS:
+            raise InvalidRequest(
+                f"the state stands at token {offset} of group {group} of epoch {epoch}, and its "
+                "samples elsewhere: pass what state_dict() returned"
+            )
+        return epoch, place_of(group, offset), 1
+
+    def _own_state(self) -> dict[str, Any]:
+        packed = self.packed
+        return {
+            "format": STATE_FORMAT,
+            "kind": "packed",
+            "column": packed.column,
+            "group_samples": packed.group_samples,
+            "separator": packed.separator,
+        }
+
+    @property
+    def _num_samples(self) -> int:
+        return len(self.packed.samples)
+
+    def reporter(self, loader: str, parameters: PlanParameters) -> Reporter:
+        """The plan of the samples: each rank looks at all those of a group."""
+        own = PlanParameters(
+            self.packed.group_samples, "keep", 0, 1, 1, num_epochs=parameters.num_epochs
+        )
+        inner = self.inner.reporter(f"{loader}, packed by {self.packed.length}", own)
+        return PackedReporter(inner, self.packed.group_samples, self._num_samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_epochs": {}}
+
+
+class PackedSamples:
+    """One epoch of packed windows. Rows are places."""
+
+    def __init__(self, packed: Packed, inner: ListSamples, dtype: np.dtype[Any] | None) -> None:
+        self._packed = packed
+        self._inner = inner
+        self._dtype = np.dtype(dtype)
+        self._groups: dict[int, tuple[Numbers, Numbers]] = {}
+        if self.num_groups > MAX_GROUPS:
+            raise InvalidRequest(
+                f"{self.num_groups} groups; allowed: {MAX_GROUPS}: make group_samples larger"
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Documents of the epoch: how many windows they make shows as they are read."""
+        return self._inner.num_samples
+
+    @property
+    def epoch(self) -> int:
+        return self._inner.epoch
+
+    @property
+    def num_groups(self) -> int:
+        return -(-self._inner.num_samples // self._packed.group_samples)
+
+    def ends(self, group: int) -> Numbers:
+        """Where the documents of a group end in its stream."""
+        return self._group(group)[1]
+
+    def _group(self, group: int) -> tuple[Numbers, Numbers]:
+        """Rows of the documents of a group that hold anything, and where they end."""
+        found = self._groups.get(group)
+        if found is None:
+            size = self._packed.group_samples
+            stop = min((group + 1) * size, self._inner.num_samples)
+            rows = self._inner.rows(np.arange(group * size, stop, dtype=np.int64))
+            lengths = self._inner.list_lengths(rows, self._packed.column)
+            rows, lengths = rows[lengths > 0], lengths[lengths > 0]
+            found = rows, np.cumsum(lengths + (self._packed.separator is not None))
+            if len(rows) and int(found[1][-1]) >> OFFSET_BITS:
+                raise InvalidRequest("a group of 2^32 tokens or more: make group_samples smaller")
+            kept = max(1, KEPT_DOCUMENTS // size)
+            recent = list(self._groups.items())[-kept:]
+            self._groups = {**dict(recent), group: found}
+        return found
+
+    def rows(self, positions: Numbers) -> Numbers:
+        return positions
+
+    def read(
+        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+    ) -> dict[str, Any]:
+        del columns
+        width = self._packed.length
+        documents, starts, sizes, windows = self._pieces(rows)
+        filled = np.bincount(windows, weights=sizes, minlength=len(rows)).astype(np.int64)
+        mask = np.arange(width) < filled[:, None]
+        ends = np.cumsum(sizes)
+        first = np.searchsorted(windows, windows)  # of the window's pieces
+        return {
+            self._packed.column: self._tokens(documents, starts, sizes, mask, allocate),
+            "_documents": _spread(mask, np.repeat(np.arange(len(windows)) - first, sizes)),
+            "_positions": _spread(
+                mask, np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes), outside=0
+            ),
+            "_mask": mask,
+        }
+
+    def _tokens(
+        self,
+        rows: Numbers,
+        starts: Numbers,
+        sizes: Numbers,
+        mask: NDArray[np.bool_],
+        allocate: Allocate,
+    ) -> NDArray[Any]:
+        """The windows' tokens, from pieces of *rows* in their order."""
+        packed = self._packed
+        out = allocate(mask.shape, self._dtype)
+        if packed.separator is None:
+            flat = self._inner.list_pieces(rows, starts, sizes, packed.column)
+            if len(flat) == out.size:
+                out[...] = flat.reshape(out.shape)
+                return out
+        else:
+            lengths = self._inner.list_lengths(rows, packed.column)
+            own = np.minimum(sizes, lengths - starts)  # without the separator at the end
+            read = self._inner.list_pieces(rows, starts, own, packed.column)
+            flat = np.full(int(sizes.sum()), packed.separator, dtype=self._dtype)
+            is_token = np.ones(len(flat), dtype=np.bool_)
+            is_token[np.cumsum(sizes)[own < sizes] - 1] = False
+            flat[is_token] = read
+        out[...] = packed.pad
+        out[mask] = flat
+        return out
+
+    def _pieces(self, places: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+        """Of each piece, window by window: its row, its first token there, its tokens, and its
+        window."""
+        groups, offsets = places >> OFFSET_BITS, places & ((1 << OFFSET_BITS) - 1)
+        parts = []
+        for group in np.unique(groups).tolist():
+            target = np.flatnonzero(groups == group)
+            rows, ends = self._group(group)
+            starts = offsets[target]
+            found = pieces(ends, starts, self._packed.packing.stops(ends, starts))
+            parts.append((rows[found.documents], found.starts, found.sizes, target[found.windows]))
+        if not parts:
+            parts = [(np.empty(0, dtype=np.int64),) * 4]
+        documents, first, sizes, windows = (
+            np.concatenate(part) for part in zip(*parts, strict=True)
+        )
+        order = np.argsort(windows, kind="stable")
+        return documents[order], first[order], sizes[order], windows[order]
+
+    def read_masked(
+        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+    ) -> tuple[dict[str, Any], list[Hole]]:
+        raise InvalidRequest("packed windows have no holes")
+
+    def ids(self, rows: Numbers) -> dict[str, Numbers]:
+        documents, _, sizes, windows = self._pieces(rows)
+        filled = np.bincount(windows, weights=sizes, minlength=len(rows)).astype(np.int64)
+        mask = np.arange(self._packed.length) < filled[:, None]
+        return {
+            name: _spread(mask, np.repeat(ids, sizes), np.int64)
+            for name, ids in self._inner.ids(documents).items()
+        }
+
+
+def _spread(
+    mask: NDArray[np.bool_], values: Numbers, dtype: Any = np.int32, outside: int = -1
+) -> NDArray[Any]:
+    """*values* where *mask* is True, one after the other."""
+    if len(values) == mask.size:
+        whole: NDArray[Any] = values.astype(dtype).reshape(mask.shape)
+        return whole
+    found = np.full(mask.shape, outside, dtype=dtype)
+    found[mask] = values
+    return found
+
+
+def _check_token(what: str, token: int | None, dtype: np.dtype[Any] | None) -> None:
+    if token is None or dtype is None or dtype.kind not in "iu":
+        return
+    bounds = np.iinfo(dtype)
+    if not bounds.min <= token <= bounds.max:
+        raise InvalidRequest(f"{what}={token} is no {dtype}: {bounds.min} to {bounds.max}")
+
+
+class PackedReporter:
+    """The plan of the samples that windows are packed from, told as if it were the windows'."""
+
+    def __init__(self, inner: Reporter, group_samples: int, num_samples: int) -> None:
+        self._inner = inner
+        self._sizes = (group_samples, num_samples)
+
+    @property
+    def plan(self) -> str:
+        return self._inner.plan
+
+    @property
+    def news(self) -> PlanNews:
+        return self._inner.news
+
+    def account(self, account: Callable[[PlanFit], dict[str, Any]]) -> None:
+        self._inner.account(account)
+
+    def stand(self, epoch: int, position: int) -> None:
+        group_samples, num_samples = self._sizes
+        self._inner.stand(epoch, min(group_of(position)[0] * group_samples, num_samples))
+
+    def end(self) -> None:
+        self._inner.end()

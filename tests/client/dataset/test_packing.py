@@ -1,0 +1,282 @@
+"""Packed windows through both loaders: every token once, from any ranks, workers, batch sizes."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import forebay
+from forebay_wire.order import Order
+
+NUM_DOCUMENTS = 150
+WIDTH = 32
+GROUP = 20
+SEPARATOR = -7
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+
+
+def length_of(number: int) -> int:
+    return 0 if number % 9 == 4 else number * 37 % 90 + 1
+
+
+def tokens_of(number: int, dataset: int = 0) -> list[int]:
+    """Tokens that say where they belong."""
+    return [dataset * 10**6 + number * 1000 + place for place in range(length_of(number))]
+
+
+@pytest.fixture
+def way(monkeypatch):
+    """By descriptors; one test goes by HTTP."""
+    monkeypatch.delenv("FOREBAY_NO_LOCAL", raising=False)
+    return "local"
+
+
+@pytest.fixture(scope="module")
+def _documents(daemon):
+    with forebay.connect(daemon.data) as client:
+        for dataset, name in enumerate(("documents", "others")):
+            schema = {"tokens": "list[int32]", "number": "int64"}
+            with client.create_dataset(
+                name, schema=schema, shard_bytes=64 * 1024, batch_bytes=2048
+            ) as writer:
+                for number in range(NUM_DOCUMENTS):
+                    writer.write(tokens=tokens_of(number, dataset), number=number)
+
+
+@pytest.fixture
+def documents(client, _documents):
+    return client.dataset("documents")
+
+
+def stream_of(dataset, *, epoch=0, separator=None, shuffle="full"):
+    """(row, token) of each group of documents, in order, by definition."""
+    order = Order(len(dataset), shuffle, 5, epoch, dataset.identity)
+    rows = order.between(0, len(dataset)).tolist()
+    end = [] if separator is None else [separator]
+    return [
+        [
+            (row, token)
+            for row in rows[start : start + GROUP]
+            if length_of(row)
+            for token in tokens_of(row) + end
+        ]
+        for start in range(0, len(rows), GROUP)
+    ]
+
+
+def expected(dataset, **options):
+    """The windows that fit="cut" makes."""
+    return [
+        group[start : start + WIDTH]
+        for group in stream_of(dataset, **options)
+        for start in range(0, len(group), WIDTH)
+    ]
+
+
+def pack(samples, **options):
+    options = {"length": WIDTH, "group_samples": GROUP, "pad": -1} | options
+    return forebay.Packed(samples, "tokens", **options)
+
+
+def make(packed, **options):
+    options = {"global_batch_size": 8, "shuffle": "full", "seed": 5, "include_ids": True} | options
+    return forebay.DataLoader(packed, **options)
+
+
+def windows_of(batch):
+    """(row, token) of each window that is no padding; checks what stands beside the tokens."""
+    found = []
+    names = ("tokens", "_mask", "_ids", "_documents", "_positions")
+    assert {batch[name].shape for name in names} == {batch["tokens"].shape}
+    lists = (batch[name].tolist() for name in names)
+    for tokens, mask, ids, documents, positions in zip(*lists, strict=True):
+        real = sum(mask)
+        if not real:
+            continue
+        assert mask == [True] * real + [False] * (len(mask) - real)
+        assert ids[real:] == documents[real:] == [-1] * (len(mask) - real)
+        assert tokens[real:] == [-1] * (len(mask) - real)
+        starts = [at for at in range(real) if at == 0 or ids[at] != ids[at - 1]]
+        assert documents[:real] == [sum(start <= at for start in starts) - 1 for at in range(real)]
+        assert positions[:real] == [at - max(s for s in starts if s <= at) for at in range(real)]
+        found.append(list(zip(ids[:real], tokens[:real], strict=True)))
+    return found
+
+
+def read(packed, num_ranks, *, state=None, steps=None, **options):
+    loaders = [
+        make(packed, rank=rank, world_size=num_ranks, **options) for rank in range(num_ranks)
+    ]
+    for loader in loaders:
+        if state is not None:
+            loader.load_state_dict(state)
+    found = []
+    for count, parts in enumerate(zip(*loaders, strict=True), 1):
+        found += [window for part in parts for window in windows_of(part)]
+        states = [loader.state_dict() for loader in loaders]
+        assert all(one == states[0] for one in states)
+        if count == steps:
+            break
+    for loader in loaders:
+        loader.close()
+    return found, json.loads(json.dumps(states[0]))
+
+
+@pytest.mark.parametrize("separator", [None, SEPARATOR])
+@pytest.mark.parametrize("last_batch", ["keep", "pad"])
+def test_ranks_and_batch_size_change_in_the_middle_and_nothing_else(
+    documents, separator, last_batch
+):
+    packed = pack(documents, separator=separator)
+    first, state = read(packed, 1, steps=4)
+    second, state = read(packed, 3, steps=5, state=state, global_batch_size=7)
+    third, _ = read(packed, 2, state=state, global_batch_size=31, last_batch=last_batch)
+    assert first + second + third == expected(documents, separator=separator)
+
+
+@pytest.mark.parametrize("steps", range(1, 7))
+def test_interrupted_anywhere_it_goes_on_at_the_next_window(documents, steps):
+    packed = pack(documents)
+    first, state = read(packed, 2, steps=steps, global_batch_size=31)
+    second, _ = read(packed, 1, state=state)
+    assert first + second == expected(documents)
+
+
+def test_steps_are_counted_alike_on_all_ranks(documents):
+    packed = pack(documents)
+    num_windows = len(expected(documents))
+    for last_batch, steps in (("keep", -(-num_windows // 8)), ("drop", num_windows // 8)):
+        for rank in range(3):
+            with make(packed, last_batch=last_batch, rank=rank, world_size=3) as loader:
+                assert len(loader) == steps == len([1 for _ in loader])
+
+
+def test_each_epoch_has_all_documents_in_another_order(documents):
+    with make(pack(documents), num_threads=3, prefetch_batches=5) as loader:
+        epochs = [[w for batch in epoch for w in windows_of(batch)] for epoch in loader.epochs(2)]
+    assert epochs == [expected(documents, epoch=epoch) for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+
+
+def test_whole_documents_are_cut_only_if_they_do_not_fit(documents):
+    packed = pack(documents, fit="whole", length=64)
+    first, state = read(packed, 2, steps=3)
+    second, _ = read(packed, 1, state=state, global_batch_size=5)
+    tokens = [token for window in first + second for _, token in window]
+    assert sorted(tokens) == sorted(t for n in range(NUM_DOCUMENTS) for t in tokens_of(n))
+    for window in first + second:
+        for row in {row for row, _ in window}:
+            own = [token for one, token in window if one == row]
+            assert len(own) == min(length_of(row), 64) or length_of(row) > 64
+
+
+def test_another_length_goes_on_at_the_very_token(documents):
+    first, state = read(pack(documents), 1, steps=3)
+    second, _ = read(pack(documents, length=50), 1, state=state)
+    whole = [one for group in stream_of(documents) for one in group]
+    assert [one for window in first + second for one in window] == whole
+
+
+def test_the_tail_of_a_group_may_be_dropped(documents):
+    found, _ = read(pack(documents, tail="drop"), 2)
+    assert found == [window for window in expected(documents) if len(window) == WIDTH]
+
+
+def test_the_streaming_dataset_reads_the_same_beside_workers(documents):
+    packed = pack(documents, separator=SEPARATOR)
+    stream = forebay.StreamingDataset(
+        packed, global_batch_size=8, shuffle="full", seed=5, include_ids=True
+    )
+    loader = torch.utils.data.DataLoader(
+        stream, batch_size=None, num_workers=2, multiprocessing_context="fork"
+    )
+    windows, states = [], []
+    for batch in loader:
+        windows += windows_of(batch)
+        states.append(stream.state_dict(after=batch))
+    assert windows == expected(documents, separator=SEPARATOR)
+    rest, _ = read(packed, 2, state=states[9])
+    assert rest == windows[80:]
+
+
+def test_a_mixture_is_packed_like_a_dataset(client, documents):
+    mixture = forebay.Mixture(
+        {"a": documents, "b": client.dataset("others")}, {"a": 2, "b": 1}, stop="first"
+    )
+    packed = pack(mixture, separator=SEPARATOR)
+    with make(packed, shuffle="block", block_rows=10) as loader:
+        batches = list(loader)
+    tokens = torch.cat([batch["tokens"][batch["_mask"]] for batch in batches])
+    numbers = torch.cat([batch["_dataset"][batch["_mask"]] for batch in batches])
+    ids = torch.cat([batch["_ids"][batch["_mask"]] for batch in batches])
+    real = tokens != SEPARATOR
+    assert torch.equal(tokens[real] // 10**6, numbers[real].to(torch.int32))
+    assert torch.equal(tokens[real] % 10**6 // 1000, ids[real].to(torch.int32))
+    with make(mixture, shuffle="block", block_rows=10) as loader:
+        lists = [one for batch in loader for one in batch["tokens"] if len(one)]
+    assert tokens.tolist() == [t for one in lists for t in [*one.tolist(), SEPARATOR]]
+
+
+def test_a_state_of_other_packing_is_refused(documents, client):
+    packed = pack(documents)
+    _, state = read(packed, 1, steps=2)
+    for other in (
+        pack(documents, group_samples=10),
+        pack(documents, separator=1),
+        pack(client.dataset("others")),
+    ):
+        with make(other) as loader, pytest.raises(forebay.InvalidRequest, match="was taken"):
+            loader.load_state_dict(state)
+    with make(packed) as loader:
+        with pytest.raises(forebay.InvalidRequest, match="elsewhere"):
+            loader.load_state_dict({**state, "group": state["group"] + 1})
+        with pytest.raises(forebay.InvalidRequest, match="numbers"):
+            loader.load_state_dict({**state, "offset": -1})
+        loader.load_state_dict(state)
+    with make(documents) as loader, pytest.raises(forebay.InvalidRequest):
+        loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("packing", "options", "error", "words"),
+    [
+        ({}, {"columns": ["number"]}, forebay.InvalidRequest, "alone"),
+        ({}, {"on_error": "mask"}, forebay.InvalidRequest, "not for packed"),
+        ({"separator": 1 << 40}, {}, forebay.InvalidRequest, "no int32"),
+        ({"length": 0}, {}, forebay.InvalidRequest, "windows of 0"),
+        ({"group_samples": 0}, {}, forebay.InvalidRequest, "group_samples"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(documents, packing, options, error, words):
+    with pytest.raises(error, match=words):
+        make(pack(documents, **packing), **options)
+
+
+def test_only_lists_of_numbers_are_packed(documents):
+    with pytest.raises(forebay.SchemaMismatch, match="lists of numbers"):
+        make(forebay.Packed(documents, "number"))
+    with pytest.raises(forebay.InvalidRequest, match="packing takes"):
+        forebay.Packed([1, 2])
+
+
+def test_by_http_the_windows_are_the_same(daemon, documents, monkeypatch):
+    monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
+    with forebay.connect(daemon.data) as client:
+        assert read(pack(client.dataset("documents")), 2)[0] == expected(documents)
+
+
+def test_a_pickle_packs_the_same(documents):
+    again = pickle.loads(pickle.dumps(pack(documents)))  # noqa: S301 - our own
+    assert read(again, 1)[0] == expected(documents)
+
+
+def test_a_loader_of_nothing_but_empty_documents_has_no_steps(client, name):
+    with client.create_dataset(name, schema={"tokens": "list[int32]"}) as writer:
+        for _ in range(5):
+            writer.write(tokens=[])
+    with make(pack(client.dataset(name))) as loader:
+        assert (len(loader), [len(epoch) for epoch in loader.epochs(1)]) == (0, [0])
+        assert np.array(list(loader)).size == 0
