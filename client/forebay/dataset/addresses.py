@@ -73,9 +73,10 @@ def gather(addresses: Addresses, num_bytes: int) -> NDArray[np.uint8]:
     piece = _piece(num_bytes)
     offsets = addresses - FIRST_ADDRESS
     if num_bytes == piece:
-        return _view(num_bytes)[offsets].view(np.uint8).reshape(count, num_bytes)
+        rows: NDArray[np.uint8] = _view(num_bytes)[offsets].view(np.uint8)
+        return rows.reshape(count, num_bytes)
     pieces = np.arange(0, num_bytes - piece + 1, piece)
-    body = _view(piece)[offsets[:, None] + pieces].reshape(count, -1)
+    body: NDArray[np.uint8] = _view(piece)[offsets[:, None] + pieces].reshape(count, -1)
     if body.shape[1] == num_bytes:
         return body
     tail = gather(addresses + body.shape[1], num_bytes - body.shape[1])
