@@ -61,11 +61,15 @@ class OriginCalls(ABC):
         name: str,
         urls: Sequence[str | os.PathLike[str]],
         *,
+        format: str | None = None,
         append: bool = False,
         metadata: Mapping[str, Any] | None = None,
     ) -> Dataset:
-        """A dataset of Arrow IPC files that stay where they are: absolute URLs or paths, in the
-        order of rows, each below one of the daemon's ``origin-prefixes``.
+        """A dataset of files that stay where they are: absolute URLs or paths, in the order of
+        rows, each below one of the daemon's ``origin-prefixes``.
+
+        *format* is ``"arrow"`` for Arrow IPC files, which are mapped as they lie, or ``"parquet"``,
+        whose row groups are decoded when they are read; default: by the ends of their names.
 
         Nothing is copied: a file's bytes are trusted when they are first read, and compared with
         that ever since. One that changes is OriginChanged from then on. *append* adds a version to
@@ -79,12 +83,19 @@ class OriginCalls(ABC):
         given = [_absolute(os.fspath(url)) for url in urls]
         schema = base.schema if base is not None else None
         shards: list[datasets_pb2.ShardCommit] = []
-        for start in range(0, len(given), URLS_AT_ONCE):
-            request = datasets_pb2.RegisterOriginsRequest(urls=given[start : start + URLS_AT_ONCE])
+        wire_format = _format_of(given, format)
+        at_once = 1 if wire_format else URLS_AT_ONCE
+        for start in range(0, len(given), at_once):
+            request = datasets_pb2.RegisterOriginsRequest(
+                urls=given[start : start + at_once], format=wire_format
+            )
             found = self.channel.call(Datasets.RegisterOrigins, request, timeout=LOOK_SECONDS)
             for one in found.origins:
-                schema = _fitting(one, schema)
-                shards.append(_shard(one))
+                if wire_format:
+                    schema, shard = _parquet(one, schema)
+                else:
+                    schema, shard = _fitting(one, schema), _shard(one)
+                shards.append(shard)
         assert schema is not None, "there is a URL"
         commit = datasets_pb2.CommitVersionRequest(
             dataset=name,
@@ -136,6 +147,69 @@ def _absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(url)
 
 
+def _format_of(urls: Sequence[str], given: str | None) -> str:
+    """As the wire has it: empty for Arrow."""
+    if given not in (None, "arrow", "parquet"):
+        raise InvalidRequest(
+            f"files in format {given!r} cannot be read in place: arrow and parquet can; import "
+            "others (forebay dataset import)"
+        )
+    kinds = {"parquet" if url.lower().endswith((".parquet", ".pq")) else "" for url in urls}
+    if given is None and len(kinds) > 1:
+        raise InvalidRequest(
+            "the files are of several formats: register them as several versions (append=True)"
+        )
+    return kinds.pop() if given is None else given.replace("arrow", "")
+
+
+def _parquet(
+    found: datasets_pb2.Origin, wanted: Schema | None
+) -> tuple[Schema, datasets_pb2.ShardCommit]:
+    """Schema and shard of a Parquet file: each row group is a record batch."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from forebay.dataset.schema import Schema
+
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + found.footer))
+        schema = metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidRequest(f"{found.url} cannot be read as parquet: {error}") from error
+    ours = Schema.from_arrow(schema)
+    _check_same(found.url, ours, wanted)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows = [int(group.num_rows) for group in groups]
+    if not all(rows) or not rows:
+        raise InvalidRequest(f"{found.url} has a row group without rows: write it without")
+    for number, group in enumerate(groups):
+        _check_group(found.url, ours, number, group)
+    shard = datasets_pb2.ShardCommit(
+        blob=found.origin,
+        num_bytes=found.num_bytes,
+        num_rows=sum(rows),
+        batch_rows=rows,
+        format="parquet",
+    )
+    return wanted or ours, shard
+
+
+def _check_group(url: str, schema: Schema, number: int, group: Any) -> None:
+    """Refuse missing numbers, as far as a row group tells of them."""
+    for index in range(group.num_columns):
+        chunk = group.column(index)
+        if "." in chunk.path_in_schema or chunk.statistics is None:
+            continue
+        column = schema[chunk.path_in_schema]
+        nulls = chunk.statistics.null_count or 0
+        is_whole = column.dtype is not None and column.dtype.kind in "iub"
+        if nulls and column.kind == "scalar" and is_whole:
+            raise SchemaMismatch(
+                f"{url}, column {column.name!r}: {nulls} values are missing in row group {number}, "
+                f"which no {column.text} stands for; fill them, or make the column a float"
+            )
+
+
 def _shard(found: datasets_pb2.Origin) -> datasets_pb2.ShardCommit:
     if not all(found.batch_rows):
         raise InvalidRequest(f"{found.url} has a record batch without rows: write it without")
@@ -167,12 +241,16 @@ def _fitting(found: datasets_pb2.Origin, wanted: Schema | None) -> Schema:
                 f"{found.url}, column {column.name!r}: {there.type} cannot be read in place; "
                 f"write it as {column.arrow_type}, or import the file (forebay dataset import)"
             )
+    _check_same(found.url, ours, wanted)
+    return ours if wanted is None else wanted
+
+
+def _check_same(url: str, ours: Schema, wanted: Schema | None) -> None:
     if wanted is not None and not (wanted.accepts(ours) and wanted.names == ours.names):
         raise SchemaMismatch(
-            f"{found.url} has other columns ({ours}) than the dataset ({wanted}): register it as "
+            f"{url} has other columns ({ours}) than the dataset ({wanted}): register it as "
             "another one"
         )
-    return ours if wanted is None else wanted
 
 
 def _layout(kind: Any) -> Any:

@@ -137,7 +137,7 @@ class OriginRef:
 
 @dataclass(frozen=True)
 class ShardRef:
-    """One shard of a dataset version: an Arrow IPC file that is one blob, or an origin."""
+    """One shard of a dataset version: a file that is one blob, or an origin."""
 
     blob: str
     """Id of the blob, or of the origin."""
@@ -147,12 +147,17 @@ class ShardRef:
     """Rows of each record batch, in order; they add up to ``num_rows``."""
     origin: OriginRef | None = None
     """Where the file lies that stands here instead of a blob."""
+    format: str = ""
+    """Of a file that was not written by Forebay, also after it became a blob: ``parquet``, whose
+    row groups are the record batches; empty: an Arrow IPC file."""
 
     def payload(self) -> dict[str, Any]:
-        """As it stands in a manifest; without an origin as if there were no such field."""
+        """As it stands in a manifest; an origin or a format only where there is one."""
         value = asdict(self)
         if self.origin is None:
             del value["origin"]
+        if not self.format:
+            del value["format"]
         return value
 
     @classmethod
@@ -164,6 +169,7 @@ class ShardRef:
             payload["num_rows"],
             tuple(payload["batch_rows"]),
             None if origin is None else OriginRef(**origin),
+            payload.get("format", ""),
         )
 
 

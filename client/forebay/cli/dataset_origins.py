@@ -17,15 +17,23 @@ if TYPE_CHECKING:
 @click.argument("name")
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
 @click.option("--append", is_flag=True, help="Add a version to a dataset that exists.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["arrow", "parquet"]),
+    help="Default: by the ends of the files' names.",
+)
 @with_session
-def register_dataset(session: Session, name: str, urls: tuple[str, ...], append: bool) -> None:
-    """Make dataset NAME of Arrow IPC files that stay where they are.
+def register_dataset(
+    session: Session, name: str, urls: tuple[str, ...], append: bool, kind: str | None
+) -> None:
+    """Make dataset NAME of Arrow IPC or Parquet files that stay where they are.
 
     URLs and paths have to lie below one of the daemon's origin-prefixes. Nothing is copied: each
     file is trusted when it is first read, and refused once it changes.
     """
     with session.connect() as client:
-        dataset = client.register_dataset(name, urls, append=append)
+        dataset = client.register_dataset(name, urls, append=append, format=kind)
         num_origins = len(client.origins(name, dataset.version))
     session.show(
         _value(dataset, num_origins),

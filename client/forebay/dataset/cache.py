@@ -15,6 +15,7 @@ from itertools import count
 from typing import Final
 
 from forebay.dataset.addresses import AddressTable
+from forebay.dataset.parquet_shard import open_shard
 from forebay.dataset.schema import Schema
 from forebay.dataset.shard import BatchColumns, ShardReader
 from forebay.stopwatch import Turn
@@ -121,7 +122,9 @@ class ShardCache:
         context = places[0].context if len(places) == 1 else places[0].context.partition(",")[0]
         blobs = self._transfer.open([place.ref.blob for place in places], context)
         fresh = {
-            place.ref.blob: ShardReader(blob, place.schema, place.ref.batch_rows, place.context)
+            place.ref.blob: open_shard(
+                blob, place.schema, place.ref.batch_rows, place.context, place.ref.format
+            )
             for place, blob in zip(places, blobs, strict=True)
         }
         with self._lock:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from forebay.dataset.cache import ShardPlace
-from forebay.dataset.shard import ShardReader
+from forebay.dataset.parquet_shard import open_shard
 from forebay.transfer import Blob, make_transfer
 from forebay_wire.errors import DaemonUnavailable, ForebayError, IntegrityError
 
@@ -67,6 +67,6 @@ def _check(
         blob.table.check_identity(segment, data, place.context)
         found.num_bytes += len(data)
         progress(found.num_bytes)
-    reader = ShardReader(blob, place.schema, ref.batch_rows, place.context)
+    reader = open_shard(blob, place.schema, ref.batch_rows, place.context, ref.format)
     for index in range(len(ref.batch_rows)):
         reader.record_batch(index).validate()

@@ -59,7 +59,9 @@ def _shards(manifest: DatasetManifest) -> Folder:
         notes: dict[str, Any] = {"rows": shard.num_rows}
         if shard.origin is not None:
             notes["origin"] = shard.origin.url
-        files[f"shard-{number:05d}.arrow"] = blob_file(shard.blob, shard.num_bytes, notes)
+        files[f"shard-{number:05d}.{shard.format or 'arrow'}"] = blob_file(
+            shard.blob, shard.num_bytes, notes
+        )
     return files
 
 

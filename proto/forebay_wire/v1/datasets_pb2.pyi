@@ -85,18 +85,20 @@ class Selection(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., manifest: _Optional[str] = ..., num_rows: _Optional[int] = ...) -> None: ...
 
 class ShardCommit(_message.Message):
-    __slots__ = ("session", "blob", "num_bytes", "num_rows", "batch_rows")
+    __slots__ = ("session", "blob", "num_bytes", "num_rows", "batch_rows", "format")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     BLOB_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
     BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
     session: str
     blob: str
     num_bytes: int
     num_rows: int
     batch_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session: _Optional[str] = ..., blob: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_rows: _Optional[int] = ..., batch_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    format: str
+    def __init__(self, session: _Optional[str] = ..., blob: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_rows: _Optional[int] = ..., batch_rows: _Optional[_Iterable[int]] = ..., format: _Optional[str] = ...) -> None: ...
 
 class CommitVersionRequest(_message.Message):
     __slots__ = ("dataset", "base_version", "schema", "shards", "request", "metadata_json", "write")
@@ -271,13 +273,15 @@ class WaitVersionRequest(_message.Message):
     def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., durability: _Optional[str] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class RegisterOriginsRequest(_message.Message):
-    __slots__ = ("urls",)
+    __slots__ = ("urls", "format")
     URLS_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
     urls: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, urls: _Optional[_Iterable[str]] = ...) -> None: ...
+    format: str
+    def __init__(self, urls: _Optional[_Iterable[str]] = ..., format: _Optional[str] = ...) -> None: ...
 
 class Origin(_message.Message):
-    __slots__ = ("origin", "url", "num_bytes", "validator_json", "schema", "batch_rows", "has_dictionaries", "blob")
+    __slots__ = ("origin", "url", "num_bytes", "validator_json", "schema", "batch_rows", "has_dictionaries", "blob", "footer")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +290,7 @@ class Origin(_message.Message):
     BATCH_ROWS_FIELD_NUMBER: _ClassVar[int]
     HAS_DICTIONARIES_FIELD_NUMBER: _ClassVar[int]
     BLOB_FIELD_NUMBER: _ClassVar[int]
+    FOOTER_FIELD_NUMBER: _ClassVar[int]
     origin: str
     url: str
     num_bytes: int
@@ -294,7 +299,8 @@ class Origin(_message.Message):
     batch_rows: _containers.RepeatedScalarFieldContainer[int]
     has_dictionaries: bool
     blob: str
-    def __init__(self, origin: _Optional[str] = ..., url: _Optional[str] = ..., num_bytes: _Optional[int] = ..., validator_json: _Optional[str] = ..., schema: _Optional[bytes] = ..., batch_rows: _Optional[_Iterable[int]] = ..., has_dictionaries: _Optional[bool] = ..., blob: _Optional[str] = ...) -> None: ...
+    footer: bytes
+    def __init__(self, origin: _Optional[str] = ..., url: _Optional[str] = ..., num_bytes: _Optional[int] = ..., validator_json: _Optional[str] = ..., schema: _Optional[bytes] = ..., batch_rows: _Optional[_Iterable[int]] = ..., has_dictionaries: _Optional[bool] = ..., blob: _Optional[str] = ..., footer: _Optional[bytes] = ...) -> None: ...
 
 class RegisterOriginsResponse(_message.Message):
     __slots__ = ("origins",)

@@ -199,8 +199,8 @@ class DatasetsServicer:
 
     def RegisterOrigins(self, request, context):
         """Looks at files that lie elsewhere and remembers size and validator of each, so
-        that CommitVersion can name them as shards. Each has to be an Arrow IPC file
-        below one of the daemon's origin-prefixes. Idempotent.
+        that CommitVersion can name them as shards. Each has to be an Arrow IPC file,
+        or what format says, below one of the daemon's origin-prefixes. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

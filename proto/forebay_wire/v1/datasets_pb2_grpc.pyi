@@ -77,8 +77,8 @@ class DatasetsStub:
     """
     RegisterOrigins: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.RegisterOriginsRequest, _datasets_pb2.RegisterOriginsResponse]
     """Looks at files that lie elsewhere and remembers size and validator of each, so
-    that CommitVersion can name them as shards. Each has to be an Arrow IPC file
-    below one of the daemon's origin-prefixes. Idempotent.
+    that CommitVersion can name them as shards. Each has to be an Arrow IPC file,
+    or what format says, below one of the daemon's origin-prefixes. Idempotent.
     """
     ListOrigins: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListOriginsRequest, _datasets_pb2.ListOriginsResponse]
     """The origins among the shards of a version, paged in the order of shards.
@@ -143,8 +143,8 @@ class DatasetsAsyncStub(DatasetsStub):
     """
     RegisterOrigins: _aio.UnaryUnaryMultiCallable[_datasets_pb2.RegisterOriginsRequest, _datasets_pb2.RegisterOriginsResponse]  # type: ignore[assignment]
     """Looks at files that lie elsewhere and remembers size and validator of each, so
-    that CommitVersion can name them as shards. Each has to be an Arrow IPC file
-    below one of the daemon's origin-prefixes. Idempotent.
+    that CommitVersion can name them as shards. Each has to be an Arrow IPC file,
+    or what format says, below one of the daemon's origin-prefixes. Idempotent.
     """
     ListOrigins: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListOriginsRequest, _datasets_pb2.ListOriginsResponse]  # type: ignore[assignment]
     """The origins among the shards of a version, paged in the order of shards.
@@ -272,8 +272,8 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_datasets_pb2.RegisterOriginsResponse, _abc.Awaitable[_datasets_pb2.RegisterOriginsResponse]]:
         """Looks at files that lie elsewhere and remembers size and validator of each, so
-        that CommitVersion can name them as shards. Each has to be an Arrow IPC file
-        below one of the daemon's origin-prefixes. Idempotent.
+        that CommitVersion can name them as shards. Each has to be an Arrow IPC file,
+        or what format says, below one of the daemon's origin-prefixes. Idempotent.
         """
 
     @_abc_1.abstractmethod

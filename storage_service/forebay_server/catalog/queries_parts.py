@@ -33,6 +33,7 @@ class SealedShard:
     num_bytes: int
     num_rows: int
     batch_rows: tuple[int, ...]
+    format: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def find_parts(
 
 
 def extend(connection: Connection, uid: int, write: str, lease_seconds: float) -> None:
-    """All that the write has sealed lives on for *lease_seconds*; not each time, as parts are many."""
+    """All that the write has sealed lives on for *lease_seconds*; not written each time, as parts
+    are many."""
     soon = now() + lease_seconds * 0.75
     of = (parts.c.uid == uid, parts.c.write == write)
     stale = connection.execute(

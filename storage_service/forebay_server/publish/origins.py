@@ -20,7 +20,9 @@ from forebay_server.catalog.queries_origins import (
     forget_place,
 )
 from forebay_server.model.arrow_file import ArrowFile, inspect
+from forebay_server.model.parquet_file import footer_of
 from forebay_server.publish.dataset import JobRunner
+from forebay_server.publish.shards import FORMATS
 from forebay_server.tier.origin_tier import OriginTier, off
 from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import (
@@ -69,6 +71,8 @@ class Registered:
     ref: OriginRef
     num_bytes: int
     content: ArrowFile
+    footer: bytes = b""
+    """Of a Parquet file."""
 
 
 class OriginDatasets:
@@ -92,16 +96,19 @@ class OriginDatasets:
         self._tier = next((tier for tier in tiers.all if isinstance(tier, OriginTier)), None)
         self._slots = asyncio.Semaphore(AT_ONCE)
 
-    async def register(self, urls: Sequence[str]) -> list[Registered]:
-        """Look at the files at *urls* and remember what they are now.
+    async def register(self, urls: Sequence[str], format: str = "") -> list[Registered]:
+        """Look at the files at *urls*, in *format*, and remember what they are now.
 
         The first one that will not do is the error: :class:`NotFound`, :class:`PermissionDenied`,
         :class:`InvalidRequest` for what is no Arrow IPC file, :class:`StorageError`.
         """
         if self._tier is None:
             raise off()
-        check_limit("URLs of one request", len(urls), MAX_URLS, "register them in several")
-        found = await asyncio.gather(*(self._look(self._tier, url) for url in urls))
+        if format and format not in FORMATS:
+            raise InvalidRequest(f"files in format {format!r} cannot be read in place")
+        most = 1 if format else MAX_URLS
+        check_limit("URLs of one request", len(urls), most, "register them in several")
+        found = await asyncio.gather(*(self._look(self._tier, url, format) for url in urls))
 
         def keep(connection: Connection) -> None:
             for one in found:
@@ -110,9 +117,9 @@ class OriginDatasets:
         await self._catalog.write(keep)
         return found
 
-    async def _look(self, tier: OriginTier, url: str) -> Registered:
+    async def _look(self, tier: OriginTier, url: str, format: str) -> Registered:
         async with self._slots:
-            return await self._tiers.run(tier, _look, tier, url)
+            return await self._tiers.run(tier, _look, tier, url, format)
 
     async def page(
         self, dataset: str, version: int, after: int, limit: int
@@ -231,19 +238,23 @@ class OriginDatasets:
         return info, manifest
 
 
-def _look(tier: OriginTier, url: str) -> Registered:
+def _look(tier: OriginTier, url: str, format: str) -> Registered:
     """On a thread: the file as it is now, and what it holds."""
     looked = tier.places.look(tier.places.spell(url))
     check_limit(f"bytes of {looked.url}", looked.num_bytes, MAX_BLOB_BYTES, "cut it")
     if not looked.num_bytes:
-        raise InvalidRequest(f"{looked.url} is empty, and no Arrow IPC file")
+        raise InvalidRequest(f"{looked.url} is empty, and no {format or 'Arrow IPC'} file")
     file = tier.places.open(looked.url, looked.num_bytes, looked.validator)
+    content, footer = ArrowFile(b"", (), has_dictionaries=False), b""
     try:
-        content = inspect(file.read, looked.num_bytes, looked.url)
+        if format:
+            footer = footer_of(file.read, looked.num_bytes, looked.url)
+        else:
+            content = inspect(file.read, looked.num_bytes, looked.url)
     finally:
         file.close()
     ref = OriginRef(looked.url, looked.validator)
-    return Registered(ref.identity(looked.num_bytes), ref, looked.num_bytes, content)
+    return Registered(ref.identity(looked.num_bytes), ref, looked.num_bytes, content, footer)
 
 
 def _nothing(*arguments: object) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_datasets import blob_sizes
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.ids import check_id, check_random_name
 from forebay_wire.manifest import ShardRef
+
+FORMATS: Final = ("parquet",)
+"""Of origins that are no Arrow IPC files."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class ShardCommit:
     num_bytes: int
     num_rows: int
     batch_rows: tuple[int, ...]
+    format: str = ""
+    """Of an origin; empty: an Arrow IPC file."""
 
     def check(self) -> ShardRef:
         """What the manifest says of it; :class:`InvalidRequest` if it contradicts itself."""
@@ -32,7 +38,14 @@ class ShardCommit:
                 f"shard {self.blob}: record batches of {sum(self.batch_rows)} rows in all, each "
                 f"with at least one, cannot make {self.num_rows} rows"
             )
-        return ShardRef(self.blob, self.num_bytes, self.num_rows, self.batch_rows)
+        if self.format and (self.session or self.format not in FORMATS):
+            raise InvalidRequest(
+                f"shard {self.blob}: format {self.format!r} is not one of {', '.join(FORMATS)} of "
+                "an origin"
+            )
+        return ShardRef(
+            self.blob, self.num_bytes, self.num_rows, self.batch_rows, format=self.format
+        )
 
 
 def check_sizes(connection: Connection, shards: Sequence[ShardCommit]) -> None:

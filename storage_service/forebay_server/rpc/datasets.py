@@ -146,7 +146,7 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
     async def RegisterOrigins(
         self, request: messages.RegisterOriginsRequest, context: Context
     ) -> messages.RegisterOriginsResponse:
-        found = await self._origins.register(request.urls)
+        found = await self._origins.register(request.urls, request.format)
         return messages.RegisterOriginsResponse(origins=[_convert_registered(one) for one in found])
 
     async def ListOrigins(
@@ -182,6 +182,7 @@ def _shards(given: Iterable[messages.ShardCommit]) -> tuple[ShardCommit, ...]:
             num_bytes=shard.num_bytes,
             num_rows=shard.num_rows,
             batch_rows=tuple(shard.batch_rows),
+            format=shard.format,
         )
         for shard in given
     )
@@ -196,6 +197,7 @@ def _convert_registered(found: Registered) -> messages.Origin:
         schema=found.content.schema,
         batch_rows=found.content.batch_rows,
         has_dictionaries=found.content.has_dictionaries,
+        footer=found.footer,
     )
 
 
