@@ -221,6 +221,8 @@ class LocalBlob(Blob):
         self.tier = replica.tier
         self._link = link
         self._replica: Replica | _StreamedReplica | None = replica
+        self._is_lost = False
+        """Whether it has no replica because none served when one was last asked for."""
         self._view: memoryview | None = None
         self._view_address = 0
         self._checks = Checks(replica.table.num_segments)
@@ -236,6 +238,7 @@ class LocalBlob(Blob):
     def close(self) -> None:
         with self._lock:
             self._let_go()
+            self._is_lost = False
         self._link.flush_releases()
 
     def forget_parent(self) -> None:
@@ -336,6 +339,8 @@ class LocalBlob(Blob):
         return self._covering(offset, 1).start
 
     def _opened(self) -> Replica | _StreamedReplica:
+        if self._replica is None and self._is_lost:
+            self._reopen()  # it may have been repaired
         if self._replica is None:
             raise self._closed()
         return self._replica
@@ -343,6 +348,7 @@ class LocalBlob(Blob):
     def _reopen(self) -> None:
         with self._lock:
             self._let_go()
+            self._is_lost = True
             [found] = open_replicas(self._link, [self.id], self.context)
             self._checks = Checks(self.table.num_segments)
             if found is None:
@@ -353,6 +359,7 @@ class LocalBlob(Blob):
                 self._replica, self._release = found[1], self._release_at_end(found[0])
                 self._is_one_piece = len(found[1].extents) == 1
             self.tier = self._replica.tier
+            self._is_lost = False
 
     def _let_go(self) -> None:
         self._release()

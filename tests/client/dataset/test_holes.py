@@ -27,29 +27,49 @@ def damaged(tmp_path_factory):
             opened = client.transfer.open([shard.blob for shard in shards])
             contents = [bytes(blob.map()) for blob in opened]
         daemon.terminate()
-        _damage(folder, contents[1], len(contents[1]) // 2)
-        _damage(folder, contents[2], len(contents[2]) - 8)
+        damage = Damage(folder, contents, [shard.num_rows for shard in shards])
+        damage.flip()
         daemon.start().wait_ready()
-        with forebay.connect(str(folder)) as client:
-            first = shards[0].num_rows
-            second = first + shards[1].num_rows
-            for rows in (range(first, second), range(second, second + shards[2].num_rows)):
-                with pytest.raises(forebay.IntegrityError):
-                    client.dataset("d").take(rows)
-        yield daemon, list(range(first, second + shards[2].num_rows))
+        damage.find()
+        yield daemon, damage.rows, damage
 
 
-def _damage(folder: Path, good: bytes, offset: int) -> None:
-    """Flip a bit of the blob that is *good*, in the object tier and in a volume of the ssd tier."""
-    found = 0
-    for path in [*(folder / "object").rglob("*"), *(folder / "ssd").rglob("*")]:
-        content = bytearray(path.read_bytes()) if path.is_file() else bytearray()
-        if (start := content.find(good)) >= 0:
-            found += 1
-            content[start + offset] ^= 1
+class Damage:
+    """A bit in the middle of the second shard, and one in the footer of the third, in all tiers."""
+
+    def __init__(self, folder: Path, contents: list[bytes], counts: list[int]) -> None:
+        self._folder = folder
+        second, third = counts[0], counts[0] + counts[1]
+        self._parts = [range(second, third), range(third, third + counts[2])]
+        self.rows = [row for part in self._parts for row in part]
+        self.first_rows = [part[0] for part in self._parts]
+        self._places = [
+            (path, start + offset)
+            for content, offset in (
+                (contents[1], len(contents[1]) // 2),
+                (contents[2], len(contents[2]) - 8),
+            )
+            for path in [*(folder / "object").rglob("*"), *(folder / "ssd").rglob("*")]
+            if path.is_file() and (start := path.read_bytes().find(content)) >= 0
+        ]
+        assert len(self._places) == 4
+
+    def flip(self) -> None:
+        """Make it, or mend it."""
+        for path, offset in self._places:
             path.chmod(0o600)
-            path.write_bytes(content)
-    assert found == 2
+            with path.open("r+b") as file:
+                file.seek(offset)
+                [byte] = file.read(1)
+                file.seek(offset)
+                file.write(bytes([byte ^ 1]))
+
+    def find(self) -> None:
+        """Have the daemon know."""
+        with forebay.connect(str(self._folder)) as client:
+            for part in self._parts:
+                with pytest.raises(forebay.IntegrityError):
+                    client.dataset("d").take(part)
 
 
 @pytest.fixture(params=["local", "http"])
@@ -180,3 +200,25 @@ def test_a_budget_counts_each_sample_once_whoever_meets_it():
     assert one.rows == two.rows == tuple(range(0, 20 * 64, 64))
     with pytest.raises(forebay.TooManyBadSamples, match=r"21 samples of dataset d .* row 7: torn"):
         one.spend([Hole(0, 7, "torn")])
+
+
+@pytest.mark.slow
+def test_what_is_repaired_is_no_hole_in_the_next_epoch(damaged, monkeypatch):
+    """Also if it was open while it was lost. The daemon reads bad bytes again after a restart."""
+    monkeypatch.delenv("FOREBAY_NO_LOCAL", raising=False)
+    daemon, bad, damage = damaged
+    damage.flip()
+    daemon.restart()
+    with (
+        forebay.connect(str(daemon.data)) as client,
+        forebay.DataLoader(client.dataset("d"), num_threads=1, **OPTIONS) as loader,
+    ):
+        loader.dataset.take(damage.first_rows)  # opens the shards, and looks at nothing else
+        damage.flip()
+        assert 0 < sum(int((~batch["_mask"]).sum()) for batch in loader) <= len(bad)
+        damage.flip()
+        daemon.restart()
+        assert all(batch["_mask"].all() for batch in loader)
+        damage.flip()
+        daemon.restart()
+    damage.find()
