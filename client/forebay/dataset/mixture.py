@@ -64,7 +64,7 @@ class Mixture:
         )
         loader = forebay.DataLoader(mixture, global_batch_size=256, shuffle="full", seed=0)
 
-    Among every 256 positions each dataset has its share, to the sample. Of each, every sample comes
+    Every block of 256 positions holds each dataset's share of it. Of each, every sample comes
     once before any comes again: a pass is an epoch of that dataset, in an order of its own. It is
     as exact, and goes on after any change of ranks, workers and batch size, as one dataset.
     Immutable, picklable, thread-safe.

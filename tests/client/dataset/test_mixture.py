@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +186,18 @@ def test_the_streaming_dataset_reads_the_same_beside_workers(mixture):
     state = stream.state_dict(after=batches[3])
     rest, _ = read(mixture, 2, state=state)
     assert rest == expected(mixture)[4 * 24 :]
+
+
+def test_the_scripts_of_the_page_about_loaders(datasets, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs/loader.md").read_text(encoding="utf-8")
+    scripts = re.findall(r"^```python\n(.*?)^```", page[page.index("## Mixtures") :], re.M | re.S)
+    names = {"forebay": forebay, "web": datasets["web"], "code": datasets["code"]}
+    for script in scripts[:3]:
+        exec(compile(script.replace("_000", ""), "docs/loader.md", "exec"), names)  # noqa: S102
+    shares = [stage.shares for stage in names["curriculum"].recipe.stages]
+    assert shares[0][1] == 0
+    assert shares[-1][0] == shares[-1][1]
+    assert names["batch"]["tokens"].shape[1] == 2048
 
 
 def test_by_http_the_samples_are_the_same(daemon, mixture, monkeypatch):
