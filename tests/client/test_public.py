@@ -15,7 +15,7 @@ PUBLIC = [
     *("PermissionDenied", "ResourceExhausted", "SampleTooLarge", "SchemaMismatch", "Stage"),
     *("StorageError", "StreamingDataset", "TooManyBadSamples", "Unauthenticated"),
     "UnsupportedObject",
-    *("VersionMismatch", "WriteSession", "connect", "per_sample"),
+    *("VersionMismatch", "WriteSession", "connect", "decode_images", "per_sample"),
 ]
 
 
