@@ -286,14 +286,21 @@ async def test_waits_for_bytes_of_a_stream_are_told_to_the_plan(tmp_path: Path) 
         blob = (await node.add_blob(pieces, "object")).blob_id
         _, answer = await served.post("/v1/open", {"blobs": [blob], "client": "me", "plan": "p"})
         [opening] = told.waits
+        assert answer["waits"] == opening[1]
         path = f"/v1/blobs/{blob}?ticket={answer['blobs'][0]['ticket']}"
-        assert (await served.request("GET", path))[1] == b"".join(pieces)
+        response, content = await served.request("GET", path)
+        assert content == b"".join(pieces)
+        question = {"answer": response.getheader("Forebay-Waits")}
+        _, once = await served.post("/v1/waits", question)
+        _, again = await served.post("/v1/waits", question)
+        assert (once["waits"]["origin"] >= 0.02, again) == (True, {"waits": {}})
+        assert (await served.post("/v1/waits", question, token="none"))[0] == 401
         await served.runner.cleanup()
         assert told.waits[0] == opening
         [(plan, reading)] = told.waits[1:]
         assert (opening[0], plan) == ("p", "p")
         assert opening[1]["origin"] >= 0.02
-        assert reading["origin"] >= 0.02
+        assert reading == once["waits"]
 
 
 async def test_of_a_damaged_stream_comes_what_is_good_before_that(tmp_path: Path) -> None:
