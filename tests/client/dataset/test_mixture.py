@@ -208,6 +208,31 @@ def test_by_http_the_samples_are_the_same(daemon, mixture, monkeypatch):
     assert found == expected(mixture)
 
 
+def test_bad_samples_of_any_dataset_are_holes(mixture):
+    def check(sample):
+        if sample["number"] % 10 == 3:
+            raise ValueError("bad")
+        return sample
+
+    options = {"on_error": "mask", "max_errors": 40, "transform": forebay.per_sample(check)}
+    with make(mixture, num_threads=0, **options) as loader:
+        batches = list(loader)
+        report = loader.report()
+    pairs = [
+        (pair, real)
+        for batch in batches
+        for pair, real in zip(
+            zip(batch["_dataset"].tolist(), batch["_ids"].tolist(), strict=True),
+            batch["_mask"].tolist(),
+            strict=True,
+        )
+    ]
+    assert [pair for pair, _ in pairs] == expected(mixture)
+    assert all(real == (row % 10 != 3) for (_, row), real in pairs)
+    assert report.masked_samples == sum(not real for _, real in pairs) > 0
+    assert len(report.bad_samples) == len({pair for pair, real in pairs if not real})
+
+
 @pytest.mark.parametrize("shuffle", ["none", "block"])
 def test_other_shuffles_keep_each_dataset_s_own_order(datasets, shuffle):
     mixture = forebay.Mixture(datasets, WEIGHTS, stop="first")

@@ -2,20 +2,28 @@
 
 import json
 import pickle
+import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import forebay
+from forebay_server.testing.rpc import rpc_client
 from forebay_wire.order import Order
+from forebay_wire.v1 import plans_pb2 as messages
 
 NUM_DOCUMENTS = 150
 WIDTH = 32
 GROUP = 20
 SEPARATOR = -7
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # by torchdata
+]
 
 
 def length_of(number: int) -> int:
@@ -220,6 +228,43 @@ def test_a_mixture_is_packed_like_a_dataset(client, documents):
     assert tokens.tolist() == [t for one in lists for t in [*one.tolist(), SEPARATOR]]
 
 
+def test_torchdata_s_loader_goes_on_by_its_own_state(documents):
+    def loader():
+        stream = forebay.StreamingDataset(
+            pack(documents), global_batch_size=8, shuffle="full", seed=5, include_ids=True
+        )
+        made = StatefulDataLoader(
+            stream, batch_size=None, num_workers=2, multiprocessing_context="fork"
+        )
+        return stream, made
+
+    _, first = loader()
+    batches = iter(first)
+    windows = [window for _ in range(5) for window in windows_of(next(batches))]
+    state = first.state_dict()
+    _, second = loader()
+    second.load_state_dict(state)
+    assert windows + [w for batch in second for w in windows_of(batch)] == expected(documents)
+    stream, _ = loader()
+    stream.load_state_dict(state)
+    assert windows + [w for batch in stream for w in windows_of(batch)] == expected(documents)
+
+
+def test_missing_lists_are_empty_documents(client, name):
+    lists = [[1, 2, 3], None, [], [4], None, [5, 6]]
+    schema = pa.schema({"tokens": pa.list_(pa.uint16())})
+    with client.create_dataset(name, schema=schema) as writer:
+        writer.write_table(pa.table({"tokens": lists}, schema=schema))
+    dataset = client.dataset(name)
+    assert dataset.total_length("tokens") == 6
+    packed = forebay.Packed(dataset, length=4, separator=9)
+    with make(packed, shuffle="none", include_ids=False) as loader:
+        [batch] = loader
+    assert batch["tokens"].tolist() == [[1, 2, 3, 9], [4, 9, 5, 6], [9, 0, 0, 0]]
+    assert batch["_documents"].tolist() == [[0, 0, 0, 0], [0, 0, 1, 1], [0, -1, -1, -1]]
+    assert batch["_mask"].sum() == 9
+
+
 def test_a_state_of_other_packing_is_refused(documents, client):
     packed = pack(documents)
     _, state = read(packed, 1, steps=2)
@@ -266,6 +311,22 @@ def test_by_http_the_windows_are_the_same(daemon, documents, monkeypatch):
     monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
     with forebay.connect(daemon.data) as client:
         assert read(pack(client.dataset("documents")), 2)[0] == expected(documents)
+
+
+def test_the_daemon_has_a_plan_of_the_documents(daemon, documents):
+    with make(pack(documents), include_ids=False) as loader, rpc_client(daemon) as rpc:
+        batches = iter(loader)
+        deadline = time.monotonic() + 20
+        position = 0
+        while not position and time.monotonic() < deadline:
+            next(batches)  # there are more of them than it takes to leave the first group
+            time.sleep(0.1)
+            told = rpc.call(rpc.plans.ListPlans, messages.ListPlansRequest()).plans
+            own = [plan for plan in told if "packed by 32" in plan.loader]
+            position = max((plan.position for plan in own), default=0)
+        assert position
+        assert position % GROUP == 0
+        assert loader.report().plan_problem == ""
 
 
 def test_a_pickle_packs_the_same(documents):
