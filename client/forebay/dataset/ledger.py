@@ -46,16 +46,16 @@ class Ledger:
         if read.holes:
             assert self._budget is not None, "else they were raised"
             self._budget.spend(read.holes)
-        now = perf_counter()
+        now, lay = perf_counter(), asked - read.finished
         self._meter.handed_out(
             read.num_samples,
             now - asked,
             read.times,
-            num_bytes=read.num_bytes,
-            ready_seconds=max(0.0, asked - read.finished),
-            copy_seconds=now - loaded if loaded else 0.0,
-            masked=len(read.holes),
-            position=position,
+            read.num_bytes,
+            lay if lay > 0.0 else 0.0,
+            now - loaded if loaded else 0.0,
+            len(read.holes),
+            position,
         )
         return now
 

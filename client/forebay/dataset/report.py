@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import threading
 from collections import deque
@@ -19,6 +18,14 @@ MAX_EPOCHS: Final = 16
 """Epochs whose sums are kept one by one."""
 
 MAX_SLOW_STEPS: Final = 16
+
+MAX_NOTES: Final = 128
+"""Notes that are added up at once."""
+
+
+_Note = tuple[int, float, dict[str, float], int, float, float, int, int]
+"""A batch that was handed out: samples, seconds waited, cause to seconds of its reading, bytes,
+seconds that it lay ready, seconds to the device, masked samples, position after it."""
 
 
 @dataclass(frozen=True)
@@ -184,35 +191,43 @@ _COUNTS: Final = (
 
 
 class Meter:
-    """Counts for one loader. Thread-safe."""
+    """Counts for one loader. Thread-safe, except that one thread at a time hands out.
+
+    What is handed out is only noted, and added up some batches at a time: that is half the work.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._notes: deque[_Note] = deque()
+        """To be added up."""
+        self._computed = 0.0
+        """Seconds of the current epoch in which the training loop worked."""
         self._before = _Sums()
         """All epochs but the current one."""
         self._epoch = _Sums()
         self._epochs: deque[EpochReport] = deque(maxlen=MAX_EPOCHS - 1)
         self._waits = [0] * NUM_BUCKETS
-        self._slow: list[tuple[float, int, int, int, dict[str, float]]] = []
-        """A heap, the shortest of the slowest first."""
-        self._last: tuple[float, float, dict[str, float], float] | None = None
+        self._slow: list[SlowStep] = []
+        """The shortest of the slowest first."""
+        self._last: _Note | None = None
 
     def start_epoch(self, epoch: int) -> None:
         """What follows is of *epoch*."""
         with self._lock:
-            if self._epoch.epoch == epoch:
-                return
-            if self._epoch.batches:
+            self._add_up()
+            self._epoch.seconds += self._computed
+            self._computed = 0.0
+            if self._epoch.batches and self._epoch.epoch != epoch:
                 self._epochs.append(self._epoch.report())
                 self._before.add(self._epoch)
-            self._epoch = _Sums(epoch)
+                self._epoch = _Sums()
+            self._epoch.epoch = epoch
 
     def handed_out(
         self,
         samples: int,
         wait_seconds: float,
         read: dict[str, float] | None = None,
-        *,
         num_bytes: int = 0,
         ready_seconds: float = 0.0,
         copy_seconds: float = 0.0,
@@ -221,55 +236,45 @@ class Meter:
     ) -> None:
         """The training loop got a batch after waiting, *copy_seconds* of it for the way to the
         device. *read*: cause to seconds in the thread that read the batch."""
-        read = read or {}
-        took = sum(read.values())
-        scale = (wait_seconds - copy_seconds) / took if took > 0.0 else 0.0
-        with self._lock:
-            sums = self._epoch
-            sums.samples += samples
-            sums.batches += 1
-            sums.bytes_read += num_bytes
-            sums.seconds += wait_seconds
-            sums.wait_seconds += wait_seconds
-            if ready_seconds > 0.0:
-                sums.ready_batches += 1
-                sums.ready_seconds += ready_seconds
-            sums.masked_samples += masked
-            reading, stalls = sums.reading, sums.stalls
-            for cause, one in read.items():
-                reading[cause] = reading.get(cause, 0.0) + one
-                stalls[cause] = stalls.get(cause, 0.0) + one * scale
-            if copy_seconds:
-                reading["copy"] = reading.get("copy", 0.0) + copy_seconds
-                stalls["copy"] = stalls.get("copy", 0.0) + copy_seconds
-            self._waits[_bucket(wait_seconds)] += 1
-            self._last = (wait_seconds, copy_seconds, read, ready_seconds)
-            if len(self._slow) < MAX_SLOW_STEPS or wait_seconds > self._slow[0][0]:
-                self._note_slow(sums.epoch, position)
+        self._last = note = (
+            samples,
+            wait_seconds,
+            read or {},
+            num_bytes,
+            ready_seconds,
+            copy_seconds,
+            masked,
+            position,
+        )
+        self._notes.append(note)
+        if len(self._notes) >= MAX_NOTES:
+            with self._lock:
+                self._add_up()
 
     def computed(self, seconds: float) -> None:
         """The training loop worked on a batch before it asked for the next."""
-        with self._lock:
-            self._epoch.seconds += seconds
+        self._computed += seconds
 
     @property
     def last(self) -> BatchTimes:
         """Of the batch that was handed out last."""
-        last = self._last
-        if last is None:
+        if self._last is None:
             return BatchTimes()
-        wait, copied, read, ready = last
+        _, wait, read, _, ready, copied, _, _ = self._last
         reading = {**read, "copy": read.get("copy", 0.0) + copied} if copied else dict(read)
         return BatchTimes(wait, _stalls(wait, copied, read), reading, ready)
 
     def report(self) -> LoaderReport:
         """The counts as they stand."""
         with self._lock:
+            self._add_up()
             total = _Sums()
             total.add(self._before)
-            total.add(self._epoch)
-            epochs = (*self._epochs, self._epoch.report()) if total.batches else ()
-            slow = sorted(self._slow, key=lambda one: -one[0])
+            current = _Sums(self._epoch.epoch)
+            current.add(self._epoch)
+            current.seconds += self._computed
+            total.add(current)
+            epochs = (*self._epochs, current.report()) if total.batches else ()
             return LoaderReport(
                 **{name: getattr(total, name) for name in _COUNTS},
                 stalls=total.stalls,
@@ -277,18 +282,46 @@ class Meter:
                 wait_p50_seconds=_quantile(self._waits, total.batches, 0.5),
                 wait_p99_seconds=_quantile(self._waits, total.batches, 0.99),
                 epochs=epochs,
-                slow_steps=tuple(SlowStep(*one) for one in slow),
+                slow_steps=tuple(reversed(self._slow)),
             )
 
-    def _note_slow(self, epoch: int, position: int) -> None:
-        assert self._last is not None, "just set"
-        wait, copied, read, _ = self._last
-        step = self._before.batches + self._epoch.batches
-        one = (wait, step, epoch, position, _stalls(wait, copied, read))
-        if len(self._slow) < MAX_SLOW_STEPS:
-            heapq.heappush(self._slow, one)
-        else:
-            heapq.heapreplace(self._slow, one)
+    def _add_up(self) -> None:
+        """Add all notes to the current epoch, by column: with the lock held."""
+        notes = [self._notes.popleft() for _ in range(len(self._notes))]
+        if not notes:
+            return
+        samples, waits, reads, sizes, lay, copies, masked, _ = zip(*notes, strict=True)
+        sums = self._epoch
+        waited, num_before = sum(waits), self._before.batches + sums.batches
+        sums.samples += sum(samples)
+        sums.batches += len(notes)
+        sums.bytes_read += sum(sizes)
+        sums.seconds += waited
+        sums.wait_seconds += waited
+        sums.masked_samples += sum(masked)
+        sums.ready_seconds += sum(lay)
+        sums.ready_batches += len(notes) - lay.count(0.0)
+        reading, stalls, buckets = sums.reading, sums.stalls, self._waits
+        for wait, read, copied in zip(waits, reads, copies, strict=True):
+            buckets[_bucket(wait)] += 1
+            took = sum(read.values())
+            scale = (wait - copied) / took if took else 0.0
+            for cause, one in read.items():
+                reading[cause] = reading.get(cause, 0.0) + one
+                stalls[cause] = stalls.get(cause, 0.0) + one * scale
+        if any(copies):
+            reading["copy"] = reading.get("copy", 0.0) + sum(copies)
+            stalls["copy"] = stalls.get("copy", 0.0) + sum(copies)
+        for step, (note, wait) in enumerate(zip(notes, waits, strict=True), num_before + 1):
+            if len(self._slow) < MAX_SLOW_STEPS or wait > self._slow[0].wait_seconds:
+                self._note_slow(note, step)
+
+    def _note_slow(self, note: _Note, step: int) -> None:
+        _, wait, read, _, _, copied, _, position = note
+        stalls = _stalls(wait, copied, read)
+        self._slow.append(SlowStep(wait, step, self._epoch.epoch, position, stalls))
+        self._slow.sort(key=lambda one: one.wait_seconds)
+        del self._slow[:-MAX_SLOW_STEPS]
 
 
 def _stalls(wait: float, copied: float, read: Mapping[str, float]) -> dict[str, float]:
