@@ -9,8 +9,9 @@ SHELL := bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 STAMP := .venv/.setup-stamp
+PEERS_STAMP := .venv-peers/.setup-stamp
 PROTOS := $(sort $(wildcard proto/forebay_wire/v1/*.proto))
-BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/loader_% benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -18,7 +19,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 generate = python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) \
 	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 
-.PHONY: help setup check lint test proto docs bench soak demo clean
+.PHONY: help setup check lint test proto docs bench peers soak demo clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-7s %s\n", $$1, $$2}' Makefile
@@ -56,7 +57,16 @@ proto: setup  ## generate the Python code of the .proto files
 docs: setup  ## test the documentation
 	pytest tests/docs
 
-bench: setup  ## every benchmark in its short form
+peers: $(PEERS_STAMP)  ## the loaders that ours is compared with, in an environment of their own
+
+$(PEERS_STAMP): benchmarks/peers.txt
+	test -x .venv-peers/bin/python || "$(PYTHON)" -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venv-peers/bin/pip install --progress-bar off 'torch==2.13.0' | sed '/^Requirement already/d'
+	.venv-peers/bin/pip install --progress-bar off -r benchmarks/peers.txt | sed '/^Requirement already/d'
+	touch $@
+
+bench: setup peers  ## every benchmark in its short form
 	@failed=; for script in $(BENCHMARKS); do \
 		echo "== $$script"; python "$$script" --quick || failed="$$failed $$script"; \
 	done; test -z "$$failed" || { echo "Failed:$$failed" >&2; exit 1; }
@@ -67,6 +77,6 @@ soak: setup  ## the slow tests
 demo: setup  ## the whole system on real data: import, train, kill, resume, prove
 	.venv/bin/python -m forebay_trainer.demo
 
-clean:  ## remove caches, build results and the demo's data (.venv stays)
+clean:  ## remove caches, build results and the demo's data (environments stay)
 	rm -rf build dist demo-data bench-results .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -40,11 +40,11 @@ class BatchIndex:
 
     def __init__(self, manifest: DatasetManifest) -> None:
         counts = [shard.batch_rows for shard in manifest.shards]
-        flat = np.array([rows for shard in counts for rows in shard], dtype=np.int64)
+        flat = np.fromiter(chain.from_iterable(counts), dtype=np.int64)
         self.starts = np.zeros(len(flat) + 1, dtype=np.int64)
         """First row of each record batch, and the number of rows last."""
         np.cumsum(flat, out=self.starts[1:])
-        per_shard = np.array([len(shard) for shard in counts], dtype=np.int64)
+        per_shard = np.fromiter(map(len, counts), dtype=np.int64, count=len(counts))
         self.shards = np.repeat(np.arange(len(counts)), per_shard)
         """Shard of each record batch."""
         self._first_of_shard = np.cumsum(per_shard) - per_shard
@@ -96,11 +96,10 @@ class RowReader:
         self._index = BatchIndex(manifest)
         self._table = AddressTable(self._index.starts)
         self._cache = cache
-        name = f"dataset {manifest.dataset} v{manifest.version}"
-        self._places = [
-            ShardPlace(ref, schema, f"{name}, shard {number}")
-            for number, ref in enumerate(manifest.shards)
-        ]
+        self._manifest = manifest
+        self._schema = schema
+        self._places: dict[int, ShardPlace] = {}
+        """Of the shards that were read."""
 
     @property
     def num_batches(self) -> int:
@@ -109,7 +108,7 @@ class RowReader:
     def record_batch(self, number: int) -> Any:
         """Record batch *number* of the version as a ``pyarrow.RecordBatch`` over mapped memory."""
         shard, index = self._index.place(number)
-        return self._cache.open([self._places[shard]])[0].record_batch(index)
+        return self._cache.open([self._place(shard)])[0].record_batch(index)
 
     def read(
         self,
@@ -159,15 +158,24 @@ class RowReader:
             for column, output in outputs.items()
         }
 
+    def _place(self, shard: int) -> ShardPlace:
+        place = self._places.get(shard)
+        if place is None:
+            manifest = self._manifest
+            where = f"dataset {manifest.dataset} v{manifest.version}, shard {shard}"
+            place = ShardPlace(manifest.shards[shard], self._schema, where)
+            self._places[shard] = place
+        return place
+
     def _batches(self, wanted: Sequence[Group]) -> list[BatchColumns]:
         places = [self._index.place(group.batch) for group in wanted]
         shards = sorted({shard for shard, _ in places})
         opened = dict(
-            zip(shards, self._cache.open([self._places[shard] for shard in shards]), strict=True)
+            zip(shards, self._cache.open([self._place(shard) for shard in shards]), strict=True)
         )
         return [
             self._cache.batch(
-                self._places[shard].ref.blob, opened[shard], index, self._table, group.batch
+                self._place(shard).ref.blob, opened[shard], index, self._table, group.batch
             )
             for group, (shard, index) in zip(wanted, places, strict=True)
         ]

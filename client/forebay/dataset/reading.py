@@ -307,8 +307,7 @@ class DatasetReading:
     @property
     def row_bytes(self) -> float:
         """By the version's size on disk."""
-        rows = sum(shard.num_rows for shard in self.dataset.manifest.shards)
-        return self.dataset.num_bytes / max(1, rows)
+        return self.dataset.num_bytes / max(1, int(self.dataset.shard_starts[-1]))
 
     @property
     def name(self) -> str:
@@ -411,9 +410,10 @@ def block_layout(dataset: Dataset, options: OrderOptions) -> BlockLayout | None:
         block_rows or 0,
         1 if lanes is None else lanes,
     )
-    counts: Sequence[int] | None
+    starts: Numbers | None
     if dataset.selection is None:
-        counts = [shard.num_rows for shard in dataset.manifest.shards]
+        starts = dataset.shard_starts
     else:
         counts = dataset.selection.rule.get("counts")  # a stored one keeps the version's order
-    return parameters.layout(dataset.num_rows, None if counts is None else starts_of(counts))
+        starts = None if counts is None else starts_of(counts)
+    return parameters.layout(dataset.num_rows, starts)

@@ -81,9 +81,8 @@ class RowsBuilder:
         self.num_rows = 0
         self._control = control
         self._of = of
-        counts = [shard.num_rows for shard in of.manifest.shards]
-        self._shard_stops = np.cumsum(np.array(counts, dtype=np.int64))
-        self._counts: NDArray[np.int64] = np.zeros(len(counts), dtype=np.int64)
+        self._shard_stops = of.shard_starts[1:]
+        self._counts: NDArray[np.int64] = np.zeros(len(self._shard_stops), dtype=np.int64)
         self._digest = blake3()
         self._runs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
         """First positions and first rows."""

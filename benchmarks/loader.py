@@ -1,0 +1,246 @@
+"""How fast are batches handed out, against the other loaders and against no loader at all?
+
+Every contender is a process of its own, which writes the same samples in its own format and reads
+them back in batches of 256, warm, in its strongest shuffle (ours and torch's over a memmap: full),
+with 0, 1 and 2 workers or threads; in turn, and by medians of samples a second. The peers run in
+an environment of their own: ``make peers``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from harness import Options, Report, parse_options
+from loader_start import measure_start
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+PEERS = ("mosaic", "litdata", "webdataset")
+OURS = "forebay"
+WORKERS = (0, 1, 2)
+
+PLACES = {
+    "tensor3k": (OURS, "memmap", *PEERS),
+    "tokens": (OURS, "bare", *PEERS),
+    "jpeg115k": (OURS, "bare", *PEERS),
+}
+"""Who reads what."""
+
+
+class Contender:
+    """A child process that answers lines."""
+
+    def __init__(self, name: str, folder: Path, *, quick: bool) -> None:
+        python = str(PEERS_PYTHON) if name in PEERS else sys.executable
+        script = str(Path(__file__).with_name("loader_child.py"))
+        self.name = name
+        self.also: list[int] = []
+        """Other processes that work for it: a daemon."""
+        self._process = subprocess.Popen(
+            [python, script, name, str(folder), "quick" if quick else "full"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder.parent / f"{name}.log").open("w"),
+            text=True,
+        )
+
+    def send(self, do: str, **what: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **what}) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with {self._process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise RuntimeError(f"{self.name}: {found['error']}\n{found['trace']}")
+        return found
+
+    def ask(self, do: str, **what: Any) -> dict[str, Any]:
+        self.send(do, **what)
+        return self.answer()
+
+    def usage(self) -> tuple[float, int]:
+        """CPU seconds so far, and own resident bytes, of it and of all that work for it."""
+        seconds, own = 0.0, 0
+        for pid in (self._process.pid, *self.also):
+            parent = psutil.Process(pid)
+            for process in (parent, *parent.children(recursive=True)):
+                times = process.cpu_times()
+                seconds += times.user + times.system
+                memory = process.memory_info()
+                own += memory.rss - memory.shared
+        return seconds, own
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def contenders(folder: Path, *, quick: bool) -> Iterator[dict[str, Contender]]:
+    """All of them, started at once, each with its data written."""
+    names = (OURS, "memmap", "bare", *PEERS)
+    with ExitStack() as stack:
+        found = {}
+        for name in names:
+            found[name] = Contender(name, folder / name, quick=quick)
+            stack.callback(found[name].stop)
+        todo = {name: [case for case, who in PLACES.items() if name in who] for name in names}
+        for name, contender in found.items():
+            for case in todo[name]:
+                contender.send("prepare", case=case)
+        for name, contender in found.items():
+            for _ in todo[name]:
+                contender.also = contender.answer()["also"]
+        yield found
+
+
+class Rates:
+    """What was measured: samples a second, and the rest, by case, workers and contender."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[str, int, str], list[float]] = {}
+        self.others: dict[str, Any] = {}
+
+    def add(self, case: str, workers: int, who: str, rate: float) -> None:
+        self.numbers.setdefault((case, workers, who), []).append(rate)
+
+    def ratios(self, case: str, workers: int, base: Sequence[str]) -> list[float]:
+        """Ours over the best of *base* (by its median), repeat by repeat."""
+        best = max(base, key=lambda who: statistics.median(self.numbers[case, workers, who]))
+        ours, theirs = (self.numbers[case, workers, who] for who in (OURS, best))
+        return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+
+
+def measure(
+    found: dict[str, Contender], case: str, workers: int, options: Options, rates: Rates
+) -> None:
+    """Every contender in turn, as often as the options say."""
+    who = [name for name in PLACES[case] if name != "bare" or case != "tokens" or not workers]
+    opened = {name: found[name].ask("open", case=case, workers=workers) for name in who}
+    seconds = 0.15 if options.quick else 1.0
+    for repeat in range(options.repeats):
+        shift = repeat % len(who)
+        for name in who[shift:] + who[:shift]:
+            before, _ = found[name].usage()
+            ran = found[name].ask("run", case=case, workers=workers, seconds=seconds)
+            after, resident = found[name].usage()
+            rates.add(case, workers, name, ran["samples"] / ran["seconds"])
+            if repeat == options.repeats - 1:
+                rates.others[f"{case}, {workers} workers, {name}"] = {
+                    "samples_per_second": statistics.median(rates.numbers[case, workers, name]),
+                    "first_batch_ms": opened[name]["first_batch_seconds"] * 1e3,
+                    "wait_p50_ms": ran["wait_p50_ms"],
+                    "wait_p99_ms": ran["wait_p99_ms"],
+                    "cpu_seconds_per_million": (after - before) / ran["samples"] * 1e6,
+                    "own_mb": resident / 1e6,
+                }
+    for name in who:
+        found[name].ask("close", case=case, workers=workers)
+
+
+def measure_items(found: dict[str, Contender], options: Options, rates: Rates) -> None:
+    """Single samples at random, ``dataset[i]``, warm."""
+    for name in (OURS, "mosaic", "litdata"):
+        found[name].ask("items", case="tensor3k", count=100)
+    for _ in range(options.repeats):
+        for name in (OURS, "mosaic", "litdata"):
+            count = 30 if name == "litdata" else 2000  # it is not made for that
+            ran = found[name].ask("items", case="tensor3k", count=count)
+            rates.add("items", 0, name, ran["samples"] / ran["seconds"])
+    for name in (OURS, "mosaic", "litdata"):
+        rate = statistics.median(rates.numbers["items", 0, name])
+        rates.others[f"random access, {name}"] = {"samples_per_second": rate}
+
+
+def shuffle_quality(order: Sequence[int], num_classes: int = 10) -> dict[str, float]:
+    """Of samples that were written class after class: how far each moved, as a share of the
+    epoch (a third, if at random), and how unevenly batches of 256 hold the classes, as the mean
+    over classes and batches of the squared error over that of random draws (1, if at random)."""
+    count = len(order)
+    moved = statistics.fmean(abs(place - sample) for place, sample in enumerate(order)) / count
+    expected = 256 / num_classes
+    errors = []
+    for start in range(0, count - 255, 256):
+        held = [0] * num_classes
+        for sample in order[start : start + 256]:
+            held[min(sample * num_classes // count, num_classes - 1)] += 1
+        errors += [(one - expected) ** 2 for one in held]
+    at_random = expected * (1 - 1 / num_classes)
+    return {"mean_displacement": moved, "class_variance": statistics.fmean(errors) / at_random}
+
+
+def run(options: Options, folder: Path) -> Report:
+    report = Report("loader: batches of 256, warm, beside other loaders")
+    rates = Rates()
+    missing = None if PEERS_PYTHON.exists() else "the peers are not installed: run `make peers`"
+    if missing:
+        raise SystemExit(missing)
+    with contenders(folder, quick=options.quick) as found:
+        for case in PLACES:
+            for workers in WORKERS:
+                measure(found, case, workers, options, rates)
+        measure_items(found, options, rates)
+        for name in (OURS, *PEERS):
+            order = found[name].ask("order", case="tensor3k")["order"]
+            rates.others[f"shuffle, {name}"] = shuffle_quality(order)
+    tell(report, rates)
+    measure_start(report, folder / "start", options)
+    report.details["loaders"] = rates.others
+    return report
+
+
+def tell(report: Report, rates: Rates) -> None:
+    """Ratios over workers are the worst of them."""
+    for workers in WORKERS:
+        numbers = rates.ratios("tensor3k", workers, PEERS)
+        report.ratio("tensor3k_vs_best_peer", numbers, at_least=8)
+    numbers = rates.ratios("tensor3k", 0, ["memmap"])
+    report.ratio("tensor3k_vs_torch_memmap_batched", numbers, at_least=0.9)
+    numbers = rates.ratios("tensor3k", 2, ["memmap"])
+    report.ratio("tensor3k_vs_torch_memmap_2_workers", numbers, at_least=4)
+    for workers in WORKERS:
+        numbers = rates.ratios("jpeg115k", workers, ["bare"])
+        report.ratio("jpeg115k_vs_pure_decode", numbers, at_least=0.95)
+        numbers = rates.ratios("jpeg115k", workers, PEERS)
+        report.ratio("jpeg115k_vs_best_peer", numbers, at_least=0.97)
+        numbers = rates.ratios("tokens", workers, PEERS)
+        report.ratio("tokens_vs_best_peer", numbers, at_least=5)
+    report.ratio("tokens_vs_memcpy", rates.ratios("tokens", 0, ["bare"]), at_least=0.6)
+    numbers = rates.ratios("items", 0, ["mosaic", "litdata"])
+    report.ratio("random_access_vs_best_peer", numbers, at_least=2)
+    for name, one in rates.others.items():
+        print(f"{name:<36}" + "  ".join(f"{key} {number:,.3g}" for key, number in one.items()))
+
+
+def main() -> int:
+    options = parse_options(__doc__ or "")
+    if options.quick and "--repeats" not in " ".join(sys.argv):
+        options = Options(options.quick, options.json_file, 3, options.work)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        report = run(options, Path(folder))
+    return report.finish(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

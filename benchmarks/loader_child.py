@@ -1,0 +1,154 @@
+"""One contender of the loaders' benchmark, in a process of its own: told what to do by lines.
+
+Run as ``python loader_child.py CONTENDER FOLDER QUICK``; each line in is a JSON object with ``do``,
+each line out its answer. Peers run by the interpreter of their own environment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from loader_data import Case, cases
+
+CONTENDERS = {
+    "forebay": ("loader_own", "Forebay"),
+    "memmap": ("loader_own", "Memmap"),
+    "bare": ("loader_own", "Bare"),
+    "mosaic": ("loader_peers", "Mosaic"),
+    "litdata": ("loader_peers", "LitData"),
+    "webdataset": ("loader_peers", "WebDataset"),
+}
+
+
+class Contender(Protocol):
+    """What each has to be able to do. ``folder`` is its own."""
+
+    def __init__(self, folder: Path) -> None: ...
+
+    def prepare(self, case: Case) -> None:
+        """Write the samples in its own format."""
+
+    def open(self, case: Case, workers: int) -> Any:
+        """A loader of batches of 256 in its strongest shuffle; each iteration is an epoch."""
+
+    def rows(self, batch: Any) -> int: ...
+
+    def labels(self, batch: Any) -> np.ndarray:
+        """The column ``y``."""
+
+    def items(self, case: Case) -> Any:
+        """What ``[i]`` gives single samples of."""
+
+    def facts(self) -> dict[str, Any]:
+        """Versions, and processes whose work counts as its own."""
+
+
+class Child:
+    """Answers the lines."""
+
+    def __init__(self, contender: Contender, quick: bool) -> None:
+        self.contender = contender
+        self.cases = cases(quick=quick)
+        self.loaders: dict[tuple[str, int], Any] = {}
+
+    def prepare(self, case: str) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.contender.prepare(self.cases[case])
+        return {"seconds": time.perf_counter() - start, **self.contender.facts()}
+
+    def open(self, case: str, workers: int) -> dict[str, Any]:
+        """A loader, and its first epoch: then files are in the page cache and workers there."""
+        start = time.perf_counter()
+        loader = self.contender.open(self.cases[case], workers)
+        self.loaders[case, workers] = loader
+        first, seen = 0.0, 0
+        for batch in loader:
+            first = first or time.perf_counter() - start
+            seen += self.contender.rows(batch)
+        assert seen >= self.cases[case].num_samples - 2 * 256, f"{seen} samples in an epoch"
+        return {"first_batch_seconds": first, "samples": seen}
+
+    def run(self, case: str, workers: int, seconds: float) -> dict[str, Any]:
+        """Whole epochs, for *seconds* at least."""
+        loader, waits, seen = self.loaders[case, workers], [], 0
+        start = time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            for batch in loader:
+                got = time.perf_counter()
+                waits.append(got - asked)
+                seen += self.contender.rows(batch)
+                asked = time.perf_counter()
+            taken = time.perf_counter() - start
+            if taken >= seconds:
+                break
+        waits.sort()
+        return {
+            "samples": seen,
+            "seconds": taken,
+            "wait_p50_ms": statistics.median(waits) * 1e3,
+            "wait_p99_ms": waits[int(len(waits) * 0.99)] * 1e3,
+        }
+
+    def close(self, case: str, workers: int) -> dict[str, Any]:
+        loader = self.loaders.pop((case, workers))
+        if hasattr(loader, "close"):
+            loader.close()
+        return {}
+
+    def items(self, case: str, count: int) -> dict[str, Any]:
+        """Single samples at random."""
+        samples = self.contender.items(self.cases[case])
+        wanted = np.random.default_rng().integers(0, self.cases[case].num_samples, count).tolist()
+        found = samples[wanted[0]]
+        assert int(found["y"]) == wanted[0], "another sample"
+        start = time.perf_counter()
+        for index in wanted:
+            samples[index]
+        return {"samples": count, "seconds": time.perf_counter() - start}
+
+    def order(self, case: str) -> dict[str, Any]:
+        """The samples of an epoch in the order in which they come."""
+        loader = self.contender.open(self.cases[case], 0)
+        found = np.concatenate([self.contender.labels(batch) for batch in loader])
+        return {"order": found.tolist()}
+
+    def extra(self, name: str, **options: Any) -> dict[str, Any]:
+        """What only this contender can do."""
+        answer: dict[str, Any] = getattr(self.contender, name)(**options)
+        return answer
+
+
+def lines() -> Iterator[dict[str, Any]]:
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def main() -> None:
+    name, folder, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "quick"
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    folder.mkdir(parents=True, exist_ok=True)
+    module, kind = CONTENDERS[name]
+    child = Child(getattr(importlib.import_module(module), kind)(folder), quick)
+    for line in lines():
+        do = line.pop("do")
+        try:
+            answer = {"pid": os.getpid(), **getattr(child, do)(**line)}
+        except Exception as error:  # noqa: BLE001 - goes to whoever asked
+            answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
