@@ -114,7 +114,16 @@ class Dataset:
 
     @lazy
     def _num_version_rows(self) -> int:
-        return self.manifest.num_rows
+        return int(self.shard_starts[-1])
+
+    @lazy
+    def shard_starts(self) -> NDArray[np.int64]:
+        """The version's row that each shard begins with and, last, the number of all rows."""
+        shards = self.manifest.shards
+        starts = np.zeros(len(shards) + 1, dtype=np.int64)
+        rows = np.fromiter((shard.num_rows for shard in shards), np.int64, len(shards))
+        np.cumsum(rows, out=starts[1:])
+        return starts
 
     @lazy
     def num_bytes(self) -> int:
@@ -172,7 +181,8 @@ class Dataset:
         Numbers and arrays as one array ``(len(rows), *shape)``, others as lists; every byte is
         verified before its first use. Raises IntegrityError, DaemonUnavailable.
         """
-        return self._reader.read(rows, self.columns(columns), allocate)
+        wanted = self.columns(columns)
+        return self._reader.read(rows, wanted, allocate) if wanted else {}
 
     def list_lengths(self, rows: NDArray[np.int64], column: str) -> NDArray[np.int64]:
         """How many elements the lists of *column* have in *rows of the version*."""
@@ -252,9 +262,7 @@ class Dataset:
             return table
         return table.take(pa.array(self.rows_at(np.arange(len(self), dtype=np.int64))))
 
-    def verify(
-        self, progress: Callable[[int, int], object] = lambda done, total: None
-    ) -> Verified:
+    def verify(self, progress: Callable[[int, int], object] = lambda done, total: None) -> Verified:
         """Read every byte of the version and compare it with its digests; see ``damaged`` of what
         is returned. *progress* is told how many bytes are done, and of how many."""
         from forebay.dataset.verify import verify
@@ -373,8 +381,7 @@ class Dataset:
         """
         from forebay.dataset.read_plan import ReadPlan  # loads the calls, which workers need not
 
-        starts = np.zeros(len(self.manifest.shards) + 1, dtype=np.int64)
-        np.cumsum([shard.num_rows for shard in self.manifest.shards], out=starts[1:])
+        starts = self.shard_starts
         return ReadPlan.start(self, self._client().channel, starts, indices, name)
 
     def _whole(self, what: str) -> Control:
@@ -420,7 +427,8 @@ class Dataset:
         endpoint = current_endpoint(self.endpoint)  # the daemon may have been restarted since
         nothing = {"_control": None, "_open": None, "_open_rows": None}
         state = {**self.__dict__, "endpoint": endpoint, **nothing}
-        state.pop("schema", None)  # rebuilt from the manifest
+        for name in ("schema", "shard_starts"):  # rebuilt from the manifest
+            state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
