@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from forebay.dataset.schema import Schema
 
 URLS_AT_ONCE = 50
+FORMATS = ("arrow", "parquet", "mds", "webdataset")
+"""That can be read in place."""
 LOOK_SECONDS = 600.0
 """The daemon reads the ends of each file."""
 PIN_SECONDS = 7 * 86400.0
@@ -68,8 +70,10 @@ class OriginCalls(ABC):
         """A dataset of files that stay where they are: absolute URLs or paths, in the order of
         rows, each below one of the daemon's ``origin-prefixes``.
 
-        *format* is ``"arrow"`` for Arrow IPC files, which are mapped as they lie, or ``"parquet"``,
-        whose row groups are decoded when they are read; default: by the ends of their names.
+        *format* is ``"arrow"`` for Arrow IPC files, which are mapped as they lie; ``"parquet"``,
+        whose row groups are decoded when they are read; ``"mds"`` for folders of uncompressed MDS
+        shards and ``"webdataset"`` for uncompressed tar files, in which this process looks for the
+        samples. Default: by names.
 
         Nothing is copied: a file's bytes are trusted when they are first read, and compared with
         that ever since. One that changes is OriginChanged from then on. *append* adds a version to
@@ -83,15 +87,13 @@ class OriginCalls(ABC):
         given = [_absolute(os.fspath(url)) for url in urls]
         schema = base.schema if base is not None else None
         shards: list[datasets_pb2.ShardCommit] = []
-        wire_format = _format_of(given, format)
-        at_once = 1 if wire_format else URLS_AT_ONCE
-        for start in range(0, len(given), at_once):
-            request = datasets_pb2.RegisterOriginsRequest(
-                urls=given[start : start + at_once], format=wire_format
-            )
-            found = self.channel.call(Datasets.RegisterOrigins, request, timeout=LOOK_SECONDS)
-            for one in found.origins:
-                if wire_format:
+        kind = _format_of(given, format)
+        if kind in ("mds", "webdataset"):
+            schema, shards = self._place_samples(given, kind, schema)
+        at_once = 1 if kind == "parquet" else URLS_AT_ONCE
+        for start in range(0, 0 if shards else len(given), at_once):
+            for one in self._look(given[start : start + at_once], kind):
+                if kind:
                     schema, shard = _parquet(one, schema)
                 else:
                     schema, shard = _fitting(one, schema), _shard(one)
@@ -107,6 +109,41 @@ class OriginCalls(ABC):
         )
         made = self.channel.call(Datasets.CommitVersion, commit, timeout=LOOK_SECONDS)
         return self.dataset(name, made.version)
+
+    def _look(self, urls: Sequence[str], kind: str) -> Sequence[datasets_pb2.Origin]:
+        request = datasets_pb2.RegisterOriginsRequest(urls=urls, format=kind)
+        return self.channel.call(Datasets.RegisterOrigins, request, timeout=LOOK_SECONDS).origins
+
+    def _place_samples(
+        self, paths: Sequence[str], kind: str, schema: Schema | None
+    ) -> tuple[Schema, list[datasets_pb2.ShardCommit]]:
+        """Schema and shards of files of samples."""
+        from forebay.importers.in_place import place
+        from forebay.importers.piece import Options, Source
+
+        placed = list(place(paths, kind))
+        if schema is None:
+            schema = Source.of(kind, [one.piece for one in placed]).schema(Options())
+        shards: list[datasets_pb2.ShardCommit] = []
+        for start in range(0, len(placed), URLS_AT_ONCE):
+            some = placed[start : start + URLS_AT_ONCE]
+            found = self._look([one.url for one in some], kind)
+            for one, origin in zip(some, found, strict=True):
+                if origin.num_bytes != one.num_bytes:
+                    raise InvalidRequest(
+                        f"{one.url} has {origin.num_bytes} bytes for the daemon, {one.num_bytes} "
+                        "here or in its index"
+                    )
+                shards.append(
+                    datasets_pb2.ShardCommit(
+                        blob=origin.origin,
+                        num_bytes=one.num_bytes,
+                        num_rows=sum(one.batch_rows),
+                        batch_rows=one.batch_rows,
+                        format=one.format,
+                    )
+                )
+        return schema, shards
 
     def origins(self, name: str, version: int | str = "latest") -> list[Origin]:
         """The files that a dataset version reads where they lie, in the order of shards."""
@@ -147,19 +184,31 @@ def _absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(url)
 
 
-def _format_of(urls: Sequence[str], given: str | None) -> str:
+def _format_of(paths: Sequence[str], given: str | None) -> str:
     """As the wire has it: empty for Arrow."""
-    if given not in (None, "arrow", "parquet"):
+    if given not in (None, *FORMATS):
         raise InvalidRequest(
-            f"files in format {given!r} cannot be read in place: arrow and parquet can; import "
+            f"files in format {given!r} cannot be read in place: {', '.join(FORMATS)} can; import "
             "others (forebay dataset import)"
         )
-    kinds = {"parquet" if url.lower().endswith((".parquet", ".pq")) else "" for url in urls}
-    if given is None and len(kinds) > 1:
+    if given is not None:
+        return "" if given == "arrow" else given
+    kinds = {_guessed(path) for path in paths}
+    if len(kinds) > 1:
         raise InvalidRequest(
             "the files are of several formats: register them as several versions (append=True)"
         )
-    return kinds.pop() if given is None else given.replace("arrow", "")
+    return kinds.pop()
+
+
+def _guessed(path: str) -> str:
+    from forebay.importers.in_place import is_mds
+
+    if path.lower().endswith((".parquet", ".pq")):
+        return "parquet"
+    if path.lower().endswith(".tar"):
+        return "webdataset"
+    return "mds" if is_mds(path) else ""
 
 
 def _parquet(

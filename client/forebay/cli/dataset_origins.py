@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["arrow", "parquet"]),
+    type=click.Choice(["arrow", "parquet", "mds", "webdataset"]),
     help="Default: by the ends of the files' names.",
 )
 @with_session
 def register_dataset(
     session: Session, name: str, urls: tuple[str, ...], append: bool, kind: str | None
 ) -> None:
-    """Make dataset NAME of Arrow IPC or Parquet files that stay where they are.
+    """Make dataset NAME of files that stay where they are.
+
+    Arrow IPC, Parquet, uncompressed WebDataset tar files, and folders of uncompressed MDS shards.
 
     URLs and paths have to lie below one of the daemon's origin-prefixes. Nothing is copied: each
     file is trusted when it is first read, and refused once it changes.

@@ -15,7 +15,7 @@ from itertools import count
 from typing import Final
 
 from forebay.dataset.addresses import AddressTable
-from forebay.dataset.parquet_shard import open_shard
+from forebay.dataset.formats import open_shard
 from forebay.dataset.schema import Schema
 from forebay.dataset.shard import BatchColumns, ShardReader
 from forebay.stopwatch import Turn

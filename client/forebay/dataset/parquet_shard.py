@@ -7,39 +7,24 @@ bytes that were verified as those of any shard are. Values are those that an imp
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from forebay.dataset.schema import Column, Schema
-from forebay.dataset.shard import BatchColumns, Bytes, ShardReader
+from forebay.dataset.decoded_shard import DecodingReader
+from forebay.dataset.schema import Schema
+from forebay.dataset.shard import Bytes
 from forebay.dataset.tables import conform
 from forebay_wire.errors import IntegrityError, SchemaMismatch
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-FORMAT: Final = "parquet"
-"""As a manifest calls it."""
 
-DECODED_WEIGHT: Final = 512
-"""A process may hold 512 times as many bytes of mapped files as of memory of its own, which is what
-decoded columns lie in: each of their bytes counts so much."""
-
-
-def open_shard(
-    blob: Bytes, schema: Schema, batch_rows: tuple[int, ...], where: str, format: str
-) -> ShardReader:
-    """A reader of *blob*, which is in *format* (empty: an Arrow IPC file)."""
-    if not format:
-        return ShardReader(blob, schema, batch_rows, where)
-    if format != FORMAT:
-        raise SchemaMismatch(f"{where} is in the format {format!r}, which this version cannot read")
-    return ParquetReader(blob, schema, batch_rows, where)
-
-
-class ParquetReader(ShardReader):
+class ParquetReader(DecodingReader):
     """Row groups of an open Parquet file. Thread-safe."""
+
+    is_columnar = True
 
     def __init__(
         self, blob: Bytes, schema: Schema, batch_rows: tuple[int, ...], where: str
@@ -47,18 +32,12 @@ class ParquetReader(ShardReader):
         super().__init__(blob, schema, batch_rows, where)
         self._lock = threading.Lock()
         self._file: pq.ParquetFile | None = None
-        self._weight = DECODED_WEIGHT if getattr(blob, "maps_in_place", False) else 1
 
-    def batch(self, index: int) -> BatchColumns:
+    def decoded_bytes(self, index: int) -> int:
         with self._lock:
-            metadata = self._opened().metadata.row_group(index)
-        columns = [metadata.column(number) for number in range(metadata.num_columns)]
-        encoded = sum(int(column.total_uncompressed_size) for column in columns)
-        fixed = sum(column.fixed_bytes for column in self._schema.columns) * metadata.num_rows
-        return ParquetColumns(self, index, max(encoded, fixed) * self._weight)
-
-    def record_batch(self, index: int) -> pa.RecordBatch:
-        return self.decode(index, self._schema)
+            group = self._opened().metadata.row_group(index)
+        fixed = sum(column.fixed_bytes for column in self._schema.columns)
+        return max(int(group.total_byte_size), fixed * int(group.num_rows))
 
     def decode(self, index: int, schema: Schema) -> pa.RecordBatch:
         """The columns of *schema*, of row group *index*."""
@@ -83,10 +62,6 @@ class ParquetReader(ShardReader):
         arrays = [_joined(column) for column in fitting.columns]
         return pa.RecordBatch.from_arrays(arrays, schema=schema.arrow)
 
-    def columns(self) -> tuple[Schema, tuple[int, ...]]:
-        """Of the dataset, and the rows of each row group."""
-        return self._schema, self._batch_rows
-
     def _opened(self) -> pq.ParquetFile:
         if self._file is None:
             import pyarrow.parquet as pq
@@ -101,26 +76,6 @@ class ParquetReader(ShardReader):
             if self._file.metadata.num_row_groups != len(self._batch_rows):
                 raise self._damaged("it has another number of row groups")
         return self._file
-
-
-class ParquetColumns(BatchColumns):
-    """The columns of one row group, each decoded at its first use."""
-
-    def __init__(self, reader: ParquetReader, index: int, num_bytes: int) -> None:
-        self._reader = reader
-        self._index = index
-        self._schema, rows = reader.columns()
-        self._arrays: dict[str, Any] = {}
-        self._decoded: dict[str, pa.Array] = {}
-        self.num_rows = rows[index]
-        self.num_bytes = num_bytes
-
-    def _arrow(self, column: Column) -> pa.Array:
-        found = self._decoded.get(column.name)
-        if found is None:  # two threads may both do this once; both results are right
-            batch = self._reader.decode(self._index, Schema((column,)))
-            found = self._decoded.setdefault(column.name, batch.column(0))
-        return found
 
 
 class _BlobFile:

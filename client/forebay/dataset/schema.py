@@ -101,6 +101,10 @@ class Schema:
                 return column
         raise InvalidRequest(f"no column {name!r}; the dataset has {', '.join(self.names)}")
 
+    def of_kind(self, kind: Kind) -> frozenset[str]:
+        """The names of the columns of one kind."""
+        return frozenset(column.name for column in self.columns if column.kind == kind)
+
     def __str__(self) -> str:
         return ", ".join(f"{column.name}: {column.text}" for column in self.columns)
 

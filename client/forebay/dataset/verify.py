@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from forebay.dataset.cache import ShardPlace
-from forebay.dataset.parquet_shard import open_shard
+from forebay.dataset.formats import open_shard
 from forebay.transfer import Blob, make_transfer
 from forebay_wire.errors import DaemonUnavailable, ForebayError, IntegrityError
 

@@ -115,7 +115,13 @@ def _explained(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
-    except (ImportError, IsADirectoryError, PermissionError, ValueError) as error:
+    except (
+        ImportError,
+        IsADirectoryError,
+        NotADirectoryError,
+        PermissionError,
+        ValueError,
+    ) as error:
         if isinstance(error, ForebayError):
             raise
         raise InvalidRequest(f"{path} cannot be opened: {error}") from error

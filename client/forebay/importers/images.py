@@ -44,7 +44,7 @@ class ImagesPiece:
         return hasher.hexdigest()[:32]
 
     def read(self, schema: Schema | None, options: Options) -> Iterator[Block]:
-        yield from blocks(self._samples(), schema, options, self.folder, HINTS)
+        yield from blocks(self._samples(), schema, options, self.folder, HINTS.get)
 
     def _samples(self) -> Iterator[Sample]:
         done = 0

@@ -102,7 +102,7 @@ class LitDataPiece:
         hints = {name: kind for name, format in self.columns if (kind := _hint(format))}
         try:
             samples = self._samples(memoryview(data), raw)
-            yield from blocks(samples, schema, options, self.path, hints)
+            yield from blocks(samples, schema, options, self.path, hints.get)
         except (ValueError, IndexError, KeyError, struct.error) as error:
             if isinstance(error, InvalidRequest):
                 raise

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -11,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from forebay.dataset.rows import RowBuffer
+from forebay.dataset.sample_rows import SampleRows
 from forebay.dataset.schema import Column, Schema, infer
 from forebay.importers.piece import Block, Options
-from forebay_wire.errors import InvalidRequest, SchemaMismatch
+from forebay_wire.errors import SchemaMismatch
 from forebay_wire.limits import MIB
 
 BLOCK_BYTES: Final = 4 * MIB
@@ -23,34 +23,30 @@ FIRST_SAMPLES: Final = 256
 Sample = tuple[str, Mapping[str, Any], int]
 """Its name for messages, its columns, and the bytes of the piece that were read until its end."""
 
-NOTHING: Final[Mapping[str, Any]] = {}
-
 
 def blocks(
     samples: Iterable[Sample],
     schema: Schema | None,
     options: Options,
     where: str,
-    hints: Mapping[str, Any] = NOTHING,
+    hint: Callable[[str], Any] = lambda name: None,
 ) -> Iterator[Block]:
     """*samples* as blocks; text, bytes and nested values that are missing are null.
 
-    *hints* are types that the format tells. SchemaMismatch names *where*, sample and column.
+    *hint* is the type of a column that the format tells, if it does. SchemaMismatch names
+    *where*, sample and column.
     """
     if schema is None:
         first, samples = _ahead(samples)
         if not first:
             return
-        schema = _inferred(first, {**hints, **options.types}, where)
+        schema = _inferred(first, lambda name: options.types.get(name) or hint(name), where)
     buffer = RowBuffer(schema, BLOCK_BYTES)
-    nested = [column for column in schema.columns if column.kind == "arrow"]
-    absent = {column.name: None for column in schema.columns if column.nullable}
+    rows = SampleRows(schema)
     done = 0
     for number, (name, columns, until) in enumerate(samples, 1):
         try:
-            for column in nested:
-                _check_nested(columns.get(column.name), column)
-            values, num_bytes = buffer.convert({**absent, **columns}, number)
+            values, num_bytes = buffer.convert(rows.checked(columns), number)
         except SchemaMismatch as error:
             raise SchemaMismatch(f"{where}, sample {name}: {error.message}") from error
         if buffer.num_rows and buffer.num_bytes + num_bytes > BLOCK_BYTES:
@@ -60,14 +56,6 @@ def blocks(
         done = until
     if buffer.num_rows:
         yield Block(buffer.batch(), done)
-
-
-def parse_json(data: bytes | memoryview, where: str) -> Any:
-    """A JSON value; InvalidRequest naming *where*."""
-    try:
-        return json.loads(bytes(data))
-    except ValueError as error:
-        raise InvalidRequest(f"{where} is no JSON: {error}") from error
 
 
 def _ahead(samples: Iterable[Sample]) -> tuple[list[Sample], Iterator[Sample]]:
@@ -86,7 +74,7 @@ def _ahead(samples: Iterable[Sample]) -> tuple[list[Sample], Iterator[Sample]]:
     return first, both()
 
 
-def _inferred(first: list[Sample], given: Mapping[str, Any], where: str) -> Schema:
+def _inferred(first: list[Sample], given: Callable[[str], Any], where: str) -> Schema:
     """The schema of the first samples: columns in the order in which they come up."""
     seen: dict[str, list[Any]] = {}
     for _, sample, _ in first:
@@ -96,7 +84,7 @@ def _inferred(first: list[Sample], given: Mapping[str, Any], where: str) -> Sche
     for name, values in seen.items():
         there = [value for value in values if value is not None]
         try:
-            column = Schema.of({name: given.get(name) or _type_of(name, there)})[name]
+            column = Schema.of({name: given(name) or _type_of(name, there)})[name]
         except (pa.ArrowException, SchemaMismatch) as error:
             raise SchemaMismatch(
                 f"{where}, column {name!r}: {error}; --type {name}=binary keeps its bytes"
@@ -125,34 +113,3 @@ def _type_of(name: str, values: list[Any]) -> Any:
 
 def _differ_in_length(values: list[Any]) -> bool:
     return len({value.shape for value in values if isinstance(value, np.ndarray)}) > 1
-
-
-def _check_nested(value: Any, column: Column) -> None:
-    problem = _misfit(value, column.arrow_type)
-    if problem:
-        raise SchemaMismatch(
-            f"column {column.name!r}: {problem}. It is {column.arrow_type}, as the first samples "
-            f"say; --type {column.name}=string keeps the text as it is"
-        )
-
-
-def _misfit(value: Any, kind: pa.DataType) -> str:
-    """Why *value* would lose something as *kind*; empty: it fits. Arrow drops unknown keys."""
-    if value is None:
-        return ""
-    if pa.types.is_struct(kind) and isinstance(value, dict):
-        known = {kind.field(index).name: kind.field(index).type for index in range(len(kind))}
-        for key, inner in value.items():
-            if key not in known:
-                return f"the key {key!r} is new"
-            problem = _misfit(inner, known[key])
-            if problem:
-                return f"{key}: {problem}"
-        return ""
-    if pa.types.is_list(kind) and isinstance(value, list):
-        return next(filter(None, (_misfit(one, kind.value_type) for one in value)), "")
-    if isinstance(value, (dict, list)) or pa.types.is_nested(kind):
-        return f"{type(value).__name__} where {kind} was expected"
-    if isinstance(value, str) != pa.types.is_string(kind):
-        return f"{value!r:.60} where {kind} was expected"
-    return ""

@@ -53,13 +53,17 @@ def build_tree(manifest_id: str, data: bytes, context: str) -> Folder:
     return {MANIFEST_NAME: text, PACKS_NAME: _packs(manifest), STATE_NAME: state_tree(manifest)}
 
 
+def _suffix(format: str) -> str:
+    return {"": "arrow", "webdataset": "tar"}.get(name := format.partition(":")[0], name)
+
+
 def _shards(manifest: DatasetManifest) -> Folder:
     files: Folder = {}
     for number, shard in enumerate(manifest.shards):
         notes: dict[str, Any] = {"rows": shard.num_rows}
         if shard.origin is not None:
             notes["origin"] = shard.origin.url
-        files[f"shard-{number:05d}.{shard.format or 'arrow'}"] = blob_file(
+        files[f"shard-{number:05d}.{_suffix(shard.format)}"] = blob_file(
             shard.blob, shard.num_bytes, notes
         )
     return files

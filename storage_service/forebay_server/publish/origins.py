@@ -21,6 +21,7 @@ from forebay_server.catalog.queries_origins import (
 )
 from forebay_server.model.arrow_file import ArrowFile, inspect
 from forebay_server.model.parquet_file import footer_of
+from forebay_server.model.sample_files import CHECKS
 from forebay_server.publish.dataset import JobRunner
 from forebay_server.publish.shards import FORMATS
 from forebay_server.tier.origin_tier import OriginTier, off
@@ -106,7 +107,7 @@ class OriginDatasets:
             raise off()
         if format and format not in FORMATS:
             raise InvalidRequest(f"files in format {format!r} cannot be read in place")
-        most = 1 if format else MAX_URLS
+        most = 1 if format == "parquet" else MAX_URLS
         check_limit("URLs of one request", len(urls), most, "register them in several")
         found = await asyncio.gather(*(self._look(self._tier, url, format) for url in urls))
 
@@ -247,8 +248,10 @@ def _look(tier: OriginTier, url: str, format: str) -> Registered:
     file = tier.places.open(looked.url, looked.num_bytes, looked.validator)
     content, footer = ArrowFile(b"", (), has_dictionaries=False), b""
     try:
-        if format:
+        if format == "parquet":
             footer = footer_of(file.read, looked.num_bytes, looked.url)
+        elif format:
+            CHECKS[format](file.read, looked.num_bytes, looked.url)
         else:
             content = inspect(file.read, looked.num_bytes, looked.url)
     finally:

@@ -13,7 +13,6 @@ from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_parts import SealedPart, SealedShard, Write
 from forebay_server.publish.shards import ShardCommit
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import check_name
 from forebay_wire.limits import MAX_PAGE_ROWS, MIB, check_limit
 
@@ -63,11 +62,9 @@ class Parts:
         schema = base64.b64encode(new.schema).decode()
         of = Write(uid, new.write, new.dataset, schema)
         part = SealedPart(new.part, tuple(SealedShard(**vars(one)) for one in new.shards))
-        counted = await self._catalog.write(
+        return await self._catalog.write(
             partial(queries.add_part, of=of, part=part, lease_seconds=new.keep_seconds)
         )
-        failpoint("part.after_seal")
-        return counted
 
     async def page(
         self, write: str, uid: int, after: str, limit: int

@@ -10,10 +10,13 @@ from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_datasets import blob_sizes
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.ids import check_id, check_random_name
+from forebay_wire.limits import MIB, check_limit
 from forebay_wire.manifest import ShardRef
 
-FORMATS: Final = ("parquet",)
+FORMATS: Final = ("parquet", "mds", "webdataset")
 """Of origins that are no Arrow IPC files."""
+MAX_FORMAT_BYTES: Final = 1 * MIB
+"""Of a format with what the file does not tell of itself."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,11 @@ class ShardCommit:
                 f"shard {self.blob}: record batches of {sum(self.batch_rows)} rows in all, each "
                 f"with at least one, cannot make {self.num_rows} rows"
             )
-        if self.format and (self.session or self.format not in FORMATS):
+        check_limit("bytes of a format", len(self.format), MAX_FORMAT_BYTES, "cut the file")
+        if self.format and (self.session or self.format.partition(":")[0] not in FORMATS):
             raise InvalidRequest(
-                f"shard {self.blob}: format {self.format!r} is not one of {', '.join(FORMATS)} of "
-                "an origin"
+                f"shard {self.blob}: format {self.format[:40]!r} is not one of an origin: "
+                f"{', '.join(FORMATS)}"
             )
         return ShardRef(
             self.blob, self.num_bytes, self.num_rows, self.batch_rows, format=self.format

@@ -1,11 +1,8 @@
 """Importers read what other tools write: fixtures are encoded here, after their own pages."""
 
 import gzip
-import hashlib
-import io
 import json
 import struct
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from forebay.dataset.tables import conform
 from forebay.importers import tables
 from forebay.importers.objects import source_of
 from forebay.importers.piece import Options
+from forebay.testing.foreign import npy, write_mds, write_tar
 from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound, SchemaMismatch
 
 
@@ -35,67 +33,6 @@ def read(given: Any, kind: str | None = None, **options: Any) -> pa.Table:
 
 
 # ------------------------------------------------------------------------------------ encoders
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> None:
-    with tarfile.open(path, mode) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
-def npy(array: np.ndarray) -> bytes:
-    sink = io.BytesIO()
-    np.save(sink, array)
-    return sink.getvalue()
-
-
-def mds_shard(columns: list[tuple[str, str, int | None]], rows: list[list[bytes]]) -> bytes:
-    config = json.dumps({"column_names": [name for name, _, _ in columns]}).encode()
-    bodies = []
-    for row in rows:
-        sizes = [
-            len(value) for (_, _, size), value in zip(columns, row, strict=True) if size is None
-        ]
-        bodies.append(struct.pack(f"<{len(sizes)}I", *sizes) + b"".join(row))
-    start = 4 * (len(rows) + 2) + len(config)
-    offsets = np.cumsum([start, *map(len, bodies)])
-    head = struct.pack(f"<{len(rows) + 2}I", len(rows), *offsets)
-    return head + config + b"".join(bodies)
-
-
-def write_mds(
-    folder: Path,
-    columns: list[tuple[str, str, int | None]],
-    shards: list[list[list[bytes]]],
-    compression: str | None = None,
-    compress: Any = None,
-) -> None:
-    folder.mkdir()
-    index = []
-    for number, rows in enumerate(shards):
-        data = mds_shard(columns, rows)
-        name = f"shard.{number:05d}.mds"
-        entry: dict[str, Any] = {
-            "column_names": [one[0] for one in columns],
-            "column_encodings": [one[1] for one in columns],
-            "column_sizes": [one[2] for one in columns],
-            "compression": compression,
-            "format": "mds",
-            "samples": len(rows),
-            "raw_data": {"basename": name, "bytes": len(data), "hashes": {}},
-            "zip_data": None,
-        }
-        stored = entry["raw_data"]
-        if compress is not None:
-            data = compress(data)
-            stored = {"basename": name + ".zip", "bytes": len(data)}
-            entry["zip_data"] = stored
-        stored["hashes"] = {"sha1": hashlib.sha1(data, usedforsecurity=False).hexdigest()}
-        (folder / stored["basename"]).write_bytes(data)
-        index.append(entry)
-    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": index}))
 
 
 def write_litdata(
@@ -265,6 +202,8 @@ def test_webdataset(tmp_path: Path, name: str, mode: str) -> None:
     assert found.column("key")[299].as_py() == "a.b/00299"
     assert found.column("cls").to_pylist() == [number % 10 for number in range(300)]
     assert found.column("json")[7].as_py() == {"n": 7}
+    schema = source_of(tmp_path / name, None).schema(Options())
+    assert (schema["seg.png"].text, schema["bin"].text) == ("image", "binary")
     assert found.column("seg.png")[3].as_py() == b"\x89PNG\x03"
     assert found.column("bin").to_pylist()[:4] == [None, b"\x01", None, b"\x03"]
     assert found.column("txt")[5].as_py() == "text 5"

@@ -1,0 +1,92 @@
+"""Files of samples that are read where they lie: their batches, and their schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from forebay.dataset.tar_layout import sample_starts
+from forebay.importers.files import File, exists, join, look, open_file
+from forebay.importers.mds import INDEX, MdsPiece, mds_pieces
+from forebay.importers.piece import Piece
+from forebay.importers.tar import TarPiece
+from forebay_wire.errors import InvalidRequest, OriginChanged
+from forebay_wire.limits import MIB
+
+BATCH_BYTES: Final = 2 * MIB
+MAX_BATCH_ROWS: Final = 65_536
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One file, and how it is read."""
+
+    url: str
+    num_bytes: int
+    batch_rows: tuple[int, ...]
+    format: str
+    """With what the file does not tell of itself, as a manifest has it."""
+    piece: Piece
+    """The same file, to be imported: what its schema is inferred from."""
+
+
+def is_mds(path: str) -> bool:
+    """Whether *path* looks like a folder of MDS shards."""
+    return "." not in path.rstrip("/").rpartition("/")[2] and exists(path, INDEX)
+
+
+def place_mds(folder: str) -> list[Placed]:
+    """The shards of a folder. InvalidRequest for compressed ones."""
+    return [_mds(piece) for piece in mds_pieces(look(join(folder, INDEX)), folder)]
+
+
+def _mds(piece: MdsPiece) -> Placed:
+    if piece.compression:
+        raise InvalidRequest(
+            f"{piece.path} is compressed ({piece.compression}), so it cannot be read in place: "
+            "import it (forebay dataset import)"
+        )
+    if not piece.num_rows:
+        raise InvalidRequest(f"{piece.path} has no samples: leave it out of the index")
+    rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * piece.num_rows // max(1, piece.raw_bytes)))
+    counts = [min(rows, piece.num_rows - start) for start in range(0, piece.num_rows, rows)]
+    columns = [[one.name, one.encoding, one.size] for one in piece.columns]
+    text = json.dumps(columns, separators=(",", ":"))
+    return Placed(piece.path, piece.num_bytes, tuple(counts), f"mds:{text}", piece)
+
+
+def place_tar(path: str) -> Placed:
+    """A tar file; the heads of all its members are read. OriginChanged if it changes meanwhile."""
+    before = look(path)
+    with open_file(path) as file:
+        starts, counts = _batches(list(sample_starts(file, path)))
+    if look(path) != before:
+        raise OriginChanged(f"{path} was changed while its samples were looked for: try again")
+    if not counts:
+        raise InvalidRequest(f"{path} has no samples")
+    text = json.dumps(starts, separators=(",", ":"))
+    piece = TarPiece(File(path, before.num_bytes, before.stamp))
+    return Placed(path, before.num_bytes, tuple(counts), f"webdataset:{text}", piece)
+
+
+def _batches(starts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Where batches begin (and the last one ends), and how many samples each has."""
+    borders: list[int] = []
+    counts: list[int] = []
+    for start in starts[:-1]:
+        if not borders or start - borders[-1] >= BATCH_BYTES or counts[-1] >= MAX_BATCH_ROWS:
+            borders.append(start)
+            counts.append(0)
+        counts[-1] += 1
+    return [*borders, *starts[-1:]], counts
+
+
+def place(paths: Sequence[str], kind: str) -> Iterator[Placed]:
+    """The files at *paths*, in order: folders of MDS shards, or tar files."""
+    for path in paths:
+        if kind == "mds":
+            yield from place_mds(path)
+        else:
+            yield place_tar(path)
