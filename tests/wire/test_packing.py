@@ -98,6 +98,7 @@ def test_from_any_step_on_the_rest_is_the_same_with_any_batch_size(groups, width
     ]
     if not steps:
         return
+    assert group_of(steps[-1].after)[1] == 0  # a group that is read is behind
     done = data.draw(st.integers(1, len(steps)))
     position = cut.bounds(steps[done - 1])[1]
     other = WindowCut(Lengths(groups), packing, data.draw(st.integers(1, 7)), position=position)

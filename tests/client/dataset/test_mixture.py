@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -231,6 +232,29 @@ def test_bad_samples_of_any_dataset_are_holes(mixture):
     assert all(real == (row % 10 != 3) for (_, row), real in pairs)
     assert report.masked_samples == sum(not real for _, real in pairs) > 0
     assert len(report.bad_samples) == len({pair for pair, real in pairs if not real})
+
+
+def test_what_cannot_be_read_of_one_dataset_is_masked_and_the_rest_is_right(client, datasets, name):
+    broken = pa.array([b"ok", b"\xff"] * 20).view(pa.string())  # no UTF-8
+    with client.create_dataset(name, schema={"text": "string"}) as writer:
+        writer.write_table(pa.table({"text": broken}))
+    both = {"web": datasets["web"], "broken": client.dataset(name)}
+    mixture = forebay.Mixture(both, {"web": 3, "broken": 1}, num_samples=100)
+    options = {"columns": ["text"], "on_error": "mask", "global_batch_size": 20}
+    with make(mixture, **options) as loader:
+        batches = list(loader)
+        report = loader.report()
+    masked = 0
+    for batch in batches:
+        for number, row, text, real in zip(
+            batch["_dataset"], batch["_ids"], batch["text"], batch["_mask"], strict=True
+        ):
+            assert text == (None if number else f"web {row}")
+            assert bool(real) == (number == 0)
+            masked += not real
+    assert report.masked_samples == masked > 10
+    first = len(datasets["web"])  # rows are counted through all datasets
+    assert all(first <= row < first + 40 for row in report.bad_samples)
 
 
 @pytest.mark.parametrize("shuffle", ["none", "block"])

@@ -11,6 +11,7 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import forebay
+from forebay.dataset.reading import OrderOptions
 from forebay_server.testing.rpc import rpc_client
 from forebay_wire.order import Order
 from forebay_wire.v1 import plans_pb2 as messages
@@ -151,6 +152,16 @@ def test_interrupted_anywhere_it_goes_on_at_the_next_window(documents, steps):
     first, state = read(packed, 2, steps=steps, global_batch_size=31)
     second, _ = read(packed, 1, state=state)
     assert first + second == expected(documents)
+
+
+def test_windows_may_be_asked_for_in_any_order(documents):
+    reading = pack(documents, separator=SEPARATOR).arranged(OrderOptions("full", 5))
+    places = next(iter(reading.cut(0, 0, 30, "keep", 1).steps())).places
+    mixed = np.random.default_rng(0).permutation(30)
+    samples = reading.epoch(0, 1)
+    found, again = samples.read(places, None), samples.read(places[mixed], None)
+    assert all(np.array_equal(found[name][mixed], again[name]) for name in found)
+    assert np.array_equal(samples.ids(places)["_ids"][mixed], samples.ids(places[mixed])["_ids"])
 
 
 def test_steps_are_counted_alike_on_all_ranks(documents):
