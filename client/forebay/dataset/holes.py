@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from forebay.dataset.gather import NUMBERS, Allocate, BatchIndex, numpy_array
 from forebay.dataset.schema import Column
+from forebay.forking import watch
 from forebay_wire.errors import (
     IntegrityError,
     InvalidRequest,
@@ -95,6 +97,12 @@ class HoleReader:
         self._bad: dict[int, str] = {}
         self._index: BatchIndex | None = None
         self._warned: set[int] = set()
+        self._lock = threading.Lock()
+        watch(self)
+
+    def forget_parent(self) -> None:
+        """In a child of fork: another thread of the parent may have held it."""
+        self._lock = threading.Lock()
 
     def read(
         self,
@@ -105,9 +113,8 @@ class HoleReader:
         epoch: int,
     ) -> tuple[dict[str, Any], list[Hole]]:
         """As ``dataset.read``, with zeros, or None, in the rows of the holes."""
-        if epoch != self._epoch:
-            self._epoch, self._bad = epoch, {}
-        if not self._bad:
+        bad = self._known(epoch)
+        if not bad:
             try:
                 return dataset.read(rows, columns, allocate), []
             except READ_ERRORS:
@@ -115,20 +122,32 @@ class HoleReader:
         if self._index is None:
             self._index = BatchIndex(dataset.manifest)
         batch_of = np.searchsorted(self._index.starts, rows, side="right") - 1
-        good = ~np.isin(batch_of, list(self._bad))
+        good = ~np.isin(batch_of, list(bad))
         try:
             arrays = _read_some(dataset, rows[good], columns, allocate)
         except READ_ERRORS:
             for batch in np.unique(batch_of[good]).tolist():
-                self._probe(dataset, batch, rows[batch_of == batch], columns)
-            good = ~np.isin(batch_of, list(self._bad))
+                reason = self._probe(dataset, batch, rows[batch_of == batch], columns)
+                if reason:
+                    bad[batch] = reason
+            self._learn(epoch, bad)
+            good = ~np.isin(batch_of, list(bad))
             arrays = _read_some(dataset, rows[good], columns, allocate)
-        reasons = self._bad
         holes = [
-            Hole(position, int(rows[position]), reasons[int(batch_of[position])])
+            Hole(position, int(rows[position]), bad[int(batch_of[position])])
             for position in np.flatnonzero(~good).tolist()
         ]
         return _spread(arrays, good, dataset.columns(columns), allocate), holes
+
+    def _known(self, epoch: int) -> dict[int, str]:
+        """The record batches that were bad in *epoch*, and why; a copy."""
+        with self._lock:
+            return dict(self._bad) if epoch == self._epoch else {}
+
+    def _learn(self, epoch: int, bad: dict[int, str]) -> None:
+        with self._lock:
+            self._bad = {**self._bad, **bad} if epoch == self._epoch else dict(bad)
+            self._epoch = epoch
 
     def _probe(
         self,
@@ -136,25 +155,33 @@ class HoleReader:
         batch: int,
         rows: NDArray[np.int64],
         columns: Sequence[str] | None,
-    ) -> None:
+    ) -> str:
+        """Why the *rows* of one record batch cannot be read; empty if they can."""
         try:
             dataset.read(rows, columns, numpy_array)
         except READ_ERRORS as error:
-            self._bad = {**self._bad, batch: f"{type(error).__name__}: {error}"}
-            assert self._index is not None, "it was asked for the record batch"
-            shard, _ = self._index.place(batch)
-            if shard not in self._warned:
-                self._warned.add(shard)
-                logger.warning(
-                    "samples of shard %d of dataset %s v%d cannot be read and are masked: %s",
-                    shard,
-                    dataset.manifest.dataset,
-                    dataset.manifest.version,
-                    error,
-                )
+            self._warn(dataset, batch, error)
+            return f"{type(error).__name__}: {error}"
+        return ""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_epoch": -1, "_bad": {}, "_index": None, "_warned": set()}
+    def _warn(self, dataset: Readable, batch: int, error: Exception) -> None:
+        """Once for each shard."""
+        assert self._index is not None, "it was asked for the record batch"
+        shard, _ = self._index.place(batch)
+        with self._lock:
+            is_known = shard in self._warned
+            self._warned.add(shard)
+        if not is_known:
+            logger.warning(
+                "samples of shard %d of dataset %s v%d cannot be read and are masked: %s",
+                shard,
+                dataset.manifest.dataset,
+                dataset.manifest.version,
+                error,
+            )
+
+    def __reduce__(self) -> tuple[type[HoleReader], tuple[()]]:
+        return HoleReader, ()  # another process finds out by itself
 
 
 def _read_some(

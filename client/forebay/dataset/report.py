@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from forebay.forking import watch
+
 BUCKETS_PER_DOUBLING: Final = 8
 SHORTEST_SECONDS: Final = 1e-6
 NUM_BUCKETS: Final = 40 * BUCKETS_PER_DOUBLING
@@ -210,6 +212,11 @@ class Meter:
         self._slow: list[SlowStep] = []
         """The shortest of the slowest first."""
         self._last: _Note | None = None
+        watch(self)
+
+    def forget_parent(self) -> None:
+        """In a child of fork: the thread that tells the daemon may have held it."""
+        self._lock = threading.Lock()
 
     def start_epoch(self, epoch: int) -> None:
         """What follows is of *epoch*."""
