@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from forebay import forking as _forking  # noqa: F401 - before Arrow or gRPC are loaded
 from forebay_wire.errors import (
     AlreadyExists,
     AlreadyRunning,

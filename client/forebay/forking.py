@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import weakref
 from typing import Final, Protocol
 
@@ -28,6 +29,11 @@ class ForkAware(Protocol):
 # makes its first channel.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+# Arrow's own allocator has locks that a thread of the parent may hold at a fork; a child that
+# allocates then waits for ever. The C library's allocator takes care of forks. Read by Arrow when
+# it is loaded.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
 _watched: Final[weakref.WeakSet[ForkAware]] = weakref.WeakSet()
 
 
@@ -41,6 +47,9 @@ def _forget_parent() -> None:
     _num_forking = 0  # what the parent had made stays frozen here, also after forks of this one
     for thing in list(_watched):
         thing.forget_parent()
+    arrow = sys.modules.get("pyarrow")
+    if arrow is not None and hasattr(arrow, "set_memory_pool"):  # loaded before us, maybe
+        arrow.set_memory_pool(arrow.system_memory_pool())
 
 
 def _freeze() -> None:

@@ -226,7 +226,7 @@ class BatchColumns:
         self._schema = schema
         self._arrays: dict[str, NDArray[Any]] = {}
         self.num_rows: int = batch.num_rows
-        self.num_bytes: int = batch.nbytes
+        self.num_bytes: int = batch.get_total_buffer_size()  # `nbytes` allocates: see forking
 
     def numbers(self, column: Column) -> NDArray[Any]:
         """A column of numbers or arrays: ``(rows, *shape)``, over the mapped memory.
@@ -235,7 +235,9 @@ class BatchColumns:
         """
         found = self._arrays.get(column.name)
         if found is None:
-            found = self._arrays[column.name] = _as_numbers(self._arrow(column), column)
+            # Where two threads do this once each, both get the same one: its address is handed out.
+            made = _as_numbers(self._arrow(column), column)
+            found = self._arrays[column.name] = made
         return found
 
     def address(self, column: Column) -> int:
@@ -245,11 +247,19 @@ class BatchColumns:
 
     def objects(self, column: Column, rows: NDArray[np.int64]) -> list[Any]:
         """The values of other columns in the given *rows*: str, bytes, arrays or Python objects."""
-        taken = self._arrow(column).take(pa.array(rows))
+        # Not `pa.array`: it takes the lock of a thread that is just importing pandas.
+        wanted = pa.py_buffer(np.ascontiguousarray(rows, np.int64))
+        indices = pa.Array.from_buffers(pa.int64(), len(rows), [None, wanted])
+        taken = self._arrow(column).take(indices)
         if column.kind == "list":
             return _as_lists(taken, column)
         values: list[Any] = taken.to_pylist()
         return values
+
+    def value(self, column: Column, row: int) -> memoryview | None:
+        """One value of a column of bytes or text, over the mapped memory."""
+        buffer = self._arrow(column)[row].as_buffer()
+        return None if buffer is None else memoryview(buffer)
 
     def _arrow(self, column: Column) -> pa.Array:
         return self._batch.column(self._schema.names.index(column.name))
@@ -263,19 +273,40 @@ def _as_numbers(values: pa.Array, column: Column) -> NDArray[Any]:
             f"column {column.name!r} of {column.text} has missing values, which no number stands "
             "for: write the file without, or import it with a column that may have them"
         )
-    if pa.types.is_boolean(values.type) or values.null_count:
-        flat: NDArray[Any] = values.to_numpy(zero_copy_only=False)
-    else:
-        flat = np.from_dlpack(values)  # to_numpy would import pandas: 0.4 s before the first batch
-    return flat.reshape(-1, *column.shape)
+    return _as_array(values).reshape(-1, *column.shape)
+
+
+def _as_array(values: pa.Array) -> NDArray[Any]:
+    """Numbers or booleans; NaN where one is missing. Without a copy where that is possible.
+
+    ``to_numpy`` would import pandas: 0.4 s before the first batch, and a worker that is forked
+    while another thread imports waits for that thread for ever.
+    """
+    validity, data = values.buffers()[:2]
+    if pa.types.is_boolean(values.type):
+        return _bits(data, values)
+    if not values.null_count:
+        flat: NDArray[Any] = np.from_dlpack(values)
+        return flat
+    dtype = np.dtype(values.type.to_pandas_dtype())
+    flat = np.frombuffer(data, dtype)[values.offset : values.offset + len(values)].copy()
+    flat[~_bits(validity, values)] = np.nan
+    return flat
+
+
+def _bits(data: pa.Buffer, values: pa.Array) -> NDArray[Any]:
+    """The bits of a buffer of *values* as booleans, one for each."""
+    num_bits = values.offset + len(values)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=num_bits, bitorder="little")
+    return bits[values.offset :].view(np.bool_)
 
 
 def _as_lists(values: pa.ListArray, column: Column) -> list[Any]:
     # A copy: the rows belong to the user, who may write to them.
-    flat = np.array(values.values.to_numpy(zero_copy_only=False), dtype=column.dtype)
-    offsets = values.offsets.to_numpy()
+    flat = np.array(_as_array(values.values), dtype=column.dtype)
+    offsets = np.from_dlpack(values.offsets)
     pieces: list[Any] = np.split(flat, offsets)[1:-1]
     if values.null_count:
-        missing = values.is_null().to_numpy(zero_copy_only=False)
+        missing = ~_bits(values.buffers()[0], values)
         pieces = [None if gone else piece for piece, gone in zip(pieces, missing, strict=True)]
     return pieces
