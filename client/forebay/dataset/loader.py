@@ -27,7 +27,7 @@ PREFETCH_BYTES: Final = 1 * GIB
 
 
 class DataLoader:
-    """Batches of a dataset in exact order, cut over the ranks.
+    """Batches of a dataset, a ``Mixture`` or ``Packed`` windows in exact order, cut over the ranks.
 
     Global batch k is the samples at the positions [k·B, (k+1)·B) of the epoch's order, whatever the
     ranks, threads or interruptions. Batches are plain dicts: a tensor ``(rows, *shape)`` for each

@@ -228,7 +228,7 @@ class Mixture:
         if num_samples is not None:
             if stop is not None or num_samples < 1:
                 raise InvalidRequest("num_samples is at least 1, and goes without stop")
-            return Recipe(tuple(own), stages_of(schedule), num_samples)
+            return Recipe(tuple(own), stages_of(schedule), int(num_samples))
         if len(schedule) != 1:
             raise InvalidRequest("a schedule needs num_samples, the length of an epoch")
         if stop not in (None, *STOPS):
@@ -250,7 +250,7 @@ class Mixture:
                     weight / mean if weight else 0.0
                     for weight, mean in zip(own, means, strict=True)
                 )
-            start = stage.from_samples or 0
+            start = int(stage.from_samples or 0)
             if stage.from_tokens:
                 if not found:
                     raise InvalidRequest("the first stage of a schedule begins at 0")

@@ -22,7 +22,7 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         if state[name] != value:
             raise InvalidRequest(
                 f"the state was taken with {name}={state[name]!r}, this loader has {value!r}: make "
-                "it with the same datasets, weights and options"
+                "it with the same datasets, versions, weights and options"
             )
 
 
