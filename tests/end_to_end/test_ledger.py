@@ -138,10 +138,17 @@ def test_a_slow_object_tier_is_named(cold, tmp_path, latency, rate, cause, no_lo
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    """A daemon that has all it needs, and its dataset."""
+def daemon_of(tmp_path_factory):
+    """The data folder of a daemon that has all it needs."""
     data = tmp_path_factory.mktemp("warm") / "data"
-    with DaemonProcess(data), forebay.connect(str(data)) as client:
+    with DaemonProcess(data):
+        yield data
+
+
+@pytest.fixture(scope="module")
+def warm(daemon_of):
+    """Its dataset."""
+    with forebay.connect(str(daemon_of)) as client:
         with client.create_dataset("d", {"number": "int64"}) as writer:
             for number in range(400):
                 writer.write(number=number)
@@ -179,13 +186,28 @@ def test_a_slow_trainer_waits_for_nothing(warm):
     assert later < 0.05 * report.seconds
 
 
-def test_workers_tell_what_they_are_busy_with(warm):
+def _told_by_workers(data: Path):
+    """What the daemon knows of them, once it has heard of both."""
+    with forebay.connect(str(data)) as client:
+        deadline = time.monotonic() + 30
+        while True:
+            for plan in client.status().plans:
+                if plan.times.covers.startswith("figures of 2 workers"):
+                    return plan.times
+            assert time.monotonic() < deadline, client.status().plans
+
+
+def test_workers_tell_what_they_are_busy_with(warm, daemon_of):
     stream = forebay.StreamingDataset(
         warm, global_batch_size=20, transform=slowly, include_times=True
     )
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
-    for batch in loader:
+    for number, batch in enumerate(loader):
         assert batch["_times"]["transform"] >= 0.02
+        if number == 9:
+            told = _told_by_workers(daemon_of)
+            assert 8 <= told.batches <= 20
+            assert told.causes[0].cause == "transform"
     report = stream.report()
     assert (report.samples, report.batches) == (400, 20)
     assert largest(report.reading) == "transform"

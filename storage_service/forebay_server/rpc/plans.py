@@ -123,7 +123,9 @@ def _times(times: LoaderTimes, ago_seconds: float) -> messages.LoaderTimes:
                 wait_seconds=causes[cause],
                 read_seconds=times.reading.get(cause, 0.0),
             )
-            for cause in sorted(causes, key=lambda one: -causes[one])
+            for cause in sorted(
+                causes, key=lambda one: (-causes[one], -times.reading.get(one, 0.0))
+            )
         ],
         advice=times.advice,
         covers=times.covers,
