@@ -1,11 +1,16 @@
 """A shard is an Arrow IPC file, cut at record batches, of which only what is used is mapped."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay.dataset import shard
 from forebay.dataset.schema import Array, Schema
 from forebay.dataset.shard import ShardBuilder, ShardReader, largest_sample, segment_cuts
 from forebay_wire.errors import IntegrityError, InvalidRequest
@@ -177,3 +182,21 @@ def test_a_shard_with_other_batches_than_the_manifest_says_is_an_integrity_error
     for batch_rows in [(3,), (3, 4, 5), (4, 3)]:
         with pytest.raises(IntegrityError, match="batch"):
             ShardReader(blob, SCHEMA, batch_rows, "here").batch(0)
+
+
+def test_threads_share_what_they_unpack_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address is handed out, so it must not be replaced by an equal one."""
+    schema = Schema.of({"flag": "bool"})
+    batch = pa.record_batch([pa.array([True, False])], schema=schema.arrow)
+    columns = shard.BatchColumns(batch, schema)
+    together = threading.Barrier(2, timeout=30)
+    unpack = shard._as_numbers
+
+    def unpack_at_once(*arguments: Any) -> Any:
+        together.wait()
+        return unpack(*arguments)
+
+    monkeypatch.setattr(shard, "_as_numbers", unpack_at_once)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(columns.numbers, [schema["flag"]] * 2)
+    assert one is other
