@@ -237,7 +237,7 @@ class BatchColumns:
         if found is None:
             # Where two threads do this once each, both get the same one: its address is handed out.
             made = _as_numbers(self._arrow(column), column)
-            found = self._arrays[column.name] = made
+            found = self._arrays.setdefault(column.name, made)
         return found
 
     def address(self, column: Column) -> int:
