@@ -56,11 +56,20 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[D
         yield process
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture
+def way() -> str:
+    """How bytes travel, unless a test tries both."""
+    return "local"
+
+
+both_ways = pytest.mark.parametrize("way", ["local", "remote"])
+
+
+@pytest.fixture
 def client(
-    request: pytest.FixtureRequest, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+    way: str, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[forebay.Client]:
-    if request.param == "remote":
+    if way == "remote":
         monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
     with forebay.connect(daemon.address()["rpc"]) as connected:
         yield connected
@@ -79,6 +88,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
 
 
+@both_ways
 def test_batches_are_those_of_an_import(client: forebay.Client, folder: Path, name: str) -> None:
     placed = client.register_dataset(name, sorted(folder.iterdir()))
     imported = client.import_dataset(f"{name}-copy", folder)
@@ -136,6 +146,7 @@ def test_only_the_columns_that_are_used_are_decoded(
     path.unlink()
 
 
+@both_ways
 def test_pinned_it_stays_parquet_and_is_read_without_the_file(
     client: forebay.Client, folder: Path, name: str
 ) -> None:

@@ -62,12 +62,21 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[D
         yield process
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture
+def way() -> str:
+    """How bytes travel, unless a test tries both."""
+    return "local"
+
+
+both_ways = pytest.mark.parametrize("way", ["local", "remote"])
+
+
+@pytest.fixture
 def client(
-    request: pytest.FixtureRequest, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+    way: str, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[forebay.Client]:
     monkeypatch.setattr(in_place, "BATCH_BYTES", 20_000)
-    if request.param == "remote":
+    if way == "remote":
         monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
     with forebay.connect(daemon.address()["rpc"]) as connected:
         yield connected
@@ -86,6 +95,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
 
 
+@both_ways
 @pytest.mark.parametrize("what", [["mds"], ["0.tar", "1.tar"]])
 def test_batches_are_those_of_an_import(
     client: forebay.Client, folder: Path, name: str, what: list[str]

@@ -160,6 +160,7 @@ def test_a_part_whose_process_died_is_done_by_another(tmp_path: Path) -> None:
     assert crew.done_bytes == sum(range(6))
 
 
+@pytest.mark.slow  # three interpreters, one after the other
 def test_a_part_that_kills_each_process_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="died 3 times"):
         list(Crew(FragileWork(tmp_path), 2, 8).run([7, 5]))
