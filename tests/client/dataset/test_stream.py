@@ -242,5 +242,6 @@ def test_workers_read_beside_a_busy_client(client, train, method):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("method", START_METHODS)
-def test_200_workers_read_beside_a_busy_client(client, train, method):
-    check_workers(client, train, method, num_workers=4, rounds=50)
+def test_1000_workers_read_beside_a_busy_client(client, train, method):
+    """In waves of four: a thousand live at once do not fit into 24 GiB."""
+    check_workers(client, train, method, num_workers=4, rounds=250)
