@@ -87,7 +87,7 @@ def status(data: Path, *arguments: str) -> str:
     ("latency", "rate", "cause", "no_local"),
     [
         (0.1, FAST, "origin", ""),
-        (0.0, 2e6, "throttle", ""),
+        pytest.param(0.0, 2e6, "throttle", "", marks=pytest.mark.slow),
         pytest.param(0.1, FAST, "origin", "1", marks=pytest.mark.slow),
         pytest.param(0.0, 2e6, "throttle", "1", marks=pytest.mark.slow),
     ],

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import forebay
 from forebay.dataset.holes import ErrorBudget, Hole
@@ -200,6 +202,22 @@ def test_a_budget_counts_each_sample_once_whoever_meets_it():
     assert one.rows == two.rows == tuple(range(0, 20 * 64, 64))
     with pytest.raises(forebay.TooManyBadSamples, match=r"21 samples of dataset d .* row 7: torn"):
         one.spend([Hole(0, 7, "torn")])
+
+
+@given(
+    max_errors=st.integers(0, 40),
+    rows=st.lists(st.integers(0, 2**62) | st.integers(0, 60), max_size=80),
+)
+def test_a_budget_is_a_set_of_rows(max_errors, rows):
+    budget, seen = ErrorBudget(max_errors, "d"), set()
+    for row in rows:
+        seen.add(row)
+        if len(seen) > max_errors:
+            with pytest.raises(forebay.TooManyBadSamples, match=f"{len(seen)} samples of d"):
+                budget.spend([Hole(0, row, "torn")])
+            return
+        budget.spend([Hole(0, row, "torn")])
+        assert budget.rows == tuple(sorted(seen))
 
 
 @pytest.mark.slow
