@@ -110,6 +110,22 @@ def test_append_is_a_new_version(run, tmp_path: Path) -> None:
     assert (found["version"], found["num_rows_added"], found["num_rows"]) == (2, 2, 4)
 
 
+def test_append_command(
+    forebay_command, daemon: DaemonProcess, name: str, run, read, tmp_path: Path
+) -> None:
+    (tmp_path / "t.jsonl").write_text('{"x": 1}\n{"x": 2}\n')
+    command = ("dataset", "append", name, tmp_path / "t.jsonl", "--data", daemon.data, "--json")
+    missing = forebay_command(*command)
+    assert missing.status == ExitCode.NOT_FOUND
+    assert "import it first" in missing.err
+    run(tmp_path / "t.jsonl")
+    found = forebay_command(*command, "--jobs", "2").json
+    assert (found["version"], found["num_rows_added"], found["num_rows"]) == (2, 2, 4)
+    assert read().column("x").to_pylist() == [1, 2, 1, 2]
+    (tmp_path / "t.jsonl").write_text('{"y": 1}\n')
+    assert "row 0, column 'y'" in forebay_command(*command).err
+
+
 def test_taken_name(run, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("x\n1\n")
     run(tmp_path / "t.csv")
@@ -185,6 +201,7 @@ def test_npz_that_cannot_be_columns(run, tmp_path: Path, arrays: dict, message: 
 def test_files_are_never_read_whole(tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", x=np.frombuffer(os.urandom(64 * MIB), np.uint8).reshape(-1, 1024))
     (piece,) = find_source([str(tmp_path / "t.npz")]).pieces
+    pa.array(np.zeros(1))  # the first one imports pandas
     tracemalloc.start()
     num_rows = sum(block.batch.num_rows for block in piece.read(None, Options()))
     peak = tracemalloc.get_traced_memory()[1]
