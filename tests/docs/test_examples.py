@@ -92,6 +92,17 @@ def test_script_of_the_page_about_files(
     assert (daemon.data.parent / "copy" / "packs" / "rank-00000.pack").exists()
 
 
+def test_script_of_the_page_about_zarr(
+    daemon: DaemonProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = "docs/zarr.md"
+    [script] = SCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
+    names: dict[str, Any] = {"address": daemon.address()["rpc"], "session": tmp_path}
+    exec(compile(script, page, "exec"), names)  # noqa: S102 - our own page
+    assert capsys.readouterr().out.split("\n")[:2] == ["version 1", "version 2"]
+    assert abs(float((names["new"][:] - names["old"][:]).mean()) - 0.15) < 1e-3
+
+
 def run_example(name: str, *arguments: str) -> str:
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)

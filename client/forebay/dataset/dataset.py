@@ -225,6 +225,16 @@ class Dataset:
 
         return DatasetReading(self, options)
 
+    def value(self, row: int, column: str) -> memoryview | None:
+        """The value of *row of the version* in a column of bytes or text (as UTF-8), over mapped
+        memory and without a copy; None where it is missing. Raises like :meth:`read`."""
+        if not 0 <= row < self._num_version_rows:
+            raise IndexError(f"row {row} is outside the {self._num_version_rows} of {self.name!r}")
+        wanted = self.schema[column]
+        if wanted.kind not in ("binary", "string"):
+            raise InvalidRequest(f"column {column!r} holds {wanted.text}, not bytes or text")
+        return self._reader.value(row, wanted)
+
     def take(
         self, indices: Sequence[int] | NDArray[np.int64], columns: Sequence[str] | None = None
     ) -> dict[str, Any]:

@@ -110,6 +110,12 @@ class RowReader:
         shard, index = self._index.place(number)
         return self._cache.open([self._place(shard)])[0].record_batch(index)
 
+    def value(self, row: int, column: Column) -> memoryview | None:
+        """One value of a column of bytes or text, over mapped memory."""
+        batch = int(np.searchsorted(self._index.starts, row, side="right")) - 1
+        (columns,) = self._batches([Group(batch, slice(0), slice(0))])
+        return columns.value(column, row - int(self._index.starts[batch]))
+
     def read(
         self,
         rows: NDArray[np.int64],

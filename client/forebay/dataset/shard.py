@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute  # `take` imports it at its first use: in a forked child that may never end
 from numpy.typing import NDArray
 
 from forebay.dataset.schema import Column, Schema
@@ -258,8 +259,14 @@ class BatchColumns:
 
     def value(self, column: Column, row: int) -> memoryview | None:
         """One value of a column of bytes or text, over the mapped memory."""
-        buffer = self._arrow(column)[row].as_buffer()
-        return None if buffer is None else memoryview(buffer)
+        values = self._arrow(column)
+        if values.null_count and not values[row].is_valid:
+            return None
+        _, offsets, data = values.buffers()
+        is_large = pa.types.is_large_binary(values.type) or pa.types.is_large_string(values.type)
+        ends = np.frombuffer(offsets, np.int64 if is_large else np.int32)
+        start, stop = ends[values.offset + row : values.offset + row + 2].tolist()
+        return memoryview(b"" if data is None else data)[start:stop]
 
     def _arrow(self, column: Column) -> pa.Array:
         return self._batch.column(self._schema.names.index(column.name))
