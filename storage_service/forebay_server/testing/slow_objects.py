@@ -10,9 +10,10 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from forebay_server import cli, daemon
+from forebay_server.node_tiers import open_tiers
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.wrap import ThrottledTier
@@ -45,17 +46,16 @@ class SlowObjects(DaemonProcess):
 def main() -> int:
     """Serve, with the object tier behind the wrapper."""
     latency, rate, *arguments = sys.argv[1:]
-    open_tiers = daemon.open_tiers
 
-    def open_slow(*given: object) -> Tiers:
-        tiers = open_tiers(*given)  # type: ignore[arg-type]  # passed on as they came
+    def open_slow(*given: Any) -> Tiers:
+        tiers = open_tiers(*given)
         slow = [
             ThrottledTier(one, float(latency), float(rate)) if one.kind == "object" else one
             for one in tiers.all
         ]
         return Tiers(slow, tiers.slots)
 
-    daemon.open_tiers = open_slow
+    vars(daemon)["open_tiers"] = open_slow
     sys.argv = ["forebay_server", *arguments]
     return cli.main()
 
