@@ -28,8 +28,11 @@ NUM_ADDRESSES: Final = 1 << 48
 LARGEST_PIECE: Final = 32 * 1024 - 1
 """Bytes that are copied as one row: numpy counts the bytes of an array in 63 bits."""
 
-WORDS: Final = (1, 2, 4, 8, 16)
-"""Bytes that numpy copies as one item."""
+WORDS: Final = {1: 0, 2: 1, 4: 2, 8: 3}
+"""Bytes of numbers, and their binary logarithms: where they are aligned, numpy is fastest."""
+
+ITEMS: Final = (1, 2, 4, 8, 16)
+"""Bytes that numpy copies as one item, aligned or not."""
 
 UNKNOWN: Final = np.iinfo(np.int64).min
 
@@ -50,6 +53,7 @@ class _Memory:
 
 
 _views: dict[int, NDArray[Any]] = {}
+_words: dict[int, NDArray[Any]] = {}
 
 
 def _view(num_bytes: int) -> NDArray[Any]:
@@ -57,7 +61,7 @@ def _view(num_bytes: int) -> NDArray[Any]:
     view = _views.get(num_bytes)
     if view is None:
         count = NUM_ADDRESSES - FIRST_ADDRESS - num_bytes
-        if num_bytes in WORDS:
+        if num_bytes in ITEMS:
             memory = _Memory(f"|V{num_bytes}", (count,), (1,))
         else:
             memory = _Memory("|u1", (count, num_bytes), (1, 1))
@@ -65,13 +69,27 @@ def _view(num_bytes: int) -> NDArray[Any]:
     return view
 
 
+def _aligned(num_bytes: int) -> NDArray[Any]:
+    """Item i is the word of *num_bytes* at address ``FIRST_ADDRESS + i * num_bytes``."""
+    words = _words.get(num_bytes)
+    if words is None:
+        count = (NUM_ADDRESSES - FIRST_ADDRESS) // num_bytes
+        memory = _Memory(f"<u{num_bytes}", (count,), (num_bytes,))
+        words = _words[num_bytes] = np.asarray(memory)
+    return words
+
+
 def gather(addresses: Addresses, num_bytes: int) -> NDArray[np.uint8]:
     """A new array ``(len(addresses), num_bytes)``: the bytes from each address on."""
     count = len(addresses)
     if num_bytes == 0 or count == 0:
         return np.empty((count, num_bytes), dtype=np.uint8)
-    piece = _piece(num_bytes)
     offsets = addresses - FIRST_ADDRESS
+    shift = WORDS.get(num_bytes)
+    if shift is not None and not (offsets & (num_bytes - 1)).any():
+        words: NDArray[Any] = _aligned(num_bytes).take(offsets >> shift)
+        return words.view(np.uint8).reshape(count, num_bytes)
+    piece = _piece(num_bytes)
     if num_bytes == piece:
         rows: NDArray[np.uint8] = _view(num_bytes)[offsets].view(np.uint8)
         return rows.reshape(count, num_bytes)
@@ -160,13 +178,16 @@ class AddressTable:
         found: NDArray[np.int64],
     ) -> bool:
         """Complete *found*; False if a record batch is not held."""
-        for place in np.flatnonzero(found == UNKNOWN).tolist():
+        places = np.flatnonzero(found == UNKNOWN)
+        numbers, firsts, which = np.unique(batches[places], return_index=True, return_inverse=True)
+        learned = np.empty(len(numbers), dtype=np.int64)
+        for index, (number, place) in enumerate(zip(numbers, places[firsts], strict=True)):
             batch = held[place]
             if batch is None:
                 return False
-            number = int(batches[place])
-            found[place] = origin(batch, column, int(self._starts[number]))
+            learned[index] = origin(batch, column, int(self._starts[number]))
             with self._lock:
                 if self._held[number] is batch:
-                    table[number] = found[place]
+                    table[number] = learned[index]
+        found[places] = learned[which]
         return True
