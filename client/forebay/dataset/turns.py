@@ -33,7 +33,8 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._shared = torch.zeros(_ROWS + 4 * NUM_ROWS, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(_ROWS + 4 * NUM_ROWS, dtype=torch.int64)
+        self._shared.share_memory_()  # type: ignore[no-untyped-call]
         self._begun = (0, 0)
         """Process and number of iterations that it began: workers may be persistent."""
 
