@@ -1,66 +1,75 @@
-"""Large batches use memory again that nobody holds, and none that somebody does."""
+"""A process that streams much holds little: a tenth of 50 GB through 2 GB and 300 MB more."""
 
 import os
+import subprocess
+import sys
 
+import pytest
+
+import forebay
+from forebay_server.testing.daemon import DaemonProcess
+
+ROW_BYTES = 65536
+NUM_ROWS = 5 * 2**30 // ROW_BYTES
+BUDGET_BYTES = 200 * 2**20
+SLACK_BYTES = 300 * 2**20
+
+WRITER = """
+import sys
 import numpy as np
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
+import forebay
+with forebay.connect(sys.argv[1]) as client:
+    schema = {"x": forebay.Array("uint8", (int(sys.argv[2]),))}
+    with client.create_dataset("large", schema=schema) as writer:
+        row = np.random.default_rng(0).integers(0, 255, int(sys.argv[2]), dtype=np.uint8)
+        for _ in range(int(sys.argv[3])):
+            writer.write(x=row)
+"""
 
-from forebay.dataset.memory import MAX_FREE_BYTES, SMALLEST_BYTES, BatchMemory
-from forebay_wire.limits import MIB
+READER = """
+import sys
+import forebay, torch
+from forebay import DataLoader
 
-BYTES = np.dtype(np.uint8)
+def held():
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return 1024 * sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
 
-
-def address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
-
-
-def test_what_is_let_go_of_is_used_again():
-    memory = BatchMemory()
-    first = memory.empty((8, MIB), BYTES)
-    place = address(first)
-    tensor = torch.from_numpy(first)[3:5]  # a view holds it, too
-    del first
-    assert memory.free_bytes == 0
-    del tensor
-    assert memory.free_bytes == 8 * MIB
-    assert address(memory.empty((2, MIB), np.dtype(np.float32))) == place
-    assert address(memory.empty((MIB,), np.dtype(np.float32))) != place, "it is twice too large"
-    memory.clear()
-    assert memory.free_bytes == 0
-
-
-def test_small_arrays_are_not_its_business():
-    memory = BatchMemory()
-    memory.empty((SMALLEST_BYTES - 1,), BYTES)
-    assert memory.free_bytes == 0
+with forebay.connect(sys.argv[1]) as client:
+    dataset = client.dataset("large")
+    before, most, num_bytes = held(), 0, 0
+    with DataLoader(dataset, global_batch_size=128, shuffle=sys.argv[2]) as loader:
+        for batch in loader:
+            num_bytes += batch["x"].nbytes
+            most = max(most, held() - before)
+print(num_bytes, most)
+"""
 
 
-@given(st.lists(st.tuples(st.integers(4, 40), st.booleans()), max_size=30))
-def test_no_two_share_memory_and_what_is_free_is_bounded(steps):
-    memory = BatchMemory()
-    held: list[tuple[int, np.ndarray]] = []
-    for number, (size, lets_go) in enumerate(steps):
-        array = memory.empty((size * MIB,), BYTES)
-        array[:: 64 * 1024] = number % 251
-        held.append((number, array))
-        if lets_go:
-            del held[number % len(held)]
-        del array
-        for old, kept in held:
-            assert (kept[:: 64 * 1024] == old % 251).all()
-        assert memory.free_bytes <= MAX_FREE_BYTES
+def run(program, *words, **environment) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, words)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_a_forked_child_has_its_own():
-    memory = BatchMemory()
-    array = memory.empty((4, MIB), BYTES)
-    array[:] = 1
-    child = os.fork()
-    if child == 0:
-        array[:] = 2
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    assert (array == 1).all()
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_gigabytes_go_through_little_memory(tmp_path):
+    with DaemonProcess(tmp_path / "data", "--object-url", "none") as daemon:
+        address = daemon.address()["rpc"]
+        run(WRITER, address, ROW_BYTES, NUM_ROWS)
+        for no_local in ("", "1"):
+            for shuffle in ("none", "full"):
+                told = run(READER, address, shuffle, FOREBAY_NO_LOCAL=no_local)
+                num_bytes, most = map(int, told.split())
+                assert num_bytes == NUM_ROWS * ROW_BYTES
+                assert most < BUDGET_BYTES + SLACK_BYTES, (no_local, shuffle, most)
+        with forebay.connect(address) as client:
+            client.delete_dataset("large", now=True)
