@@ -355,16 +355,17 @@ class EngineCalls:
         await self.settle()
 
     async def settle(self) -> None:
-        """Wait until no job runs or is about to; those that wait for another try are left."""
-        kinds = (FLUSH, COPY, MIGRATE, REPAIR, COLLECT, PIN)
-
+        """Wait until no job runs or is about to; those are left that wait for another try, or for
+        a tier that is out of service."""
         deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
-        while await self._storage.catalog.read(lambda one: _busy_jobs(one, kinds)):
-            assert asyncio.get_running_loop().time() < deadline, await self._busy(kinds)
+        while busy := await self._busy():
+            assert asyncio.get_running_loop().time() < deadline, busy
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _busy(self, kinds: Sequence[str]) -> str:
-        return str(await self._storage.catalog.read(lambda one: _busy_jobs(one, kinds)))
+    async def _busy(self) -> list[Job]:
+        may_run = self._daemon._jobs._may_run
+        kinds = [one for one in (FLUSH, COPY, MIGRATE, REPAIR, COLLECT, PIN) if may_run(one)]
+        return await self._storage.catalog.read(lambda one: _busy_jobs(one, kinds))
 
     async def hurry(self) -> None:
         """Have what waits for another try tried now."""
