@@ -143,6 +143,12 @@ class AddressTable:
             for origins in self._origins.values():
                 origins[number] = UNKNOWN
 
+    def use(self, number: int, now: int) -> BatchColumns | None:
+        """Record batch *number*, if it is held, for one row of it."""
+        self.used[number] = now
+        batch: BatchColumns | None = self._held[number]
+        return batch
+
     def look(
         self, batches: NDArray[np.int64], columns: Sequence[Column], now: int
     ) -> tuple[NDArray[Any], list[NDArray[np.int64]]] | None:

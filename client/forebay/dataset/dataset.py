@@ -243,7 +243,15 @@ class Dataset:
         return self.read(self.rows_at(np.where(wanted < 0, wanted + len(self), wanted)), columns)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
+        """The sample at *index* of the selection: numpy values, text, bytes, arrays."""
+        index = int(index)
+        if not -self.num_rows <= index < self.num_rows:
+            raise IndexError(
+                f"row {index} is outside dataset {self.name!r} of {self.num_rows} rows"
+            )
+        index %= self.num_rows
+        row = index if self._rule is None else int(self.rows_at(np.array([index]))[0])
+        return self._reader.sample(row, self.schema.columns)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Samples at *indices*: what torch's map-style fetcher calls for a whole batch."""

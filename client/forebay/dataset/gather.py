@@ -116,6 +116,21 @@ class RowReader:
         (columns,) = self._batches([Group(batch, slice(0), slice(0))])
         return columns.value(column, row - int(self._index.starts[batch]))
 
+    def sample(self, row: int, columns: Sequence[Column]) -> dict[str, Any]:
+        """The *columns* of one row: what :meth:`read` gives for it, for less."""
+        starts = self._index.starts
+        number = int(starts.searchsorted(row, side="right")) - 1
+        batch = self._table.use(number, self._cache.now())
+        if batch is None:
+            (batch,) = self._batches([Group(number, slice(0), slice(0))])
+        place = row - int(starts[number])
+        return {
+            column.name: batch.numbers(column)[place].copy()
+            if column.kind in NUMBERS
+            else batch.objects(column, np.array([place]))[0]
+            for column in columns
+        }
+
     def read(
         self,
         rows: NDArray[np.int64],
