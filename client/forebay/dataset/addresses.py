@@ -34,6 +34,10 @@ WORDS: Final = {1: 0, 2: 1, 4: 2, 8: 3}
 ITEMS: Final = (1, 2, 4, 8, 16)
 """Bytes that numpy copies as one item, aligned or not."""
 
+FEW_RUNS: Final = 4
+LONG_RUN: Final = 256
+"""Bytes from which on a run is copied by a call of its own."""
+
 UNKNOWN: Final = np.iinfo(np.int64).min
 
 Addresses = NDArray[np.int64]
@@ -79,6 +83,15 @@ def _aligned(num_bytes: int) -> NDArray[Any]:
     return words
 
 
+def _all_bytes() -> NDArray[Any]:
+    """Byte i is that at address ``FIRST_ADDRESS + i``."""
+    found = _words.get(0)
+    if found is None:
+        memory = _Memory("|u1", (NUM_ADDRESSES - FIRST_ADDRESS,), (1,))
+        found = _words[0] = np.asarray(memory)
+    return found
+
+
 def gather(addresses: Addresses, num_bytes: int) -> NDArray[np.uint8]:
     """A new array ``(len(addresses), num_bytes)``: the bytes from each address on."""
     count = len(addresses)
@@ -99,6 +112,27 @@ def gather(addresses: Addresses, num_bytes: int) -> NDArray[np.uint8]:
         return body
     tail = gather(addresses + body.shape[1], num_bytes - body.shape[1])
     return np.concatenate((body, tail), axis=1)
+
+
+def gather_runs(addresses: Addresses, sizes: Addresses, item_bytes: int) -> NDArray[np.uint8]:
+    """*sizes* items of *item_bytes* from each address on, one run after the other."""
+    total = int(sizes.sum())
+    # Long runs are few: a loop over them costs less than an address for each item.
+    if len(sizes) <= FEW_RUNS or total * item_bytes >= LONG_RUN * len(sizes):
+        out = np.empty(total * item_bytes, dtype=np.uint8)
+        ends = np.cumsum(sizes) * item_bytes
+        offsets = addresses - FIRST_ADDRESS
+        memory, place = _all_bytes(), 0
+        for offset, end in zip(offsets.tolist(), ends.tolist(), strict=True):
+            if end > place:
+                out[place:end] = memory[offset : offset + end - place]
+                place = end
+        return out
+    within = np.arange(total, dtype=np.int64)
+    within -= np.repeat(np.cumsum(sizes) - sizes, sizes)
+    within *= item_bytes
+    within += np.repeat(addresses, sizes)
+    return gather(within, item_bytes).reshape(-1)
 
 
 def _piece(num_bytes: int) -> int:

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from forebay.dataset.holes import Hole, check_on_error
+from forebay.dataset.lists import Lists
+from forebay.dataset.ragged import Ragged
 from forebay.dataset.ranks import find_nodes, find_rank
 from forebay.dataset.reading import (
     OrderOptions,
@@ -68,6 +70,8 @@ class BatchSource:
         include_ids: bool = False,
         on_error: str = "raise",
         max_errors: int | None = None,
+        ragged: str = "list",
+        pad_value: float = 0,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -77,15 +81,18 @@ class BatchSource:
             )
         self.dataset = dataset
         self._transforms = Transforms(transform)
+        self._ragged = Ragged(ragged, pad_value)
         self.max_errors = check_on_error(on_error, max_errors)
         """Bad samples that may be masked; -1: the first one raises."""
         self._masks_holes = self.max_errors >= 0
         self.seed = seed
         names = None if columns is None else tuple(columns)
         options = OrderOptions(
-            check_shuffle(shuffle), seed, window_blocks, block_rows, lanes, names
+            check_shuffle(shuffle), seed, window_blocks, block_rows, lanes, names, ragged != "list"
         )
         self._reading = arrange(dataset, options)
+        self._lists = {c.name: c for c in self._reading.columns if c.kind == "list"}
+        self._ragged.check(self._lists.values(), [c.name for c in self._reading.columns])
         if self._masks_holes and not self._reading.can_mask:
             raise InvalidRequest('on_error="mask" is for samples, not for packed windows')
         self._lanes = lanes if self._reading.has_lanes else 1
@@ -182,7 +189,7 @@ class BatchSource:
             else:
                 arrays = order.read(rows, self._columns, _torch_memory)
         watch.switch("collate")
-        batch = {name: _as_tensors(values) for name, values in arrays.items()}
+        batch = self._tensors(arrays)
         num_bytes = sum(_bytes_of(values) for values in batch.values())
         if self._include_ids:
             batch |= {name: torch.from_numpy(ids) for name, ids in order.ids(rows).items()}
@@ -195,6 +202,16 @@ class BatchSource:
             named = Rows(self.seed, order.epoch, rows, self._reading.name)
             batch, _ = self._transforms.apply(batch, named, None, masks=False)
         return ReadBatch(batch, part.num_samples, num_bytes, holes)
+
+    def _tensors(self, arrays: Mapping[str, Any]) -> Batch:
+        batch: Batch = {}
+        for name, values in arrays.items():
+            column = self._lists.get(name) if self._ragged.is_flat else None
+            if column is None:
+                batch[name] = _as_tensors(values)
+            else:
+                batch |= self._ragged.tensors(name, Lists.of(values, column.dtype))
+        return batch
 
     def _masked(
         self,
@@ -267,7 +284,7 @@ def _as_tensors(values: Any) -> Any:
 
 def _bytes_of(values: Any) -> int:
     if isinstance(values, torch.Tensor):
-        return values.nbytes
+        return values.values().nbytes if values.is_nested else values.nbytes
     return sum(_bytes_of(v) if isinstance(v, torch.Tensor) else _length(v) for v in values)
 
 

@@ -179,6 +179,18 @@ class Dataset:
         wanted = self.columns(columns)
         return self._reader.read(rows, wanted, allocate) if wanted else {}
 
+    def read_flat(
+        self,
+        rows: NDArray[np.int64],
+        columns: Sequence[str] | None = None,
+        allocate: Allocate = numpy_array,
+    ) -> dict[str, Any]:
+        """As :meth:`read`; lists of numbers come end to end, as ``forebay.dataset.lists.Lists``."""
+        from forebay.dataset import lists
+
+        wanted = self.columns(columns)
+        return lists.read_flat(self._reader, rows, wanted, allocate) if wanted else {}
+
     def list_lengths(self, rows: NDArray[np.int64], column: str) -> NDArray[np.int64]:
         """How many elements the lists of *column* have in *rows of the version*."""
         from forebay.dataset import lists

@@ -58,7 +58,7 @@ class DecodedColumns(BatchColumns):
         self._reader = reader
         self._index = index
         self._schema = reader.schema
-        self._arrays: dict[str, Any] = {}
+        self._arrays: dict[str | tuple[str, str], Any] = {}
         self._decoded: dict[str, pa.Array] = {}
         self.num_rows = reader.batch_rows[index]
         self.num_bytes = num_bytes

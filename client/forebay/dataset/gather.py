@@ -150,18 +150,25 @@ class RowReader:
 
     def _gathered(self, rows: NDArray[np.int64], columns: Sequence[Column]) -> dict[str, Any]:
         """The *columns* of numbers by one call each; empty if not all that they need is held."""
+        found = self.held(rows, columns) if columns else None
+        return {} if found is None else found[1]
+
+    def held(
+        self, rows: NDArray[np.int64], columns: Sequence[Column]
+    ) -> tuple[Any, dict[str, NDArray[Any]]] | None:
+        """The *columns* of numbers, and what keeps the memory that they came from. None if not all
+        record batches are held."""
         batches = np.searchsorted(self._index.starts, rows, side="right") - 1
-        looked = self._table.look(batches, columns, self._cache.now()) if columns else None
+        looked = self._table.look(batches, columns, self._cache.now())
         if looked is None:
-            return {}
+            return None
         held, origins = looked  # held keeps the memory until all is copied
         found = {}
         for column, begins in zip(columns, origins, strict=True):
             assert column.dtype is not None
             values = gather(begins + rows * column.fixed_bytes, column.fixed_bytes)
             found[column.name] = values.view(column.dtype).reshape(len(rows), *column.shape)
-        del held
-        return found
+        return held, found
 
     def _grouped(
         self, rows: NDArray[np.int64], columns: Sequence[Column], allocate: Allocate

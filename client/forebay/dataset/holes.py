@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay.dataset.gather import NUMBERS, Allocate, BatchIndex, numpy_array
+from forebay.dataset.lists import Lists
 from forebay.dataset.schema import Column
 from forebay.forking import watch
 from forebay_wire.errors import (
@@ -210,6 +211,8 @@ def _spread(
             if column.name in arrays:
                 whole[good] = arrays[column.name]
             found[column.name] = whole
+        elif isinstance(arrays.get(column.name), Lists):
+            found[column.name] = arrays[column.name].among(good)
         else:
             rest = iter(arrays.get(column.name, ()))
             found[column.name] = [next(rest) if there else None for there in good.tolist()]

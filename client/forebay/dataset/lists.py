@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from forebay.dataset.gather import GROUPS_AT_ONCE, Group, RowReader, groups
+from forebay.dataset.addresses import gather_runs
+from forebay.dataset.gather import GROUPS_AT_ONCE, Allocate, Group, RowReader, groups
 from forebay.dataset.schema import Column
 from forebay.dataset.shard import BatchColumns
 from forebay_wire.errors import SchemaMismatch
+from forebay_wire.manifest import DatasetManifest
+
+if TYPE_CHECKING:
+    from forebay.dataset.dataset import Dataset
 
 Numbers = NDArray[np.int64]
 
@@ -36,8 +41,104 @@ def check_list(column: Column) -> Column:
     return column
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Lists of numbers end to end."""
+
+    values: NDArray[Any]
+    lengths: Numbers
+
+    @classmethod
+    def of(cls, given: Lists | Sequence[NDArray[Any] | None], dtype: np.dtype[Any] | None) -> Lists:
+        """*given* as such; a list that is None is empty."""
+        if isinstance(given, Lists):
+            return given
+        counts = [0 if one is None else len(one) for one in given]
+        there = [one for one in given if one is not None]
+        values = np.concatenate(there) if there else np.empty(0)
+        return cls(values.astype(dtype, copy=False), np.array(counts, dtype=np.int64))
+
+    def among(self, present: NDArray[np.bool_]) -> Lists:
+        """Those of the *present* rows, with empty ones in the others."""
+        lengths = np.zeros(len(present), dtype=np.int64)
+        lengths[present] = self.lengths
+        return Lists(self.values, lengths)
+
+
+def merged(parts: Sequence[tuple[Numbers, Lists]], num_rows: int) -> Lists:
+    """*num_rows* lists from *parts*: where they stand, and the lists."""
+    lengths = np.zeros(num_rows, dtype=np.int64)
+    starts = np.zeros(num_rows, dtype=np.int64)
+    before = 0
+    for target, lists in parts:
+        lengths[target] = lists.lengths
+        starts[target] = before + np.cumsum(lists.lengths) - lists.lengths
+        before += len(lists.values)
+    values = np.concatenate([lists.values for _, lists in parts])
+    out = np.empty(int(lengths.sum()), dtype=values.dtype)
+    _copy(values, starts, lengths, out, np.cumsum(lengths) - lengths)
+    return Lists(out, lengths)
+
+
+def read_flat(
+    reader: RowReader, rows: Numbers, columns: Sequence[Column], allocate: Allocate
+) -> dict[str, Any]:
+    """As ``reader.read``, and the columns of lists as :class:`Lists`."""
+    plain = [column for column in columns if column.kind != "list"]
+    found: dict[str, Any] = reader.read(rows, plain, allocate) if plain else {}
+    return {
+        column.name: found[column.name]
+        if column.name in found
+        else _read_lists(reader, rows, column)
+        for column in columns
+    }
+
+
+class WithFlatLists:
+    """A dataset whose lists are read end to end."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.read = dataset.read_flat
+        self.columns = dataset.columns
+
+    @property
+    def manifest(self) -> DatasetManifest:
+        return self.dataset.manifest
+
+    def __reduce__(self) -> tuple[type[WithFlatLists], tuple[Dataset]]:
+        return WithFlatLists, (self.dataset,)
+
+
+def _read_lists(reader: RowReader, rows: Numbers, column: Column) -> Lists:
+    looked = _bounds(reader, rows, column)
+    if looked is None:
+        sizes = lengths(reader, rows, column)
+        return Lists(pieces(reader, rows, np.zeros_like(sizes), sizes, column), sizes)
+    held, bounds = looked
+    sizes = bounds[:, 1].copy()
+    found = _gather(bounds[:, 0], sizes, column)
+    del held
+    return Lists(found, sizes)
+
+
+def _bounds(reader: RowReader, rows: Numbers, column: Column) -> tuple[Any, Numbers] | None:
+    """(address, length) of each list, and what keeps the memory; None if not all of it is held."""
+    dtype = np.dtype(np.int64)
+    looked = reader.held(rows, [replace(column, kind="bounds", dtype=dtype, shape=(2,))])
+    return None if looked is None else (looked[0], looked[1][column.name])
+
+
+def _gather(addresses: Numbers, sizes: Numbers, column: Column) -> NDArray[Any]:
+    assert column.dtype is not None, "a list has an element type"
+    return gather_runs(addresses, sizes, column.dtype.itemsize).view(column.dtype)
+
+
 def lengths(reader: RowReader, rows: Numbers, column: Column) -> Numbers:
     """How long the list of each of *rows* is; missing ones are empty."""
+    looked = _bounds(reader, rows, column)
+    if looked is not None:
+        return looked[1][:, 1].copy()
     found = np.empty(len(rows), dtype=np.int64)
     for group, lists in _parts(reader, rows, column):
         own = lists.ends[group.source] - lists.starts[group.source]
@@ -52,6 +153,12 @@ def pieces(
 ) -> NDArray[Any]:
     """Elements [start, start + size) of the list of each of *rows*, one after the other."""
     assert column.dtype is not None, "a list has an element type"
+    looked = _bounds(reader, rows, column)
+    if looked is not None:
+        held, bounds = looked
+        found = _gather(bounds[:, 0] + starts * column.dtype.itemsize, sizes, column)
+        del held
+        return found
     ends = np.cumsum(sizes)
     out = np.empty(int(ends[-1]) if len(ends) else 0, dtype=column.dtype)
     places = ends - sizes

@@ -31,7 +31,7 @@ class DataLoader:
 
     Global batch k is the samples at the positions [k·B, (k+1)·B) of the epoch's order, whatever the
     ranks, threads or interruptions. Batches are plain dicts: a tensor ``(rows, *shape)`` for each
-    column, a list for text, bytes and ragged columns. Several iterations may run at once:
+    column, a list for text, bytes and (see *ragged*) lists. Several iterations may run at once:
     each goes its own way from where the loader stood when it was asked for, and the loader stands
     where the one that began last stands. Not thread-safe otherwise. It owns threads: ``close()``
     ends them, and so does forgetting the loader.
@@ -58,6 +58,8 @@ class DataLoader:
         include_times: bool = False,
         on_error: str = "raise",
         max_errors: int | None = None,
+        ragged: str = "list",
+        pad_value: float = 0,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -76,6 +78,10 @@ class DataLoader:
         as a list; ``forebay.per_sample`` makes one of what treats a sample. *device* is where
         tensors are put. *include_ids* adds ``_ids``: rows of the version; *include_times*
         ``_times``: see :attr:`last_batch_times`.
+
+        *ragged* says what becomes of columns of lists of numbers: "list" (a list of tensors), "pad"
+        (one tensor, *pad_value* behind the shorter ones, with an int64 tensor ``<name>_lengths``)
+        or "nested" (torch's jagged layout). A missing list is None in a list and else empty.
 
         *on_error* "mask": a sample that cannot be read (or transformed, by itself) is a hole, zeros
         or None, and ``_mask``, which all batches have then, is False there. Holes are never filled
@@ -100,6 +106,8 @@ class DataLoader:
             include_ids=include_ids,
             on_error=on_error,
             max_errors=max_errors,
+            ragged=ragged,
+            pad_value=pad_value,
             rank=rank,
             world_size=world_size,
         )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from forebay.dataset.advice import PlanFit
 from forebay.dataset.gather import Allocate, numpy_array
 from forebay.dataset.holes import Hole
+from forebay.dataset.lists import Lists, merged
 from forebay.dataset.plan import PlanNews
 from forebay.dataset.reading import (
     DatasetReading,
@@ -54,6 +55,10 @@ class MixtureReading:
     @property
     def has_lanes(self) -> bool:
         return False
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.mixture.columns(self._options.columns)
 
     @property
     def can_mask(self) -> bool:
@@ -197,9 +202,10 @@ class MixtureSamples:
     ) -> dict[str, Any]:
         parts = []
         plans = plan_names()
-        for number, dataset, target, own in self.mixture.share_out(rows):
+        for number, _, target, own in self.mixture.share_out(rows):
+            source = self.readings[number].source
             with reading_for(plans.get(number, "")):
-                parts.append((target, dataset.read(own, columns, numpy_array)))
+                parts.append((target, source.read(own, columns, numpy_array)))
         return scatter(parts, self.mixture.columns(columns), len(rows), allocate)
 
     def read_masked(
@@ -264,6 +270,10 @@ def scatter(
             for target, values in parts:
                 whole[target] = values[column.name]
             found[column.name] = whole
+            continue
+        if any(isinstance(values[column.name], Lists) for _, values in parts):
+            lists = [(at, Lists.of(values[column.name], column.dtype)) for at, values in parts]
+            found[column.name] = merged(lists, num_rows)
             continue
         objects = np.empty(num_rows, dtype=object)
         for target, values in parts:

@@ -22,6 +22,7 @@ from forebay.dataset.reading import (
     Reading,
     Reporter,
 )
+from forebay.dataset.schema import Column
 from forebay.dataset.states import check_state, whole_numbers
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import LastBatch
@@ -59,6 +60,7 @@ class PackedReading:
 
     has_lanes = False
     can_mask = False
+    columns: tuple[Column, ...] = ()
 
     @property
     def name(self) -> str:

@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from forebay.dataset.advice import PlanFit
 from forebay.dataset.gather import Allocate, numpy_array
 from forebay.dataset.holes import Hole, HoleReader
+from forebay.dataset.holes import Readable as RowSource
+from forebay.dataset.lists import WithFlatLists
 from forebay.dataset.plan import PlanNews, PlanReporter
+from forebay.dataset.schema import Column
 from forebay_wire.blocks import BlockLayout, BlockParameters, starts_of
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import Cut, LastBatch, Order, OrderState, Shuffle
@@ -44,6 +47,8 @@ class OrderOptions:
     lanes: int | None = None
     columns: tuple[str, ...] | None = None
     """The ones that batches have; None: all."""
+    flat_lists: bool = False
+    """Lists of numbers come end to end (``Lists``), not each by itself."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +195,11 @@ class Reading(Protocol):
         ...
 
     @property
+    def columns(self) -> tuple[Column, ...]:
+        """Those of the dataset that are read; empty: its own ones alone."""
+        ...
+
+    @property
     def can_mask(self) -> bool:
         """Whether :meth:`Samples.read_masked` works."""
         ...
@@ -256,6 +266,8 @@ class DatasetSamples:
     dataset: Dataset
     order: Order
     holes: HoleReader
+    source: RowSource
+    """The dataset, as its rows are read."""
 
     @property
     def num_samples(self) -> int:
@@ -271,12 +283,12 @@ class DatasetSamples:
     def read(
         self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
     ) -> dict[str, Any]:
-        return self.dataset.read(rows, columns, allocate)
+        return self.source.read(rows, columns, allocate)
 
     def read_masked(
         self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
     ) -> tuple[dict[str, Any], list[Hole]]:
-        return self.holes.read(self.dataset, rows, columns, allocate, self.epoch)
+        return self.holes.read(self.source, rows, columns, allocate, self.epoch)
 
     def ids(self, rows: Numbers) -> dict[str, Numbers]:
         return {"_ids": np.array(rows)}
@@ -299,6 +311,7 @@ class DatasetReading:
         self._options = options
         self._layout = block_layout(dataset, options)
         self._holes = HoleReader()
+        self.source: RowSource = WithFlatLists(dataset) if options.flat_lists else dataset
 
     @property
     def has_lanes(self) -> bool:
@@ -312,6 +325,10 @@ class DatasetReading:
     @property
     def name(self) -> str:
         return self.dataset.name
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.dataset.columns(self._options.columns)
 
     @property
     def can_mask(self) -> bool:
@@ -335,7 +352,7 @@ class DatasetReading:
         )
 
     def epoch(self, epoch: int, lanes: int) -> DatasetSamples:
-        return DatasetSamples(self.dataset, self.order(epoch, lanes), self._holes)
+        return DatasetSamples(self.dataset, self.order(epoch, lanes), self._holes, self.source)
 
     def cut(
         self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int

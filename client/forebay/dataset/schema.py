@@ -16,7 +16,8 @@ from forebay_wire.lazy import lazy
 METADATA_KEY: Final = b"forebay.schema"
 """Schema metadata: JSON, column name to type as the user gave it."""
 
-Kind = Literal["scalar", "array", "string", "binary", "list", "arrow"]
+Kind = Literal["scalar", "array", "string", "binary", "list", "arrow", "bounds"]
+"""The last one is never of a schema: where in memory the lists of a column lie (see ``lists``)."""
 
 SCALARS: Final = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -74,7 +75,7 @@ class Column:
     @lazy
     def fixed_bytes(self) -> int:
         """Bytes of one sample's value; 0 where they vary."""
-        if self.kind not in ("scalar", "array") or self.dtype is None:
+        if self.kind not in ("scalar", "array", "bounds") or self.dtype is None:
             return 0
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 

@@ -225,20 +225,41 @@ class BatchColumns:
     def __init__(self, batch: pa.RecordBatch, schema: Schema) -> None:
         self._batch = batch
         self._schema = schema
-        self._arrays: dict[str, NDArray[Any]] = {}
+        self._arrays: dict[str | tuple[str, str], NDArray[Any]] = {}
         self.num_rows: int = batch.num_rows
         self.num_bytes: int = batch.get_total_buffer_size()  # `nbytes` allocates: see forking
 
     def numbers(self, column: Column) -> NDArray[Any]:
         """A column of numbers or arrays: ``(rows, *shape)``, over the mapped memory.
 
-        Booleans lie in Arrow as bits: they are unpacked once.
+        Booleans lie in Arrow as bits: they are unpacked once. Of a column of "bounds": the address
+        of the first element of each list, and how many it has.
         """
         found = self._arrays.get(column.name)
         if found is None:
             # Where two threads do this once each, both get the same one: its address is handed out.
-            made = _as_numbers(self._arrow(column), column)
+            make = self._bounds if column.kind == "bounds" else self._numbers
+            made = make(column)
             found = self._arrays.setdefault(column.name, made)
+        return found
+
+    def _numbers(self, column: Column) -> NDArray[Any]:
+        return _as_numbers(self._arrow(column), column)
+
+    def _bounds(self, column: Column) -> NDArray[np.int64]:
+        values = self._arrow(column)
+        _refuse_missing(values.values, column)
+        # Kept, and by the same rule: it may be a copy, and its address is handed out.
+        elements = self._arrays.setdefault(
+            (column.name, "elements"), np.ascontiguousarray(_as_array(values.values))
+        )
+        offsets = np.from_dlpack(values.offsets).astype(np.int64)
+        found = np.empty((len(values), 2), dtype=np.int64)
+        begin: int = elements.__array_interface__["data"][0]
+        found[:, 0] = begin + offsets[:-1] * elements.itemsize
+        found[:, 1] = offsets[1:] - offsets[:-1]
+        if values.null_count:
+            found[~_bits(values.buffers()[0], values), 1] = 0
         return found
 
     def address(self, column: Column) -> int:
@@ -275,12 +296,16 @@ class BatchColumns:
 def _as_numbers(values: pa.Array, column: Column) -> NDArray[Any]:
     if column.kind == "array":
         values = values.storage.values
+    _refuse_missing(values, column)
+    return _as_array(values).reshape(-1, *column.shape)
+
+
+def _refuse_missing(values: pa.Array, column: Column) -> None:
     if values.null_count and not pa.types.is_floating(values.type):
         raise SchemaMismatch(
             f"column {column.name!r} of {column.text} has missing values, which no number stands "
             "for: write the file without, or import it with a column that may have them"
         )
-    return _as_array(values).reshape(-1, *column.shape)
 
 
 def _as_array(values: pa.Array) -> NDArray[Any]:
@@ -309,6 +334,7 @@ def _bits(data: pa.Buffer, values: pa.Array) -> NDArray[Any]:
 
 
 def _as_lists(values: pa.ListArray, column: Column) -> list[Any]:
+    _refuse_missing(values.values, column)
     # A copy: the rows belong to the user, who may write to them.
     flat = np.array(_as_array(values.values), dtype=column.dtype)
     offsets = np.from_dlpack(values.offsets)

@@ -59,6 +59,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         include_times: bool = False,
         on_error: str = "raise",
         max_errors: int | None = None,
+        ragged: str = "list",
+        pad_value: float = 0,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -79,6 +81,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             include_ids=include_ids,
             on_error=on_error,
             max_errors=max_errors,
+            ragged=ragged,
+            pad_value=pad_value,
             rank=rank,
             world_size=world_size,
         )
