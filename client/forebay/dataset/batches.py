@@ -190,7 +190,7 @@ class BatchSource:
                 arrays = order.read(rows, self._columns, _torch_memory)
         watch.switch("collate")
         batch = self._tensors(arrays)
-        num_bytes = sum(_bytes_of(values) for values in batch.values())
+        num_bytes = sum(map(bytes_of, batch.values()))
         if self._include_ids:
             batch |= {name: torch.from_numpy(ids) for name, ids in order.ids(rows).items()}
         if self._masks_holes:
@@ -282,10 +282,11 @@ def _as_tensors(values: Any) -> Any:
     return values
 
 
-def _bytes_of(values: Any) -> int:
+def bytes_of(values: Any) -> int:
+    """About what one column of a batch takes."""
     if isinstance(values, torch.Tensor):
         return values.values().nbytes if values.is_nested else values.nbytes
-    return sum(_bytes_of(v) if isinstance(v, torch.Tensor) else _length(v) for v in values)
+    return sum(bytes_of(v) if isinstance(v, torch.Tensor) else _length(v) for v in values)
 
 
 def _length(value: Any) -> int:

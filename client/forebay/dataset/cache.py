@@ -31,7 +31,8 @@ MAPPED_BYTES: Final = 256 * GIB
 """Record batches over mapped files cost address space and a few kilobytes each."""
 
 FETCHED_BYTES: Final = 512 * MIB
-"""Record batches that came over HTTP lie in this process's memory."""
+"""Record batches that came over HTTP lie in this process's memory: so much of it, or less if a
+loader was given less."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,12 @@ class ShardCache:
             self._drop_least_used()
         return parsed
 
+    def limit(self, batch_bytes: int) -> None:
+        """Hold record batches of so many bytes from here on."""
+        with self._lock:
+            self._batch_bytes = batch_bytes
+            self._drop_least_used()
+
     def _drop_least_used(self) -> None:
         while self._held_bytes > self._batch_bytes and len(self._batches) > 1:
             key, held = next(iter(self._batches.items()))
@@ -223,6 +230,7 @@ class _HeldBatch:
 
 
 _lock = threading.Lock()
+_fetched_bytes = FETCHED_BYTES
 _known: weakref.WeakValueDictionary[DataEndpoint, ShardCache] = weakref.WeakValueDictionary()
 
 
@@ -231,10 +239,23 @@ def shard_cache(endpoint: DataEndpoint) -> ShardCache:
     with _lock:
         found = _known.get(endpoint)
         if found is None:
-            mapped = bool(endpoint.descriptor_socket) and local_path_is_on()
-            budget = MAPPED_BYTES if mapped else FETCHED_BYTES
+            budget = MAPPED_BYTES if _is_mapped(endpoint) else _fetched_bytes
             found = _known[endpoint] = ShardCache(make_transfer(endpoint), batch_bytes=budget)
         return found
+
+
+def limit_fetched_bytes(num_bytes: int) -> None:
+    """Hold no more than that of what came over HTTP, from here on, for each daemon."""
+    global _fetched_bytes
+    with _lock:
+        _fetched_bytes = min(_fetched_bytes, num_bytes)
+        for endpoint, cache in list(_known.items()):
+            if not _is_mapped(endpoint):
+                cache.limit(_fetched_bytes)
+
+
+def _is_mapped(endpoint: DataEndpoint) -> bool:
+    return bool(endpoint.descriptor_socket) and local_path_is_on()
 
 
 def _forget_parent() -> None:

@@ -14,15 +14,19 @@ from typing import Any, Final, Self
 
 import torch
 
-from forebay.dataset.batches import BatchSource, ReadBatch
+from forebay.dataset.batches import BatchSource, ReadBatch, bytes_of
+from forebay.dataset.cache import limit_fetched_bytes
 from forebay.dataset.ledger import Ledger, batch_times
 from forebay.dataset.reading import Readable, Reporter, Steps
 from forebay.dataset.report import BatchTimes, LoaderReport
 from forebay.dataset.transforms import Batch, Transform
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.limits import GIB
+from forebay_wire.limits import GIB, MIB
 
-PREFETCH_BYTES: Final = 1 * GIB
+MEMORY_BUDGET: Final = 2 * GIB
+"""Of a loader that was given none."""
+
+SMALLEST_BUDGET: Final = 16 * MIB
 """However many batches are asked for, about so many bytes are prefetched."""
 
 
@@ -51,6 +55,7 @@ class DataLoader:
         last_batch: str = "keep",
         num_threads: int = 2,
         prefetch_batches: int = 4,
+        memory_budget: int = MEMORY_BUDGET,
         transform: Transform | Sequence[Transform] | None = None,
         device: torch.device | str | None = None,
         columns: Sequence[str] | None = None,
@@ -78,6 +83,12 @@ class DataLoader:
         as a list; ``forebay.per_sample`` makes one of what treats a sample. *device* is where
         tensors are put. *include_ids* adds ``_ids``: rows of the version; *include_times*
         ``_times``: see :attr:`last_batch_times`.
+
+        *memory_budget* bounds the bytes that are held: a half is for batches, so that fewer than
+        *prefetch_batches* are read ahead where they are large (one at least, by the size of those
+        that came), the other half for record batches that came over HTTP, of all loaders of the
+        process together: the smallest budget counts. Mapped files are the page cache's and no part
+        of it.
 
         *ragged* says what becomes of columns of lists of numbers: "list" (a list of tensors), "pad"
         (one tensor, *pad_value* behind the shorter ones, with an int64 tensor ``<name>_lengths``)
@@ -116,6 +127,13 @@ class DataLoader:
         self.dataset = dataset
         self._num_threads = num_threads
         self._prefetch_batches = prefetch_batches
+        if memory_budget < SMALLEST_BUDGET:
+            raise InvalidRequest(
+                f"memory_budget={memory_budget}: at least {SMALLEST_BUDGET} bytes, of which a half "
+                "is for batches"
+            )
+        self._batch_bytes = memory_budget // 2
+        limit_fetched_bytes(memory_budget // 2)
         self._device = None if device is None else torch.device(device)
         self._include_times = include_times
         self._ledger = Ledger(self._source.name, self._source.max_errors, num_threads)
@@ -268,18 +286,21 @@ class DataLoader:
                 yield self._source.read(order, cut, step)
             return
         size = max(1, self._source.average_batch_bytes)
-        ahead = max(1, min(self._prefetch_batches, PREFETCH_BYTES // size))
         pool = self._pool()
         pending: deque[Future[ReadBatch]] = deque()
         read = _read_pinned if self._pins else _read
         try:
             steps = iter(cut.steps())
             while True:
-                for later in itertools.islice(steps, ahead - len(pending)):
+                room = self._batch_bytes // size - 1  # beside the one that is being used
+                ahead = max(1, min(self._prefetch_batches, room))
+                for later in itertools.islice(steps, max(0, ahead - len(pending))):
                     pending.append(pool.submit(read, self._source, order, cut, later))
                 if not pending:
                     return
-                yield pending.popleft().result()
+                found = [pending.popleft().result()]
+                size = max(size, sum(map(bytes_of, found[0].batch.values())))
+                yield found.pop()  # and holds it no longer
         finally:
             for future in pending:
                 future.cancel()
