@@ -39,7 +39,10 @@ def held():
 with forebay.connect(sys.argv[1]) as client:
     dataset = client.dataset("large")
     before, most, num_bytes = held(), 0, 0
-    with DataLoader(dataset, global_batch_size=128, shuffle=sys.argv[2]) as loader:
+    budget = int(sys.argv[3])
+    with DataLoader(
+        dataset, global_batch_size=128, shuffle=sys.argv[2], memory_budget=budget
+    ) as loader:
         for batch in loader:
             num_bytes += batch["x"].nbytes
             most = max(most, held() - before)
@@ -67,7 +70,7 @@ def test_five_gigabytes_go_through_little_memory(tmp_path):
         run(WRITER, address, ROW_BYTES, NUM_ROWS)
         for no_local in ("", "1"):
             for shuffle in ("none", "full"):
-                told = run(READER, address, shuffle, FOREBAY_NO_LOCAL=no_local)
+                told = run(READER, address, shuffle, BUDGET_BYTES, FOREBAY_NO_LOCAL=no_local)
                 num_bytes, most = map(int, told.split())
                 assert num_bytes == NUM_ROWS * ROW_BYTES
                 assert most < BUDGET_BYTES + SLACK_BYTES, (no_local, shuffle, most)
