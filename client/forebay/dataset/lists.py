@@ -64,6 +64,11 @@ class Lists:
         lengths[present] = self.lengths
         return Lists(self.values, lengths)
 
+    def parts(self, present: NDArray[np.bool_]) -> list[NDArray[Any] | None]:
+        """Each list by itself; None where there is none."""
+        pieces = np.split(self.values, np.cumsum(self.lengths))[:-1]
+        return [one if there else None for one, there in zip(pieces, present, strict=True)]
+
 
 def merged(parts: Sequence[tuple[Numbers, Lists]], num_rows: int) -> Lists:
     """*num_rows* lists from *parts*: where they stand, and the lists."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -67,9 +68,60 @@ class Rows:
         rows = np.ascontiguousarray(self.ids, dtype="<i8").tobytes()
         return np.random.Generator(np.random.Philox(key=self._key(rows)))
 
+    def draws(self, step: int) -> Draws:
+        """For all samples at once: what the transform number *step* draws."""
+        return Draws(self.ids, self._key(b"step %d" % step))
+
     def _key(self, rows: bytes) -> int:
         seed = f"{self.seed}/{self.epoch}/".encode()
         return int.from_bytes(blake2b(seed + rows, digest_size=16).digest(), "little")
+
+
+Draw = Callable[[int], NDArray[np.float64]]
+"""``draw(count)``: *count* numbers from [0, 1) for each sample, ``(samples, count)``; each call
+gives further ones."""
+
+
+class Draws:
+    """A :data:`Draw` whose numbers depend on a key and each sample's row alone.
+
+    A number is a hash of row and place: the finalizer of SplitMix (Steele, Lea, Flood, 2014).
+    """
+
+    def __init__(self, ids: NDArray[np.int64], key: int) -> None:
+        first, self._second = np.array([key & _MASK, key >> 64], dtype=np.uint64)
+        self._rows = _mixed(_mixed(ids.astype(np.uint64) + first) + self._second)
+        self._count = 0
+
+    def __call__(self, count: int) -> NDArray[np.float64]:
+        places = np.arange(self._count + 1, self._count + count + 1, dtype=np.uint64)
+        self._count += count
+        words = _mixed(self._rows[:, None] + places * _GOLDEN)
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+_MASK: Final = (1 << 64) - 1
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+class PerRow(ABC):
+    """A transform of whole batches that draws numbers for each sample: in a loader the same ones
+    for a sample whatever the ranks, workers, threads and batch size. Thread-safe, picklable."""
+
+    @abstractmethod
+    def apply(self, batch: Batch, draw: Draw) -> Batch:
+        """The changed batch; *batch* itself stays as it is."""
+
+    def __call__(self, batch: Batch, rng: np.random.Generator) -> Batch:
+        """Outside of a loader, with any generator."""
+        num_rows = len(next(iter(batch.values()), ()))
+        return self.apply(batch, lambda count: rng.random((num_rows, count)))
 
 
 class PerSample:
@@ -159,7 +211,9 @@ class PerSample:
             logger.warning("row %d of %s is masked: %s%s", hole.row, where, hole.reason, more)
 
 
-Transform = Callable[[Batch], Batch] | Callable[[Batch, np.random.Generator], Batch] | PerSample
+Transform = (
+    Callable[[Batch], Batch] | Callable[[Batch, np.random.Generator], Batch] | PerSample | PerRow
+)
 """A batch to a batch, in place or anew; with a second argument it is given a generator that is
 seeded by the loader's seed, the epoch and the rows of the batch."""
 
@@ -196,7 +250,7 @@ class Transforms:
         *present* is False for holes; None: all are there.
         """
         holes: list[Hole] = []
-        for step, is_seeded in self._steps:
+        for number, (step, is_seeded) in enumerate(self._steps):
             if isinstance(step, PerSample):
                 if present is None:
                     present = np.ones(len(rows.ids), dtype=np.bool_)
@@ -206,13 +260,15 @@ class Transforms:
                     present = present.copy()
                     present[[hole.position for hole in failed]] = False
                     batch["_mask"] &= torch.from_numpy(present)
+            elif isinstance(step, PerRow):
+                batch = step.apply(batch, rows.draws(number))
             else:
                 batch = step(batch, rows.batch_generator()) if is_seeded else step(batch)
         return batch, holes
 
 
 def _is_step(value: object) -> bool:
-    return isinstance(value, PerSample)
+    return isinstance(value, (PerSample, PerRow))
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:
