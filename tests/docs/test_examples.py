@@ -126,3 +126,21 @@ def test_import_example(daemon: DaemonProcess, tmp_path: Path) -> None:
         batch = client.dataset("flowers").take([0, 1])
         assert batch["name"] == ["rose", "lily"]
         assert batch["petals"].tolist() == [5, 6]
+
+
+def test_text_example_makes_the_same_again(daemon: DaemonProcess) -> None:
+    first = run_example("augment_text.py", "reviews", "--data", str(daemon.data))
+    again = run_example("augment_text.py", "others", "--data", str(daemon.data))
+    lines = [line for line in first.splitlines() if line.startswith("epoch")]
+    assert sorted(lines) == sorted(again.splitlines()[1:])
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        dataset = client.dataset("reviews")
+        assert len(lines) == 2 * len(dataset)
+        rows = dataset.take(range(len(dataset)))
+    sources, labels, texts = rows["source"].tolist(), rows["label"].tolist(), rows["text"]
+    assert sources[:4] == [0, 1, 2, 3]
+    assert len(sources) > 8
+    assert all(label == labels[source] for label, source in zip(labels, sources, strict=True))
+    assert len(set(texts)) == len(texts)
+    by_epoch = [{line[9:] for line in lines if line.startswith(f"epoch {n}")} for n in (0, 1)]
+    assert by_epoch[0] != by_epoch[1], "texts are rewritten anew each epoch"
