@@ -198,3 +198,25 @@ def test_files_of_two_formats_are_no_one_version(
 ) -> None:
     with pytest.raises(InvalidRequest, match="several formats"):
         client.register_dataset(name, [folder / "0.parquet", folder / "1.arrow"])
+
+
+@pytest.mark.parametrize("ragged", ["pad", "nested"])
+def test_lists_come_as_tensors_and_missing_ones_are_empty(
+    client: forebay.Client, folder: Path, name: str, ragged: str
+) -> None:
+    lists = [[1.5, float("nan")], None, [], [2.0, 3.0, 4.0]] * 300
+    path = folder / f"{name}.parquet"
+    column = pa.array(lists, pa.list_(pa.float32()))
+    pq.write_table(pa.table({"x": column}), path, row_group_size=100)
+    dataset = client.register_dataset(name, [path])
+    options: dict[str, Any] = {"batch_size": 64, "shuffle": "full", "ragged": ragged}
+    with forebay.DataLoader(dataset, include_ids=True, **options) as loader:
+        for batch in itertools.chain(loader, loader):
+            for place, row in enumerate(batch["_ids"].tolist()):
+                wanted = np.array(lists[row] or [], np.float32)
+                found = batch["x"][place].numpy()
+                if ragged == "pad":
+                    assert batch["x_lengths"][place] == len(wanted)
+                    found = found[: len(wanted)]
+                assert np.array_equal(found, wanted, equal_nan=True)
+    path.unlink()
