@@ -99,6 +99,19 @@ def columns_of(values):
     return BatchColumns(batch, schema), schema["a"]
 
 
+def test_what_lies_behind_a_missing_list_does_not_count():
+    values = pa.ListArray.from_arrays(
+        pa.array([0, 2, 5, 6], pa.int32()),
+        pa.array(range(6), pa.int32()),
+        mask=pa.array([False, True, False]),
+    )
+    columns, column = columns_of(values)
+    bounds = columns.numbers(replace(column, kind="bounds", dtype=np.dtype(np.int64), shape=(2,)))
+    assert bounds[:, 1].tolist() == [2, 0, 1]
+    found = addresses.gather_runs(bounds[:, 0], bounds[:, 1], 4).view(np.int32)
+    assert found.tolist() == [0, 1, 5]
+
+
 def test_missing_elements_are_nan():
     columns, column = columns_of(pa.array([[1.5, None], None, [2.0]], pa.list_(pa.float32())))
     bounds = columns.numbers(replace(column, kind="bounds", dtype=np.dtype(np.int64), shape=(2,)))

@@ -37,11 +37,19 @@ def dataset(client):
         "same": "int64",
         "text": "string",
         "ragged": "list[int32]",
+        "word": "string",
     }
     with client.create_dataset("numbers", schema) as writer:
         for row, (x, image) in enumerate(zip(NUMBERS, IMAGES, strict=True)):
             text = f"<b>Text</b> {row}"
-            writer.write(x=x, image=image, same=5, text=text, ragged=list(range(row % 3)))
+            writer.write(
+                x=x,
+                image=image,
+                same=5,
+                text=text,
+                ragged=list(range(row % 3)),
+                word="Rare" if row < 5 else "often",
+            )
     client.dataset("numbers").define_splits({"train": 0.5, "test": 0.5}, seed=1)
     return client.dataset("numbers")
 
@@ -123,6 +131,7 @@ def test_mistakes_are_named(dataset, make, message):
 def test_a_vocabulary_has_the_most_frequent_words(dataset):
     assert transforms.vocabulary(dataset, "text", 3, stop_words=["B"]) == ["text", "0", "1"]
     assert transforms.vocabulary(dataset, "text", min_count=2) == ["b", "text"]
+    assert transforms.vocabulary(dataset, "word") == ["often", "rare"]
 
 
 def pipeline(dataset, tokenizer):
