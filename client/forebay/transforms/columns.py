@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from forebay.dataset.transforms import Batch
 from forebay_wire.errors import InvalidRequest
+
+CACHED_NUMBERS: Final = 1 << 18
+"""So many at a time: as floats they stay in a core's cache from one step to the next."""
 
 
 def column_of(batch: Batch, name: str, who: str) -> Any:

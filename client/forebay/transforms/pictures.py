@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from forebay.dataset.transforms import Batch, Draw, PerRow
-from forebay.transforms.columns import column_of, joined
+from forebay.transforms.columns import CACHED_NUMBERS, column_of, joined
 from forebay_wire.errors import InvalidRequest
 
 Layout = Literal["HWC", "CHW"]
@@ -146,8 +146,16 @@ class JitterColors(Pictures):
     def change(self, pictures: torch.Tensor, numbers: Draws) -> torch.Tensor:
         if pictures.dtype != torch.uint8:
             raise InvalidRequest(f"jitter_colors: pictures of uint8, not {pictures.dtype}")
-        rows, height, width, channels = pictures.shape
+        found = torch.empty_like(pictures)
         factors = torch.from_numpy(1 + self.strengths * (2 * numbers - 1)).float()
+        some = max(1, CACHED_NUMBERS // max(1, pictures[:1].numel()))
+        for start in range(0, len(pictures), some):
+            part = slice(start, start + some)
+            found[part] = self._jittered(pictures[part], factors[part])
+        return found
+
+    def _jittered(self, pictures: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        rows, height, width, channels = pictures.shape
         brightness, contrast, saturation = factors.T.reshape(3, rows, 1, 1, 1)
         # Sums of whole numbers are exact, whatever the batch: so all that follows is, too.
         sums = pictures.sum(dim=(1, 2), dtype=torch.int64).double()
@@ -263,12 +271,14 @@ def random_resized_crop(
 
 
 def _resized(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    whole = picture.permute(2, 0, 1)[None].float()
+    whole = picture.permute(2, 0, 1)[None]
+    if picture.dtype != torch.uint8:  # which torch resizes three times as fast as floats
+        whole = whole.float()
     found = torch.nn.functional.interpolate(
         whole, size, mode="bilinear", antialias=True, align_corners=False
     )
-    if not picture.is_floating_point():
-        found = found.round_().clamp_(0, 255)
+    if not picture.is_floating_point() and picture.dtype != torch.uint8:
+        found = found.round_()
     return found[0].permute(1, 2, 0).to(picture.dtype)
 
 

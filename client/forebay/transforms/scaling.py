@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from forebay.dataset.dataset import Dataset
+from forebay.dataset.memory import batch_memory
 from forebay.dataset.statistics import ColumnStatistics
 from forebay.dataset.transforms import Batch
-from forebay.transforms.columns import column_of
+from forebay.transforms.columns import CACHED_NUMBERS, column_of
 from forebay_wire.errors import InvalidRequest
 
 Numbers = float | Sequence[float]
@@ -42,7 +44,14 @@ class Scale:
 
     def _scaled(self, values: torch.Tensor, dim: int) -> torch.Tensor:
         shift, width = self._along(self.shift, values, dim), self._along(self.width, values, dim)
-        return (values.float() - shift).div_(width)
+        if values.is_nested or values.dim() < 2 or dim in (0, -values.dim()):
+            return (values.float() - shift).div_(width)
+        found = torch.from_numpy(batch_memory.empty(values.shape, np.dtype(np.float32)))
+        some = max(1, CACHED_NUMBERS // max(1, values[:1].numel()))
+        for start in range(0, len(values), some):
+            part = found[start : start + some].copy_(values[start : start + some])
+            part.sub_(shift).div_(width)
+        return found
 
     def _along(self, numbers: torch.Tensor, values: torch.Tensor, dim: int) -> torch.Tensor:
         if numbers.dim() == 0:

@@ -160,6 +160,18 @@ def test_outside_of_a_loader_any_generator_will_do():
     assert batch["image"] is PICTURES
 
 
+@pytest.mark.parametrize("shape", [(300, 40, 40, 3), (3, 300, 300, 3)])
+def test_large_batches_are_treated_in_parts_and_come_whole(shape):
+    pictures = torch.from_numpy(RNG.integers(0, 256, shape, dtype=np.uint8))
+    ids = np.arange(len(pictures))
+    jitter = STEPS["jitter"]
+    whole = run(jitter, {"image": pictures}, ids)["image"]
+    listed = run(jitter, {"image": list(pictures)}, ids)["image"]
+    assert all(map(torch.equal, whole, listed))
+    scaled = transforms.standardize("p", mean=3.0, std=2.0)({"p": pictures})["p"]
+    assert torch.equal(scaled, (pictures.float() - 3) / 2)
+
+
 def test_drawn_numbers_are_spread_evenly():
     draw = Rows(3, 1, np.arange(20_000), "x").draws(0)
     numbers = np.concatenate((draw(2), draw(1)), axis=1)
