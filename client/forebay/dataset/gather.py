@@ -48,6 +48,16 @@ class BatchIndex:
         self.shards = np.repeat(np.arange(len(counts)), per_shard)
         """Shard of each record batch."""
         self._first_of_shard = np.cumsum(per_shard) - per_shard
+        self._rows_each = 0
+        """Of every record batch but the last one; 0: they differ."""
+        if len(flat) and (flat[:-1] == flat[0]).all() and 0 < flat[-1] <= flat[0]:
+            self._rows_each = int(flat[0])
+
+    def of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of the record batch that each of *rows* is in."""
+        if self._rows_each:
+            return rows // self._rows_each
+        return np.searchsorted(self.starts, rows, side="right") - 1
 
     def place(self, batch: int) -> tuple[int, int]:
         """(shard, record batch within it) of the version's record batch number *batch*."""
@@ -158,7 +168,7 @@ class RowReader:
     ) -> tuple[Any, dict[str, NDArray[Any]]] | None:
         """The *columns* of numbers, and what keeps the memory that they came from. None if not all
         record batches are held."""
-        batches = np.searchsorted(self._index.starts, rows, side="right") - 1
+        batches = self._index.of(rows)
         looked = self._table.look(batches, columns, self._cache.now())
         if looked is None:
             return None

@@ -31,8 +31,9 @@ class _Shared:
     tell: Callable[[], float | None]
     failed: Callable[[ForebayError | ValueError], None]
     end: Callable[[], None]
+    pause_seconds: Callable[[], float]
     moved: threading.Event = field(default_factory=threading.Event)
-    is_over: bool = False
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 class Heartbeat:
@@ -51,9 +52,11 @@ class Heartbeat:
         tell: Callable[[], float | None],
         failed: Callable[[ForebayError | ValueError], None],
         end: Callable[[], None],
+        pause_seconds: Callable[[], float] = lambda: SEND_SECONDS,
     ) -> None:
+        """*pause_seconds*: for how long there is nothing more to tell after it was told."""
         self._pid = os.getpid()
-        self._shared = shared = _Shared(tell, failed, end)
+        self._shared = shared = _Shared(tell, failed, end, pause_seconds)
         self._thread = threading.Thread(
             target=_keep_telling, args=(shared,), name=name, daemon=True
         )
@@ -67,11 +70,12 @@ class Heartbeat:
 
     @property
     def is_over(self) -> bool:
-        return self._shared.is_over
+        return self._shared.over.is_set()
 
     def beat(self) -> None:
         """Have the daemon told soon. Never blocks."""
-        self._shared.moved.set()
+        if not self._shared.moved.is_set():
+            self._shared.moved.set()
 
     def stop(self) -> None:
         """Tell no more, and wait a little for the end to be told. Idempotent."""
@@ -83,24 +87,23 @@ class Heartbeat:
 def _stop(shared: _Shared, pid: int) -> None:
     if os.getpid() != pid:  # a child of fork: the plan is the parent's, and locks may be held
         return
-    shared.is_over = True
+    shared.over.set()
     shared.moved.set()
 
 
 def _keep_telling(shared: _Shared) -> None:
-    pause = threading.Event()  # never set: a sleep that does not look like one
     again: float | None = None
     while True:
         shared.moved.wait(ALIVE_SECONDS if again is None else min(again, ALIVE_SECONDS))
         shared.moved.clear()
-        if shared.is_over:
+        if shared.over.is_set():
             break
         try:
             again = shared.tell()
         except (ForebayError, ValueError) as error:
             shared.failed(error)
-            pause.wait(RETRY_SECONDS)
+            shared.over.wait(RETRY_SECONDS)
             shared.moved.set()
-        pause.wait(SEND_SECONDS)
+        shared.over.wait(shared.pause_seconds())
     with contextlib.suppress(ForebayError, ValueError):  # or its lease ends it
         shared.end()

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from forebay.dataset.advice import PlanFit
-from forebay.dataset.heartbeat import Heartbeat
+from forebay.dataset.heartbeat import SEND_SECONDS, Heartbeat
 from forebay.transfer import make_transfer
 from forebay_wire.errors import DaemonUnavailable, ForebayError, NotFound
 from forebay_wire.ids import new_random_name
 from forebay_wire.protocol import DataEndpoint
+
+CALM_SECONDS: Final = 0.5
+"""The daemon is told at most so often where a loader stands that waits for nothing any more."""
 
 ACCOUNT_SECONDS: Final = 0.5
 """The daemon is told a loader's sums at most so often."""
@@ -49,6 +52,15 @@ class _Standing:
     account: Callable[[PlanFit], dict[str, Any]] | None = None
     """The loader's sums."""
     accounted_at: float = 0.0
+    waited: tuple[float, int] | None = None
+    """How often it had waited, and in which epoch that was last more than before."""
+
+    def pause_seconds(self) -> float:
+        """Longer where all that is read fits into the local tiers, and an epoch came from there."""
+        fit = self.news.fit
+        fits = fit.plan_bytes > 0 and bool(fit.tier_bytes) and fit.short_bytes == 0
+        is_calm = fits and self.waited is not None and self.place[0] > self.waited[1]
+        return CALM_SECONDS if is_calm else SEND_SECONDS
 
     def send(self) -> float | None:
         """Tell where the loader stands; after how many seconds there is more to tell."""
@@ -69,6 +81,9 @@ class _Standing:
             answer = transfer.plan("plan", {**body, "loader": self.loader, "order": order})
         self.sent = place
         self.news = PlanNews(waits=answer["waits"], fit=_fit(answer.get("fit")))
+        num_waits = self.news.waits.get("num_waits", 0)
+        if self.waited is None or num_waits != self.waited[0]:
+            self.waited = (num_waits, place[0])
         return again
 
     def failed(self, error: ForebayError | ValueError) -> None:
@@ -126,7 +141,11 @@ class PlanReporter:
         standing.place = (epoch, position)
         if self._heartbeat is None:
             self._heartbeat = Heartbeat(
-                "forebay-plan", standing.send, standing.failed, standing.end
+                "forebay-plan",
+                standing.send,
+                standing.failed,
+                standing.end,
+                standing.pause_seconds,
             )
         self._heartbeat.beat()
 
