@@ -39,6 +39,41 @@ class DataLoader:
     each goes its own way from where the loader stood when it was asked for, and the loader stands
     where the one that began last stands. Not thread-safe otherwise. It owns threads: ``close()``
     ends them, and so does forgetting the loader.
+
+    Exactly one of *global_batch_size* (all ranks) and *batch_size* (each rank).
+
+    *shuffle* is "none", "full" (a new permutation each epoch, by *seed*) or "block": blocks of
+    *block_rows* rows (default: the shards) in a new order each epoch, their rows mixed within
+    windows of *window_blocks* (default: 16), so that few shards are read at a time. *lanes*
+    (default: the number of nodes at the first start; the state keeps it) share out its blocks:
+    a node reads the blocks of its lanes alone where L, the ranks and the batch divide; the
+    samples of a batch then come lane by lane. *last_batch*:
+    "keep" (shorter; a rank may get an empty part), "pad" (all parts full, ``_mask`` is False
+    where rows repeat), "drop". *transform* turns a batch into a batch, in the
+    *num_threads* prefetch threads (0: in the caller's); with a second argument it gets a
+    ``numpy.random.Generator`` seeded by the seed, the epoch and the batch's rows; several come
+    as a list; ``forebay.per_sample`` makes one of what treats a sample, and
+    ``forebay.transforms`` has ready-made ones. *device* is where
+    tensors are put. *include_ids* adds ``_ids``: rows of the version; *include_times*
+    ``_times``: see :attr:`last_batch_times`.
+
+    *memory_budget* bounds the bytes that are held: a half is for batches, so that fewer than
+    *prefetch_batches* are read ahead where they are large (one at least, by the size of those
+    that came), the other half for record batches that came over HTTP, of all loaders of the
+    process together: the smallest budget counts. Mapped files are the page cache's and no part
+    of it.
+
+    *ragged* says what becomes of columns of lists of numbers: "list" (a list of tensors), "pad"
+    (one tensor, *pad_value* behind the shorter ones, with an int64 tensor ``<name>_lengths``)
+    or "nested" (torch's jagged layout). A missing list is None in a list and else empty.
+
+    *on_error* "mask": a sample that cannot be read (or transformed, by itself) is a hole, zeros
+    or None, and ``_mask``, which all batches have then, is False there. Holes are never filled
+    by other samples, and change neither order nor state. More than *max_errors* (default: 100)
+    different samples in the life of the loader, on this rank, raise TooManyBadSamples.
+
+    *rank* and *world_size* default to torch.distributed's, then the environment's, at the
+    first iteration.
     """
 
     def __init__(
@@ -68,40 +103,6 @@ class DataLoader:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        """Exactly one of *global_batch_size* (all ranks) and *batch_size* (each rank).
-
-        *shuffle* is "none", "full" (a new permutation each epoch, by *seed*) or "block": blocks of
-        *block_rows* rows (default: the shards) in a new order each epoch, their rows mixed within
-        windows of *window_blocks* (default: 16), so that few shards are read at a time. *lanes*
-        (default: the number of nodes at the first start; the state keeps it) share out its blocks:
-        a node reads the blocks of its lanes alone where L, the ranks and the batch divide; the
-        samples of a batch then come lane by lane. *last_batch*:
-        "keep" (shorter; a rank may get an empty part), "pad" (all parts full, ``_mask`` is False
-        where rows repeat), "drop". *transform* turns a batch into a batch, in the
-        *num_threads* prefetch threads (0: in the caller's); with a second argument it gets a
-        ``numpy.random.Generator`` seeded by the seed, the epoch and the batch's rows; several come
-        as a list; ``forebay.per_sample`` makes one of what treats a sample. *device* is where
-        tensors are put. *include_ids* adds ``_ids``: rows of the version; *include_times*
-        ``_times``: see :attr:`last_batch_times`.
-
-        *memory_budget* bounds the bytes that are held: a half is for batches, so that fewer than
-        *prefetch_batches* are read ahead where they are large (one at least, by the size of those
-        that came), the other half for record batches that came over HTTP, of all loaders of the
-        process together: the smallest budget counts. Mapped files are the page cache's and no part
-        of it.
-
-        *ragged* says what becomes of columns of lists of numbers: "list" (a list of tensors), "pad"
-        (one tensor, *pad_value* behind the shorter ones, with an int64 tensor ``<name>_lengths``)
-        or "nested" (torch's jagged layout). A missing list is None in a list and else empty.
-
-        *on_error* "mask": a sample that cannot be read (or transformed, by itself) is a hole, zeros
-        or None, and ``_mask``, which all batches have then, is False there. Holes are never filled
-        by other samples, and change neither order nor state. More than *max_errors* (default: 100)
-        different samples in the life of the loader, on this rank, raise TooManyBadSamples.
-
-        *rank* and *world_size* default to torch.distributed's, then the environment's, at the
-        first iteration.
-        """
         self._source = BatchSource(
             dataset,
             global_batch_size=global_batch_size,
