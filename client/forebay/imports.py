@@ -58,7 +58,7 @@ class ImportCalls(ABC):
         *schema* as for :meth:`create_dataset`; without one each part infers its own, and they have
         to agree. *append* adds to the newest version, whose schema it is then. *write* names the
         session: one of the same name goes on with the parts that were sealed within the last
-        *keep_seconds*.
+        *keep_seconds*; after its commit it is that version, and writes nothing.
         """
         from forebay.dataset.parallel import Target, WriteSession, serialized
 
@@ -79,7 +79,10 @@ class ImportCalls(ABC):
                 schema=serialized(base.schema),
             )
         text = "" if metadata is None else json.dumps(dict(metadata))
-        return WriteSession(target, self.reconnect(), text)
+        session = WriteSession(target, self.reconnect(), text)
+        if write is not None:
+            session.look_for_commit()
+        return session
 
     def import_dataset(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
@@ -56,13 +56,16 @@ class Target:
     shard_bytes: int = SHARD_BYTES
     batch_bytes: int = BATCH_BYTES
     keep_seconds: float = KEEP_SECONDS
+    committed_version: int = 0
+    """What the write was committed as before this session was made; 0: not yet."""
 
 
 class PartWriter(DatasetWriter):
     """Writes one part; leaving its ``with`` block seals and counts it, all or nothing.
 
     A writer as :class:`DatasetWriter` otherwise. :attr:`counted` is False afterwards if a part of
-    that name counted already: then nothing of this one is kept.
+    that name counted already, or the session was made after its write's commit: then nothing of
+    this one is kept.
     """
 
     def __init__(self, target: Target, part: str, connection: Connection) -> None:
@@ -91,6 +94,10 @@ class PartWriter(DatasetWriter):
                 f"part {self.part!r} of dataset {self.name!r} has no sample, and no schema was "
                 "given: write_session(schema=...)"
             )
+        if self._target.committed_version:
+            self.counted = False
+            self._uploads.end(committed=False)
+            return 0
         request = datasets_pb2.SealPartRequest(
             write=self._target.write,
             part=self.part,
@@ -126,7 +133,11 @@ class WriteSession:
     another, by the same name. Leaving the ``with`` block commits one version, whose rows are those
     of the parts in the order of their names; an exception leaves nothing. Sealed parts live for
     ``keep_seconds`` after the session's last call, also if the daemon restarts: a coordinator that
-    died makes a session of the same *write* and goes on with the parts that are missing. Not
+    died makes a session of the same *write* and goes on with the parts that are missing.
+
+    The name of a *write* remembers its commit, as long as the dataset is there: a session made of
+    it afterwards has that :attr:`version` from the start, its parts do not count, and committing
+    it changes nothing. A part of an older session that comes after the commit raises Conflict. Not
     thread-safe; each process, or thread, takes a copy.
     """
 
@@ -136,7 +147,6 @@ class WriteSession:
     metadata_json: str = ""
     version: int | None = None
     """Number of the committed version; None before."""
-    request: str = field(default_factory=new_random_name)
     _connection: Connection | None = field(default=None, repr=False)
 
     @property
@@ -194,7 +204,7 @@ class WriteSession:
             base_version=self.target.base_version,
             schema=schema,
             shards=shards,
-            request=self.request,
+            request=new_random_name(),  # the write's name is what a repeat is known by
             metadata_json=self.metadata_json,
             write=self.write,
         )
@@ -209,6 +219,16 @@ class WriteSession:
         if self.version is None:
             request = datasets_pb2.DropPartsRequest(write=self.write)
             self._connected().channel.call(Datasets.DropParts, request)
+
+    def look_for_commit(self) -> None:
+        """Learn whether a session of this write was committed before: :attr:`version`."""
+        request = datasets_pb2.ListPartsRequest(
+            write=self.write, limit=1, dataset=self.target.dataset
+        )
+        page = self._connected().channel.call(Datasets.ListParts, request)
+        if page.version:
+            self.target = replace(self.target, committed_version=page.version)
+            self.version = page.version
 
     def __enter__(self) -> Self:
         return self

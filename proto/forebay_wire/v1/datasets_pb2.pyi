@@ -149,26 +149,30 @@ class SealedPart(_message.Message):
     def __init__(self, part: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ...) -> None: ...
 
 class ListPartsRequest(_message.Message):
-    __slots__ = ("write", "after", "limit")
+    __slots__ = ("write", "after", "limit", "dataset")
     WRITE_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
     write: str
     after: str
     limit: int
-    def __init__(self, write: _Optional[str] = ..., after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+    dataset: str
+    def __init__(self, write: _Optional[str] = ..., after: _Optional[str] = ..., limit: _Optional[int] = ..., dataset: _Optional[str] = ...) -> None: ...
 
 class ListPartsResponse(_message.Message):
-    __slots__ = ("dataset", "schema", "parts", "next")
+    __slots__ = ("dataset", "schema", "parts", "next", "version")
     DATASET_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     NEXT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     dataset: str
     schema: bytes
     parts: _containers.RepeatedCompositeFieldContainer[SealedPart]
     next: str
-    def __init__(self, dataset: _Optional[str] = ..., schema: _Optional[bytes] = ..., parts: _Optional[_Iterable[_Union[SealedPart, _Mapping]]] = ..., next: _Optional[str] = ...) -> None: ...
+    version: int
+    def __init__(self, dataset: _Optional[str] = ..., schema: _Optional[bytes] = ..., parts: _Optional[_Iterable[_Union[SealedPart, _Mapping]]] = ..., next: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class DropPartsRequest(_message.Message):
     __slots__ = ("write", "parts")

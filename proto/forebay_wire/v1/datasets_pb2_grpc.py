@@ -131,7 +131,8 @@ class DatasetsServicer:
         live; the commit ends those sessions. Idempotent for equal content: a repeat
         of a commit that went through is answered with that version. A create of a
         name that exists fails (ALREADY_EXISTS); an append whose base is not the
-        newest version fails (ABORTED).
+        newest version fails (ABORTED). With a write, that write's name in that dataset
+        is what a repeat is known by, whatever its request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,7 +144,8 @@ class DatasetsServicer:
         keep_seconds after its last call, also if the daemon restarts. Idempotent by
         name: where a part of that name counts already, counted is false and the
         sessions stay the caller's. A schema or a dataset other than that of the parts
-        before is refused (INVALID_ARGUMENT).
+        before is refused (INVALID_ARGUMENT); so is a part of a write that was committed
+        (ABORTED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

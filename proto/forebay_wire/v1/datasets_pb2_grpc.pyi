@@ -43,7 +43,8 @@ class DatasetsStub:
     live; the commit ends those sessions. Idempotent for equal content: a repeat
     of a commit that went through is answered with that version. A create of a
     name that exists fails (ALREADY_EXISTS); an append whose base is not the
-    newest version fails (ABORTED).
+    newest version fails (ABORTED). With a write, that write's name in that dataset
+    is what a repeat is known by, whatever its request.
     """
     SealPart: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.SealPartRequest, _datasets_pb2.SealPartResponse]
     """Counts a part of a version that many processes write: its shards were sealed in
@@ -51,7 +52,8 @@ class DatasetsStub:
     keep_seconds after its last call, also if the daemon restarts. Idempotent by
     name: where a part of that name counts already, counted is false and the
     sessions stay the caller's. A schema or a dataset other than that of the parts
-    before is refused (INVALID_ARGUMENT).
+    before is refused (INVALID_ARGUMENT); so is a part of a write that was committed
+    (ABORTED).
     """
     ListParts: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.ListPartsRequest, _datasets_pb2.ListPartsResponse]
     """The parts of a write that count, paged by name. Idempotent."""
@@ -109,7 +111,8 @@ class DatasetsAsyncStub(DatasetsStub):
     live; the commit ends those sessions. Idempotent for equal content: a repeat
     of a commit that went through is answered with that version. A create of a
     name that exists fails (ALREADY_EXISTS); an append whose base is not the
-    newest version fails (ABORTED).
+    newest version fails (ABORTED). With a write, that write's name in that dataset
+    is what a repeat is known by, whatever its request.
     """
     SealPart: _aio.UnaryUnaryMultiCallable[_datasets_pb2.SealPartRequest, _datasets_pb2.SealPartResponse]  # type: ignore[assignment]
     """Counts a part of a version that many processes write: its shards were sealed in
@@ -117,7 +120,8 @@ class DatasetsAsyncStub(DatasetsStub):
     keep_seconds after its last call, also if the daemon restarts. Idempotent by
     name: where a part of that name counts already, counted is false and the
     sessions stay the caller's. A schema or a dataset other than that of the parts
-    before is refused (INVALID_ARGUMENT).
+    before is refused (INVALID_ARGUMENT); so is a part of a write that was committed
+    (ABORTED).
     """
     ListParts: _aio.UnaryUnaryMultiCallable[_datasets_pb2.ListPartsRequest, _datasets_pb2.ListPartsResponse]  # type: ignore[assignment]
     """The parts of a write that count, paged by name. Idempotent."""
@@ -190,7 +194,8 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         live; the commit ends those sessions. Idempotent for equal content: a repeat
         of a commit that went through is answered with that version. A create of a
         name that exists fails (ALREADY_EXISTS); an append whose base is not the
-        newest version fails (ABORTED).
+        newest version fails (ABORTED). With a write, that write's name in that dataset
+        is what a repeat is known by, whatever its request.
         """
 
     @_abc_1.abstractmethod
@@ -204,7 +209,8 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         keep_seconds after its last call, also if the daemon restarts. Idempotent by
         name: where a part of that name counts already, counted is false and the
         sessions stay the caller's. A schema or a dataset other than that of the parts
-        before is refused (INVALID_ARGUMENT).
+        before is refused (INVALID_ARGUMENT); so is a part of a write that was committed
+        (ABORTED).
         """
 
     @_abc_1.abstractmethod

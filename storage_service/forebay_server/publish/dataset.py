@@ -24,6 +24,7 @@ from forebay_server.catalog.queries_trash import trash_dataset
 from forebay_server.catalog.queries_uploads import claim_landed
 from forebay_server.publish import selections
 from forebay_server.publish.lease import Uploads
+from forebay_server.publish.parts import request_of
 from forebay_server.publish.selections import NewSelection
 from forebay_server.publish.shards import ShardCommit, check_sizes
 from forebay_wire.errors import (
@@ -75,7 +76,7 @@ class VersionCommit:
     metadata_json: str = ""
     """A JSON object; empty: that of the base version."""
     write: str = ""
-    """Whose parts these shards were; they end with the commit."""
+    """Whose parts these shards were; they end with the commit, and the name remembers it."""
 
 
 class Datasets:
@@ -163,11 +164,14 @@ class Datasets:
         """Make a new version visible: with all its shards, durable on this node, or not at all.
 
         Each shard's session has to live, belong to *uid* and hold the shard's blob; the commit ends
-        those sessions. A repeated request is answered with the version that it made.
+        those sessions. A repeated request, or one with a *write* that was committed to this
+        dataset before, is answered with the version that was made.
         :class:`AlreadyExists` for a create of a name that exists, :class:`Conflict` for a base that
         is not the newest version.
         """
         refs = _check_commit(commit)
+        if commit.write:
+            commit = replace(commit, request=request_of(commit.dataset, commit.write, uid))
         base, done = await self._base_of(commit)
         if done is not None:
             return done

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from blake3 import blake3
+
 from forebay_server.catalog import queries_parts as queries
-from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_datasets import version_of_request
 from forebay_server.catalog.queries_parts import SealedPart, SealedShard, Write
 from forebay_server.publish.shards import ShardCommit
-from forebay_wire.errors import InvalidRequest
+from forebay_wire.errors import Conflict, InvalidRequest
 from forebay_wire.ids import check_name
 from forebay_wire.limits import MAX_PAGE_ROWS, MIB, check_limit
 
@@ -44,7 +47,8 @@ class Parts:
 
         Then its sessions are the write's and live for ``keep_seconds`` from the write's last call,
         also if this daemon restarts. :class:`NotFound` if one has ended, :class:`SchemaMismatch`
-        for another schema or dataset than that of the parts before.
+        for another schema or dataset than that of the parts before, :class:`Conflict` if the write
+        was committed.
         """
         check_name("write", new.write)
         check_name("part", new.part)
@@ -62,9 +66,27 @@ class Parts:
         schema = base64.b64encode(new.schema).decode()
         of = Write(uid, new.write, new.dataset, schema)
         part = SealedPart(new.part, tuple(SealedShard(**vars(one)) for one in new.shards))
-        return await self._catalog.write(
-            partial(queries.add_part, of=of, part=part, lease_seconds=new.keep_seconds)
-        )
+        request = request_of(new.dataset, new.write, uid)
+
+        def add(connection: Connection) -> bool:
+            made = version_of_request(connection, request)
+            if made is not None:
+                raise Conflict(
+                    f"write {new.write} of dataset {new.dataset} was committed as version "
+                    f"{made.version}, so part {new.part} cannot count: give what is new another "
+                    "name (write_session(write=...))"
+                )
+            return queries.add_part(connection, of, part, new.keep_seconds)
+
+        return await self._catalog.write(add)
+
+    async def version(self, dataset: str, write: str, uid: int) -> int:
+        """The version of *dataset* that *write* was committed as; 0: none."""
+        check_name("dataset", dataset)
+        check_name("write", write)
+        request = request_of(dataset, write, uid)
+        made = await self._catalog.read(partial(version_of_request, request=request))
+        return 0 if made is None else made.version
 
     async def page(
         self, write: str, uid: int, after: str, limit: int
@@ -89,3 +111,8 @@ class Parts:
         return await self._catalog.write(
             partial(queries.drop_parts, uid=uid, write=write, names=names)
         )
+
+
+def request_of(dataset: str, write: str, uid: int) -> str:
+    """The request of the one commit of a write, so that it is known again by the write's name."""
+    return blake3(f"write {uid} {dataset} {write}".encode()).hexdigest()[:32]

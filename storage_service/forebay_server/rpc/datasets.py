@@ -76,6 +76,9 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
         dataset, schema, found, following = await self._parts.page(
             request.write, caller_uid(), request.after, request.limit
         )
+        version = 0
+        if request.dataset:
+            version = await self._parts.version(request.dataset, request.write, caller_uid())
         return messages.ListPartsResponse(
             dataset=dataset,
             schema=schema,
@@ -87,6 +90,7 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
                 for one in found
             ],
             next=following,
+            version=version,
         )
 
     async def DropParts(

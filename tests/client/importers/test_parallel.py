@@ -21,7 +21,7 @@ from forebay.importers import tables
 from forebay.importers.crew import Crew
 from forebay.testing.parts import SCHEMA, FragileWork, write_part
 from forebay_server.testing.daemon import DaemonProcess
-from forebay_wire.errors import AlreadyExists, NotFound, SchemaMismatch, StorageError
+from forebay_wire.errors import AlreadyExists, Conflict, NotFound, SchemaMismatch, StorageError
 
 DEADLINE_SECONDS = 60.0
 
@@ -147,6 +147,45 @@ def test_parts_outlive_daemon_and_writer(tmp_path: Path) -> None:
             write_part(session, 1)
             session.commit()
             assert numbers_of(client, "d") == list(range(20))
+
+
+def test_a_job_that_runs_again_after_its_commit_changes_nothing(
+    client: forebay.Client, name: str
+) -> None:
+    def job(append: bool) -> WriteSession:
+        write = f"nightly-{append}"
+        with client.write_session(name, SCHEMA, append=append, write=write) as session:
+            write_part(session, 0)
+            write_part(session, 1)
+        return session
+
+    assert [job(append=False).version for _ in range(2)] == [1, 1]
+    assert [job(append=True).version for _ in range(2)] == [2, 2]
+    assert len(client.dataset(name)) == 40
+    again = client.write_session(name, append=True, write="nightly-True")
+    assert again.version == 2
+    assert write_part(again, 0) is False
+    with client.write_session(name, append=True, write="nightly-8") as session:
+        write_part(session, 0)
+    assert session.version == 3
+    client.delete_dataset(name, now=True)
+    assert job(append=False).version == 1
+    assert len(client.dataset(name)) == 20
+
+
+def test_two_coordinators_of_one_write_commit_once(client: forebay.Client, name: str) -> None:
+    client.write_session(name, SCHEMA).commit()
+    one, other = (client.write_session(name, append=True, write="nightly") for _ in range(2))
+    write_part(one, 0)
+    assert [one.commit(), other.commit()] == [2, 2]
+    assert len(client.dataset(name)) == 10
+
+
+def test_a_part_sealed_after_the_commit_is_refused(client: forebay.Client, name: str) -> None:
+    with client.write_session(name, SCHEMA) as session:
+        write_part(session, 0)
+    with pytest.raises(Conflict, match=r"committed as version 1, so part part-001 cannot count"):
+        write_part(session, 1)
 
 
 # -------------------------------------------------------------------------------------- crew
