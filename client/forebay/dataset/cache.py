@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Final
 
@@ -62,6 +63,7 @@ class ShardCache:
         self._shards: OrderedDict[str, _OpenShard] = OrderedDict()
         self._batches: OrderedDict[tuple[str, int], _HeldBatch] = OrderedDict()
         self._held_bytes = 0
+        self._copied_bytes = 0
         self._clock = count(1)
         self._origins: dict[str, str] = {}
         """Blob to the origin that it was opened as."""
@@ -156,8 +158,19 @@ class ShardCache:
                 held.tell(table, number)
                 self._shards[blob].batches.add(index)
                 self._held_bytes += parsed.num_bytes
+                self._copied_bytes += parsed.copied_bytes
+                parsed.on_copy = partial(_tell_copied, weakref.ref(self), key)
             self._drop_least_used()
         return parsed
+
+    def copied(self, key: tuple[str, int], columns: BatchColumns, num_bytes: int) -> None:
+        """*columns* of a record batch were unpacked: what they take is not the page cache's."""
+        with self._lock:
+            held = self._batches.get(key)
+            if held is not None and held.columns is columns:
+                self._copied_bytes += num_bytes
+                self._batches.move_to_end(key)  # it is being used
+                self._drop_least_used()
 
     def limit(self, batch_bytes: int) -> None:
         """Hold record batches of so many bytes from here on."""
@@ -166,7 +179,9 @@ class ShardCache:
             self._drop_least_used()
 
     def _drop_least_used(self) -> None:
-        while self._held_bytes > self._batch_bytes and len(self._batches) > 1:
+        while len(self._batches) > 1 and (
+            self._held_bytes > self._batch_bytes or self._copied_bytes > _fetched_bytes
+        ):
             key, held = next(iter(self._batches.items()))
             used = held.last_use
             if used > held.used:
@@ -190,7 +205,17 @@ class ShardCache:
     def _drop(self, key: tuple[str, int]) -> None:
         held = self._batches.pop(key)
         self._held_bytes -= held.columns.num_bytes
+        self._copied_bytes -= held.columns.copied_bytes
         held.drop()
+
+
+def _tell_copied(
+    cache: weakref.ref[ShardCache], key: tuple[str, int], columns: BatchColumns, num_bytes: int
+) -> None:
+    """What the batches of a cache call, which do not keep it."""
+    found = cache()
+    if found is not None:
+        found.copied(key, columns, num_bytes)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -251,7 +252,7 @@ class Dataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample at *index* of the selection: numpy values, text, bytes, arrays."""
-        index = int(index)
+        index = operator.index(index)
         if not -self.num_rows <= index < self.num_rows:
             raise IndexError(
                 f"row {index} is outside dataset {self.name!r} of {self.num_rows} rows"

@@ -14,6 +14,7 @@ from forebay.dataset.addresses import AddressTable, gather
 from forebay.dataset.cache import ShardCache, ShardPlace
 from forebay.dataset.schema import Column, Schema
 from forebay.dataset.shard import BatchColumns
+from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE
 from forebay_wire.manifest import DatasetManifest
 
@@ -52,6 +53,24 @@ class BatchIndex:
         """Of every record batch but the last one; 0: they differ."""
         if len(flat) and (flat[:-1] == flat[0]).all() and 0 < flat[-1] <= flat[0]:
             self._rows_each = int(flat[0])
+
+    def checked(self, rows: NDArray[Any]) -> NDArray[np.int64]:
+        """*rows* as whole numbers of 64 bits; IndexError for one that the version does not have.
+
+        Addresses are computed from them.
+        """
+        wanted = np.asarray(rows)
+        if wanted.dtype != np.int64:
+            if wanted.size and wanted.dtype.kind not in "iu":
+                raise InvalidRequest(f"rows are whole numbers, not {wanted.dtype}")
+            wanted = wanted.astype(np.int64)
+        num_rows = int(self.starts[-1])
+        # As unsigned numbers, negative ones are large.
+        if wanted.size and int(np.ascontiguousarray(wanted).view(np.uint64).max()) >= num_rows:
+            raise IndexError(
+                f"rows {wanted.min()} to {wanted.max()} are outside the {num_rows} of the version"
+            )
+        return wanted
 
     def of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The number of the record batch that each of *rows* is in."""
@@ -150,8 +169,9 @@ class RowReader:
         """The *columns* of *rows*, in the order of *rows*.
 
         Numbers and arrays come as one array ``(len(rows), *shape)`` from *allocate*, the others as
-        lists. Raises IntegrityError, NotFound, DaemonUnavailable.
+        lists. Raises IndexError, IntegrityError, NotFound, DaemonUnavailable.
         """
+        rows = self._index.checked(rows)
         found = self._gathered(rows, [column for column in columns if column.kind in NUMBERS])
         others = [column for column in columns if column.name not in found]
         if others:
@@ -160,7 +180,7 @@ class RowReader:
 
     def _gathered(self, rows: NDArray[np.int64], columns: Sequence[Column]) -> dict[str, Any]:
         """The *columns* of numbers by one call each; empty if not all that they need is held."""
-        found = self.held(rows, columns) if columns else None
+        found = self._held(rows, columns) if columns else None
         return {} if found is None else found[1]
 
     def held(
@@ -168,6 +188,11 @@ class RowReader:
     ) -> tuple[Any, dict[str, NDArray[Any]]] | None:
         """The *columns* of numbers, and what keeps the memory that they came from. None if not all
         record batches are held."""
+        return self._held(self._index.checked(rows), columns)
+
+    def _held(
+        self, rows: NDArray[np.int64], columns: Sequence[Column]
+    ) -> tuple[Any, dict[str, NDArray[Any]]] | None:
         batches = self._index.of(rows)
         looked = self._table.look(batches, columns, self._cache.now())
         if looked is None:

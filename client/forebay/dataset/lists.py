@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from forebay.dataset.addresses import gather_runs
 from forebay.dataset.gather import GROUPS_AT_ONCE, Allocate, Group, RowReader, groups
 from forebay.dataset.schema import Column
-from forebay.dataset.shard import BatchColumns
+from forebay.dataset.shard import BatchColumns, as_array, is_present, refuse_missing
 from forebay_wire.errors import SchemaMismatch
 from forebay_wire.manifest import DatasetManifest
 
@@ -161,9 +161,11 @@ def pieces(
     looked = _bounds(reader, rows, column)
     if looked is not None:
         held, bounds = looked
+        _check_pieces(starts, sizes, bounds[:, 1])
         found = _gather(bounds[:, 0] + starts * column.dtype.itemsize, sizes, column)
         del held
         return found
+    _check_pieces(starts, sizes, lengths(reader, rows, column))
     ends = np.cumsum(sizes)
     out = np.empty(int(ends[-1]) if len(ends) else 0, dtype=column.dtype)
     places = ends - sizes
@@ -172,6 +174,12 @@ def pieces(
         first = starts[target] + lists.starts[group.source]
         _copy(lists.values, first, sizes[target], out, places[target])
     return out
+
+
+def _check_pieces(starts: Numbers, sizes: Numbers, longest: Numbers) -> None:
+    """Addresses are computed from them."""
+    if len(sizes) and (min(starts.min(), sizes.min()) < 0 or (starts + sizes > longest).any()):
+        raise IndexError("a piece reaches beyond its list")
 
 
 @dataclass(frozen=True)
@@ -185,11 +193,12 @@ class _Lists:
     missing: NDArray[np.bool_] | None
 
     @classmethod
-    def of(cls, values: pa.ListArray) -> _Lists:
-        offsets = values.offsets.to_numpy(zero_copy_only=False)
-        missing = values.is_null().to_numpy(zero_copy_only=False) if values.null_count else None
-        flat = values.values.to_numpy(zero_copy_only=False)
-        return cls(flat, offsets[:-1], offsets[1:], missing)
+    def of(cls, values: pa.ListArray, column: Column) -> _Lists:
+        refuse_missing(values.values, column)
+        offsets = np.from_dlpack(values.offsets)
+        present = is_present(values)
+        missing = None if present is None else ~present
+        return cls(as_array(values.values), offsets[:-1], offsets[1:], missing)
 
 
 _seen: WeakKeyDictionary[BatchColumns, dict[str, _Lists]] = WeakKeyDictionary()
@@ -207,7 +216,7 @@ def _parts(reader: RowReader, rows: Numbers, column: Column) -> Iterator[tuple[G
                 known = _seen[batch] = {}
             lists = known.get(column.name)
             if lists is None:
-                lists = known[column.name] = _Lists.of(batch._arrow(column))
+                lists = known[column.name] = _Lists.of(batch._arrow(column), column)
             yield group, lists
 
 

@@ -286,7 +286,7 @@ class DataLoader:
             for step in cut.steps():
                 yield self._source.read(order, cut, step)
             return
-        size = max(1, self._source.average_batch_bytes)
+        size, is_known = max(1, self._source.average_batch_bytes), False
         pool = self._pool()
         pending: deque[Future[ReadBatch]] = deque()
         read = _read_pinned if self._pins else _read
@@ -294,13 +294,15 @@ class DataLoader:
             steps = iter(cut.steps())
             while True:
                 room = self._batch_bytes // size - 1  # beside the one that is being used
+                if not is_known:  # a transform may make them many times as large
+                    room = min(room, self._num_threads)
                 ahead = max(1, min(self._prefetch_batches, room))
                 for later in itertools.islice(steps, max(0, ahead - len(pending))):
                     pending.append(pool.submit(read, self._source, order, cut, later))
                 if not pending:
                     return
                 found = [pending.popleft().result()]
-                size = max(size, sum(map(bytes_of, found[0].batch.values())))
+                size, is_known = max(size, sum(map(bytes_of, found[0].batch.values()))), True
                 yield found.pop()  # and holds it no longer
         finally:
             for future in pending:

@@ -8,6 +8,7 @@ Format": https://arrow.apache.org/docs/format/Columnar.html#ipc-file-format
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -226,6 +227,10 @@ class BatchColumns:
         self._batch = batch
         self._schema = schema
         self._arrays: dict[str | tuple[str, str], NDArray[Any]] = {}
+        self.copied_bytes = 0
+        """Of columns that do not lie in Arrow as they are read: unpacked, once."""
+        self.on_copy: Callable[[BatchColumns, int], object] = lambda columns, num_bytes: None
+        """Told of bytes that were added to them."""
         self.num_rows: int = batch.num_rows
         self.num_bytes: int = batch.get_total_buffer_size()  # `nbytes` allocates: see forking
 
@@ -241,17 +246,26 @@ class BatchColumns:
             make = self._bounds if column.kind == "bounds" else self._numbers
             made = make(column)
             found = self._arrays.setdefault(column.name, made)
+            if found is made and not self._is_mapped(column, made):
+                self.copied_bytes += made.nbytes
+                self.on_copy(self, made.nbytes)
         return found
+
+    def _is_mapped(self, column: Column, made: NDArray[Any]) -> bool:
+        """Whether *made* lies in the record batch's own memory."""
+        address = made.__array_interface__["data"][0]
+        buffers = [one for one in self._arrow(column).buffers() if one is not None]
+        return any(one.address <= address < one.address + one.size for one in buffers)
 
     def _numbers(self, column: Column) -> NDArray[Any]:
         return _as_numbers(self._arrow(column), column)
 
     def _bounds(self, column: Column) -> NDArray[np.int64]:
         values = self._arrow(column)
-        _refuse_missing(values.values, column)
+        refuse_missing(values.values, column)
         # Kept, and by the same rule: it may be a copy, and its address is handed out.
         elements = self._arrays.setdefault(
-            (column.name, "elements"), np.ascontiguousarray(_as_array(values.values))
+            (column.name, "elements"), np.ascontiguousarray(as_array(values.values))
         )
         offsets = np.from_dlpack(values.offsets).astype(np.int64)
         found = np.empty((len(values), 2), dtype=np.int64)
@@ -296,11 +310,11 @@ class BatchColumns:
 def _as_numbers(values: pa.Array, column: Column) -> NDArray[Any]:
     if column.kind == "array":
         values = values.storage.values
-    _refuse_missing(values, column)
-    return _as_array(values).reshape(-1, *column.shape)
+    refuse_missing(values, column)
+    return as_array(values).reshape(-1, *column.shape)
 
 
-def _refuse_missing(values: pa.Array, column: Column) -> None:
+def refuse_missing(values: pa.Array, column: Column) -> None:
     if values.null_count and not pa.types.is_floating(values.type):
         raise SchemaMismatch(
             f"column {column.name!r} of {column.text} has missing values, which no number stands "
@@ -308,7 +322,7 @@ def _refuse_missing(values: pa.Array, column: Column) -> None:
         )
 
 
-def _as_array(values: pa.Array) -> NDArray[Any]:
+def as_array(values: pa.Array) -> NDArray[Any]:
     """Numbers or booleans; NaN where one is missing. Without a copy where that is possible.
 
     ``to_numpy`` would import pandas: 0.4 s before the first batch, and a worker that is forked
@@ -326,6 +340,11 @@ def _as_array(values: pa.Array) -> NDArray[Any]:
     return flat
 
 
+def is_present(values: pa.Array) -> NDArray[np.bool_] | None:
+    """Of each value whether it is there; None if all are."""
+    return _bits(values.buffers()[0], values) if values.null_count else None
+
+
 def _bits(data: pa.Buffer, values: pa.Array) -> NDArray[Any]:
     """The bits of a buffer of *values* as booleans, one for each."""
     num_bits = values.offset + len(values)
@@ -334,9 +353,9 @@ def _bits(data: pa.Buffer, values: pa.Array) -> NDArray[Any]:
 
 
 def _as_lists(values: pa.ListArray, column: Column) -> list[Any]:
-    _refuse_missing(values.values, column)
+    refuse_missing(values.values, column)
     # A copy: the rows belong to the user, who may write to them.
-    flat = np.array(_as_array(values.values), dtype=column.dtype)
+    flat = np.array(as_array(values.values), dtype=column.dtype)
     offsets = np.from_dlpack(values.offsets)
     pieces: list[Any] = np.split(flat, offsets)[1:-1]
     if values.null_count:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+import forebay
 from forebay.dataset.cache import MAX_OPEN_SHARDS, ShardCache, shard_cache
 from forebay.dataset.gather import RowReader
 from forebay.testing.numbered import NUM_SAMPLES
@@ -62,3 +63,22 @@ def test_one_batch_over_more_shards_than_may_be_open(client, name):
     found = dataset.take(rows)["x"]
     assert [int.from_bytes(x[:8], "little") for x in found] == rows.tolist()
     assert shard_cache(dataset.endpoint).num_shards == MAX_OPEN_SHARDS
+
+
+def test_what_is_unpacked_counts_against_the_memory_of_the_process(client, name, monkeypatch):
+    num_rows, width = 64, 1 << 16
+    with client.create_dataset(
+        name, schema={"mask": forebay.Array("bool", (width,))}, batch_bytes=32 * KIB
+    ) as writer:
+        for row in range(num_rows):
+            writer.write(mask=np.arange(width) % (row + 2) == 0)
+    dataset = client.dataset(name)
+    cache = ShardCache(client.transfer, batch_bytes=1 << 30)
+    reader = RowReader(dataset.manifest, dataset.schema, cache)
+    assert reader.num_batches > 8
+    monkeypatch.setattr("forebay.dataset.cache._fetched_bytes", 4 * 4 * width)
+    for _ in range(2):
+        found = reader.read(np.arange(num_rows), dataset.columns())["mask"]
+        for row in range(num_rows):
+            assert (found[row] == (np.arange(width) % (row + 2) == 0)).all()
+        assert 0 < cache._copied_bytes <= 4 * 4 * width

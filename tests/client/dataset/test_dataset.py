@@ -193,3 +193,28 @@ def test_waiting_for_the_object_tier(numbered):
     numbered.wait("remote", timeout=60)
     with pytest.raises(forebay.InvalidRequest):
         numbered.wait("for ever")
+
+
+@pytest.mark.parametrize("rows", [[-1], [NUM_SAMPLES], [0, -(10**9)], [2**62]])
+def test_rows_that_the_version_does_not_have_are_refused_cold_and_warm(numbered, rows):
+    for _ in range(2):
+        with pytest.raises(IndexError, match="are outside"):
+            numbered.read(np.array(rows), ["number"])
+        numbered.take(range(NUM_SAMPLES))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "uint16", "int32", "uint64"])
+def test_row_numbers_of_any_width(numbered, kind):
+    rows = np.arange(0, 120, 3).astype(kind)
+    for _ in range(2):
+        found = numbered.read(rows, ["number", "image"])
+        assert found["number"].tolist() == rows.tolist()
+        assert found["image"][:, 3, 3].tolist() == [row % 256 for row in rows.tolist()]
+    with pytest.raises(forebay.InvalidRequest, match="whole numbers"):
+        numbered.read(rows.astype("float32"), ["number"])
+
+
+@pytest.mark.parametrize("index", ["1", 1.9, slice(0, 2)])
+def test_what_is_no_index_is_a_type_error(numbered, index):
+    with pytest.raises(TypeError):
+        numbered[index]
