@@ -34,9 +34,7 @@ def test_large_batches_are_not_read_far_ahead(numbered, budget, ahead):
     )
     with loader:
         for number, batch in enumerate(loader):
-            most = max(
-                2, number + (ahead if number else 0)
-            )  # two threads were begun before a size was known
+            most = max(2, number + (ahead if number else 0))  # two were begun blindly
             with transform.changed:
                 reached = transform.changed.wait_for(lambda: transform.num_made >= most, timeout=20)  # noqa: B023
                 assert reached
