@@ -35,7 +35,7 @@ def _conform(values: pa.ChunkedArray, column: Column) -> pa.ChunkedArray:
         raise _mismatch(values, column, str(error)) from error
     if values.null_count and not column.nullable:
         row = int(pc.index(values.is_null(), True).as_py())
-        raise _mismatch(values, column, f"row {row} is missing and the column takes no nulls")
+        raise _missing(column, f"row {row} is missing, and the type takes no missing values")
     return values
 
 
@@ -43,6 +43,10 @@ def _mismatch(values: pa.ChunkedArray, column: Column, reason: str) -> SchemaMis
     return SchemaMismatch(
         f"write_table, column {column.name!r}: expected {column.text}, got {values.type}: {reason}"
     )
+
+
+def _missing(column: Column, reason: str) -> SchemaMismatch:
+    return SchemaMismatch(f"write_table, column {column.name!r} ({column.text}): {reason}")
 
 
 def _numbers(values: pa.ChunkedArray, column: Column) -> pa.ChunkedArray:
@@ -90,7 +94,7 @@ def _varying(values: pa.ChunkedArray, column: Column) -> pa.ChunkedArray:
         raise _mismatch(values, column, "another kind of value")
     values = values.cast(column.arrow_type)
     if column.kind == "list" and any(chunk.flatten().null_count for chunk in values.chunks):
-        raise _mismatch(values, column, "an element of a list is missing")
+        raise _missing(column, "an element of a list is missing")
     return values
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from forebay.dataset.parallel import WriteSession
-from forebay.dataset.schema import Schema
+from forebay.dataset.schema import Column, Schema
 from forebay.dataset.tables import conform
 from forebay.importers.crew import Crew
 from forebay.importers.piece import Options, Part, Piece
@@ -110,14 +110,41 @@ def _blamed(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if _fits(table.slice(0, middle), schema) else (low, middle)
-        where = f"{piece.name}, row {row + high - 1} of it"
+        where = _place(piece, row + high - 1)
+        last = table.slice(high - 1, 1)
+        for name in schema.names:
+            advice = _about_missing(last, schema[name])
+            if advice:
+                return SchemaMismatch(f"{where}, column {name!r}: {advice}")
         try:
-            conform(table.slice(high - 1, 1), schema)
+            conform(last, schema)
         except SchemaMismatch as found:
             reason = found.message.removeprefix("write_table, ").replace(": row 0 is", ": it is")
             return SchemaMismatch(f"{where}: {reason}")
         return SchemaMismatch(f"{where}: {error.message}")
     return SchemaMismatch(f"{piece.name}: {error.message.removeprefix('write_table, ')}")
+
+
+def _place(piece: Piece, row: int) -> str:
+    """Where a row of *piece* is: in its own words, if it has any."""
+    own: Callable[[int], str] | None = getattr(piece, "where", None)
+    return f"{piece.name}, row {row} of it" if own is None else own(row)
+
+
+def _about_missing(row: pa.Table, column: Column) -> str:
+    """What is missing in the only row of *row*, and what to do; empty: nothing."""
+    if column.nullable or column.name not in row.column_names:
+        return ""
+    if not row.column(column.name).null_count or _takes_missing(column):
+        return ""
+    advice = "leave such rows out, or write a value"
+    if column.kind == "scalar" and column.dtype is not None and column.dtype.kind in "iu":
+        advice = f"give --type {column.name}=float64, where it becomes NaN, or a value"
+    return f"the value is missing, which {column.text} has no room for: {advice}"
+
+
+def _takes_missing(column: Column) -> bool:
+    return column.kind == "scalar" and column.dtype is not None and column.dtype.kind == "f"
 
 
 def _fits(table: pa.Table, schema: Schema) -> bool:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from forebay.dataset.schema import Schema
 from forebay.importers.files import File, open_file
+from forebay.importers.json_types import Inexact, check_exact, numbered_rows, sure_schema
 from forebay.importers.piece import Block, Options
 from forebay_wire.errors import InvalidRequest, SchemaMismatch
 from forebay_wire.limits import MIB
@@ -165,34 +166,77 @@ class JsonLinesPiece:
         may_add = schema is None
         if schema is not None:
             wanted = schema.arrow
-        rows = 0
+        before = 0
         with open_file(self.file.path) as file:
             for lines, done in self._lines(file):
                 try:
-                    table = _parse_lines(lines, wanted, may_add=may_add)
+                    table = self._table(lines, wanted, options, may_add=may_add)
                 except pa.ArrowInvalid as error:
-                    raise self._blamed(lines, rows, wanted, error, may_add=may_add) from error
-                if may_add:  # Arrow adds the columns that have a type, also if there are none
-                    options.check_names(_keys_of(lines))
+                    raise self._blamed(lines, before, wanted, error, may_add=may_add) from error
+                except Inexact as error:
+                    where = self._place(before + error.line)
+                    raise SchemaMismatch(f"{where}, column {error.column!r}: {error}") from error
                 wanted, may_add = wanted if schema is not None else table.schema, False
-                rows += table.num_rows
+                before += lines.count(b"\n")
                 for batch in table.combine_chunks().to_batches():
                     yield Block(batch, done)
 
+    def _table(
+        self, lines: bytes, wanted: pa.Schema, options: Options, *, may_add: bool
+    ) -> pa.Table:
+        """*lines* with no value changed, except where the user gave a type."""
+        table = _parse_lines(lines, wanted, may_add=may_add)
+        if may_add:
+            rows = numbered_rows(lines)
+            # Arrow adds the columns that have a type, also if there are none.
+            options.check_names(list(dict.fromkeys(key for _, one in rows for key in one)))
+            sure = sure_schema(table.schema, rows, options.types)
+            if sure != table.schema:
+                table = _parse_lines(lines, sure, may_add=False)
+        check_exact(table, lines, options.types)
+        return table
+
+    def where(self, row: int) -> str:
+        """File and line of a row of the range."""
+        before = 0
+        with open_file(self.file.path) as file:
+            for lines, _ in self._lines(file):
+                for number, line in enumerate(lines.split(b"\n"), before):
+                    if line.strip(b" \t\r"):
+                        if not row:
+                            return self._place(number)
+                        row -= 1
+                before += lines.count(b"\n")
+        return self.name
+
+    def _place(self, line: int) -> str:
+        """File and number, from 1, of a line of the range, there counted from 0."""
+        before = 0
+        if self.start:
+            with open_file(self.file.path) as file:
+                left = self.start - 1
+                while left and (data := file.read(min(left, BLOCK_BYTES))):
+                    before += data.count(b"\n")
+                    left -= len(data)
+            before += 1  # what that line ends with
+        return f"{self.file.path}, line {before + line + 1}"
+
     def _blamed(
-        self, lines: bytes, row: int, wanted: pa.Schema, error: Exception, *, may_add: bool
+        self, lines: bytes, before: int, wanted: pa.Schema, error: Exception, *, may_add: bool
     ) -> SchemaMismatch:
-        """Which of *lines*, the first of which is *row* of the range, is to blame, and why."""
-        for number, line in enumerate(filter(None, lines.splitlines()), row):
+        """Which of *lines*, which come after *before* lines of the range, is to blame, and why."""
+        for number, line in enumerate(lines.split(b"\n"), before):
+            if not line.strip(b" \t\r"):
+                continue
             try:
                 _parse_lines(line, wanted, may_add=may_add)
             except pa.ArrowInvalid as found:
                 return SchemaMismatch(
-                    f"{self.name}, row {number}{_new_column(line, wanted)}: {found}; columns and "
-                    "types are those of the first lines: give others with --type COLUMN=TYPE"
+                    f"{self._place(number)}{_new_column(line, wanted)}: {found}; columns and types "
+                    "are those of the first lines: give others with --type COLUMN=TYPE"
                 )
         return SchemaMismatch(
-            f"{self.name}, rows from {row} on: {error}; give a type with --type COLUMN=TYPE"
+            f"{self._place(before)} and further: {error}; give a type with --type COLUMN=TYPE"
         )
 
     def _lines(self, file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
@@ -238,11 +282,6 @@ def _parse_lines(lines: bytes, wanted: pa.Schema, *, may_add: bool) -> pa.Table:
             unexpected_field_behavior="infer" if may_add else "error",
         ),
     )
-
-
-def _keys_of(lines: bytes) -> list[str]:
-    objects = (json.loads(line) for line in lines.splitlines() if line.strip())
-    return list(dict.fromkeys(key for one in objects for key in one))
 
 
 def _new_column(line: bytes, wanted: pa.Schema) -> str:

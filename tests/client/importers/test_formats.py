@@ -120,6 +120,51 @@ def test_a_type_that_is_given_wins(tmp_path: Path) -> None:
         read(tmp_path / "t.jsonl", types={"m": "float32"})
 
 
+def lines_of(folder: Path, *rows: dict[str, Any]) -> Path:
+    (folder / "t.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder / "t.jsonl"
+
+
+def test_whole_numbers_of_json_lines_stay_exact(tmp_path: Path) -> None:
+    rows = [{"i": 1234567890123456789, "l": [2**63, 5]}, {"i": 2**64 - 1, "l": []}]
+    found = read(lines_of(tmp_path, *rows))
+    assert found.schema.types == [pa.uint64(), pa.list_(pa.uint64())]
+    assert found.to_pylist() == rows
+    rows = [{"d": {"x": 2**63}}, {"d": {"x": 1}}]
+    assert read(lines_of(tmp_path, *rows)).to_pylist() == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([1, -1, 2**63], "t.jsonl, line 3, column 'i': no integer type holds 9223372036854775808"),
+        ([1, 2**64], "t.jsonl, line 2, column 'i': no integer type holds 18446744073709551616"),
+        ([0.5, 2**53 + 1], "t.jsonl, line 2, column 'i': float64, .* would round 9007199254740993"),
+        ([{"a": [2**60, 0.5]}], "t.jsonl, line 1, column 'i.a': float64, .* would round"),
+        ([0.5] * 100 + [2**53 + 1], "t.jsonl, line 101, column 'i': float64"),
+        ([1] * 100 + [2**63], "t.jsonl, line 101: .*9223372036854775808"),
+    ],
+)
+def test_no_number_of_json_lines_is_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], message: str
+) -> None:
+    path = lines_of(tmp_path, *({"i": value} for value in rows))
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(tables, "RANGE_BYTES", 500)
+    with pytest.raises(SchemaMismatch, match=message):
+        read(path)
+    if "column 'i':" in message:
+        found = read(path, types={"i": "float64"}).column("i").to_pylist()
+        assert found == [float(value) for value in rows]
+
+
+def test_texts_of_json_lines_that_look_like_dates_stay_texts(tmp_path: Path) -> None:
+    rows = [{"s": "2020-01-01", "l": ["2020-01-01T00:00:00Z"], "d": {"t": "2020-01-02 03:04:05"}}]
+    assert read(lines_of(tmp_path, *rows)).to_pylist() == rows
+    given = read(lines_of(tmp_path, {"s": "2020-01-01"}), types={"s": pa.timestamp("s")})
+    assert given.schema.field("s").type == pa.timestamp("s")
+
+
 def test_parquet_is_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RANGE_BYTES", 1)
     table = pa.table({"x": range(1000)})

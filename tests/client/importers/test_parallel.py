@@ -226,6 +226,23 @@ def test_jobs_change_nothing(client: forebay.Client, name: str, tmp_path: Path) 
     assert seen == sorted(seen)
 
 
+@pytest.mark.parametrize("row", ['{"n": null}', "{}"])
+def test_a_missing_number_is_told_by_its_line(
+    client: forebay.Client, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str
+) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"n": 1}\n\n' * 50 + row + "\n")
+    monkeypatch.setattr(tables, "RANGE_BYTES", 200)
+    expected = (
+        r"t.jsonl, line 101, column 'n': the value is missing, which int64 has no room for: "
+        r"give --type n=float64"
+    )
+    with pytest.raises(SchemaMismatch, match=expected):
+        client.import_dataset(name, path)
+    made = client.import_dataset(name, path, types={"n": "float64"})
+    assert np.isnan(made.table().column("n").to_pylist()[-1])
+
+
 def test_an_import_that_was_killed_goes_on(
     client: forebay.Client, daemon: DaemonProcess, name: str, tmp_path: Path
 ) -> None:
@@ -265,7 +282,7 @@ def test_a_row_that_does_not_fit_is_named(
     monkeypatch.setattr(tables, "BATCH_ROWS", 100)
     values = [None if row == 777 else row for row in range(1000)]
     pq.write_table(pa.table({"n": pa.array(values, pa.int64())}), tmp_path / "t.parquet")
-    with pytest.raises(SchemaMismatch, match=r"t\.parquet.*row 777 of it: column 'n'.* missing"):
+    with pytest.raises(SchemaMismatch, match=r"t\.parquet.*row 777 of it, column 'n'.* missing"):
         client.import_dataset(name, tmp_path / "t.parquet")
     assert name not in client.datasets()
 
