@@ -208,17 +208,19 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
         self,
         name: str,
         *,
+        base: Dataset | None = None,
         shard_bytes: int = 64 * MIB,
         batch_bytes: int = 2 * MIB,
         metadata: Mapping[str, Any] | None = None,
     ) -> DatasetWriter:
         """A writer of the next version: the newest one's rows, then what is written.
 
-        Conflict at the commit if somebody else appended meanwhile.
+        Conflict at the commit if somebody else appended meanwhile; with *base*, a version of the
+        dataset that was opened before, if anybody has since then.
         """
         from forebay.dataset.write import DatasetWriter
 
-        newest = self.dataset(name)
+        newest = self.dataset(name) if base is None else base
         return DatasetWriter(
             self.channel,
             self.transfer,

@@ -16,15 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import hashlib
 import os
-import shutil
-import threading
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +36,13 @@ from zarr.core.buffer.core import default_buffer_prototype
 
 import forebay
 from forebay.dataset.dataset import Dataset
-from forebay_wire.errors import Conflict, InvalidRequest, NotFound
+from forebay.dataset.schema import Schema
+from forebay.dataset.shard import largest_sample
+from forebay.dataset.write import SHARD_BYTES
+from forebay.zarr_session import Session, State, is_key
+from forebay_wire.errors import AlreadyExists, Conflict, InvalidRequest, NotFound
 from forebay_wire.ids import new_random_name
+from forebay_wire.limits import KIB
 
 if TYPE_CHECKING:
     from forebay.client import Client
@@ -55,8 +56,13 @@ INDEX_KEY: Final = ""
 
 METADATA: Final = {"zarr": 3}
 
-PART_SUFFIX: Final = ".part"
-"""Of a file that is being written; no key of zarr ends like it."""
+ATTEMPT: Final = "commit"
+"""In a version's metadata: the random name of the commit that made it."""
+
+MAX_ROW_BYTES: Final = largest_sample(SHARD_BYTES, Schema.of(SCHEMA).arrow) - 16
+"""Of a key and its value together: what surely fits a shard."""
+
+T = TypeVar("T")
 
 _INDEX_SCHEMA: Final = pa.schema(
     [pa.field(KEY, pa.string()), pa.field("row", pa.int64()), pa.field("size", pa.int64())]
@@ -103,9 +109,8 @@ class ForebayStore(Store):
         self.version = version
         self.address = None if address is None else os.fspath(address)
         self.session = None if session is None else Path(session).absolute()
-        self._staged = None if self.session is None else _Staged(self.session)
-        self._lock = threading.Lock()
-        self._base: tuple[int, _Version] | None = None
+        self._session = None if self.session is None else Session(self.session)
+        self._found: dict[tuple[int, str], _Version] = {}
 
     # What it is.
 
@@ -190,24 +195,42 @@ class ForebayStore(Store):
         return await asyncio.to_thread(self._size, key)
 
     def _size(self, key: str) -> int:
-        if self._staged is not None and (size := self._staged.size(key)) is not None:
-            return size
-        place = self._version().places.get(key)
-        if place is None or self._is_deleted(key):
+        def look(state: State) -> int | None:
+            if self._session is not None:
+                is_staged, size = self._session.size(state.layers, key)
+                if is_staged:
+                    return size
+            place = self._version(state).places.get(key)
+            return None if place is None else place.size
+
+        if (size := self._settled(look)) is None:
             raise FileNotFoundError(key)
-        return place.size
+        return size
 
     def _read(self, key: str) -> memoryview | bytes | None:
-        if self._staged is not None and (staged := self._staged.read(key)) is not None:
-            return staged
-        base = self._version()
-        place = base.places.get(key)
-        if place is None or base.dataset is None or self._is_deleted(key):
-            return None
-        return base.dataset.value(place.row, VALUE)
+        def look(state: State) -> memoryview | bytes | None:
+            if self._session is not None:
+                is_staged, value = self._session.read(state.layers, key)
+                if is_staged:
+                    return value
+            base = self._version(state)
+            place = base.places.get(key)
+            if place is None or base.dataset is None:
+                return None
+            return base.dataset.value(place.row, VALUE)
 
-    def _is_deleted(self, key: str) -> bool:
-        return self._staged is not None and self._staged.is_deleted(key)
+        return self._settled(look)
+
+    def _settled(self, look: Callable[[State], T]) -> T:
+        """What *look* finds in a state of the session that did not change meanwhile."""
+        while True:
+            state = self._state()
+            found = look(state)
+            if self._state().token == state.token:
+                return found
+
+    def _state(self) -> State:
+        return State() if self._session is None else self._session.state()
 
     # Changing a session.
 
@@ -223,9 +246,10 @@ class ForebayStore(Store):
                 f"ForebayStore.set(): `value` must be a Buffer instance. Got an instance of "
                 f"{type(value)} instead."
             )
-        if not key:
-            raise InvalidRequest("a key is not empty")
-        self._writable().put(key, value.as_buffer_like())
+        self._check_writable()
+        _check_key(key)
+        _check_size(key, len(value))
+        self._own_session().put(self._begun, key, value.as_buffer_like())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         if not await self.exists(key):
@@ -238,13 +262,25 @@ class ForebayStore(Store):
 
     def delete_sync(self, key: str) -> None:
         """:meth:`delete` for threads without an event loop; blocks."""
-        self._writable().delete(key, is_below=key in self._version().places)
-
-    def _writable(self) -> _Staged:
         self._check_writable()
-        assert self._staged is not None, "only a read-only store has no session"
-        self._staged.begin(self._version().number)
-        return self._staged
+        _check_key(key)
+
+        def is_below(begun: State) -> bool:
+            return len(begun.layers) > 1 or key in self._version(begun).places
+
+        self._own_session().delete(self._begun, key, is_below)
+
+    def _own_session(self) -> Session:
+        assert self._session is not None, "only a read-only store has no session"
+        return self._session
+
+    def _begun(self) -> State:
+        """The state of a session that has a layer for what changes."""
+        session = self._own_session()
+        while not (state := session.state()).layers:
+            base = self._version(state)
+            session.begin(state, base.number, base.manifest)
+        return state
 
     # Listing.
 
@@ -265,68 +301,167 @@ class ForebayStore(Store):
 
     def _keys(self, prefix: str) -> builtins.list[str]:
         """Those that begin with *prefix*, in order."""
-        keys = {key for key in self._version().places if key.startswith(prefix)}
-        if self._staged is not None:
-            keys = self._staged.without_deleted(keys)
-            keys |= {key for key in self._staged.files() if key.startswith(prefix)}
-        return sorted(keys)
+
+        def look(state: State) -> Iterable[str]:
+            keys = {key for key in self._version(state).places if key.startswith(prefix)}
+            return keys if self._session is None else self._session.over(state.layers, keys)
+
+        return sorted(key for key in self._settled(look) if key.startswith(prefix))
 
     # Committing.
 
     def commit(self) -> int:
         """Publish what the session changed as the next version; its number.
 
-        All or nothing, durable on return; the session is empty then, and goes on from there.
-        Raises Conflict if the dataset has a newer version than the session began with.
+        All or nothing, durable on return; the session is empty then, and goes on from there. What
+        is set meanwhile is published or stays in the session, for the next commit. After an error
+        everything is still in the session: commit again, and if the first commit did go through
+        its number is the answer. Raises Conflict if the newest version is not the one that the
+        session began with.
         """
-        staged = self._writable()
-        client, base = self._client(), self._version()
-        newest = _open_version(client, self.name, "latest", may_lack=True)
-        if newest.number != base.number:
-            raise Conflict(
-                f"zarr store {self.name!r}: the session began with version {base.number}, and the "
-                f"newest is {newest.number}: open another session on it, and set anew"
-            )
-        if base.dataset is None:
-            writer = client.create_dataset(self.name, SCHEMA, metadata=METADATA)
-        else:
-            writer = client.append_dataset(self.name, metadata=METADATA)
-        kept = staged.without_deleted(set(base.places))
-        places = {key: place for key, place in base.places.items() if key in kept}
+        self._check_writable()
+        session = self._own_session()
+        self._begun()
+        with session.locked():  # against those that share the session, who wait
+            state = self._recognised(session.state())
+            if state.layers:
+                state = self._publish(state)
+            self.version = state.number
+        return state.number
+
+    def _recognised(self, state: State) -> State:
+        """What the session lies over once a commit counts that was cut off after it had made its
+        version."""
+        if not state.attempts:
+            return state
+        try:
+            made = self._client().dataset(self.name, state.number + 1)
+        except NotFound:
+            return state
+        attempt = made.manifest.metadata.get(ATTEMPT)
+        if not isinstance(attempt, str) or attempt not in state.attempts:
+            return state
+        return self._own_session().finish(state, attempt, made.version, made.manifest_id)
+
+    def _publish(self, state: State) -> State:
+        self._check_newest(state)
+        session, base = self._own_session(), self._version(state)
+        attempt = new_random_name()
+        frozen = session.freeze(state, attempt)
+        try:
+            number = self._write(base, session.over(state.layers, set(base.places)), attempt)
+        except AlreadyExists:
+            self._check_newest(state)
+            raise
+        made = _open_version(self._client(), self.name, number)
+        finished = session.finish(frozen, attempt, number, made.manifest)
+        self._found[os.getpid(), _found_by(finished)] = made
+        return finished
+
+    def _write(self, base: _Version, wanted: Mapping[str, Path | None], attempt: str) -> int:
+        """A version of *wanted*: from each file, or what *base* has of the key."""
+        metadata = {**METADATA, ATTEMPT: attempt}
+        places = {key: base.places[key] for key, path in wanted.items() if path is None}
+        index_bytes = sum(len(key.encode()) + 24 for key in wanted) + 64 * KIB
+        shard_bytes = max(SHARD_BYTES, index_bytes)
         row = 0 if base.dataset is None else base.dataset.num_rows
+        if base.dataset is None:
+            writer = self._client().create_dataset(
+                self.name, SCHEMA, metadata=metadata, shard_bytes=shard_bytes
+            )
+        else:
+            writer = self._client().append_dataset(
+                self.name, base=base.dataset, metadata=metadata, shard_bytes=shard_bytes
+            )
         with writer:
-            for key, path in staged.files().items():
-                value = path.read_bytes()
+            for key, path in sorted(wanted.items()):
+                if path is None:
+                    continue
+                try:
+                    value = path.read_bytes()
+                except FileNotFoundError:  # deleted just now, and again in the layer above
+                    continue
                 writer.write(key=key, value=value)
                 places[key] = _Place(row, len(value))
                 row += 1
             writer.write(key=INDEX_KEY, value=_index_of(places))
         assert writer.version is not None, "it has committed"
-        staged.clear()
-        with self._lock:
-            self.version = writer.version
-            self._base = None
         return writer.version
+
+    def _check_newest(self, state: State) -> None:
+        """Refuse early what the daemon would refuse at the commit."""
+        try:
+            newest = self._client().describe_dataset(self.name).versions[-1]
+        except NotFound:
+            number, manifest = 0, ""
+        else:
+            number, manifest = newest.version, newest.manifest
+        if (number, manifest) != (state.number, state.manifest):
+            same = ", of a dataset of that name made anew" if number == state.number else ""
+            raise Conflict(
+                f"zarr store {self.name!r}: the session began with version {state.number}, and the "
+                f"newest is {number}{same}: open another session on it, and set anew"
+            )
 
     # Its connection, one a process.
 
     def _client(self) -> Client:
         return forebay.connect(self.address)
 
-    def _version(self) -> _Version:
-        """The version that is read; found once, so that it never changes under a reader."""
-        with self._lock:
-            if self._base is None or self._base[0] != os.getpid():
-                self._base = (os.getpid(), self._open_base())
-            return self._base[1]
+    def _version(self, state: State) -> _Version:
+        """The version that is read; found once, so that it never changes under a reader unless
+        the session goes on. No lock is held: a child of a fork would find it held for ever."""
+        place = os.getpid(), _found_by(state)
+        if (known := self._found.get(place)) is not None:
+            return known
+        found = self._found.setdefault(place, self._open_base(state))
+        for other in tuple(self._found):
+            if other != place:
+                self._found.pop(other, None)
+        return found
 
-    def _open_base(self) -> _Version:
-        begun = None if self._staged is None else self._staged.begun
-        version = self.version if begun is None else begun
+    def _open_base(self, state: State) -> _Version:
+        before = dict(self._found)
+        if state.layers:
+            version: int | str = state.number
+            for (pid, _), one in before.items():  # as before the session began
+                if pid == os.getpid() and (one.number, one.manifest) == (version, state.manifest):
+                    return one
+        elif same := [one for (_, by), one in before.items() if by == _found_by(state)]:
+            version = same[0].number  # what the parent of this fork reads
+        else:
+            version = state.number if before else self.version
         if version == 0:
-            return _Version(0, None, {})
-        may_lack = self.session is not None and begun is None
-        return _open_version(self._client(), self.name, version, may_lack=may_lack)
+            return _Version(0, "", None, {})
+        may_lack = self.session is not None and not state.layers
+        found = _open_version(self._client(), self.name, version, may_lack=may_lack)
+        if state.layers and state.manifest != found.manifest:
+            raise Conflict(
+                f"zarr store {self.name!r}: version {state.number}, which the session began with, "
+                "was deleted and made anew: open another session on it, and set anew"
+            )
+        return found
+
+
+def _found_by(state: State) -> str:
+    """What a version that was found is good for."""
+    return f"{state.number} {state.manifest}" if state.layers else state.token
+
+
+def _check_key(key: str) -> None:
+    if not is_key(key):
+        raise InvalidRequest(
+            f"key {key!r}: a key has parts with / between them, none of them empty, . or .."
+        )
+
+
+def _check_size(key: str, num_bytes: int) -> None:
+    most = MAX_ROW_BYTES - len(key.encode())
+    if num_bytes > most:
+        raise InvalidRequest(
+            f"the value of key {key!r} has {num_bytes} bytes, and at most {most} fit: choose "
+            "smaller chunks, or smaller shards of zarr"
+        )
 
 
 def _remade(
@@ -350,27 +485,41 @@ class _Version:
 
     number: int
     """0: there is no such dataset yet."""
+    manifest: str
     dataset: Dataset | None
     places: Mapping[str, _Place]
 
 
-def _open_version(client: Client, name: str, version: int | str, *, may_lack: bool) -> _Version:
+def _open_version(
+    client: Client, name: str, version: int | str, *, may_lack: bool = False
+) -> _Version:
     try:
         dataset = client.dataset(name, version)
     except NotFound:
         if not may_lack or version != "latest":
             raise
-        return _Version(0, None, {})
-    if dataset.schema.names != list(SCHEMA):
+        return _Version(0, "", None, {})
+    return _Version(dataset.version, dataset.manifest_id, dataset, _places_of(dataset))
+
+
+def _places_of(dataset: Dataset) -> dict[str, _Place]:
+    """From the index in the last row; InvalidRequest where there is none."""
+    columns = dataset.schema.names
+    what = f"dataset {dataset.name!r} v{dataset.version} is no zarr store"
+    if columns != list(SCHEMA):
         raise InvalidRequest(
-            f"dataset {name!r} is no zarr store: it has the columns "
-            f"{', '.join(dataset.schema.names)}, and none was committed by ForebayStore"
+            f"{what}: it has the columns {', '.join(columns)}, and none was committed by "
+            "ForebayStore"
         )
-    index = dataset.value(dataset.num_rows - 1, VALUE)
+    last = dataset.num_rows - 1
+    if dataset.manifest.metadata.get("zarr") != METADATA["zarr"] or last < 0:
+        raise InvalidRequest(f"{what}: it was not committed by ForebayStore")
+    if bytes(dataset.value(last, KEY) or b"") != INDEX_KEY.encode():
+        raise InvalidRequest(f"{what}: rows were appended to it by other means than ForebayStore")
+    index = dataset.value(last, VALUE)
     table = pa.ipc.open_stream(pa.py_buffer(index)).read_all()
     keys, rows, sizes = (table.column(field.name).to_pylist() for field in _INDEX_SCHEMA)
-    places = {key: _Place(row, size) for key, row, size in zip(keys, rows, sizes, strict=True)}
-    return _Version(dataset.version, dataset, places)
+    return {key: _Place(row, size) for key, row, size in zip(keys, rows, sizes, strict=True)}
 
 
 def _index_of(places: Mapping[str, _Place]) -> bytes:
@@ -399,84 +548,3 @@ def _bounds(request: ByteRequest | None, size: int) -> tuple[int, int]:
     if isinstance(request, SuffixByteRequest):
         return max(0, size - request.suffix), size
     raise TypeError(f"Unexpected byte_range, got {request}.")
-
-
-class _Staged:
-    """What a session changed: files that are called like their keys, and empty ones called like
-    the digest of a key for those that are deleted. Processes may share it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._set = folder / "set"
-        self._deleted = folder / "deleted"
-        self._base = folder / "version"
-
-    @property
-    def begun(self) -> int | None:
-        """The version that the session began with; None before its first change."""
-        try:
-            return int(self._base.read_text())
-        except FileNotFoundError:
-            return None
-
-    def begin(self, version: int) -> None:
-        """Write down what the session begins with, unless it has begun."""
-        if self._base.exists():
-            return
-        self._base.parent.mkdir(parents=True, exist_ok=True)
-        part = self._base.with_name(f"{new_random_name()}{PART_SUFFIX}")
-        part.write_text(f"{version}")
-        with suppress(FileExistsError):
-            os.link(part, self._base)
-        part.unlink()
-
-    def read(self, key: str) -> bytes | None:
-        try:
-            return (self._set / key).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
-
-    def size(self, key: str) -> int | None:
-        path = self._set / key
-        return path.stat().st_size if path.is_file() else None
-
-    def put(self, key: str, value: Any) -> None:
-        path = self._set / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{new_random_name()}{PART_SUFFIX}")
-        part.write_bytes(value)
-        part.replace(path)
-        self._tombstone(key).unlink(missing_ok=True)
-
-    def delete(self, key: str, *, is_below: bool) -> None:
-        """*is_below*: the version that the session began with has it."""
-        if is_below:
-            self._deleted.mkdir(parents=True, exist_ok=True)
-            self._tombstone(key).touch()
-        path = self._set / key
-        if path.is_file():
-            path.unlink(missing_ok=True)
-
-    def is_deleted(self, key: str) -> bool:
-        return self._tombstone(key).exists()
-
-    def without_deleted(self, keys: set[str]) -> set[str]:
-        gone = {path.name for path in self._deleted.glob("*")}
-        return {key for key in keys if _digest(key) not in gone} if gone else keys
-
-    def files(self) -> dict[str, Path]:
-        """Key to file of what is set, in order."""
-        paths = (path for path in self._set.rglob("*") if path.is_file())
-        found = ((path.relative_to(self._set).as_posix(), path) for path in paths)
-        return dict(sorted(one for one in found if not one[0].endswith(PART_SUFFIX)))
-
-    def clear(self) -> None:
-        for folder in (self._set, self._deleted):
-            shutil.rmtree(folder, ignore_errors=True)
-        self._base.unlink(missing_ok=True)
-
-    def _tombstone(self, key: str) -> Path:
-        return self._deleted / _digest(key)
-
-
-def _digest(key: str) -> str:
-    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()

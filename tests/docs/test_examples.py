@@ -93,11 +93,12 @@ def test_script_of_the_page_about_files(
 
 
 def test_script_of_the_page_about_zarr(
-    daemon: DaemonProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = "docs/zarr.md"
+    monkeypatch.chdir(daemon.data.parent)  # the script connects to "data/"
     [script] = SCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
-    names: dict[str, Any] = {"address": daemon.address()["rpc"], "session": tmp_path}
+    names: dict[str, Any] = {}
     exec(compile(script, page, "exec"), names)  # noqa: S102 - our own page
     assert capsys.readouterr().out.split("\n")[:2] == ["version 1", "version 2"]
     assert abs(float((names["new"][:] - names["old"][:]).mean()) - 0.15) < 1e-3

@@ -10,6 +10,7 @@ from zarr.core.sync import sync
 from zarr.testing.store import StoreTests
 
 from forebay.zarr import ForebayStore
+from forebay.zarr_session import Session, State
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire.ids import new_random_name
 
@@ -24,12 +25,17 @@ class TestSession(StoreTests[ForebayStore, cpu.Buffer]):
         return {"name": name, "address": daemon.address()["rpc"], "session": tmp_path / "session"}
 
     async def set(self, store: ForebayStore, key: str, value: Buffer) -> None:
-        path = store.session / "set" / key
+        path = self.layer(store) / "set" / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(value.to_bytes())
 
     async def get(self, store: ForebayStore, key: str) -> Buffer:
-        return self.buffer_cls.from_bytes((store.session / "set" / key).read_bytes())
+        return self.buffer_cls.from_bytes((self.layer(store) / "set" / key).read_bytes())
+
+    def layer(self, store: ForebayStore) -> Path:
+        session = Session(store.session)
+        session.begin(State(), 0, "")  # unless it has begun
+        return store.session / "layers" / session.state().layers[-1]
 
     def test_store_repr(self, store: ForebayStore) -> None:
         assert repr(store).startswith("ForebayStore('zarr-")

@@ -1,0 +1,354 @@
+"""What becomes of what was set: sessions that collide, are shared, cut off, or given nonsense."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zarr.core.buffer import cpu
+
+import forebay
+from forebay.dataset.write import DatasetWriter
+from forebay.zarr import MAX_ROW_BYTES, ForebayStore
+from forebay_server.testing.daemon import DaemonProcess
+from forebay_wire.ids import new_random_name
+
+
+@pytest.fixture
+def address(daemon: DaemonProcess) -> str:
+    return str(daemon.address()["rpc"])
+
+
+@pytest.fixture
+def store(tmp_path: Path, address: str) -> ForebayStore:
+    return ForebayStore(
+        f"zarr-{new_random_name()}", address=address, session=tmp_path / "sessions" / "first"
+    )
+
+
+def sharing(store: ForebayStore) -> ForebayStore:
+    """As another process that is given the same session."""
+    return ForebayStore(store.name, address=store.address, session=store.session)
+
+
+def another(store: ForebayStore, name: str) -> ForebayStore:
+    assert store.session is not None
+    return ForebayStore(store.name, address=store.address, session=store.session.parent / name)
+
+
+def put(store: ForebayStore, **values: str) -> None:
+    for key, value in values.items():
+        store.set_sync(key, cpu.Buffer.from_bytes(value.encode()))
+
+
+def content(store: ForebayStore) -> dict[str, str]:
+    found = {key: store.get_sync(key) for key in store._keys("")}
+    return {key: value.to_bytes().decode() for key, value in found.items() if value is not None}
+
+
+def published(store: ForebayStore) -> dict[str, str]:
+    return content(ForebayStore(store.name, address=store.address, read_only=True))
+
+
+def num_versions(store: ForebayStore) -> int:
+    with forebay.connect(store.address) as client:
+        return len(client.describe_dataset(store.name).versions)
+
+
+def around(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    method: str,
+    *,
+    before: Callable[[], Any] = lambda: None,
+    after: Callable[[], Any] = lambda: None,
+) -> None:
+    """Have something happen once, just before or after a call of *method*."""
+    real = getattr(owner, method)
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(owner, method, real)
+        before()
+        result = real(*arguments, **named)
+        after()
+        return result
+
+    monkeypatch.setattr(owner, method, called)
+
+
+def cut_off() -> None:
+    raise KeyboardInterrupt
+
+
+# Sessions that collide.
+
+
+def test_a_commit_between_look_and_append_is_a_conflict(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, a="1", b="1")
+    store.commit()
+    other = another(store, "other")
+    put(store, a="2")
+    put(other, b="2")
+    around(monkeypatch, forebay.Client, "append_dataset", before=other.commit)
+    with pytest.raises(forebay.Conflict):
+        store.commit()
+    assert published(store) == {"a": "1", "b": "2"}
+    assert content(store) == {"a": "2", "b": "1"}, "what was set is still there"
+
+
+def test_of_two_that_create_the_later_one_is_refused(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = another(store, "other")
+    put(store, a="1")
+    put(other, b="2")
+    around(monkeypatch, forebay.Client, "create_dataset", before=other.commit)
+    with pytest.raises(forebay.Conflict, match="began with version 0, and the newest is 1"):
+        store.commit()
+    assert published(store) == {"b": "2"}
+
+
+def test_a_dataset_that_was_deleted_and_made_anew_is_a_conflict(store: ForebayStore) -> None:
+    put(store, a="1", b="1")
+    store.commit()
+    put(store, a="2")
+    with forebay.connect(store.address) as client:
+        client.delete_dataset(store.name)
+    new = another(store, "new")
+    put(new, c="3")
+    assert new.commit() == 1
+    for stale in (store, sharing(store)):
+        with pytest.raises(forebay.Conflict, match="made anew"):
+            stale.commit()
+    with pytest.raises(forebay.Conflict, match="made anew"):
+        sharing(store).get_sync("b")
+    assert published(store) == {"c": "3"}
+
+
+# Sessions that are shared.
+
+
+def test_those_that_share_a_session_go_on_after_a_commit(store: ForebayStore) -> None:
+    put(store, a="1")
+    store.commit()
+    other = sharing(store)
+    assert content(other) == {"a": "1"}
+    put(store, a="2")
+    assert content(other) == {"a": "2"}
+    assert store.commit() == 2
+    assert content(other) == {"a": "2"}
+    put(other, b="3")
+    assert other.commit() == 3
+    assert content(store) == published(store) == {"a": "2", "b": "3"}
+    put(store, c="4")
+    assert store.commit() == 4
+
+
+def test_an_empty_session_begins_with_the_newest_version(store: ForebayStore) -> None:
+    put(store, a="1")
+    store.commit()
+    other = another(store, "other")
+    put(other, b="2")
+    other.commit()
+    later = sharing(store)
+    put(later, c="3")
+    assert later.commit() == 3
+    assert published(store) == {"a": "1", "b": "2", "c": "3"}
+
+
+def test_what_is_set_during_a_commit_is_not_lost(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, a="1", b="1", c="1")
+    other = sharing(store)
+
+    def meanwhile() -> None:
+        assert content(other) == {"a": "1", "b": "1", "c": "1"}
+        put(other, b="2", d="2")
+        other.delete_sync("a")
+        assert content(other) == content(store) == {"b": "2", "c": "1", "d": "2"}
+
+    around(monkeypatch, DatasetWriter, "commit", before=meanwhile)
+    assert store.commit() == 1
+    assert published(store) == {"a": "1", "b": "1", "c": "1"}
+    assert content(other) == content(store) == {"b": "2", "c": "1", "d": "2"}
+    assert other.commit() == 2
+    assert published(store) == {"b": "2", "c": "1", "d": "2"}
+
+
+def test_setting_while_others_commit(store: ForebayStore) -> None:
+    """Nothing is lost or comes back, and every read sees what its thread has set."""
+    errors: list[str] = []
+
+    def go_on(name: str) -> None:
+        mine = sharing(store)
+        for number in range(30):
+            put(mine, **{f"{name}-{number % 5}": str(number)})
+            mine.delete_sync(f"{name}-{(number + 2) % 5}")
+            value = mine.get_sync(f"{name}-{number % 5}")
+            if value is None or value.to_bytes() != str(number).encode():
+                errors.append(f"{name}: {number} became {value}")
+            if mine.get_sync(f"{name}-{(number + 2) % 5}") is not None:
+                errors.append(f"{name}: what was deleted before {number} came back")
+
+    put(store, begun="yes")
+    threads = [threading.Thread(target=go_on, args=(name,)) for name in "xyz"]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        store.commit()
+    store.commit()
+    left = {f"{name}-{number % 5}": str(number) for name in "xyz" for number in (27, 28, 29)}
+    assert not errors
+    assert published(store) == {"begun": "yes", **left}
+
+
+# Commits that are cut off.
+
+
+def test_after_a_commit_that_failed_all_of_it_is_committed_at_once(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, a="1", b="1")
+    around(monkeypatch, DatasetWriter, "commit", before=cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        store.commit()
+    later = sharing(store)
+    assert content(later) == {"a": "1", "b": "1"}
+    later.delete_sync("a")
+    put(later, c="2")
+    assert later.commit() == 1
+    assert published(store) == {"b": "1", "c": "2"}
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_commit_cut_off_after_its_version_is_recognised(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    put(store, z="0")
+    store.commit()
+    put(store, a="1")
+    around(monkeypatch, DatasetWriter, "commit", after=cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        store.commit()
+    later = sharing(store)
+    if goes_on:
+        put(later, b="2")
+    assert later.commit() == num_versions(store) == (3 if goes_on else 2)
+    assert published(store) == {"z": "0", "a": "1", **({"b": "2"} if goes_on else {})}
+
+
+def test_a_child_forked_during_a_read_can_read(own_daemon: DaemonProcess, tmp_path: Path) -> None:
+    address = str(own_daemon.address()["rpc"])
+    writer = ForebayStore("w", address=address, session=tmp_path / "session")
+    put(writer, a="1")
+    writer.commit()
+    store = ForebayStore("w", address=address, read_only=True)
+    reading = threading.Thread(target=store.get_sync, args=("a",))
+    os.kill(own_daemon.pid, signal.SIGSTOP)  # it does not answer
+    try:
+        reading.start()
+        until = time.monotonic() + 20
+        while not _is_calling(reading):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        if (child := os.fork()) == 0:
+            _end_with(store)
+    finally:
+        os.kill(own_daemon.pid, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    reading.join(timeout=30)
+    assert not reading.is_alive()
+
+
+def _end_with(store: ForebayStore) -> None:
+    """In the child: 0 if it can read."""
+    signal.alarm(20)  # ends one that hangs
+    warnings.simplefilter("ignore")  # that its calls go by way of another process
+    status = 1
+    try:
+        value = store.get_sync("a")
+        status = 0 if value is not None and value.to_bytes() == b"1" else 2
+    finally:
+        os._exit(status)
+
+
+def _is_calling(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("_channel.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+# Keys, values and datasets that are none.
+
+
+def test_any_ending_of_a_key_is_listed_and_committed(store: ForebayStore) -> None:
+    wanted = {"c/0.part": "1", "parts/x": "2", "deleted": "3", "set/set": "4", "lock": "5"}
+    put(store, **wanted)
+    assert content(store) == wanted
+    store.commit()
+    assert published(store) == wanted
+
+
+@pytest.mark.parametrize(
+    "key", ["../../../../outside", "/{tmp}/outside", "a/../b", "a//b", "a/", ""]
+)
+def test_a_key_that_leads_elsewhere_is_refused(
+    store: ForebayStore, tmp_path: Path, key: str
+) -> None:
+    key = key.format(tmp=tmp_path)
+    (tmp_path / "outside").write_text("not yours")
+    put(store, a="1")
+    for change in (lambda: put(store, **{key: "x"}), lambda: store.delete_sync(key)):
+        with pytest.raises(forebay.InvalidRequest, match="a key has parts"):
+            change()
+    assert store.get_sync(key) is None
+    assert (tmp_path / "outside").read_text() == "not yours"
+    assert content(store) == {"a": "1"}
+
+
+def test_a_value_that_fits_no_shard_is_refused_when_it_is_set(store: ForebayStore) -> None:
+    most = MAX_ROW_BYTES - len("big")
+    with pytest.raises(forebay.InvalidRequest, match=f"'big' has {most + 1} bytes, and at most"):
+        store.set_sync("big", cpu.Buffer.from_bytes(bytes(most + 1)))
+    store.set_sync("big", cpu.Buffer.from_bytes(bytes(most)))
+    store.commit()
+    reader = ForebayStore(store.name, address=store.address, read_only=True)
+    assert reader._size("big") == most
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_dataset_of_keys_and_values_that_is_no_store_is_named(
+    store: ForebayStore, rows: int
+) -> None:
+    with (
+        forebay.connect(store.address) as client,
+        client.create_dataset(store.name, {"key": "string", "value": "binary"}) as writer,
+    ):
+        for _ in range(rows):
+            writer.write(key="", value=b"x")
+    with pytest.raises(forebay.InvalidRequest, match="no zarr store: it was not committed by"):
+        published(store)
+
+
+def test_rows_that_were_appended_to_a_store_are_named(store: ForebayStore) -> None:
+    put(store, a="1")
+    store.commit()
+    with (
+        forebay.connect(store.address) as client,
+        client.append_dataset(store.name) as writer,
+    ):
+        writer.write(key="b", value=b"x")
+    with pytest.raises(forebay.InvalidRequest, match="no zarr store: rows were appended"):
+        published(store)
