@@ -2,7 +2,7 @@
 
 The kernel clears each page that a process gets for the first time, and a batch of decoded pictures
 is tens of thousands of pages. What a batch leaves goes to the next one as soon as nobody holds a
-tensor, an array or a view of it any more.
+tensor, an array or a view of it any more (docs/design/0007-memory-of-batches-used-again.md).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import numpy as np
@@ -62,7 +63,7 @@ class BatchMemory:
         if block is None:
             size = -(-num_bytes // GRAIN_BYTES) * GRAIN_BYTES
             block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            block.madvise(mmap.MADV_HUGEPAGE)
+            _ask_for_huge_pages(block)
         return np.asarray(_Lease(self, block, num_bytes)).view(dtype).reshape(shape)
 
     @property
@@ -96,6 +97,13 @@ class BatchMemory:
                 del self._free[0]
         finally:
             self._lock.release()
+
+
+def _ask_for_huge_pages(block: mmap.mmap) -> None:
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None:  # macOS has none
+        with suppress(OSError):  # EINVAL: a kernel that was built without them
+            block.madvise(advice)
 
 
 batch_memory = BatchMemory()

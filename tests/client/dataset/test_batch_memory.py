@@ -1,9 +1,13 @@
 """Large batches use memory again that nobody holds, and none that somebody does."""
 
+import errno
+import mmap
 import os
 
 import numpy as np
+import pytest
 import torch
+import torch.utils.dlpack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,3 +68,39 @@ def test_a_forked_child_has_its_own():
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert (array == 1).all()
+
+
+def test_huge_pages_are_no_condition(monkeypatch):
+    """macOS has no such advice, and kernels without them refuse it."""
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mmap, "mmap", Refusing)
+        assert BatchMemory().empty((4, MIB), BYTES).shape == (4, MIB)
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    assert BatchMemory().empty((4, MIB), BYTES).shape == (4, MIB)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda tensor: tensor.detach(),
+        lambda tensor: tensor.view(torch.float32)[1:],
+        lambda tensor: tensor.numpy(),
+        lambda tensor: np.from_dlpack(tensor),
+        lambda tensor: memoryview(tensor.numpy()),
+        lambda tensor: tensor.untyped_storage(),
+        lambda tensor: torch.utils.dlpack.to_dlpack(tensor),
+    ],
+)
+def test_whatever_leads_to_the_memory_holds_it(hold):
+    memory = BatchMemory()
+    tensor = torch.from_numpy(memory.empty((4, MIB), BYTES))
+    kept = hold(tensor)
+    del tensor
+    assert memory.free_bytes == 0
+    del kept
+    assert memory.free_bytes == 4 * MIB

@@ -42,10 +42,40 @@ for _ in range(int(sys.argv[1])):
 os._exit(0)
 """
 
+PANDAS = """
+import sys, time
+sys.is_importing.set()
+time.sleep(60)
+"""
+
+IMPORTING = """
+import os, pickle, signal, sys, threading
+import forebay
+dataset, column, folder = pickle.load(sys.stdin.buffer)
+packed = forebay.Packed(dataset, column=column, length=16)
+sys.is_importing = threading.Event()
+sys.path.insert(0, folder)
+threading.Thread(target=lambda: __import__("pandas"), daemon=True).start()
+sys.is_importing.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    loader = forebay.DataLoader(packed, batch_size=4, num_threads=0, rank=0, world_size=1)
+    os._exit(0 if sum(len(batch[column]) for batch in loader) else 3)
+_, status = os.waitpid(child, 0)
+sys.stderr.write(f"the child ended with {os.waitstatus_to_exitcode(status)}")
+sys.stderr.flush()
+os._exit(status != 0)
+"""
+
 
 @pytest.fixture
-def way() -> str:
-    return "local"
+def way(request, monkeypatch) -> str:
+    """By descriptors, unless a test asks for HTTP."""
+    asked: str = getattr(request, "param", "local")
+    if asked == "remote":
+        monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
+    return asked
 
 
 def test_children_of_a_parent_that_allocates_and_imports_read_at_once(numbered):
@@ -54,5 +84,20 @@ def test_children_of_a_parent_that_allocates_and_imports_read_at_once(numbered):
         input=pickle.dumps(numbered),
         capture_output=True,
         timeout=110,
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+@pytest.mark.parametrize("way", ["local", "remote"], indirect=True)
+def test_a_child_packs_tokens_while_its_parent_imports_pandas(client, name, tmp_path):
+    with client.create_dataset(name, schema={"tokens": "list[uint16]"}) as writer:
+        for number in range(60):
+            writer.write(tokens=list(range(number % 37)))
+    (tmp_path / "pandas.py").write_text(PANDAS)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORTING],
+        input=pickle.dumps((client.dataset(name), "tokens", str(tmp_path))),
+        capture_output=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
