@@ -127,6 +127,42 @@ class ReplaysAfterABatchSizeChange(Exact):
             self.place[1] -= self.place[1] % self.shape.global_batch_size
 
 
+class ReordersAtResume(Exact):
+    """What is left of the epoch is all there, and comes in another order."""
+
+    def open(self, setting):
+        super().open(setting)
+        self.began = list(self.place) if setting.states is not None else [0, NUM_SAMPLES]
+
+    def order(self, epoch):
+        order = super().order(epoch)
+        if epoch == self.began[0]:
+            order[self.began[1] :] = order[self.began[1] :][::-1]
+        return order
+
+
+class ReordersTheNextEpochAtResume(Exact):
+    def open(self, setting):
+        super().open(setting)
+        self.is_resumed = setting.states is not None and self.place[1] >= NUM_SAMPLES
+
+    def order(self, epoch):
+        return super().order(epoch)[:: -1 if self.is_resumed else 1]
+
+
+class HasOneOrder(Exact):
+    def order(self, epoch):
+        return super().order(0)
+
+
+class IsUnshuffled(HasOneOrder):
+    shuffles = False
+
+
+class ShufflesDespiteItsWord(Exact):
+    shuffles = False
+
+
 class EndsUnevenly(Exact):
     def next(self):
         batch = super().next()
@@ -201,6 +237,14 @@ class HasAnObjectForAState(Exact):
         (DependsOnRanks, "resumes_with_other_ranks"),
         (ReplaysAfterABatchSizeChange, "resumes_with_another_batch_size"),
         (ReplaysAfterABatchSizeChange, "resumes_again_and_again"),
+        (ReordersAtResume, "resumes_at_every_step"),
+        (ReordersAtResume, "resumes_with_other_workers"),
+        (ReordersAtResume, "resumes_with_other_ranks"),
+        (ReordersAtResume, "resumes_with_another_batch_size"),
+        (ReordersAtResume, "resumes_again_and_again"),
+        (ReordersTheNextEpochAtResume, "resumes_at_every_step"),
+        (HasOneOrder, "epochs_are_shuffled_anew"),
+        (ShufflesDespiteItsWord, "epochs_are_shuffled_anew"),
         (EndsUnevenly, "epoch_is_whole"),
         (StopsAfterOneEpoch, "further_epochs_are_whole"),
         (MovesWhenAsked, "asking_for_the_state_changes_nothing"),
@@ -218,6 +262,10 @@ def test_a_bad_loader_is_found_out_by_name(adapter, promise):
             child.kill()
             child.wait()
         LeavesWorkers.left.clear()
+
+
+def test_a_loader_that_does_not_shuffle_says_so():
+    assert broken(IsUnshuffled) == []
 
 
 def test_what_depends_on_workers_breaks_no_other_promise():

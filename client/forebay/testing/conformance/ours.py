@@ -74,6 +74,7 @@ class _Ours:
         self._client = client
         self._name = name
         self._options = {"shuffle": "full", "seed": 7, **options}
+        self.shuffles = self._options["shuffle"] != "none"
 
     def _arguments(self, setting: Setting, version: int | None) -> dict[str, Any]:
         wanted = "latest" if version is None else version

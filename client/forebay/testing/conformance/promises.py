@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import signal
@@ -21,6 +22,9 @@ from forebay.testing.conformance.team import (
 )
 
 Promise = Callable[[Subject, random.Random], None]
+
+Blocks = tuple[int, Sequence[Sequence[int]]]
+"""Samples of a block, and those of each block of an epoch in turn."""
 
 
 def _epoch(subject: Subject, shape: Shape) -> list[GlobalBatch]:
@@ -47,8 +51,15 @@ def _some_shape(subject: Subject, chance: random.Random, **fixed: int) -> Shape:
     )
 
 
-def _chain(subject: Subject, shapes: Sequence[Shape], chance: random.Random) -> None:
-    """One epoch read by each of *shapes* in turn, interrupted at random; then exactly once."""
+def _whole(subject: Subject, shape: Shape) -> Blocks:
+    """The epoch as *shape* reads it uninterrupted: which samples stand at the positions
+    [k·B, (k+1)·B)."""
+    return shape.global_batch_size, joined(_epoch(subject, shape))
+
+
+def _chain(subject: Subject, shapes: Sequence[Shape], chance: random.Random, whole: Blocks) -> None:
+    """One epoch read by each of *shapes* in turn, interrupted at random; then exactly once, and at
+    each step the samples that stand there in the *whole* epoch."""
     num_samples = subject.environment.num_samples
     found: list[GlobalBatch] = []
     states: list[Any] | None = None
@@ -66,6 +77,22 @@ def _chain(subject: Subject, shapes: Sequence[Shape], chance: random.Random) -> 
                 log.append(f"{steps} steps of {shape}")
     log.append(f"the rest by {shapes[-1]}")
     check_exactly_once(found, num_samples, "; then ".join(log))
+    _check_places(found, whole, "; then ".join(log))
+
+
+def _check_places(found: Sequence[GlobalBatch], whole: Blocks, what: str) -> None:
+    """Raise Broken unless each batch of *found*, which are a whole epoch, holds what stands at its
+    positions. All but the last have to end where a block does."""
+    size, blocks = whole
+    position = 0
+    for step, batch in enumerate(joined(found)):
+        here = blocks[position // size : -(-(position + len(batch)) // size)]
+        if sorted(batch) != sorted(number for block in here for number in block):
+            raise Broken(
+                f"{what}: from step {step} on, position {position}, it reads other global batches "
+                "than uninterrupted"
+            )
+        position += len(batch)
 
 
 def epoch_is_whole(subject: Subject, chance: random.Random) -> None:
@@ -82,6 +109,19 @@ def further_epochs_are_whole(subject: Subject, chance: random.Random) -> None:
             for epoch in range(3):
                 what = f"epoch {epoch}, {shape}"
                 check_exactly_once(team.rest(), subject.environment.num_samples, what)
+
+
+def epochs_are_shuffled_anew(subject: Subject, chance: random.Random) -> None:
+    """Each epoch has another order than those before it; the same, if the adapter says
+    ``shuffles = False``."""
+    shape = _some_shape(subject, chance)
+    with Team(subject, shape) as team:
+        orders = [joined(team.rest()) for _ in range(3)]
+        shuffles = team.shuffles
+    for (first, one), (second, other) in itertools.combinations(enumerate(orders), 2):
+        if (one == other) == shuffles:
+            verb = "have the same order" if shuffles else "have other orders, and are not shuffled"
+            raise Broken(f"epochs {first} and {second} {verb}, {shape}")
 
 
 def workers_do_not_matter(subject: Subject, chance: random.Random) -> None:
@@ -125,41 +165,56 @@ def resumes_at_every_step(subject: Subject, chance: random.Random) -> None:
             found.append(batch)
             states.append(team.states())
         states.append(team.states())
+        following = team.rest()
+    size = shape.global_batch_size
     for steps, state in enumerate(states):
         with Team(subject, shape, state) as team:
             rest = team.rest()
+            if steps >= len(found) and not rest:  # that was the end of this one
+                rest = team.rest()
         what = f"after step {min(steps, len(found))} of {len(found)}, {shape}"
         _check_both(found[:steps], rest, num_samples, what)
+        if steps < len(found):
+            _check_places([*found[:steps], *rest], (size, joined(found)), what)
+        else:
+            _check_places(rest, (size, joined(following)), f"the epoch after {what}")
 
 
 def resumes_with_other_workers(subject: Subject, chance: random.Random) -> None:
     """Interrupted, it goes on with another number of workers."""
     ranks, size = chance.choice(subject.world_sizes), subject.batch_sizes[0]
+    whole = _whole(subject, Shape(ranks, subject.num_workers[0], size))
     for workers in subject.num_workers:
         other = subject.num_workers[0] if workers else subject.num_workers[-1]
-        _chain(subject, [Shape(ranks, workers, size), Shape(ranks, other, size)], chance)
+        _chain(subject, [Shape(ranks, workers, size), Shape(ranks, other, size)], chance, whole)
 
 
 def resumes_with_other_ranks(subject: Subject, chance: random.Random) -> None:
     """Interrupted, it goes on with another number of ranks."""
     workers, size = subject.num_workers[0], subject.batch_sizes[0]
     around = [*subject.world_sizes, subject.world_sizes[0]]
+    whole = _whole(subject, Shape(around[0], workers, size))
     for before, after in itertools.pairwise(around):
-        _chain(subject, [Shape(before, workers, size), Shape(after, workers, size)], chance)
+        shapes = [Shape(before, workers, size), Shape(after, workers, size)]
+        _chain(subject, shapes, chance, whole)
 
 
 def resumes_with_another_batch_size(subject: Subject, chance: random.Random) -> None:
     """Interrupted, it goes on with another batch size."""
     workers, ranks = subject.num_workers[0], subject.world_sizes[0]
     around = [*subject.batch_sizes, subject.batch_sizes[0]]
+    whole = _whole(subject, Shape(ranks, workers, math.gcd(*subject.batch_sizes)))
     for before, after in itertools.pairwise(around):
-        _chain(subject, [Shape(ranks, workers, before), Shape(ranks, workers, after)], chance)
+        shapes = [Shape(ranks, workers, before), Shape(ranks, workers, after)]
+        _chain(subject, shapes, chance, whole)
 
 
 def resumes_again_and_again(subject: Subject, chance: random.Random) -> None:
     """Interrupted several times at random, with everything changing, it goes on."""
+    size = math.gcd(*subject.batch_sizes)
+    whole = _whole(subject, Shape(subject.world_sizes[0], subject.num_workers[0], size))
     for _ in range(3):
-        _chain(subject, [_some_shape(subject, chance) for _ in range(4)], chance)
+        _chain(subject, [_some_shape(subject, chance) for _ in range(4)], chance, whole)
 
 
 def asking_for_the_state_changes_nothing(subject: Subject, chance: random.Random) -> None:
@@ -372,6 +427,7 @@ def a_deleted_data_set_is_not_silent(subject: Subject, chance: random.Random) ->
 PROMISES: Final[tuple[Promise, ...]] = (
     epoch_is_whole,
     further_epochs_are_whole,
+    epochs_are_shuffled_anew,
     same_again,
     workers_do_not_matter,
     ranks_do_not_matter,

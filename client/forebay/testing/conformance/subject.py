@@ -52,7 +52,10 @@ class Setting:
 class LoaderAdapter(Protocol):
     """One rank of a loader. The kit makes one for each rank, all in one process.
 
-    Whatever shuffling the loader does must be seeded alike in every adapter.
+    Whatever shuffling the loader does must be seeded alike in every adapter. One of a loader that
+    reads all epochs in the same order has an attribute ``shuffles = False``. The samples of global
+    batch k are those at positions [k·B, (k+1)·B) of the epoch's order, with any number of ranks and
+    workers; after a resume with another B, they are counted from the position on.
     """
 
     def open(self, setting: Setting) -> None:

@@ -107,6 +107,11 @@ class Team:
             numbers.append(tuple(number for number, _ in part))
         return tuple(numbers)
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether the adapters say that epochs differ; they do unless they say so."""
+        return all(getattr(adapter, "shuffles", True) for adapter in self._adapters)
+
     def states(self) -> list[Any]:
         """The states of all ranks, as they come out of a checkpoint."""
         states = []
