@@ -70,6 +70,30 @@ def test_script_of_the_page_about_the_data_s_way(
         assert (names["plan"].position, names["plan"].problem) == (2000, "")
 
 
+def test_scripts_of_the_page_about_the_loader(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(daemon.data.parent)
+    page = "docs/loader.md"
+    scripts = SCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
+    kit = [number for number, script in enumerate(scripts) if "conformance" in script]
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        image = np.arange(784, dtype=np.uint8).reshape(28, 28)
+        with client.create_dataset("mnist") as writer:
+            for number in range(300):
+                writer.write(image=image, label=number % 10)
+    first: dict[str, Any] = {}
+    for script in scripts[:2]:
+        exec(compile(script, page, "exec"), first)  # noqa: S102 - our own page
+    assert float(first["loss"].detach()) > 0.0
+    assert next(iter(first["loader"]))["image"].max() == 1.0
+    last: dict[str, Any] = {}
+    for script in scripts[kit[0] : kit[0] + 2]:
+        exec(compile(script, page, "exec"), last)  # noqa: S102 - our own page
+    for client in (first["client"], last["client"]):
+        client.close()
+
+
 def test_script_of_the_page_about_files(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
