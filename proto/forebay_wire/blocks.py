@@ -142,7 +142,8 @@ class UnevenBlocks:
     def __init__(self, num_samples: int, shard_starts: Numbers) -> None:
         """*shard_starts*: the first row of each and, last, the number of rows."""
         self.num_samples = num_samples
-        self.starts = np.unique(shard_starts)  # empty shards are no blocks
+        is_block = np.diff(shard_starts, prepend=-1) > 0  # empty shards are none
+        self.starts = shard_starts[is_block]
         if int(shard_starts[-1]) != num_samples:
             raise InvalidRequest(
                 f"shards of {shard_starts[-1]} rows are no blocks of {num_samples} samples"
