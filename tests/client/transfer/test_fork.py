@@ -43,6 +43,16 @@ def stored(client: forebay.Client) -> Stored:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_two_hundred_workers_beside_a_busy_client(
+    client: forebay.Client, stored: Stored, method: str, way: str
+) -> None:
+    run_workers(client, stored, method, 200 if way == "local" else 40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_two_hundred_workers_read_either_way(
     client: forebay.Client, stored: Stored, method: str
 ) -> None:
     run_workers(client, stored, method, 200)
