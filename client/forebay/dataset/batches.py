@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -27,11 +28,14 @@ from forebay.dataset.reading import (
     arrange,
 )
 from forebay.dataset.steps import StepPages
-from forebay.dataset.transforms import Batch, Rows, Transform, Transforms
+from forebay.dataset.transforms import Batch, Examples, Rows, Transform, Transforms
 from forebay.stopwatch import Stopwatch
 from forebay.transfer.wanted import reading_for
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import LastBatch, check_last_batch, check_shuffle
+
+NUM_EXAMPLES: Final = 8
+"""Samples that show what a transform makes of them, where a rank has none."""
 
 
 @dataclass(slots=True)
@@ -191,17 +195,41 @@ class BatchSource:
         watch.switch("collate")
         batch = self._tensors(arrays)
         num_bytes = sum(map(bytes_of, batch.values()))
-        if self._include_ids:
-            batch |= {name: torch.from_numpy(ids) for name, ids in order.ids(rows).items()}
+        batch |= self._ids(order, rows)
         if self._masks_holes:
             return self._masked(batch, num_bytes, part, order, rows, holes, watch)
         if self.last_batch == "pad":
             batch["_mask"] = _both(batch.get("_mask"), torch.from_numpy(part.mask()))
         if self._transforms:
             watch.switch("transform")
-            named = Rows(self.seed, order.epoch, rows, self._reading.name)
-            batch, _ = self._transforms.apply(batch, named, None, masks=False)
+            named, examples = self._named(order, rows), partial(self._examples, order)
+            batch, _ = self._transforms.apply(batch, named, None, masks=False, examples=examples)
         return ReadBatch(batch, part.num_samples, num_bytes, holes)
+
+    def _named(self, order: Samples, rows: NDArray[np.int64]) -> Rows:
+        return Rows(self.seed, order.epoch, rows, self._reading.name)
+
+    def _ids(self, order: Samples, rows: NDArray[np.int64]) -> Batch:
+        if not self._include_ids:
+            return {}
+        return {name: torch.from_numpy(ids) for name, ids in order.ids(rows).items()}
+
+    def _examples(self, order: Samples) -> Examples | None:
+        """A few samples from all over the epoch, for a rank that has none yet."""
+        count = min(order.num_samples, NUM_EXAMPLES)
+        if count == 0:
+            return None
+        rows = order.rows(np.arange(count, dtype=np.int64) * order.num_samples // count)
+        good = np.ones(count, dtype=np.bool_)
+        with reading_for(self.plan):
+            if self._reading.can_mask:
+                arrays, holes = order.read_masked(rows, self._columns, _torch_memory)
+                good[[hole.position for hole in holes]] = False
+            else:
+                arrays = order.read(rows, self._columns, _torch_memory)
+        batch = self._tensors(arrays) | self._ids(order, rows)
+        batch["_mask"] = _both(batch.get("_mask"), torch.from_numpy(good))
+        return Examples(batch, replace(self._named(order, rows), are_examples=True), good)
 
     def _tensors(self, arrays: Mapping[str, Any]) -> Batch:
         batch: Batch = {}
@@ -230,8 +258,10 @@ class BatchSource:
         batch["_mask"] = torch.from_numpy(real & good)
         if self._transforms:
             watch.switch("transform")
-            named = Rows(self.seed, order.epoch, rows, self._reading.name)
-            batch, failed = self._transforms.apply(batch, named, good, masks=True)
+            named, examples = self._named(order, rows), partial(self._examples, order)
+            batch, failed = self._transforms.apply(
+                batch, named, good, masks=True, examples=examples
+            )
             if failed:
                 holes = holes + failed
                 good[[hole.position for hole in failed]] = False

@@ -195,7 +195,7 @@ class _Lists:
     @classmethod
     def of(cls, values: pa.ListArray, column: Column) -> _Lists:
         refuse_missing(values.values, column)
-        offsets = np.from_dlpack(values.offsets)
+        offsets = as_array(values.offsets)
         present = is_present(values)
         missing = None if present is None else ~present
         return cls(as_array(values.values), offsets[:-1], offsets[1:], missing)

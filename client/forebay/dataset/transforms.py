@@ -42,6 +42,10 @@ def per_sample(function: Callable[..., Mapping[str, Any]]) -> PerSample:
     *rng* is seeded by the loader's seed, the epoch and the sample's row in the version: the same
     sample is treated alike whatever the ranks, workers, threads and batch size. Tensors, arrays and
     numbers of equal shape are stacked, anything else comes as a list.
+
+    A batch without samples (an empty part of a rank, or holes only) has the columns that the
+    function makes, too: those of the samples before, or else of a few samples from all over what is
+    read, for which it is called.
     """
     return PerSample(function)
 
@@ -56,6 +60,8 @@ class Rows:
     """Row in the version of each sample."""
     where: str
     """Whose rows, for messages."""
+    are_examples: bool = False
+    """Nobody gets them."""
 
     def generator(self, position: int) -> np.random.Generator:
         """For the sample at *position* of the batch."""
@@ -124,22 +130,46 @@ class PerRow(ABC):
         return self.apply(batch, lambda count: rng.random((num_rows, count)))
 
 
-class PerSample:
-    """See :func:`per_sample`. Thread-safe if the function is; picklable if it is."""
+class BySample(ABC):
+    """A transform that treats each sample by itself: one that fails is a hole, if it may be."""
 
-    def __init__(self, function: Callable[..., Mapping[str, Any]]) -> None:
-        self.function = function
-        self._is_seeded = _takes_two(function)
-        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype] | None] = {}
-        """Of the columns that came out before, for a batch without one good sample."""
+    def __init__(self) -> None:
         self._num_warnings = 0
 
+    @abstractmethod
     def apply(
         self, batch: Batch, rows: Rows, present: NDArray[np.bool_], *, masks: bool
     ) -> tuple[Batch, list[Hole]]:
         """The batch of all *present* samples, and those that failed, if *masks*; else the first
-        failure is raised."""
-        kept = {name: values for name, values in batch.items() if name.startswith("_")}
+        failure is raised. What comes of none is anything."""
+
+    @abstractmethod
+    def makes(self, batch: Batch) -> list[str]:
+        """The columns of its result *batch* that it made."""
+
+    def _hole(self, position: int, rows: Rows, reason: str) -> Hole:
+        hole = Hole(position, int(rows.ids[position]), reason)
+        if rows.are_examples:
+            return hole
+        self._num_warnings += 1
+        if self._num_warnings <= MAX_WARNINGS:
+            more = "; further ones are counted only" if self._num_warnings == MAX_WARNINGS else ""
+            logger.warning("row %d of %s is masked: %s%s", hole.row, rows.where, reason, more)
+        return hole
+
+
+class PerSample(BySample):
+    """See :func:`per_sample`. Thread-safe if the function is; picklable if it is."""
+
+    def __init__(self, function: Callable[..., Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.function = function
+        self._is_seeded = _takes_two(function)
+
+    def apply(
+        self, batch: Batch, rows: Rows, present: NDArray[np.bool_], *, masks: bool
+    ) -> tuple[Batch, list[Hole]]:
+        kept = _private(batch)
         columns = {name: _rows_of(batch[name]) for name in batch if name not in kept}
         done: dict[int, Mapping[str, Any]] = {}
         holes: list[Hole] = []
@@ -148,16 +178,15 @@ class PerSample:
             try:
                 done[position] = self._call(sample, rows, position)
             except Exception as error:
-                row = int(rows.ids[position])
                 if not masks:
-                    error.add_note(f"in the transform of row {row} of {rows.where}")
+                    error.add_note(f"in the transform of row {rows.ids[position]} of {rows.where}")
                     raise
                 reason = f"its transform failed: {type(error).__name__}: {error}"
-                holes.append(Hole(position, row, reason))
-                self._warn(holes[-1], rows.where)
-        if not done:
-            return self._empty(batch, len(present)) | kept, holes
-        return self._join(done, len(present)) | kept, holes
+                holes.append(self._hole(position, rows, reason))
+        return (self._join(done, len(present)) | kept if done else batch), holes
+
+    def makes(self, batch: Batch) -> list[str]:
+        return [name for name in batch if not name.startswith("_")]
 
     def _call(self, sample: Sample, rows: Rows, position: int) -> Mapping[str, Any]:
         if self._is_seeded:
@@ -181,41 +210,29 @@ class PerSample:
                     "same batch: return the same for all"
                 )
         positions = list(done)
-        joined = {
+        return {
             name: _stack([sample[name] for sample in done.values()], positions, count)
             for name in names
         }
-        self._shapes = {
-            name: (tuple(values.shape[1:]), values.dtype)
-            if isinstance(values, torch.Tensor)
-            else None
-            for name, values in joined.items()
-        }
-        return joined
-
-    def _empty(self, batch: Batch, count: int) -> Batch:
-        """*count* holes that look like the samples before them; as they came if there were none."""
-        if not self._shapes:
-            return batch
-        return {
-            name: [None] * count
-            if shape is None
-            else torch.zeros((count, *shape[0]), dtype=shape[1])
-            for name, shape in self._shapes.items()
-        }
-
-    def _warn(self, hole: Hole, where: str) -> None:
-        self._num_warnings += 1
-        if self._num_warnings <= MAX_WARNINGS:
-            more = "; further ones are counted only" if self._num_warnings == MAX_WARNINGS else ""
-            logger.warning("row %d of %s is masked: %s%s", hole.row, where, hole.reason, more)
 
 
 Transform = (
-    Callable[[Batch], Batch] | Callable[[Batch, np.random.Generator], Batch] | PerSample | PerRow
+    Callable[[Batch], Batch] | Callable[[Batch, np.random.Generator], Batch] | BySample | PerRow
 )
 """A batch to a batch, in place or anew; with a second argument it is given a generator that is
 seeded by the loader's seed, the epoch and the rows of the batch."""
+
+Form = dict[str, tuple[tuple[int, ...], torch.dtype] | None]
+"""Columns: shape of a row and type of a tensor, None for a list."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some samples of what is read, of any rank, that show what a transform makes of samples."""
+
+    batch: Batch
+    rows: Rows
+    present: NDArray[np.bool_]
 
 
 class Transforms:
@@ -230,6 +247,8 @@ class Transforms:
         else:
             steps = (given,)
         self._steps: list[tuple[Any, bool]] = []
+        self._forms: dict[int, Form] = {}
+        """What the step of that number made of samples before."""
         step: Any
         for step in steps:
             if not callable(step) and not _is_step(step):
@@ -243,32 +262,112 @@ class Transforms:
         return bool(self._steps)
 
     def apply(
-        self, batch: Batch, rows: Rows, present: NDArray[np.bool_] | None, *, masks: bool
+        self,
+        batch: Batch,
+        rows: Rows,
+        present: NDArray[np.bool_] | None,
+        *,
+        masks: bool,
+        examples: Callable[[], Examples | None] | None = None,
     ) -> tuple[Batch, list[Hole]]:
         """The batch after all steps, and the samples that failed where *masks* lets them.
 
-        *present* is False for holes; None: all are there.
+        *present* is False for holes; None: all are there. A batch without any sample gets the
+        columns that samples before it got, or else, if there were none, those of *examples*.
         """
+        if present is None:
+            present = np.ones(len(rows.ids), dtype=np.bool_)
         holes: list[Hole] = []
-        for number, (step, is_seeded) in enumerate(self._steps):
-            if isinstance(step, PerSample):
-                if present is None:
-                    present = np.ones(len(rows.ids), dtype=np.bool_)
-                batch, failed = step.apply(batch, rows, present, masks=masks)
-                if failed:
-                    holes += failed
-                    present = present.copy()
-                    present[[hole.position for hole in failed]] = False
-                    batch["_mask"] &= torch.from_numpy(present)
-            elif isinstance(step, PerRow):
-                batch = step.apply(batch, rows.draws(number))
-            else:
-                batch = step(batch, rows.batch_generator()) if is_seeded else step(batch)
+        for number, (step, _) in enumerate(self._steps):
+            before = _private(batch)
+            try:
+                batch, failed = self._run(number, batch, rows, present, masks=masks)
+            except StopIteration as error:  # a generator on its way out would swallow the reason
+                raise _stopped(step, error) from error
+            if failed:
+                holes += failed
+                present = present.copy()
+                present[[hole.position for hole in failed]] = False
+            batch = _with_private(batch, before)
+            if failed:
+                batch["_mask"] = _masked(batch["_mask"], present)
+            if isinstance(step, BySample):
+                if present.any():
+                    self._forms[number] = _form(batch, step.makes(batch))
+                else:
+                    self._learn(number, examples)
+                    batch = self._without_samples(number, batch, len(present))
         return batch, holes
+
+    def _run(
+        self, number: int, batch: Batch, rows: Rows, present: NDArray[np.bool_], *, masks: bool
+    ) -> tuple[Batch, list[Hole]]:
+        step, is_seeded = self._steps[number]
+        if isinstance(step, BySample):
+            return step.apply(batch, rows, present, masks=masks)
+        if isinstance(step, PerRow):
+            return step.apply(batch, rows.draws(number)), []
+        return (step(batch, rows.batch_generator()) if is_seeded else step(batch)), []
+
+    def _learn(self, number: int, examples: Callable[[], Examples | None] | None) -> None:
+        """What step *number* makes of samples, if that is not known."""
+        found = None if number in self._forms or examples is None else examples()
+        if found is not None:  # without examples of their own, these do not ask for more
+            try:
+                self.apply(found.batch, found.rows, found.present, masks=True)
+            except Exception as error:
+                error.add_note("on samples that show the columns of a batch without any")
+                raise
+
+    def _without_samples(self, number: int, batch: Batch, count: int) -> Batch:
+        """*count* holes that look like samples; as they came if there are none to look like."""
+        form = self._forms.get(number)
+        if form is None:
+            return batch
+        step, _ = self._steps[number]
+        made = {
+            name: [None] * count if one is None else torch.zeros((count, *one[0]), dtype=one[1])
+            for name, one in form.items()
+        }
+        replaced = set(step.makes(batch))
+        return {name: batch[name] for name in batch if name not in replaced} | made
+
+
+def _private(batch: Batch) -> Batch:
+    """The loader's own columns."""
+    return {name: values for name, values in batch.items() if name.startswith("_")}
+
+
+def _with_private(batch: Batch, before: Batch) -> Batch:
+    """*batch* with the loader's columns that a transform left out."""
+    if not isinstance(batch, Mapping):
+        return batch  # whoever asked for it knows what to do with it
+    missing = {name: values for name, values in before.items() if name not in batch}
+    return {**batch, **missing} if missing else batch
+
+
+def _masked(mask: torch.Tensor, present: NDArray[np.bool_]) -> torch.Tensor:
+    return mask & torch.from_numpy(present).view(-1, *[1] * (mask.dim() - 1))
+
+
+def _form(batch: Batch, names: Sequence[str]) -> Form:
+    return {
+        name: (tuple(values.shape[1:]), values.dtype) if isinstance(values, torch.Tensor) else None
+        for name, values in ((name, batch[name]) for name in names)
+    }
+
+
+def _stopped(step: object, error: StopIteration) -> RuntimeError:
+    found = RuntimeError("a transform raised StopIteration")
+    function = step.function if isinstance(step, PerSample) else step
+    found.add_note(f"in the transform {getattr(function, '__qualname__', repr(function))}")
+    for note in getattr(error, "__notes__", ()):
+        found.add_note(note)
+    return found
 
 
 def _is_step(value: object) -> bool:
-    return isinstance(value, (PerSample, PerRow))
+    return isinstance(value, (BySample, PerRow))
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -52,11 +53,47 @@ def test_pictures_of_several_sizes_and_formats_are_a_list():
     assert all(differs(one, data) <= 2 for one, data in zip(found, files, strict=True))
 
 
-def test_a_hole_is_black_among_others():
-    files = [encoded(picture(8, 8), "JPEG"), None, encoded(picture(8, 8), "JPEG")]
-    found = forebay.decode_images("image")({"image": files})["image"]
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_hole_is_black_among_others(kind):
+    files = [encoded(picture(8, 8), kind), None, encoded(picture(8, 8), kind)]
+    mask = torch.tensor([True, False, True])
+    found = forebay.decode_images("image")({"image": files, "_mask": mask})["image"]
     assert found.shape == (3, 8, 8, 3)
+    assert found[0].any()
     assert not found[1].any()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_missing_picture_is_no_black_one(kind):
+    files = [encoded(picture(8, 8), kind), None]
+    found = forebay.decode_images("image")({"image": files})["image"]
+    assert found[0].shape == (8, 8, 3)
+    assert found[1] is None
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("GRAY", 1)])
+def test_of_sixteen_bits_the_upper_eight_are_taken(kind, mode, channels):
+    grey = Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
+    found = forebay.decode_images("image", mode=mode)({"image": [encoded(grey, kind)]})["image"]
+    assert found.shape == (1, 16, 16, channels)
+    for channel in range(channels):
+        assert found[0, :, :, channel].flatten().tolist() == list(range(256))
+
+
+def test_what_has_no_white_is_refused():
+    data = encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
+    with pytest.raises(forebay.IntegrityError, match=r"32 bits \(Pillow's mode 'F'\)"):
+        forebay.decode_images("image")({"image": [data]})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [(torch.arange(3), "holds numbers .torch.int64."), (["a.jpg", None], "holds str")],
+)
+def test_a_column_without_files_is_refused(values, message):
+    with pytest.raises(forebay.InvalidRequest, match=message):
+        forebay.decode_images("image")({"image": values})
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff\xe0 no more", b"GIF89a"])
@@ -86,11 +123,90 @@ def test_without_the_fast_decoder_pillow_does_it_all(monkeypatch):
     assert differs(found[1], files[1]) == 0
 
 
-def test_in_a_loader(client, name):
-    files = [encoded(picture(16, 16, seed), "JPEG") for seed in range(10)]
+def write(client, name, files):
     with client.create_dataset(name, schema={"image": "binary", "label": "int64"}) as writer:
         for label, data in enumerate(files):
             writer.write(image=data, label=label)
+
+
+BAD_HEAD = b"\xff\xd8\xff\xe0 no more"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("way", ["local"], indirect=True)
+def test_pictures_that_cannot_be_decoded_are_holes(client, name, kind, caplog):
+    good = encoded(picture(100, 100), kind)
+    files = [good] * 12
+    files[2] = good[: len(good) // 2]
+    files[5] = BAD_HEAD
+    files[8:12] = [b""] * 4  # a whole batch
+    write(client, name, files)
+    bad = [2, 5, 8, 9, 10, 11]
+    with forebay.DataLoader(
+        client.dataset(name),
+        global_batch_size=4,
+        on_error="mask",
+        include_ids=True,
+        transform=forebay.decode_images("image"),
+    ) as loader:
+        for batch in loader:
+            rows = batch["_ids"].tolist()
+            assert batch["label"].tolist() == rows
+            assert batch["_mask"].tolist() == [row not in bad for row in rows]
+            assert batch["image"].shape == (4, 100, 100, 3)
+            for row, found in zip(rows, batch["image"], strict=True):
+                assert differs(found, good) <= 2 if row not in bad else not found.any()
+        assert loader.report().bad_samples == tuple(bad)
+    assert f"row 2 of {name} is masked: its picture cannot be decoded" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["local"], indirect=True)
+def test_without_masks_the_row_is_named(client, name):
+    write(client, name, [encoded(picture(8, 8), "JPEG")] * 3 + [BAD_HEAD])
+    loader = forebay.DataLoader(
+        client.dataset(name), global_batch_size=2, transform=forebay.decode_images("image")
+    )
+    with loader, pytest.raises(forebay.IntegrityError, match=f"row 3 of {name}, column 'image'"):
+        list(loader)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "mask"])
+@pytest.mark.parametrize("way", ["local"], indirect=True)
+def test_a_picture_that_the_dataset_lacks_is_none(client, name, on_error):
+    schema = pa.schema([pa.field("image", pa.binary()), pa.field("label", pa.int64())])
+    data = encoded(picture(8, 8), "JPEG")
+    with client.create_dataset(name, schema=schema) as writer:
+        writer.write_table(pa.table({"image": [data, None, data], "label": [0, 1, 2]}))
+    with forebay.DataLoader(
+        client.dataset(name),
+        global_batch_size=3,
+        on_error=on_error,
+        transform=forebay.decode_images("image"),
+    ) as loader:
+        (batch,) = loader
+    assert [one is None for one in batch["image"]] == [False, True, False]
+    assert batch.get("_mask", torch.ones(3, dtype=torch.bool)).all()
+
+
+@pytest.mark.parametrize("way", ["local"], indirect=True)
+def test_a_rank_without_pictures_has_their_column(client, name):
+    write(client, name, [encoded(picture(8, 8), "PNG")] * 2)
+    for rank, count in ((0, 1), (3, 0)):
+        with forebay.DataLoader(
+            client.dataset(name),
+            global_batch_size=4,
+            rank=rank,
+            world_size=4,
+            transform=forebay.decode_images("image"),
+        ) as loader:
+            (batch,) = loader
+        assert batch["image"].shape == (count, 8, 8, 3)
+        assert set(batch) == {"image", "label"}
+
+
+def test_in_a_loader(client, name):
+    files = [encoded(picture(16, 16, seed), "JPEG") for seed in range(10)]
+    write(client, name, files)
     loader = forebay.DataLoader(
         client.dataset(name), batch_size=4, transform=forebay.decode_images("image")
     )

@@ -1,6 +1,7 @@
 """Transforms: the same samples come out whatever the topology; one that fails is one hole."""
 
 import functools
+import itertools
 import logging
 
 import numpy as np
@@ -154,6 +155,12 @@ def fails_sometimes(sample):
     }
 
 
+def fails_at_seven(sample):
+    if int(sample["number"]) == 14:  # doubled
+        raise ValueError("it is the seventh")
+    return sample
+
+
 BAD = [row for row in range(NUM_SAMPLES) if row % 50 == 7]
 
 
@@ -214,3 +221,95 @@ def test_what_is_no_sample_is_refused(numbered, function, message):
         pytest.raises(forebay.InvalidRequest, match=message),
     ):
         next(iter(loader))
+
+
+def test_what_stops_an_iteration_is_an_error_that_names_the_transform(numbered):
+    def takes_too_many(sample):
+        return next(iter(()))
+
+    def takes_too_many_of_a_batch(batch):
+        return next(iter(()))
+
+    for transform, name in (
+        (forebay.per_sample(takes_too_many), "takes_too_many"),
+        (takes_too_many_of_a_batch, "takes_too_many_of_a_batch"),
+    ):
+        for num_threads in (0, 1):
+            given = options(transform=transform, num_threads=num_threads, shuffle="none")
+            with (
+                forebay.DataLoader(numbered, **given) as loader,
+                pytest.raises(RuntimeError, match="a transform raised StopIteration") as caught,
+            ):
+                list(loader)
+            assert any(note.endswith(f"{name}") for note in caught.value.__notes__)
+
+
+def doubled(batch):
+    return {"number": batch["number"] * 2}
+
+
+@pytest.mark.parametrize("last", [[], [forebay.per_sample(fails_at_seven)]])
+def test_a_new_batch_keeps_the_columns_of_the_loader(numbered, last):
+    given = options(transform=[doubled, *last], shuffle="none", global_batch_size=16)
+    with forebay.DataLoader(numbered, on_error="mask", **given) as loader:
+        batch = next(iter(loader))
+    assert set(batch) == {"number", "_ids", "_mask"}
+    assert batch["_ids"].tolist() == list(range(16))
+    assert batch["_mask"].tolist() == [not last or row != 7 for row in range(16)]
+
+
+def test_a_transform_may_replace_the_columns_of_the_loader(numbered):
+    def masked(batch):
+        return {"number": batch["number"], "_mask": batch["number"] % 2 == 0}
+
+    with forebay.DataLoader(numbered, **options(transform=masked, shuffle="none")) as loader:
+        assert next(iter(loader))["_mask"].tolist() == [row % 2 == 0 for row in range(16)]
+
+
+def wide(sample):
+    return {"wide": sample["number"].to(torch.float16).repeat(3), "name": sample["text"]}
+
+
+def renamed(batch):
+    return {"broad": batch["wide"], "name": batch["name"]}
+
+
+@pytest.mark.parametrize("on_error", ["raise", "mask"])
+@pytest.mark.parametrize("last", [[], [renamed, forebay.per_sample(lambda sample: sample)]])
+def test_a_rank_without_samples_has_their_columns(client, name, on_error, last):
+    with client.create_dataset(name, schema={"number": "int64", "text": "string"}) as writer:
+        for number in range(2):
+            writer.write(number=number, text=str(number))
+    column = "broad" if last else "wide"
+    for rank, count in ((0, 1), (3, 0)):
+        with forebay.DataLoader(
+            client.dataset(name),
+            global_batch_size=4,
+            rank=rank,
+            world_size=4,
+            on_error=on_error,
+            transform=[forebay.per_sample(wide), *last],
+        ) as loader:
+            (batch,) = loader
+        assert batch[column].shape == (count, 3)
+        assert batch[column].dtype == torch.float16
+        assert batch["name"] == ["0"][:count]
+        assert set(batch) - {"_mask"} == {column, "name"}
+
+
+def test_a_first_batch_of_holes_has_the_columns_of_samples(numbered, caplog):
+    def late(sample):
+        if int(sample["number"]) < 16:
+            raise ValueError("too early")
+        return wide(sample)
+
+    given = options(transform=forebay.per_sample(late), shuffle="none", num_threads=0)
+    with forebay.DataLoader(numbered, on_error="mask", **given) as loader:
+        first, second = itertools.islice(loader, 2)
+        assert loader.report().bad_samples == tuple(range(16))
+    assert first["wide"].shape == second["wide"].shape == (16, 3)
+    assert first["wide"].dtype == torch.float16
+    assert not first["wide"].any()
+    assert first["name"] == [None] * 16
+    assert set(first) == set(second)
+    assert sum("is masked" in one.message for one in caplog.records) == 16
