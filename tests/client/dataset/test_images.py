@@ -81,6 +81,14 @@ def test_of_sixteen_bits_the_upper_eight_are_taken(kind, mode, channels):
         assert found[0, :, :, channel].flatten().tolist() == list(range(256))
 
 
+def test_jpeg_of_four_inks_is_decoded_in_either_of_its_forms():
+    data = bytearray(encoded(Image.new("CMYK", (8, 8), (10, 120, 200, 40)), "JPEG"))
+    for transform in (0, 2):  # of Adobe's segment: CMYK and YCCK
+        data[data.index(b"Adobe") + 11] = transform
+        found = forebay.decode_images("image")({"image": [bytes(data)]})["image"]
+        assert differs(found[0], bytes(data)) == 0
+
+
 def test_what_has_no_white_is_refused():
     data = encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
     with pytest.raises(forebay.IntegrityError, match=r"32 bits \(Pillow's mode 'F'\)"):
