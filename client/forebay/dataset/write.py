@@ -66,12 +66,13 @@ class DatasetWriter:
         schema: Mapping[str, Any] | pa.Schema | Schema | None = None,
         base_version: int = 0,
         base_shards: int = 0,
+        base_manifest: str = "",
         shard_bytes: int = SHARD_BYTES,
         batch_bytes: int = BATCH_BYTES,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """*base_version* 0 creates the dataset, n appends to version n, which must be the newest
-        and has *base_shards* shards.
+        and has *base_shards* shards, and with *base_manifest* that manifest.
 
         A shard is at most *shard_bytes* and so is a sample; record batches, the unit of random
         reads, have about *batch_bytes*. *metadata* is the caller's own JSON object
@@ -86,6 +87,7 @@ class DatasetWriter:
         self._uploads = Uploads(channel, transfer, f"dataset {name}")
         self._schema = None if schema is None else Schema.of(schema)
         self._base_version = base_version
+        self._base_manifest = base_manifest
         self._num_shards = base_shards
         self._commit_bytes = 0
         self._shard_bytes = _check_bytes("shard_bytes", shard_bytes, SMALLEST_SHARD_BYTES)
@@ -207,6 +209,7 @@ class DatasetWriter:
             shards=self._commits,
             request=self._request,
             metadata_json=self._metadata_json,
+            base_manifest=self._base_manifest,
         )
         return self._channel.call(Datasets.CommitVersion, request, timeout=COMMIT_SECONDS).version
 

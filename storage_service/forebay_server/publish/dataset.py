@@ -77,6 +77,8 @@ class VersionCommit:
     """A JSON object; empty: that of the base version."""
     write: str = ""
     """Whose parts these shards were; they end with the commit, and the name remembers it."""
+    base_manifest: str = ""
+    """Of version *base_version*; empty: whichever it is."""
 
 
 class Datasets:
@@ -223,7 +225,7 @@ class Datasets:
             repeated = _find_repeated(connection, commit)
             if repeated is not None:
                 return None, repeated
-            _check_base(connection, commit, None)
+            _check_base(connection, commit, commit.base_manifest or None)
             if not commit.base_version:
                 return None, None
             base = queries.find_version(connection, commit.dataset, commit.base_version)
@@ -464,9 +466,11 @@ def _check_base(connection: Connection, commit: VersionCommit, parent: str | Non
     if newest is None:
         raise _no_dataset(commit.dataset)
     if newest.version != commit.base_version or parent not in (None, newest.manifest):
+        is_anew = newest.version == commit.base_version
+        same = " of a dataset that was deleted since" if is_anew else ""
         raise Conflict(
             f"dataset {commit.dataset} has version {newest.version} by now, this commit appends to "
-            f"{commit.base_version}: begin the append again from the newest version"
+            f"{commit.base_version}{same}: begin the append again from the newest version"
         )
 
 

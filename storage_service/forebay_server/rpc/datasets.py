@@ -54,6 +54,7 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
             request=request.request,
             metadata_json=request.metadata_json,
             write=request.write,
+            base_manifest=request.base_manifest,
         )
         return convert_version(await self._datasets.commit_version(commit, caller_uid()))
 

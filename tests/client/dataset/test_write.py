@@ -431,6 +431,17 @@ def test_of_two_appends_to_one_version_one_commits(client, name):
     assert labels_of(client.dataset(name)) == [0, 1, 2]
 
 
+def test_an_append_to_a_dataset_made_anew_is_a_conflict(client, name):
+    write_samples(client, name, range(2))
+    writer = client.append_dataset(name)
+    writer.write(**sample(2))
+    client.delete_dataset(name)
+    write_samples(client, name, range(5, 8))
+    with pytest.raises(forebay.Conflict, match="of a dataset that was deleted since"):
+        writer.commit()
+    assert labels_of(client.dataset(name)) == [5, 6, 7]
+
+
 def test_metadata_travels_with_the_version(client, name):
     write_samples(client, name, range(2), metadata={"source": "made up"})
     assert client.dataset(name).manifest.metadata == {"source": "made up"}
