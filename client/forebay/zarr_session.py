@@ -101,7 +101,10 @@ class Session:
     def _write(self, state: State) -> State:
         state = replace(state, token=new_random_name())
         part = self._folder / f"{state.token}.part"
-        part.write_text(json.dumps(asdict(state)))
+        with part.open("w") as file:
+            json.dump(asdict(state), file)
+            file.flush()
+            os.fsync(file.fileno())  # a session whose state is cut short would be lost
         part.replace(self._state)
         return state
 
