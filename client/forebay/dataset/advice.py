@@ -34,6 +34,22 @@ class PlanFit:
 
 
 @dataclass(frozen=True)
+class Habits:
+    """How a loader reads: what may be advised to change."""
+
+    num_columns: int = 2
+    shuffle: str = "full"
+
+    @property
+    def may_take_fewer(self) -> bool:
+        return self.num_columns > 1
+
+    @property
+    def may_read_runs(self) -> bool:
+        return self.shuffle == "full"
+
+
+@dataclass(frozen=True)
 class Workload:
     """A loader's sums, as far as advice needs them; seconds."""
 
@@ -49,6 +65,7 @@ class Workload:
     """What raises *num_threads*."""
     whole: str = "the step"
     """What *seconds* are."""
+    habits: Habits = Habits()
 
 
 def advise(work: Workload, fit: PlanFit | None = None) -> str:
@@ -67,15 +84,15 @@ def advise(work: Workload, fit: PlanFit | None = None) -> str:
     share = _percent(groups[group] / work.seconds)
     if group == "reading":
         cause = max(READING, key=lambda name: work.stalls.get(name, 0.0))
-        return f"reading is {share} of {work.whole}: {_about_reading(cause, fit or PlanFit())}"
-    more = _ADVICE[group].format(threads=_more_threads(work))
-    return f"{group} is {share} of {work.whole}: {more}"
+        about = _about_reading(cause, fit or PlanFit(), work.habits)
+        return f"reading is {share} of {work.whole}: {about}"
+    return f"{group} is {share} of {work.whole}: {_about_work(group, work)}"
 
 
 _ADVICE: Final = {
-    "transform": "{threads} a cheaper transform",
-    "decode": '{threads} fewer columns (columns=[…]), or shuffle="block"',
-    "collate": "{threads} columns of fixed shape instead of ragged ones",
+    "transform": "a cheaper transform",
+    "decode": "",  # depends on how the loader reads
+    "collate": "columns of fixed shape instead of ragged ones",
     "verify": "bytes are checked at their first use, so later epochs go faster while shards stay "
     "open",
     "copy": "the way to the device is the limit: make batches smaller, or their types narrower",
@@ -84,16 +101,14 @@ _ADVICE: Final = {
 _ABOUT: Final = {
     "origin": "it comes from the object tier or the origin: warm it first (forebay dataset warm)",
     "throttle": "a bandwidth limit, or a store that is busy, holds it back: raise the limit",
-    "tier": 'the local disk is the limit: read in larger runs (shuffle="block"), or have it on a '
-    "faster tier",
+    "tier": "the local disk is the limit: {runs}have it on a faster tier",
     "queue": "the daemon is busy with other work: let fewer readers run at a time",
-    "open": "opening shards is the limit: make shards larger, or read them in turn "
-    '(shuffle="block")',
-    "network": "the network is the limit: read fewer columns, or run a daemon on this node",
+    "open": "opening shards is the limit: make shards larger{turn}",
+    "network": "the network is the limit: {fewer}run a daemon on this node",
 }
 
 
-def _about_reading(cause: str, fit: PlanFit) -> str:
+def _about_reading(cause: str, fit: PlanFit, habits: Habits) -> str:
     if cause in ("origin", "throttle") and fit.short_bytes:
         names = " and ".join(name.upper() for name in fit.tier_bytes)
         verb = "tiers are" if len(fit.tier_bytes) > 1 else "tier is"
@@ -102,15 +117,34 @@ def _about_reading(cause: str, fit: PlanFit) -> str:
         short = fit.plan_bytes - fit.tier_bytes[fit.fastest]
         if short > 0:
             return f"the {fit.fastest.upper()} tier is {_size(short)} short of this plan"
-    return _ABOUT[cause]
+    return _ABOUT[cause].format(
+        runs='read in larger runs (shuffle="block"), or ' if habits.may_read_runs else "",
+        turn=', or read them in turn (shuffle="block")' if habits.may_read_runs else "",
+        fewer="read fewer columns, or " if habits.may_take_fewer else "",
+    )
+
+
+def _about_work(group: str, work: Workload) -> str:
+    if group in ("verify", "copy"):
+        return _ADVICE[group]
+    changes = [f"take {_ADVICE[group]}"] if _ADVICE[group] else []
+    if group == "decode":
+        if work.habits.may_take_fewer:
+            changes.append("take fewer columns (columns=[…])")
+        if work.habits.may_read_runs:
+            changes.append('shuffle in blocks (shuffle="block")')
+    threads = _more_threads(work)
+    changes[:0] = [f"give {threads}"] if threads else []
+    return ", or ".join(changes) or "store the column in a cheaper type, or give the job more cores"
 
 
 def _more_threads(work: Workload) -> str:
-    """The threads that would read as fast as the trainer computes, as far as there are cores."""
+    """The threads that would read as fast as the trainer computes, as far as there are cores;
+    empty: not more than it has."""
     computing = work.seconds - sum(work.stalls.values())
     wanted = math.inf if computing <= 0.0 else work.reading_seconds / computing
     count = math.ceil(min(max(wanted, work.num_threads + 1.0), work.num_cpus))
-    return f"give {work.option}={count} or" if count > work.num_threads else "take"
+    return f"{work.option}={count}" if count > work.num_threads else ""
 
 
 def _percent(share: float) -> str:

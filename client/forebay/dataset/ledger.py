@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from forebay.dataset.advice import PlanFit, Workload, advise
+from forebay.dataset.advice import Habits, PlanFit, Workload, advise
 from forebay.dataset.holes import ErrorBudget
 from forebay.dataset.report import BatchTimes, LoaderReport, Meter
 from forebay_wire.ids import new_random_name
@@ -23,16 +23,25 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def habits_of(dataset: object, columns: Sequence[str] | None, shuffle: str) -> Habits:
+    """How a loader reads *columns* (None: all) of *dataset*."""
+    every = getattr(dataset, "columns", None)  # what is packed has none to choose from
+    if columns is not None:
+        return Habits(len(columns), shuffle)
+    return Habits(1 if every is None else len(every()), shuffle)
+
+
 class Ledger:
     """Of one loader. Thread-safe; knows nothing of the loader, so its plan may keep it."""
 
-    def __init__(self, where: str, max_errors: int, num_threads: int) -> None:
+    def __init__(self, where: str, max_errors: int, num_threads: int, habits: Habits) -> None:
         """*where*: whose rows, for messages; *max_errors*: -1 if the first one raises."""
         self.name = new_random_name()
         """By which the daemon tells the sums of one loader from those of another."""
         self._meter = Meter()
         self._budget = ErrorBudget(max_errors, where) if max_errors >= 0 else None
         self._num_threads = num_threads
+        self._habits = habits
         self._fit = PlanFit()
 
     def start_epoch(self, epoch: int) -> None:
@@ -89,6 +98,7 @@ class Ledger:
             sum(report.reading.values()),
             max(1, self._num_threads),
             available_cpus(),
+            habits=self._habits,
         )
 
 

@@ -16,9 +16,10 @@ import torch
 
 from forebay.dataset.batches import BatchSource, ReadBatch, bytes_of
 from forebay.dataset.cache import limit_fetched_bytes
-from forebay.dataset.ledger import Ledger, batch_times
+from forebay.dataset.ledger import Ledger, batch_times, habits_of
 from forebay.dataset.reading import Readable, Reporter, Steps
 from forebay.dataset.report import BatchTimes, LoaderReport
+from forebay.dataset.states import check_is_state
 from forebay.dataset.transforms import Batch, Transform
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import GIB, MIB
@@ -137,7 +138,8 @@ class DataLoader:
         limit_fetched_bytes(memory_budget // 2)
         self._device = None if device is None else torch.device(device)
         self._include_times = include_times
-        self._ledger = Ledger(self._source.name, self._source.max_errors, num_threads)
+        habits = habits_of(dataset, columns, shuffle)
+        self._ledger = Ledger(self._source.name, self._source.max_errors, num_threads, habits)
         self._threads: tuple[int, ThreadPoolExecutor] | None = None
         self._epoch = 0
         self._position = 0
@@ -204,6 +206,7 @@ class DataLoader:
 
         Raises InvalidRequest if it was taken on another dataset version, split, shuffle or seed.
         """
+        check_is_state(state)
         lanes = self._source.lanes
         place = self._source.restored(state)
         if self._source.lanes != lanes and self._plan is not None:

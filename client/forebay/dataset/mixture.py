@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -290,6 +291,9 @@ class Mixture:
                 f"{what} are of {', '.join(sorted(given))}; the mixture's datasets are "
                 f"{', '.join(sorted(self.datasets))}"
             )
+        for name, value in given.items():
+            if not math.isfinite(value):
+                raise InvalidRequest(f"{what}: {name!r} has {value}; a finite number is wanted")
         return [given[name] for name in self.datasets]
 
 

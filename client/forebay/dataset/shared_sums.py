@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from forebay.dataset.advice import PlanFit, Workload, advise
+from forebay.dataset.advice import Habits, PlanFit, Workload, advise
 from forebay.dataset.batches import ReadBatch
 from forebay.dataset.holes import ErrorBudget, table_size
 from forebay.dataset.ledger import available_cpus, told
@@ -26,10 +26,11 @@ _PLACES: Final = {cause: number for number, cause in enumerate(CAUSES, _FIRST_CA
 class SharedSums:
     """Of one StreamingDataset, in all its processes. A row has one writer at a time, mostly."""
 
-    def __init__(self, where: str, max_errors: int) -> None:
+    def __init__(self, where: str, max_errors: int, habits: Habits) -> None:
         """*where*: whose rows, for messages; *max_errors*: -1 if the first one raises."""
         self.name = new_random_name()
         self._where = where
+        self._habits = habits
         self._max_errors = max_errors
         shape = (NUM_ROWS, len(_PLACES) + _FIRST_CAUSE)
         self._sums = torch.zeros(shape, dtype=torch.float64)
@@ -73,6 +74,7 @@ class SharedSums:
             available_cpus(),
             option="num_workers",
             whole="the step" if is_felt else "the workers' time",
+            habits=self._habits,
         )
         return LoaderReport(
             samples=int(sums[_SAMPLES]),

@@ -8,8 +8,18 @@ from typing import Any
 from forebay_wire.errors import InvalidRequest
 
 
+def check_is_state(state: Any) -> None:
+    """Raise unless *state* may be one at all."""
+    if not isinstance(state, Mapping):
+        raise InvalidRequest(
+            f"a loader state is no {type(state).__name__}: pass what state_dict() returned, "
+            "or do not call load_state_dict to start anew"
+        )
+
+
 def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise unless a saved *state* and a loader's *own* mean the same order."""
+    check_is_state(state)
     if state.get("kind") != own["kind"] or state.get("format") != own["format"]:
         raise InvalidRequest(
             f"this loader reads a {own['kind']}; the state is of "

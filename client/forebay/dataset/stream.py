@@ -16,10 +16,12 @@ import torch
 import torch.utils.data
 
 from forebay.dataset.batches import BatchSource
+from forebay.dataset.ledger import habits_of
 from forebay.dataset.passes import Pass, refuse_accelerate, torchdata_state
 from forebay.dataset.reading import Readable, Reporter, some_steps
 from forebay.dataset.report import LoaderReport
 from forebay.dataset.shared_sums import SharedSums
+from forebay.dataset.states import check_is_state
 from forebay.dataset.transforms import Batch, Transform
 from forebay.dataset.turns import Turns
 from forebay_wire.errors import InvalidRequest
@@ -95,7 +97,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         """(epoch, position) of the batch that this process handed out last, without workers."""
         self._plan: Reporter | None = None
         self._include_times = include_times
-        self._sums = SharedSums(self._source.name, self._source.max_errors)
+        habits = habits_of(dataset, columns, shuffle)
+        self._sums = SharedSums(self._source.name, self._source.max_errors, habits)
 
     def __len__(self) -> int:
         """Steps of a whole epoch, on every rank."""
@@ -208,6 +211,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         """
         if torch.utils.data.get_worker_info() is not None:
             return  # likewise
+        check_is_state(state)
         place = self._source.restored(torchdata_state(state) or state)
         self._shared[_LANES] = self._source.lanes
         self._stand_at(*place)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from forebay.dataset.advice import PlanFit, Workload, advise
+from forebay.dataset.advice import Habits, PlanFit, Workload, advise
 
 GB = 10**9
 SHORT = PlanFit(100 * GB, {"ssd": 59 * GB})
@@ -61,12 +61,12 @@ def work(seconds=100.0, reading_seconds=0.0, **stalls):
         (
             work(transform=61.0, decode=9.0, reading_seconds=110.0),
             None,
-            "transform is 61 % of the step: give num_threads=4 or a cheaper transform",
+            "transform is 61 % of the step: give num_threads=4, or take a cheaper transform",
         ),
         (
             work(transform=61.0, reading_seconds=1e6),
             None,
-            "transform is 61 % of the step: give num_threads=8 or a cheaper transform",
+            "transform is 61 % of the step: give num_threads=8, or take a cheaper transform",
         ),
         (
             Workload(10.0, {"transform": 9.0}, 40.0, num_threads=2, num_cpus=2),
@@ -76,8 +76,8 @@ def work(seconds=100.0, reading_seconds=0.0, **stalls):
         (
             work(decode=50.0),
             None,
-            "decode is 50 % of the step: give num_threads=2 or fewer columns (columns=[…]), or "
-            'shuffle="block"',
+            "decode is 50 % of the step: give num_threads=2, or take fewer columns (columns=[…]), "
+            'or shuffle in blocks (shuffle="block")',
         ),
         (
             work(verify=50.0),
@@ -106,9 +106,28 @@ def work(seconds=100.0, reading_seconds=0.0, **stalls):
                 whole="the workers' time",
             ),
             None,
-            "transform is 98 % of the workers' time: give num_workers=4 or a cheaper transform",
+            "transform is 98 % of the workers' time: give num_workers=4, or take a cheaper "
+            "transform",
         ),
     ],
 )
 def test_advice(sums, fit, said):
     assert advise(sums, fit) == said
+
+
+@pytest.mark.parametrize(
+    ("cause", "habits", "said"),
+    [
+        ("decode", Habits(1, "none"), "store the column in a cheaper type, or give the job more "),
+        ("decode", Habits(2, "none"), "take fewer columns (columns=[…])"),
+        ("decode", Habits(1, "full"), 'shuffle in blocks (shuffle="block")'),
+        ("tier", Habits(1, "block"), "the local disk is the limit: have it on a faster tier"),
+        ("open", Habits(1, "none"), "opening shards is the limit: make shards larger"),
+        ("network", Habits(1, "none"), "the network is the limit: run a daemon on this node"),
+        ("network", Habits(2, "none"), "the network is the limit: read fewer columns, or run a "),
+    ],
+)
+def test_nothing_is_advised_that_does_not_apply(cause, habits, said):
+    sums = Workload(10.0, {cause: 9.0}, 9.0, num_threads=2, num_cpus=2, habits=habits)
+    found = advise(sums, FITS).partition("the step: ")[2]
+    assert found == said or (said.endswith(" ") and found.startswith(said))

@@ -186,6 +186,11 @@ def test_states_of_other_data_or_orders_are_refused_by_name(client, train, numbe
             make(other, **options).load_state_dict(state)
     with pytest.raises(forebay.InvalidRequest, match="format"):
         make(train).load_state_dict({})
+    with pytest.raises(forebay.InvalidRequest, match="a loader state is no NoneType"):
+        make(train).load_state_dict(None)
+    stream = forebay.StreamingDataset(train, global_batch_size=4)
+    with pytest.raises(forebay.InvalidRequest, match="a loader state is no NoneType"):
+        stream.load_state_dict(None)
 
 
 # What a batch is.

@@ -326,6 +326,8 @@ def test_datasets_with_other_columns_are_refused_unless_projected(client, datase
         ({"weights": WEIGHTS, "num_samples": 5, "stop": "all"}, "without stop"),
         ({"weights": [forebay.Stage(WEIGHTS), forebay.Stage(WEIGHTS, 5)]}, "num_samples"),
         ({"weights": WEIGHTS | {"web": -1}}, "none below 0"),
+        ({"weights": WEIGHTS | {"web": float("nan")}}, "weights: 'web' has nan"),
+        ({"repeats": SIZES | {"web": float("inf")}}, "repeats: 'web' has inf"),
         ({"sizes": SIZES, "stop": "all"}, "belong to weights"),
     ],
 )
