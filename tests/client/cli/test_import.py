@@ -1,6 +1,7 @@
 """`forebay dataset import`: files become a dataset, whole or not at all."""
 
 import gzip
+import json
 import os
 import tracemalloc
 from pathlib import Path
@@ -123,7 +124,8 @@ def test_append_command(
     assert (found["version"], found["num_rows_added"], found["num_rows"]) == (2, 2, 4)
     assert read().column("x").to_pylist() == [1, 2, 1, 2]
     (tmp_path / "t.jsonl").write_text('{"y": 1}\n')
-    assert "row 0, column 'y'" in forebay_command(*command).err
+    message = json.loads(forebay_command(*command).err)["message"]
+    assert "t.jsonl, line 1, column 'y'" in message
 
 
 def test_taken_name(run, tmp_path: Path) -> None:
