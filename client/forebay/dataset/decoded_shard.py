@@ -62,6 +62,8 @@ class DecodedColumns(BatchColumns):
         self._decoded: dict[str, pa.Array] = {}
         self.num_rows = reader.batch_rows[index]
         self.num_bytes = num_bytes
+        self.copied_bytes = 0
+        self.on_copy = lambda columns, num_bytes: None
 
     def _arrow(self, column: Column) -> pa.Array:
         found = self._decoded.get(column.name)
