@@ -220,3 +220,17 @@ def test_lists_come_as_tensors_and_missing_ones_are_empty(
                     found = found[: len(wanted)]
                 assert np.array_equal(found, wanted, equal_nan=True)
     path.unlink()
+
+
+def test_lists_of_a_row_group_that_is_held_for_another_column(
+    client: forebay.Client, folder: Path, name: str
+) -> None:
+    path = folder / f"{name}.parquet"
+    lists = pa.array([[1.0], [2.0, 3.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"n": [7, 8], "x": lists}), path)
+    dataset = client.register_dataset(name, [path])
+    assert dataset.take([0, 1], ["n"])["n"].tolist() == [7, 8]
+    with forebay.DataLoader(dataset, batch_size=2, ragged="pad", columns=["x"]) as loader:
+        [batch] = loader
+    assert batch["x"].tolist() == [[1.0, 0.0], [2.0, 3.0]]
+    path.unlink()

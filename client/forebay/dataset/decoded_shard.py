@@ -68,7 +68,8 @@ class DecodedColumns(BatchColumns):
     def _arrow(self, column: Column) -> pa.Array:
         found = self._decoded.get(column.name)
         if found is None:  # two threads may both do this once; both results are right
-            schema = Schema((column,)) if self._reader.is_columnar else self._schema
+            own = self._schema[column.name]  # *column* may stand for another view of it
+            schema = Schema((own,)) if self._reader.is_columnar else self._schema
             batch = self._reader.decode(self._index, schema)
             for name, values in zip(schema.names, batch.columns, strict=True):
                 self._decoded.setdefault(name, values)
