@@ -162,6 +162,6 @@ def _share_out(
     if told <= 0.0 or took <= 0.0:
         return
     scale = took / told if causes is CAUSES else min(1.0, took / told)
-    seconds[cause] -= told * scale
+    seconds[cause] = max(0.0, seconds[cause] - told * scale)  # no rounding below nothing
     for name, one in known.items():
         seconds[name] = seconds.get(name, 0.0) + one * scale

@@ -57,6 +57,7 @@ def accelerate(dataset: Any, scratch: Path) -> dict[str, Any]:
     batches = iter(loader)
     found["loader"] = numbers(next(batches) for _ in range(3))
     accelerator.save_state(str(scratch / "state"))
+    accelerator.wait_for_everyone()  # what the first rank saves, the others load
     next(batches)
     accelerator.load_state(str(scratch / "state"))
     found["loader"] += numbers(loader)
