@@ -213,15 +213,14 @@ class Engine(RuleBasedStateMachine):
         try:
             self.call(name, *arguments)
         except ResourceExhausted:
-            assert self._is_shut(), "refused although there is room"
+            assert self._no_tier_takes_anything(), "refused although there is room"
         except ForebayError:
             assert self.away in LANDING, "refused without a reason"
         else:
             del self.unknown[key]
             self.named[key] = blobs
 
-    def _is_shut(self) -> bool:
-        """Whether no landing tier takes anything."""
+    def _no_tier_takes_anything(self) -> bool:
         return all(tier in self.full or tier == self.away for tier in LANDING)
 
     @rule(choice=CHOICE)
