@@ -206,7 +206,7 @@ def test_impatient_call_fails_at_once(own_daemon: DaemonProcess) -> None:
     with forebay.connect(own_daemon.address()["rpc"]) as client:
         own_daemon.kill()
         # The thread that watches the connection may have closed it meanwhile.
-        with pytest.raises(forebay.DaemonUnavailable, match="no daemon answers|was closed"):
+        with pytest.raises(forebay.DaemonUnavailable, match=r"no daemon answers|was closed"):
             client.channel.call(Admin.Status, StatusRequest(), timeout=30, wait_for_daemon=False)
 
 
