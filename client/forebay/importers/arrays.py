@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay.dataset.schema import Schema
-from forebay.importers.files import File, open_file
+from forebay.importers.files import File, WholeFile, open_file
 from forebay.importers.piece import Block, Options
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import MIB
@@ -122,22 +122,8 @@ def npy_pieces(file: File) -> list[NpyPiece]:
 
 
 @dataclass(frozen=True)
-class NpzPiece:
+class NpzPiece(WholeFile):
     """An npz file: arrays of equal length become columns. Compressed, so it is not cut."""
-
-    file: File
-
-    @property
-    def name(self) -> str:
-        return self.file.path
-
-    @property
-    def num_bytes(self) -> int:
-        return self.file.num_bytes
-
-    @property
-    def stamp(self) -> str:
-        return self.file.stamp
 
     def read(self, schema: Schema | None, options: Options) -> Iterator[Block]:
         try:

@@ -135,3 +135,22 @@ def as_path(path: str | os.PathLike[str]) -> str:
     """Local paths absolute, as another process may have another current folder."""
     text = os.fspath(path)
     return text if "://" in text or "::" in text else os.path.abspath(text)
+
+
+@dataclass(frozen=True)
+class WholeFile:
+    """A piece that is one file, not cut: how it is called, how large it is, what it is told by."""
+
+    file: File
+
+    @property
+    def name(self) -> str:
+        return self.file.path
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file.num_bytes
+
+    @property
+    def stamp(self) -> str:
+        return self.file.stamp

@@ -14,7 +14,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from forebay.dataset.schema import Schema
-from forebay.importers.files import File, open_file
+from forebay.importers.files import File, WholeFile, open_file
 from forebay.importers.json_types import Inexact, check_exact, numbered_rows, sure_schema
 from forebay.importers.piece import Block, Options
 from forebay_wire.errors import InvalidRequest, SchemaMismatch
@@ -86,22 +86,8 @@ def parquet_pieces(file: File) -> list[ParquetPiece]:
 
 
 @dataclass(frozen=True)
-class CsvPiece:
+class CsvPiece(WholeFile):
     """A CSV file, gzip-compressed if its name says so. Quoted lines may break, so it is not cut."""
-
-    file: File
-
-    @property
-    def name(self) -> str:
-        return self.file.path
-
-    @property
-    def num_bytes(self) -> int:
-        return self.file.num_bytes
-
-    @property
-    def stamp(self) -> str:
-        return self.file.stamp
 
     def read(self, schema: Schema | None, options: Options) -> Iterator[Block]:
         with open_file(self.file.path) as file:

@@ -8,28 +8,14 @@ from functools import partial
 
 from forebay.dataset.schema import Schema
 from forebay.dataset.tar_layout import columns_of, image_hint, samples
-from forebay.importers.files import File, open_file
+from forebay.importers.files import WholeFile, open_file
 from forebay.importers.piece import Block, Options
 from forebay.importers.samples import blocks
 
 
 @dataclass(frozen=True)
-class TarPiece:
+class TarPiece(WholeFile):
     """A tar file, compressed or not."""
-
-    file: File
-
-    @property
-    def name(self) -> str:
-        return self.file.path
-
-    @property
-    def num_bytes(self) -> int:
-        return self.file.num_bytes
-
-    @property
-    def stamp(self) -> str:
-        return self.file.stamp
 
     def read(self, schema: Schema | None, options: Options) -> Iterator[Block]:
         kinds = options.types.items()
