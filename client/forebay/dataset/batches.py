@@ -189,9 +189,9 @@ class BatchSource:
         holes: list[Hole] = []
         with reading_for(self.plan):
             if self._masks_holes:
-                arrays, holes = order.read_masked(rows, self._columns, _torch_memory)
+                arrays, holes = order.read_masked(rows, self._columns)
             else:
-                arrays = order.read(rows, self._columns, _torch_memory)
+                arrays = order.read(rows, self._columns)
         watch.switch("collate")
         batch = self._tensors(arrays)
         num_bytes = sum(map(bytes_of, batch.values()))
@@ -223,10 +223,10 @@ class BatchSource:
         good = np.ones(count, dtype=np.bool_)
         with reading_for(self.plan):
             if self._reading.can_mask:
-                arrays, holes = order.read_masked(rows, self._columns, _torch_memory)
+                arrays, holes = order.read_masked(rows, self._columns)
                 good[[hole.position for hole in holes]] = False
             else:
-                arrays = order.read(rows, self._columns, _torch_memory)
+                arrays = order.read(rows, self._columns)
         batch = self._tensors(arrays) | self._ids(order, rows)
         batch["_mask"] = _both(batch.get("_mask"), torch.from_numpy(good))
         return Examples(batch, replace(self._named(order, rows), are_examples=True), good)
@@ -282,21 +282,6 @@ class BatchSource:
         """
         epoch, position, self._lanes = self._reading.restored(state, self._fixed_lanes)
         return epoch, position
-
-
-def _torch_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An ordinary torch allocation seen as an array, so that the batch is the tensor's own."""
-    array: NDArray[Any] = torch.empty(shape, dtype=_TORCH_TYPES[dtype.name]).numpy()
-    return array
-
-
-_TORCH_TYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-        *("float16", "float32", "float64"),
-    )
-}
 
 
 def _both(mask: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay.dataset.cache import shard_cache
-from forebay.dataset.gather import Allocate, RowReader, numpy_array
+from forebay.dataset.gather import RowReader
 from forebay.dataset.schema import Column, Schema
 from forebay.dataset.stored_rows import StoredRows
 from forebay.transfer import current_endpoint
@@ -170,7 +170,6 @@ class Dataset:
         self,
         rows: NDArray[np.int64],
         columns: Sequence[str] | None = None,
-        allocate: Allocate = numpy_array,
     ) -> dict[str, Any]:
         """Columns of *rows of the version* (see :meth:`rows_at`), in that order.
 
@@ -178,19 +177,18 @@ class Dataset:
         verified before its first use. Raises IntegrityError, DaemonUnavailable.
         """
         wanted = self.columns(columns)
-        return self._reader.read(rows, wanted, allocate) if wanted else {}
+        return self._reader.read(rows, wanted) if wanted else {}
 
     def read_flat(
         self,
         rows: NDArray[np.int64],
         columns: Sequence[str] | None = None,
-        allocate: Allocate = numpy_array,
     ) -> dict[str, Any]:
         """As :meth:`read`; lists of numbers come end to end, as ``forebay.dataset.lists.Lists``."""
         from forebay.dataset import lists
 
         wanted = self.columns(columns)
-        return lists.read_flat(self._reader, rows, wanted, allocate) if wanted else {}
+        return lists.read_flat(self._reader, rows, wanted) if wanted else {}
 
     def list_lengths(self, rows: NDArray[np.int64], column: str) -> NDArray[np.int64]:
         """How many elements the lists of *column* have in *rows of the version*."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, Final
@@ -18,9 +18,6 @@ from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE
 from forebay_wire.manifest import DatasetManifest
 
-Allocate = Callable[[tuple[int, ...], "np.dtype[Any]"], NDArray[Any]]
-"""Makes the uninitialised output array of a column: shape, dtype."""
-
 Indices = NDArray[np.int64] | slice
 
 NUMBERS: Final = ("scalar", "array")
@@ -29,11 +26,6 @@ NUMBERS: Final = ("scalar", "array")
 GROUPS_AT_ONCE: Final = MAX_DESCRIPTORS_PER_MESSAGE
 """Record batches that a read holds at a time: their shards open in a message or two, and a batch
 over thousands of shards stays within the limit of open ones."""
-
-
-def numpy_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The plain way to allocate an output array."""
-    return np.empty(shape, dtype)
 
 
 class BatchIndex:
@@ -164,18 +156,17 @@ class RowReader:
         self,
         rows: NDArray[np.int64],
         columns: Sequence[Column],
-        allocate: Allocate = numpy_array,
     ) -> dict[str, Any]:
         """The *columns* of *rows*, in the order of *rows*.
 
-        Numbers and arrays come as one array ``(len(rows), *shape)`` from *allocate*, the others as
-        lists. Raises IndexError, IntegrityError, NotFound, DaemonUnavailable.
+        Numbers and arrays come as one array ``(len(rows), *shape)``, the others as lists.
+        Raises IndexError, IntegrityError, NotFound, DaemonUnavailable.
         """
         rows = self._index.checked(rows)
         found = self._gathered(rows, [column for column in columns if column.kind in NUMBERS])
         others = [column for column in columns if column.name not in found]
         if others:
-            found |= self._grouped(rows, others, allocate)
+            found |= self._grouped(rows, others)
         return {column.name: found[column.name] for column in columns}
 
     def _gathered(self, rows: NDArray[np.int64], columns: Sequence[Column]) -> dict[str, Any]:
@@ -205,11 +196,9 @@ class RowReader:
             found[column.name] = values.view(column.dtype).reshape(len(rows), *column.shape)
         return held, found
 
-    def _grouped(
-        self, rows: NDArray[np.int64], columns: Sequence[Column], allocate: Allocate
-    ) -> dict[str, Any]:
+    def _grouped(self, rows: NDArray[np.int64], columns: Sequence[Column]) -> dict[str, Any]:
         """The *columns*, record batch by record batch."""
-        outputs = {column: _make_output(column, len(rows), allocate) for column in columns}
+        outputs = {column: _make_output(column, len(rows)) for column in columns}
         wanted = list(groups(self._index.starts, rows))
         for start in range(0, len(wanted), GROUPS_AT_ONCE):
             some = wanted[start : start + GROUPS_AT_ONCE]
@@ -244,11 +233,11 @@ class RowReader:
         ]
 
 
-def _make_output(column: Column, num_rows: int, allocate: Allocate) -> NDArray[Any]:
+def _make_output(column: Column, num_rows: int) -> NDArray[Any]:
     if column.kind not in NUMBERS:
         return np.empty(num_rows, dtype=object)
     assert column.dtype is not None
-    return allocate((num_rows, *column.shape), column.dtype)
+    return np.empty((num_rows, *column.shape), column.dtype)
 
 
 def _fill(column: Column, output: NDArray[Any], group: Group, batch: BatchColumns) -> None:

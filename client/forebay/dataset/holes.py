@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from forebay.dataset.gather import NUMBERS, Allocate, BatchIndex, numpy_array
+from forebay.dataset.gather import NUMBERS, BatchIndex
 from forebay.dataset.lists import Lists
 from forebay.dataset.schema import Column
 from forebay.forking import watch
@@ -67,9 +67,7 @@ class Readable(Protocol):
 
     def columns(self, names: Sequence[str] | None = None) -> tuple[Column, ...]: ...
 
-    def read(
-        self, rows: NDArray[np.int64], columns: Sequence[str] | None, allocate: Allocate
-    ) -> dict[str, Any]: ...
+    def read(self, rows: NDArray[np.int64], columns: Sequence[str] | None) -> dict[str, Any]: ...
 
 
 def check_on_error(on_error: str, max_errors: int | None) -> int:
@@ -110,14 +108,13 @@ class HoleReader:
         dataset: Readable,
         rows: NDArray[np.int64],
         columns: Sequence[str] | None,
-        allocate: Allocate,
         epoch: int,
     ) -> tuple[dict[str, Any], list[Hole]]:
         """As ``dataset.read``, with zeros, or None, in the rows of the holes."""
         bad = self._known(epoch)
         if not bad:
             try:
-                return dataset.read(rows, columns, allocate), []
+                return dataset.read(rows, columns), []
             except READ_ERRORS:
                 pass  # which of them it is takes a closer look
         if self._index is None:
@@ -125,7 +122,7 @@ class HoleReader:
         batch_of = np.searchsorted(self._index.starts, rows, side="right") - 1
         good = ~np.isin(batch_of, list(bad))
         try:
-            arrays = _read_some(dataset, rows[good], columns, allocate)
+            arrays = _read_some(dataset, rows[good], columns)
         except READ_ERRORS:
             for batch in np.unique(batch_of[good]).tolist():
                 reason = self._probe(dataset, batch, rows[batch_of == batch], columns)
@@ -133,12 +130,12 @@ class HoleReader:
                     bad[batch] = reason
             self._learn(epoch, bad)
             good = ~np.isin(batch_of, list(bad))
-            arrays = _read_some(dataset, rows[good], columns, allocate)
+            arrays = _read_some(dataset, rows[good], columns)
         holes = [
             Hole(position, int(rows[position]), bad[int(batch_of[position])])
             for position in np.flatnonzero(~good).tolist()
         ]
-        return _spread(arrays, good, dataset.columns(columns), allocate), holes
+        return _spread(arrays, good, dataset.columns(columns)), holes
 
     def _known(self, epoch: int) -> dict[int, str]:
         """The record batches that were bad in *epoch*, and why; a copy."""
@@ -159,7 +156,7 @@ class HoleReader:
     ) -> str:
         """Why the *rows* of one record batch cannot be read; empty if they can."""
         try:
-            dataset.read(rows, columns, numpy_array)
+            dataset.read(rows, columns)
         except READ_ERRORS as error:
             self._warn(dataset, batch, error)
             return f"{type(error).__name__}: {error}"
@@ -189,24 +186,22 @@ def _read_some(
     dataset: Readable,
     rows: NDArray[np.int64],
     columns: Sequence[str] | None,
-    allocate: Allocate,
 ) -> dict[str, Any]:
     """Nothing at all if there are no *rows*."""
-    return dataset.read(rows, columns, allocate) if len(rows) else {}
+    return dataset.read(rows, columns) if len(rows) else {}
 
 
 def _spread(
     arrays: dict[str, Any],
     good: NDArray[np.bool_],
     columns: Iterable[Column],
-    allocate: Callable[..., NDArray[Any]],
 ) -> dict[str, Any]:
     """*arrays* of the *good* rows as those of all rows."""
     found: dict[str, Any] = {}
     for column in columns:
         if column.kind in NUMBERS:
             assert column.dtype is not None
-            whole = allocate((len(good), *column.shape), column.dtype)
+            whole = np.empty((len(good), *column.shape), column.dtype)
             whole[~good] = 0
             if column.name in arrays:
                 whole[good] = arrays[column.name]

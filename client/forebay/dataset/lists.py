@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay.dataset.addresses import gather_runs
-from forebay.dataset.gather import GROUPS_AT_ONCE, Allocate, Group, RowReader, groups
+from forebay.dataset.gather import GROUPS_AT_ONCE, Group, RowReader, groups
 from forebay.dataset.schema import Column
 from forebay.dataset.shard import BatchColumns, as_array, is_present, refuse_missing
 from forebay_wire.errors import SchemaMismatch
@@ -85,12 +85,10 @@ def merged(parts: Sequence[tuple[Numbers, Lists]], num_rows: int) -> Lists:
     return Lists(out, lengths)
 
 
-def read_flat(
-    reader: RowReader, rows: Numbers, columns: Sequence[Column], allocate: Allocate
-) -> dict[str, Any]:
+def read_flat(reader: RowReader, rows: Numbers, columns: Sequence[Column]) -> dict[str, Any]:
     """As ``reader.read``, and the columns of lists as :class:`Lists`."""
     plain = [column for column in columns if column.kind != "list"]
-    found: dict[str, Any] = reader.read(rows, plain, allocate) if plain else {}
+    found: dict[str, Any] = reader.read(rows, plain) if plain else {}
     return {
         column.name: found[column.name]
         if column.name in found

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay.dataset.advice import PlanFit
-from forebay.dataset.gather import Allocate, numpy_array
 from forebay.dataset.holes import Hole
 from forebay.dataset.lists import Lists, merged
 from forebay.dataset.plan import PlanNews
@@ -197,19 +196,17 @@ class MixtureSamples:
             self.__dict__["_passes"][number] = {**dict(recent), turn: found}
         return found
 
-    def read(
-        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
-    ) -> dict[str, Any]:
+    def read(self, rows: Numbers, columns: Sequence[str] | None) -> dict[str, Any]:
         parts = []
         plans = plan_names()
         for number, _, target, own in self.mixture.share_out(rows):
             source = self.readings[number].source
             with reading_for(plans.get(number, "")):
-                parts.append((target, source.read(own, columns, numpy_array)))
-        return scatter(parts, self.mixture.columns(columns), len(rows), allocate)
+                parts.append((target, source.read(own, columns)))
+        return scatter(parts, self.mixture.columns(columns), len(rows))
 
     def read_masked(
-        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+        self, rows: Numbers, columns: Sequence[str] | None
     ) -> tuple[dict[str, Any], list[Hole]]:
         parts = []
         holes: list[Hole] = []
@@ -217,13 +214,13 @@ class MixtureSamples:
         for number, _, target, own in self.mixture.share_out(rows):
             samples = self.readings[number].epoch(self.epoch, 1)
             with reading_for(plans.get(number, "")):
-                values, bad = samples.read_masked(own, columns, numpy_array)
+                values, bad = samples.read_masked(own, columns)
             parts.append((target, values))
             for hole in bad:
                 position = int(target[hole.position])
                 holes.append(Hole(position, int(rows[position]), hole.reason))
         holes.sort()
-        return scatter(parts, self.mixture.columns(columns), len(rows), allocate), holes
+        return scatter(parts, self.mixture.columns(columns), len(rows)), holes
 
     def ids(self, rows: Numbers) -> dict[str, Numbers]:
         found = np.empty(len(rows), dtype=np.int64)
@@ -259,14 +256,13 @@ def scatter(
     parts: Sequence[tuple[Numbers, Mapping[str, Any]]],
     columns: Sequence[Column],
     num_rows: int,
-    allocate: Allocate,
 ) -> dict[str, Any]:
     """Columns of *num_rows* rows from *parts*: where the rows stand, and their columns."""
     found: dict[str, Any] = {}
     for column in columns:
         if column.kind in ("scalar", "array"):
             assert column.dtype is not None
-            whole = allocate((num_rows, *column.shape), column.dtype)
+            whole = np.empty((num_rows, *column.shape), column.dtype)
             for target, values in parts:
                 whole[target] = values[column.name]
             found[column.name] = whole

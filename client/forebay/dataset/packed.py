@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay.dataset.advice import PlanFit
-from forebay.dataset.gather import Allocate, numpy_array
 from forebay.dataset.holes import Hole
 from forebay.dataset.lists import check_list
 from forebay.dataset.plan import PlanNews
@@ -199,9 +198,7 @@ class PackedSamples:
     def rows(self, positions: Numbers) -> Numbers:
         return positions
 
-    def read(
-        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
-    ) -> dict[str, Any]:
+    def read(self, rows: Numbers, columns: Sequence[str] | None) -> dict[str, Any]:
         del columns
         width = self._packed.length
         documents, starts, sizes, windows = self._pieces(rows)
@@ -210,7 +207,7 @@ class PackedSamples:
         ends = np.cumsum(sizes)
         first = np.searchsorted(windows, windows)  # of the window's pieces
         return {
-            self._packed.column: self._tokens(documents, starts, sizes, mask, allocate),
+            self._packed.column: self._tokens(documents, starts, sizes, mask),
             "_documents": _spread(mask, np.repeat(np.arange(len(windows)) - first, sizes)),
             "_positions": _spread(
                 mask, np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes), outside=0
@@ -224,11 +221,10 @@ class PackedSamples:
         starts: Numbers,
         sizes: Numbers,
         mask: NDArray[np.bool_],
-        allocate: Allocate,
     ) -> NDArray[Any]:
         """The windows' tokens, from pieces of *rows* in their order."""
         packed = self._packed
-        out = allocate(mask.shape, self._dtype)
+        out = np.empty(mask.shape, self._dtype)
         if packed.separator is None:
             flat = self._inner.list_pieces(rows, starts, sizes, packed.column)
             if len(flat) == out.size:
@@ -266,7 +262,7 @@ class PackedSamples:
         return documents[order], first[order], sizes[order], windows[order]
 
     def read_masked(
-        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+        self, rows: Numbers, columns: Sequence[str] | None
     ) -> tuple[dict[str, Any], list[Hole]]:
         raise InvalidRequest("packed windows have no holes")
 

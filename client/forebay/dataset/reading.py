@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay.dataset.advice import PlanFit
-from forebay.dataset.gather import Allocate, numpy_array
 from forebay.dataset.holes import Hole, HoleReader
 from forebay.dataset.holes import Readable as RowSource
 from forebay.dataset.lists import WithFlatLists
@@ -77,14 +76,12 @@ class Samples(Protocol):
         """What stands at *positions*: numbers that name rows to :meth:`read`."""
         ...
 
-    def read(
-        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
-    ) -> dict[str, Any]:
+    def read(self, rows: Numbers, columns: Sequence[str] | None) -> dict[str, Any]:
         """Column to values of *rows*, in that order: arrays ``(len(rows), *shape)`` and lists."""
         ...
 
     def read_masked(
-        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+        self, rows: Numbers, columns: Sequence[str] | None
     ) -> tuple[dict[str, Any], list[Hole]]:
         """The same, and those of *rows* that cannot be read: zeros, or None."""
         ...
@@ -280,15 +277,13 @@ class DatasetSamples:
     def rows(self, positions: Numbers) -> Numbers:
         return self.dataset.rows_at(self.order.at(positions))
 
-    def read(
-        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
-    ) -> dict[str, Any]:
-        return self.source.read(rows, columns, allocate)
+    def read(self, rows: Numbers, columns: Sequence[str] | None) -> dict[str, Any]:
+        return self.source.read(rows, columns)
 
     def read_masked(
-        self, rows: Numbers, columns: Sequence[str] | None, allocate: Allocate = numpy_array
+        self, rows: Numbers, columns: Sequence[str] | None
     ) -> tuple[dict[str, Any], list[Hole]]:
-        return self.holes.read(self.source, rows, columns, allocate, self.epoch)
+        return self.holes.read(self.source, rows, columns, self.epoch)
 
     def ids(self, rows: Numbers) -> dict[str, Numbers]:
         return {"_ids": np.array(rows)}
