@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -150,14 +150,18 @@ class ShardRef:
     format: str = ""
     """Of a file that was not written by Forebay, also after it became a blob: ``parquet``, whose
     row groups are the record batches; empty: an Arrow IPC file."""
+    schema: int = 0
+    """Which of the version's ``shard_schemas`` its columns are."""
 
     def payload(self) -> dict[str, Any]:
-        """As it stands in a manifest; an origin or a format only where there is one."""
+        """As it stands in a manifest; an origin, a format or a schema only where there is one."""
         value = asdict(self)
         if self.origin is None:
             del value["origin"]
         if not self.format:
             del value["format"]
+        if not self.schema:
+            del value["schema"]
         return value
 
     @classmethod
@@ -170,7 +174,48 @@ class ShardRef:
             tuple(payload["batch_rows"]),
             None if origin is None else OriginRef(**origin),
             payload.get("format", ""),
+            payload.get("schema", 0),
         )
+
+
+@dataclass(frozen=True)
+class LayerRef:
+    """Columns that a version added or replaced, without the others: they lie in shards of their
+    own, cut where their writer wanted, which have one row for each row of the version then."""
+
+    columns: tuple[str, ...]
+    """Those of the version's columns that are read here."""
+    schema: str
+    """Of its shards, like that of a version; may have columns that are not read any more."""
+    shards: tuple[ShardRef, ...]
+    num_base_shards: int
+    """It stands beside the first so many shards of the version. Those after them were appended
+    later, and have its columns themselves."""
+
+    def payload(self) -> dict[str, Any]:
+        return {**vars(self), "shards": [shard.payload() for shard in self.shards]}
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> LayerRef:
+        shards = tuple(ShardRef.from_payload(shard) for shard in payload["shards"])
+        return cls(**{**payload, "columns": tuple(payload["columns"]), "shards": shards})
+
+
+@dataclass(frozen=True)
+class ColumnShards:
+    """The shards that some columns of a version are read from: one row for each row of it."""
+
+    shards: tuple[ShardRef, ...]
+    num_own: int
+    """The first so many are those of a layer, whose schema is ``own_schema``."""
+    own_schema: str
+    schemas: tuple[str, ...]
+
+    def schema_of(self, number: int) -> str:
+        """The schema that shard *number* was written with."""
+        if number < self.num_own:
+            return self.own_schema
+        return self.schemas[self.shards[number].schema]
 
 
 @dataclass(frozen=True)
@@ -185,21 +230,61 @@ class DatasetManifest:
     """The Arrow schema, serialised (IPC) and base64-encoded, with the sample schema as metadata."""
     shards: tuple[ShardRef, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    shard_schemas: tuple[str, ...] = ()
+    """What the shards were written with, where that is not ``schema`` for all: each names one by
+    its number, which stays the same in later versions."""
+    layers: tuple[LayerRef, ...] = ()
+    """Columns that lie in shards of their own; the others lie in ``shards``."""
 
     @property
     def num_rows(self) -> int:
         return sum(shard.num_rows for shard in self.shards)
 
+    def every_shard(self) -> Iterator[ShardRef]:
+        """Those of the layers too."""
+        yield from self.shards
+        for layer in self.layers:
+            yield from layer.shards
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all shards, those of layers among them."""
+        return sum(shard.num_bytes for shard in self.every_shard())
+
     def blobs(self) -> list[str]:
         """The blobs among the shards; origins are none."""
-        return [shard.blob for shard in self.shards if shard.origin is None]
+        return [shard.blob for shard in self.every_shard() if shard.origin is None]
+
+    def layer_of(self, column: str) -> int | None:
+        """The number of the layer that *column* is read from; None: from ``shards``."""
+        for number, layer in enumerate(self.layers):
+            if column in layer.columns:
+                return number
+        return None
+
+    def layers_of(self, columns: Iterable[str]) -> list[int | None]:
+        """Where *columns* are read from: each of :meth:`column_shards` once, None first."""
+        found = {self.layer_of(column) for column in columns}
+        return sorted(found, key=lambda one: -1 if one is None else one)
+
+    def column_shards(self, layer: int | None) -> ColumnShards:
+        """The shards of the columns of *layer*; None: of those that lie in no layer."""
+        schemas = self.shard_schemas or (self.schema,)
+        if layer is None:
+            return ColumnShards(self.shards, 0, "", schemas)
+        own = self.layers[layer]
+        shards = own.shards + self.shards[own.num_base_shards :]
+        return ColumnShards(shards, len(own.shards), own.schema, schemas)
 
     def encode(self) -> tuple[str, bytes]:
-        check_limit(
-            "shards of a version", len(self.shards), MAX_SHARDS_PER_VERSION, "write larger shards"
-        )
-        shards = [shard.payload() for shard in self.shards]
-        return encode(KIND_DATASET, {**vars(self), "shards": shards})
+        count = len(self.shards) + sum(len(layer.shards) for layer in self.layers)
+        check_limit("shards of a version", count, MAX_SHARDS_PER_VERSION, "write larger shards")
+        payload = {**vars(self), "shards": [shard.payload() for shard in self.shards]}
+        payload["layers"] = [layer.payload() for layer in self.layers]
+        for name in ("shard_schemas", "layers"):
+            if not payload[name]:
+                del payload[name]
+        return encode(KIND_DATASET, payload)
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> DatasetManifest:
@@ -211,6 +296,8 @@ class DatasetManifest:
             payload["schema"],
             shards,
             payload["metadata"],
+            tuple(payload.get("shard_schemas", ())),
+            tuple(LayerRef.from_payload(layer) for layer in payload.get("layers", ())),
         )
 
 

@@ -101,7 +101,7 @@ class ShardCommit(_message.Message):
     def __init__(self, session: _Optional[str] = ..., blob: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_rows: _Optional[int] = ..., batch_rows: _Optional[_Iterable[int]] = ..., format: _Optional[str] = ...) -> None: ...
 
 class CommitVersionRequest(_message.Message):
-    __slots__ = ("dataset", "base_version", "schema", "shards", "request", "metadata_json", "write", "base_manifest")
+    __slots__ = ("dataset", "base_version", "schema", "shards", "request", "metadata_json", "write", "base_manifest", "columns")
     DATASET_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class CommitVersionRequest(_message.Message):
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
     WRITE_FIELD_NUMBER: _ClassVar[int]
     BASE_MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     dataset: str
     base_version: int
     schema: bytes
@@ -118,7 +119,18 @@ class CommitVersionRequest(_message.Message):
     metadata_json: str
     write: str
     base_manifest: str
-    def __init__(self, dataset: _Optional[str] = ..., base_version: _Optional[int] = ..., schema: _Optional[bytes] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ..., request: _Optional[str] = ..., metadata_json: _Optional[str] = ..., write: _Optional[str] = ..., base_manifest: _Optional[str] = ...) -> None: ...
+    columns: NewColumns
+    def __init__(self, dataset: _Optional[str] = ..., base_version: _Optional[int] = ..., schema: _Optional[bytes] = ..., shards: _Optional[_Iterable[_Union[ShardCommit, _Mapping]]] = ..., request: _Optional[str] = ..., metadata_json: _Optional[str] = ..., write: _Optional[str] = ..., base_manifest: _Optional[str] = ..., columns: _Optional[_Union[NewColumns, _Mapping]] = ...) -> None: ...
+
+class NewColumns(_message.Message):
+    __slots__ = ("columns", "schema", "dropped")
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    schema: bytes
+    dropped: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, columns: _Optional[_Iterable[str]] = ..., schema: _Optional[bytes] = ..., dropped: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SealPartRequest(_message.Message):
     __slots__ = ("write", "part", "dataset", "schema", "shards", "keep_seconds")

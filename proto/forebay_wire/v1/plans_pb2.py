@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay_wire/v1/plans.proto\x12\nforebay.v1\"\xf3\x01\n\x0fOrderParameters\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12\x11\n\tselection\x18\x02 \x01(\t\x12\x0f\n\x07shuffle\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x12\x12\x19\n\x11global_batch_size\x18\x05 \x01(\x04\x12\x12\n\nlast_batch\x18\x06 \x01(\t\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x11\n\tnum_ranks\x18\x08 \x01(\r\x12\x12\n\nnum_epochs\x18\t \x01(\x04\x12\x15\n\rwindow_blocks\x18\n \x01(\x04\x12\x12\n\nblock_rows\x18\x0b \x01(\x04\x12\r\n\x05lanes\x18\x0c \x01(\x04\"\x92\x01\n\x13RegisterPlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0e\n\x06loader\x18\x02 \x01(\t\x12*\n\x05order\x18\x03 \x01(\x0b\x32\x1b.forebay.v1.OrderParameters\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x10\n\x08manifest\x18\x06 \x01(\t\"N\n\tBlobRange\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x04\"U\n\x10\x41\x64\x64RangesRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0c\n\x04page\x18\x02 \x01(\x04\x12%\n\x06ranges\x18\x03 \x03(\x0b\x32\x15.forebay.v1.BlobRange\"C\n\x12\x41\x64vancePlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08position\x18\x03 \x01(\x04\"\x92\x01\n\x05Waits\x12\x11\n\tnum_waits\x18\x01 \x01(\x04\x12\x14\n\x0ctier_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x18\n\x10throttle_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eorigin_seconds\x18\x05 \x01(\x01\x12\x17\n\x0flongest_seconds\x18\x06 \x01(\x01\"z\n\x04Wait\x12\x13\n\x0b\x61go_seconds\x18\x01 \x01(\x01\x12\x14\n\x0ctier_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x18\n\x10throttle_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eorigin_seconds\x18\x05 \x01(\x01\"U\n\x0cPlanStanding\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\x12 \n\x05waits\x18\x03 \x01(\x0b\x32\x11.forebay.v1.Waits\"F\n\tCauseTime\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cread_seconds\x18\x03 \x01(\x01\"\xde\x01\n\x0bLoaderTimes\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x04\x12\x12\n\nbytes_read\x18\x03 \x01(\x04\x12\x16\n\x0emasked_samples\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x06 \x01(\x01\x12%\n\x06\x63\x61uses\x18\x07 \x03(\x0b\x32\x15.forebay.v1.CauseTime\x12\x0e\n\x06\x61\x64vice\x18\x08 \x01(\t\x12\x0e\n\x06\x63overs\x18\t \x01(\t\x12\x13\n\x0b\x61go_seconds\x18\n \x01(\x01\"\x1e\n\x0e\x45ndPlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\"\n\x0f\x45ndPlanResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x12\n\x10ListPlansRequest\"\xc3\x02\n\x0bPlanSummary\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0e\n\x06loader\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x06 \x01(\x04\x12\x13\n\x0bready_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04rate\x18\x08 \x01(\x01\x12 \n\x05waits\x18\t \x01(\x0b\x32\x11.forebay.v1.Waits\x12\x13\n\x0b\x61head_bytes\x18\n \x01(\x04\x12\x17\n\x0f\x65xpires_seconds\x18\x0b \x01(\x01\x12 \n\x06recent\x18\x0c \x03(\x0b\x32\x10.forebay.v1.Wait\x12&\n\x05times\x18\r \x01(\x0b\x32\x17.forebay.v1.LoaderTimes\x12\x12\n\nplan_bytes\x18\x0e \x01(\x04\";\n\x11ListPlansResponse\x12&\n\x05plans\x18\x01 \x03(\x0b\x32\x17.forebay.v1.PlanSummary2\xee\x02\n\x05Plans\x12I\n\x0cRegisterPlan\x12\x1f.forebay.v1.RegisterPlanRequest\x1a\x18.forebay.v1.PlanStanding\x12\x43\n\tAddRanges\x12\x1c.forebay.v1.AddRangesRequest\x1a\x18.forebay.v1.PlanStanding\x12G\n\x0b\x41\x64vancePlan\x12\x1e.forebay.v1.AdvancePlanRequest\x1a\x18.forebay.v1.PlanStanding\x12\x42\n\x07\x45ndPlan\x12\x1a.forebay.v1.EndPlanRequest\x1a\x1b.forebay.v1.EndPlanResponse\x12H\n\tListPlans\x12\x1c.forebay.v1.ListPlansRequest\x1a\x1d.forebay.v1.ListPlansResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66orebay_wire/v1/plans.proto\x12\nforebay.v1\"\x84\x02\n\x0fOrderParameters\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12\x11\n\tselection\x18\x02 \x01(\t\x12\x0f\n\x07shuffle\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x12\x12\x19\n\x11global_batch_size\x18\x05 \x01(\x04\x12\x12\n\nlast_batch\x18\x06 \x01(\t\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x11\n\tnum_ranks\x18\x08 \x01(\r\x12\x12\n\nnum_epochs\x18\t \x01(\x04\x12\x15\n\rwindow_blocks\x18\n \x01(\x04\x12\x12\n\nblock_rows\x18\x0b \x01(\x04\x12\r\n\x05lanes\x18\x0c \x01(\x04\x12\x0f\n\x07\x63olumns\x18\r \x03(\t\"\x92\x01\n\x13RegisterPlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0e\n\x06loader\x18\x02 \x01(\t\x12*\n\x05order\x18\x03 \x01(\x0b\x32\x1b.forebay.v1.OrderParameters\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x10\n\x08manifest\x18\x06 \x01(\t\"^\n\tBlobRange\x12\x0c\n\x04\x62lob\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x04 \x01(\x04\x12\x0e\n\x06\x62\x65side\x18\x05 \x01(\x08\"U\n\x10\x41\x64\x64RangesRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0c\n\x04page\x18\x02 \x01(\x04\x12%\n\x06ranges\x18\x03 \x03(\x0b\x32\x15.forebay.v1.BlobRange\"C\n\x12\x41\x64vancePlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08position\x18\x03 \x01(\x04\"\x92\x01\n\x05Waits\x12\x11\n\tnum_waits\x18\x01 \x01(\x04\x12\x14\n\x0ctier_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x18\n\x10throttle_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eorigin_seconds\x18\x05 \x01(\x01\x12\x17\n\x0flongest_seconds\x18\x06 \x01(\x01\"z\n\x04Wait\x12\x13\n\x0b\x61go_seconds\x18\x01 \x01(\x01\x12\x14\n\x0ctier_seconds\x18\x02 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x18\n\x10throttle_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eorigin_seconds\x18\x05 \x01(\x01\"U\n\x0cPlanStanding\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\x12 \n\x05waits\x18\x03 \x01(\x0b\x32\x11.forebay.v1.Waits\"F\n\tCauseTime\x12\r\n\x05\x63\x61use\x18\x01 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cread_seconds\x18\x03 \x01(\x01\"\xde\x01\n\x0bLoaderTimes\x12\x0f\n\x07samples\x18\x01 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\x02 \x01(\x04\x12\x12\n\nbytes_read\x18\x03 \x01(\x04\x12\x16\n\x0emasked_samples\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x14\n\x0cwait_seconds\x18\x06 \x01(\x01\x12%\n\x06\x63\x61uses\x18\x07 \x03(\x0b\x32\x15.forebay.v1.CauseTime\x12\x0e\n\x06\x61\x64vice\x18\x08 \x01(\t\x12\x0e\n\x06\x63overs\x18\t \x01(\t\x12\x13\n\x0b\x61go_seconds\x18\n \x01(\x01\"\x1e\n\x0e\x45ndPlanRequest\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\"\n\x0f\x45ndPlanResponse\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x12\n\x10ListPlansRequest\"\xc3\x02\n\x0bPlanSummary\x12\x0c\n\x04plan\x18\x01 \x01(\t\x12\x0e\n\x06loader\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x10\n\x08position\x18\x05 \x01(\x04\x12\x13\n\x0bnum_samples\x18\x06 \x01(\x04\x12\x13\n\x0bready_bytes\x18\x07 \x01(\x04\x12\x0c\n\x04rate\x18\x08 \x01(\x01\x12 \n\x05waits\x18\t \x01(\x0b\x32\x11.forebay.v1.Waits\x12\x13\n\x0b\x61head_bytes\x18\n \x01(\x04\x12\x17\n\x0f\x65xpires_seconds\x18\x0b \x01(\x01\x12 \n\x06recent\x18\x0c \x03(\x0b\x32\x10.forebay.v1.Wait\x12&\n\x05times\x18\r \x01(\x0b\x32\x17.forebay.v1.LoaderTimes\x12\x12\n\nplan_bytes\x18\x0e \x01(\x04\";\n\x11ListPlansResponse\x12&\n\x05plans\x18\x01 \x03(\x0b\x32\x17.forebay.v1.PlanSummary2\xee\x02\n\x05Plans\x12I\n\x0cRegisterPlan\x12\x1f.forebay.v1.RegisterPlanRequest\x1a\x18.forebay.v1.PlanStanding\x12\x43\n\tAddRanges\x12\x1c.forebay.v1.AddRangesRequest\x1a\x18.forebay.v1.PlanStanding\x12G\n\x0b\x41\x64vancePlan\x12\x1e.forebay.v1.AdvancePlanRequest\x1a\x18.forebay.v1.PlanStanding\x12\x42\n\x07\x45ndPlan\x12\x1a.forebay.v1.EndPlanRequest\x1a\x1b.forebay.v1.EndPlanResponse\x12H\n\tListPlans\x12\x1c.forebay.v1.ListPlansRequest\x1a\x1d.forebay.v1.ListPlansResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,35 +32,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay_wire.v1.plans_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ORDERPARAMETERS']._serialized_start=44
-  _globals['_ORDERPARAMETERS']._serialized_end=287
-  _globals['_REGISTERPLANREQUEST']._serialized_start=290
-  _globals['_REGISTERPLANREQUEST']._serialized_end=436
-  _globals['_BLOBRANGE']._serialized_start=438
-  _globals['_BLOBRANGE']._serialized_end=516
-  _globals['_ADDRANGESREQUEST']._serialized_start=518
-  _globals['_ADDRANGESREQUEST']._serialized_end=603
-  _globals['_ADVANCEPLANREQUEST']._serialized_start=605
-  _globals['_ADVANCEPLANREQUEST']._serialized_end=672
-  _globals['_WAITS']._serialized_start=675
-  _globals['_WAITS']._serialized_end=821
-  _globals['_WAIT']._serialized_start=823
-  _globals['_WAIT']._serialized_end=945
-  _globals['_PLANSTANDING']._serialized_start=947
-  _globals['_PLANSTANDING']._serialized_end=1032
-  _globals['_CAUSETIME']._serialized_start=1034
-  _globals['_CAUSETIME']._serialized_end=1104
-  _globals['_LOADERTIMES']._serialized_start=1107
-  _globals['_LOADERTIMES']._serialized_end=1329
-  _globals['_ENDPLANREQUEST']._serialized_start=1331
-  _globals['_ENDPLANREQUEST']._serialized_end=1361
-  _globals['_ENDPLANRESPONSE']._serialized_start=1363
-  _globals['_ENDPLANRESPONSE']._serialized_end=1397
-  _globals['_LISTPLANSREQUEST']._serialized_start=1399
-  _globals['_LISTPLANSREQUEST']._serialized_end=1417
-  _globals['_PLANSUMMARY']._serialized_start=1420
-  _globals['_PLANSUMMARY']._serialized_end=1743
-  _globals['_LISTPLANSRESPONSE']._serialized_start=1745
-  _globals['_LISTPLANSRESPONSE']._serialized_end=1804
-  _globals['_PLANS']._serialized_start=1807
-  _globals['_PLANS']._serialized_end=2173
+  _globals['_ORDERPARAMETERS']._serialized_end=304
+  _globals['_REGISTERPLANREQUEST']._serialized_start=307
+  _globals['_REGISTERPLANREQUEST']._serialized_end=453
+  _globals['_BLOBRANGE']._serialized_start=455
+  _globals['_BLOBRANGE']._serialized_end=549
+  _globals['_ADDRANGESREQUEST']._serialized_start=551
+  _globals['_ADDRANGESREQUEST']._serialized_end=636
+  _globals['_ADVANCEPLANREQUEST']._serialized_start=638
+  _globals['_ADVANCEPLANREQUEST']._serialized_end=705
+  _globals['_WAITS']._serialized_start=708
+  _globals['_WAITS']._serialized_end=854
+  _globals['_WAIT']._serialized_start=856
+  _globals['_WAIT']._serialized_end=978
+  _globals['_PLANSTANDING']._serialized_start=980
+  _globals['_PLANSTANDING']._serialized_end=1065
+  _globals['_CAUSETIME']._serialized_start=1067
+  _globals['_CAUSETIME']._serialized_end=1137
+  _globals['_LOADERTIMES']._serialized_start=1140
+  _globals['_LOADERTIMES']._serialized_end=1362
+  _globals['_ENDPLANREQUEST']._serialized_start=1364
+  _globals['_ENDPLANREQUEST']._serialized_end=1394
+  _globals['_ENDPLANRESPONSE']._serialized_start=1396
+  _globals['_ENDPLANRESPONSE']._serialized_end=1430
+  _globals['_LISTPLANSREQUEST']._serialized_start=1432
+  _globals['_LISTPLANSREQUEST']._serialized_end=1450
+  _globals['_PLANSUMMARY']._serialized_start=1453
+  _globals['_PLANSUMMARY']._serialized_end=1776
+  _globals['_LISTPLANSRESPONSE']._serialized_start=1778
+  _globals['_LISTPLANSRESPONSE']._serialized_end=1837
+  _globals['_PLANS']._serialized_start=1840
+  _globals['_PLANS']._serialized_end=2206
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class OrderParameters(_message.Message):
-    __slots__ = ("manifest", "selection", "shuffle", "seed", "global_batch_size", "last_batch", "rank", "num_ranks", "num_epochs", "window_blocks", "block_rows", "lanes")
+    __slots__ = ("manifest", "selection", "shuffle", "seed", "global_batch_size", "last_batch", "rank", "num_ranks", "num_epochs", "window_blocks", "block_rows", "lanes", "columns")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SELECTION_FIELD_NUMBER: _ClassVar[int]
     SHUFFLE_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class OrderParameters(_message.Message):
     WINDOW_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_ROWS_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     manifest: str
     selection: str
     shuffle: str
@@ -32,7 +33,8 @@ class OrderParameters(_message.Message):
     window_blocks: int
     block_rows: int
     lanes: int
-    def __init__(self, manifest: _Optional[str] = ..., selection: _Optional[str] = ..., shuffle: _Optional[str] = ..., seed: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., last_batch: _Optional[str] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., num_epochs: _Optional[int] = ..., window_blocks: _Optional[int] = ..., block_rows: _Optional[int] = ..., lanes: _Optional[int] = ...) -> None: ...
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, manifest: _Optional[str] = ..., selection: _Optional[str] = ..., shuffle: _Optional[str] = ..., seed: _Optional[int] = ..., global_batch_size: _Optional[int] = ..., last_batch: _Optional[str] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., num_epochs: _Optional[int] = ..., window_blocks: _Optional[int] = ..., block_rows: _Optional[int] = ..., lanes: _Optional[int] = ..., columns: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterPlanRequest(_message.Message):
     __slots__ = ("plan", "loader", "order", "epoch", "position", "manifest")
@@ -51,16 +53,18 @@ class RegisterPlanRequest(_message.Message):
     def __init__(self, plan: _Optional[str] = ..., loader: _Optional[str] = ..., order: _Optional[_Union[OrderParameters, _Mapping]] = ..., epoch: _Optional[int] = ..., position: _Optional[int] = ..., manifest: _Optional[str] = ...) -> None: ...
 
 class BlobRange(_message.Message):
-    __slots__ = ("blob", "offset", "length", "num_samples")
+    __slots__ = ("blob", "offset", "length", "num_samples", "beside")
     BLOB_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
     blob: str
     offset: int
     length: int
     num_samples: int
-    def __init__(self, blob: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., num_samples: _Optional[int] = ...) -> None: ...
+    beside: bool
+    def __init__(self, blob: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., num_samples: _Optional[int] = ..., beside: _Optional[bool] = ...) -> None: ...
 
 class AddRangesRequest(_message.Message):
     __slots__ = ("plan", "page", "ranges")

@@ -221,7 +221,7 @@ def insert_version(
             version=manifest.version,
             manifest=manifest_id,
             num_rows=manifest.num_rows,
-            num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+            num_bytes=manifest.num_bytes,
             num_shards=len(manifest.shards),
             request=request,
         )

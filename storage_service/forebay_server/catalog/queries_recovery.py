@@ -81,7 +81,7 @@ def restore_version(
             version=found.version,
             manifest=identity,
             num_rows=found.num_rows,
-            num_bytes=sum(shard.num_bytes for shard in found.shards),
+            num_bytes=found.num_bytes,
             num_shards=len(found.shards),
             request=new_random_name(),
             created=read_stamp(data).committed_ns / 1e9,

@@ -22,6 +22,7 @@ from forebay_server.catalog.queries_origins import OriginRow, find_origins
 from forebay_server.catalog.queries_parts import forget_parts
 from forebay_server.catalog.queries_trash import trash_dataset
 from forebay_server.catalog.queries_uploads import claim_landed
+from forebay_server.model.versions import NewColumns, appended, with_columns
 from forebay_server.publish import selections
 from forebay_server.publish.lease import Uploads
 from forebay_server.publish.parts import request_of
@@ -34,7 +35,6 @@ from forebay_wire.errors import (
     IntegrityError,
     InvalidRequest,
     NotFound,
-    SchemaMismatch,
 )
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import check_name, check_random_name
@@ -79,6 +79,8 @@ class VersionCommit:
     """Whose parts these shards were; they end with the commit, and the name remembers it."""
     base_manifest: str = ""
     """Of version *base_version*; empty: whichever it is."""
+    columns: NewColumns | None = None
+    """The base's rows with other columns, of which the shards are; None: its rows and others."""
 
 
 class Datasets:
@@ -430,6 +432,12 @@ def _check_commit(commit: VersionCommit) -> tuple[ShardRef, ...]:
     sessions = [shard.session for shard in commit.shards if shard.session]
     if len(set(sessions)) != len(sessions):
         raise InvalidRequest("two shards of one commit name the same upload session")
+    if commit.columns is not None:
+        check_limit(
+            "schema bytes", len(commit.columns.schema), MAX_SCHEMA_BYTES, "use fewer columns"
+        )
+        if len(sessions) < len(commit.shards):
+            raise InvalidRequest("columns are written, not read in place: import the file first")
     return tuple(shard.check() for shard in commit.shards)
 
 
@@ -478,26 +486,22 @@ def _manifest_of(
     commit: VersionCommit, refs: tuple[ShardRef, ...], base: DatasetManifest | None
 ) -> DatasetManifest:
     schema = base64.b64encode(commit.schema).decode()
-    manifest = DatasetManifest(
-        dataset=commit.dataset,
-        version=commit.base_version + 1,
-        parent=None,
-        schema=schema,
-        shards=refs,
-        metadata=_metadata(commit.metadata_json),
-    )
+    metadata = _metadata(commit.metadata_json)
     if base is None:
-        return manifest
-    if base.schema != schema:
-        raise SchemaMismatch(
-            f"dataset {commit.dataset}: the appended shards have another schema than version "
-            f"{base.version}; write them with the dataset's own schema"
-        )
+        if commit.columns is not None:
+            raise InvalidRequest(
+                f"columns are written beside those of a version: dataset {commit.dataset} is new"
+            )
+        return DatasetManifest(commit.dataset, 1, None, schema, refs, metadata)
+    if commit.columns is not None:
+        made = with_columns(base, refs, schema, commit.columns)
+    else:
+        made = appended(base, refs, schema)
     return replace(
-        manifest,
+        made,
+        version=commit.base_version + 1,
         parent=base.encode()[0],
-        shards=base.shards + refs,
-        metadata=manifest.metadata if commit.metadata_json else base.metadata,
+        metadata=metadata if commit.metadata_json else base.metadata,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -10,11 +11,13 @@ import grpc.aio
 
 from forebay_server.catalog.queries_datasets import DatasetInfo, VersionInfo
 from forebay_server.catalog.queries_origins import OriginRow
+from forebay_server.model.versions import NewColumns
 from forebay_server.publish.dataset import Datasets, VersionCommit
 from forebay_server.publish.origins import OriginDatasets, Registered
 from forebay_server.publish.parts import NewPart, Parts
 from forebay_server.publish.selections import NewSelection
 from forebay_server.publish.shards import ShardCommit
+from forebay_server.publish.statistics import KeptStatistics, Subject
 from forebay_server.rpc.interceptors import caller_uid
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.v1 import datasets_pb2 as messages
@@ -26,9 +29,16 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
     """What each call promises stands in ``datasets.proto``."""
 
-    def __init__(self, datasets: Datasets, origins: OriginDatasets, parts: Parts) -> None:
+    def __init__(
+        self,
+        datasets: Datasets,
+        origins: OriginDatasets,
+        parts: Parts,
+        statistics: KeptStatistics,
+    ) -> None:
         self._datasets = datasets
         self._parts = parts
+        self._statistics = statistics
         self._origins = origins
 
     async def ListDatasets(
@@ -55,6 +65,7 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
             metadata_json=request.metadata_json,
             write=request.write,
             base_manifest=request.base_manifest,
+            columns=_columns(request) if request.HasField("columns") else None,
         )
         return convert_version(await self._datasets.commit_version(commit, caller_uid()))
 
@@ -142,6 +153,20 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
             )
         )
 
+    async def GetStatistics(
+        self, request: messages.GetStatisticsRequest, context: Context
+    ) -> messages.Statistics:
+        return _convert_statistics(await self._statistics.get(_subject(request.of)))
+
+    async def StoreStatistics(
+        self, request: messages.StoreStatisticsRequest, context: Context
+    ) -> messages.Statistics:
+        return _convert_statistics(
+            await self._statistics.store(
+                _subject(request.of), request.columns_json, replaces=request.replaces
+            )
+        )
+
     async def DeleteDataset(
         self, request: messages.DeleteDatasetRequest, context: Context
     ) -> messages.DeleteDatasetResponse:
@@ -179,6 +204,12 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
         )
 
 
+def _columns(request: messages.CommitVersionRequest) -> NewColumns:
+    new = request.columns
+    schema = base64.b64encode(new.schema).decode()
+    return NewColumns(tuple(new.columns), schema, tuple(new.dropped))
+
+
 def _shards(given: Iterable[messages.ShardCommit]) -> tuple[ShardCommit, ...]:
     return tuple(
         ShardCommit(
@@ -190,6 +221,16 @@ def _shards(given: Iterable[messages.ShardCommit]) -> tuple[ShardCommit, ...]:
             format=shard.format,
         )
         for shard in given
+    )
+
+
+def _subject(of: messages.StatisticsSubject) -> Subject:
+    return Subject(of.dataset, of.version, of.manifest, of.selection)
+
+
+def _convert_statistics(records: Iterable[tuple[str, bytes]]) -> messages.Statistics:
+    return messages.Statistics(
+        records=[messages.StatisticsRecord(manifest=name, data=data) for name, data in records]
     )
 
 
