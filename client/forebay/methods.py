@@ -72,6 +72,12 @@ class Datasets:
     DefineFolds: Final = Method(
         "/forebay.v1.Datasets/DefineFolds", datasets.DefineFoldsRequest, datasets.Dataset
     )
+    GetStatistics: Final = Method(
+        "/forebay.v1.Datasets/GetStatistics", datasets.GetStatisticsRequest, datasets.Statistics
+    )
+    StoreStatistics: Final = Method(
+        "/forebay.v1.Datasets/StoreStatistics", datasets.StoreStatisticsRequest, datasets.Statistics
+    )
     DefineSelections: Final = Method(
         "/forebay.v1.Datasets/DefineSelections",
         datasets.DefineSelectionsRequest,

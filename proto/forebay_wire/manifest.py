@@ -43,6 +43,7 @@ ORIGIN_KEY: Final = blake3(b"forebay origin id, domain key, version 1").digest()
 KIND_DATASET: Final = 1
 KIND_SELECTION: Final = 2
 KIND_GENERATION: Final = 3
+KIND_STATISTICS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -335,6 +336,30 @@ class SelectionManifest:
 
 
 @dataclass(frozen=True)
+class StatisticsManifest:
+    """What columns of one version, or of one of its selections, hold: figures that were computed
+    once and are kept with it. It names no blob."""
+
+    dataset: str
+    version: int
+    dataset_manifest: str
+    selection_manifest: str
+    """Empty: of the whole version."""
+    columns: dict[str, Any]
+    """Figures of each column; see ``docs/formats/manifest.md``."""
+
+    def blobs(self) -> list[str]:
+        return []
+
+    def encode(self) -> tuple[str, bytes]:
+        return encode(KIND_STATISTICS, vars(self))
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> StatisticsManifest:
+        return cls(**payload)
+
+
+@dataclass(frozen=True)
 class PackRef:
     """The blob of all the bytes that one rank contributes to a generation."""
 
@@ -375,16 +400,17 @@ class GenerationManifest:
         return cls(**{**payload, "packs": packs, "parent": tuple(parent) if parent else None})
 
 
-AnyManifest = DatasetManifest | SelectionManifest | GenerationManifest
+AnyManifest = DatasetManifest | SelectionManifest | GenerationManifest | StatisticsManifest
 
 
 def parse(data: Buffer, where: str, manifest_id: str | None = None) -> AnyManifest:
     """The manifest in *data* as the class of its kind, verified as :func:`decode` does."""
     kind, payload = decode(data, where, manifest_id)
-    classes: dict[int, type[DatasetManifest | SelectionManifest | GenerationManifest]] = {
+    classes: dict[int, type[AnyManifest]] = {
         KIND_DATASET: DatasetManifest,
         KIND_SELECTION: SelectionManifest,
         KIND_GENERATION: GenerationManifest,
+        KIND_STATISTICS: StatisticsManifest,
     }
     if kind not in classes:
         raise IntegrityError(f"manifest of unknown kind {kind} ({where}); upgrade Forebay")

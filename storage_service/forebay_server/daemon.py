@@ -65,6 +65,7 @@ from forebay_server.publish.manifests import ObjectPublisher
 from forebay_server.publish.origins import OriginDatasets
 from forebay_server.publish.parts import Parts
 from forebay_server.publish.reconcile import claim_objects, reconcile
+from forebay_server.publish.statistics import KeptStatistics
 from forebay_server.rpc.admin import AdminService, Attached, Identity
 from forebay_server.rpc.blobs import BlobsService
 from forebay_server.rpc.checkpoints import CheckpointsService
@@ -366,7 +367,12 @@ class Daemon:
                 self._checkpoints.generations.manifest_in_memory,
             ),
             checkpoints=CheckpointsService(self._checkpoints, self._auth, self._incarnation),
-            datasets=DatasetsService(self._datasets, self._origins, Parts(self._catalog)),
+            datasets=DatasetsService(
+                self._datasets,
+                self._origins,
+                Parts(self._catalog),
+                KeptStatistics(self._catalog, self._jobs),
+            ),
             integrity=IntegrityService(self._integrity),
             movement=MovementService(self._movement),
             plans=PlansService(self._ahead.plans, plans),

@@ -30,6 +30,7 @@ from forebay_wire.manifest import (
     GenerationManifest,
     PackRef,
     SelectionManifest,
+    StatisticsManifest,
     canonical_json,
     parse,
 )
@@ -46,7 +47,7 @@ def build_tree(manifest_id: str, data: bytes, context: str) -> Folder:
     """The files of the version or generation whose manifest *data* is; verified against the id."""
     manifest = parse(data, context, manifest_id)
     text = manifest_file(manifest_id, len(data) - FRAME_BYTES)
-    if isinstance(manifest, SelectionManifest):
+    if isinstance(manifest, SelectionManifest | StatisticsManifest):
         raise IntegrityError(f"manifest {manifest_id} is not that of {context}")
     if isinstance(manifest, DatasetManifest):
         return {MANIFEST_NAME: text, **_shards(manifest)}

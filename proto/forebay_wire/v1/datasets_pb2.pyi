@@ -264,6 +264,48 @@ class DefineSelectionsRequest(_message.Message):
     selections: _containers.RepeatedCompositeFieldContainer[NewSelection]
     def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., selections: _Optional[_Iterable[_Union[NewSelection, _Mapping]]] = ...) -> None: ...
 
+class StatisticsSubject(_message.Message):
+    __slots__ = ("dataset", "version", "manifest", "selection")
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SELECTION_FIELD_NUMBER: _ClassVar[int]
+    dataset: str
+    version: int
+    manifest: str
+    selection: str
+    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., manifest: _Optional[str] = ..., selection: _Optional[str] = ...) -> None: ...
+
+class GetStatisticsRequest(_message.Message):
+    __slots__ = ("of",)
+    OF_FIELD_NUMBER: _ClassVar[int]
+    of: StatisticsSubject
+    def __init__(self, of: _Optional[_Union[StatisticsSubject, _Mapping]] = ...) -> None: ...
+
+class StoreStatisticsRequest(_message.Message):
+    __slots__ = ("of", "columns_json", "replaces")
+    OF_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_JSON_FIELD_NUMBER: _ClassVar[int]
+    REPLACES_FIELD_NUMBER: _ClassVar[int]
+    of: StatisticsSubject
+    columns_json: str
+    replaces: bool
+    def __init__(self, of: _Optional[_Union[StatisticsSubject, _Mapping]] = ..., columns_json: _Optional[str] = ..., replaces: _Optional[bool] = ...) -> None: ...
+
+class StatisticsRecord(_message.Message):
+    __slots__ = ("manifest", "data")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    manifest: str
+    data: bytes
+    def __init__(self, manifest: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Statistics(_message.Message):
+    __slots__ = ("records",)
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    records: _containers.RepeatedCompositeFieldContainer[StatisticsRecord]
+    def __init__(self, records: _Optional[_Iterable[_Union[StatisticsRecord, _Mapping]]] = ...) -> None: ...
+
 class DeleteDatasetRequest(_message.Message):
     __slots__ = ("name", "now")
     NAME_FIELD_NUMBER: _ClassVar[int]

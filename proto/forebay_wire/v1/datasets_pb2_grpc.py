@@ -80,6 +80,16 @@ class DatasetsStub:
                 request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineSelectionsRequest.SerializeToString,
                 response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.Dataset.FromString,
                 _registered_method=True)
+        self.GetStatistics = channel.unary_unary(
+                '/forebay.v1.Datasets/GetStatistics',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.GetStatisticsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.Statistics.FromString,
+                _registered_method=True)
+        self.StoreStatistics = channel.unary_unary(
+                '/forebay.v1.Datasets/StoreStatistics',
+                request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.StoreStatisticsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.Statistics.FromString,
+                _registered_method=True)
         self.DeleteDataset = channel.unary_unary(
                 '/forebay.v1.Datasets/DeleteDataset',
                 request_serializer=forebay__wire_dot_v1_dot_datasets__pb2.DeleteDatasetRequest.SerializeToString,
@@ -191,6 +201,25 @@ class DatasetsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatistics(self, request, context):
+        """What columns of a version or selection hold, as far as it was computed before and
+        is kept with it: manifests, oldest first; a later one's figures stand before those
+        of an earlier one. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StoreStatistics(self, request, context):
+        """Keeps figures of columns with their version or selection, for as long as that is
+        there, and answers what is kept then. Columns that are kept already stay as they
+        are: the first one's figures are everybody's; with replaces those of this call.
+        Idempotent. NOT_FOUND if the version is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteDataset(self, request, context):
         """Puts a dataset with all versions into the trash, or deletes it for good, first in the
         object tier. Its name is free on return. Idempotent.
@@ -280,6 +309,16 @@ def add_DatasetsServicer_to_server(servicer, server):
                     servicer.DefineSelections,
                     request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.DefineSelectionsRequest.FromString,
                     response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.Dataset.SerializeToString,
+            ),
+            'GetStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatistics,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.GetStatisticsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.Statistics.SerializeToString,
+            ),
+            'StoreStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.StoreStatistics,
+                    request_deserializer=forebay__wire_dot_v1_dot_datasets__pb2.StoreStatisticsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_datasets__pb2.Statistics.SerializeToString,
             ),
             'DeleteDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDataset,
@@ -551,6 +590,60 @@ class Datasets:
             '/forebay.v1.Datasets/DefineSelections',
             forebay__wire_dot_v1_dot_datasets__pb2.DefineSelectionsRequest.SerializeToString,
             forebay__wire_dot_v1_dot_datasets__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/GetStatistics',
+            forebay__wire_dot_v1_dot_datasets__pb2.GetStatisticsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.Statistics.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StoreStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Datasets/StoreStatistics',
+            forebay__wire_dot_v1_dot_datasets__pb2.StoreStatisticsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_datasets__pb2.Statistics.FromString,
             options,
             channel_credentials,
             insecure,

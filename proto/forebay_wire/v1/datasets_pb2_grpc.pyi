@@ -73,6 +73,17 @@ class DatasetsStub:
     with the same definitions is a no-op (and leaves its sessions to their
     leases); a name with another definition fails (ALREADY_EXISTS).
     """
+    GetStatistics: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetStatisticsRequest, _datasets_pb2.Statistics]
+    """What columns of a version or selection hold, as far as it was computed before and
+    is kept with it: manifests, oldest first; a later one's figures stand before those
+    of an earlier one. Idempotent.
+    """
+    StoreStatistics: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.StoreStatisticsRequest, _datasets_pb2.Statistics]
+    """Keeps figures of columns with their version or selection, for as long as that is
+    there, and answers what is kept then. Columns that are kept already stay as they
+    are: the first one's figures are everybody's; with replaces those of this call.
+    Idempotent. NOT_FOUND if the version is gone.
+    """
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]
     """Puts a dataset with all versions into the trash, or deletes it for good, first in the
     object tier. Its name is free on return. Idempotent.
@@ -140,6 +151,17 @@ class DatasetsAsyncStub(DatasetsStub):
     in upload sessions that still live; the call ends those sessions. A repeat
     with the same definitions is a no-op (and leaves its sessions to their
     leases); a name with another definition fails (ALREADY_EXISTS).
+    """
+    GetStatistics: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetStatisticsRequest, _datasets_pb2.Statistics]  # type: ignore[assignment]
+    """What columns of a version or selection hold, as far as it was computed before and
+    is kept with it: manifests, oldest first; a later one's figures stand before those
+    of an earlier one. Idempotent.
+    """
+    StoreStatistics: _aio.UnaryUnaryMultiCallable[_datasets_pb2.StoreStatisticsRequest, _datasets_pb2.Statistics]  # type: ignore[assignment]
+    """Keeps figures of columns with their version or selection, for as long as that is
+    there, and answers what is kept then. Columns that are kept already stay as they
+    are: the first one's figures are everybody's; with replaces those of this call.
+    Idempotent. NOT_FOUND if the version is gone.
     """
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """Puts a dataset with all versions into the trash, or deletes it for good, first in the
@@ -259,6 +281,29 @@ class DatasetsServicer(metaclass=_abc_1.ABCMeta):
         in upload sessions that still live; the call ends those sessions. A repeat
         with the same definitions is a no-op (and leaves its sessions to their
         leases); a name with another definition fails (ALREADY_EXISTS).
+        """
+
+    @_abc_1.abstractmethod
+    def GetStatistics(
+        self,
+        request: _datasets_pb2.GetStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Statistics, _abc.Awaitable[_datasets_pb2.Statistics]]:
+        """What columns of a version or selection hold, as far as it was computed before and
+        is kept with it: manifests, oldest first; a later one's figures stand before those
+        of an earlier one. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def StoreStatistics(
+        self,
+        request: _datasets_pb2.StoreStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_datasets_pb2.Statistics, _abc.Awaitable[_datasets_pb2.Statistics]]:
+        """Keeps figures of columns with their version or selection, for as long as that is
+        there, and answers what is kept then. Columns that are kept already stay as they
+        are: the first one's figures are everybody's; with replaces those of this call.
+        Idempotent. NOT_FOUND if the version is gone.
         """
 
     @_abc_1.abstractmethod

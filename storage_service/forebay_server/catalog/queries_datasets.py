@@ -20,6 +20,7 @@ from forebay_server.catalog.tables import (
     manifest_remote,
     manifests,
     selections,
+    statistics,
     versions,
 )
 from forebay_wire.manifest import (
@@ -263,6 +264,7 @@ def delete_dataset(connection: Connection, name: str) -> list[str]:
     tier first and then from here; until then their blobs are kept. Selections go before versions.
     """
     doomed = [
+        *connection.scalars(select(statistics.c.manifest).where(statistics.c.dataset == name)),
         *connection.scalars(select(selections.c.manifest).where(selections.c.dataset == name)),
         *connection.scalars(
             select(versions.c.manifest)
@@ -270,6 +272,7 @@ def delete_dataset(connection: Connection, name: str) -> list[str]:
             .order_by(versions.c.version.desc())
         ),
     ]
+    connection.execute(delete(statistics).where(statistics.c.dataset == name))
     connection.execute(delete(selections).where(selections.c.dataset == name))
     connection.execute(delete(versions).where(versions.c.dataset == name))
     connection.execute(delete(datasets).where(datasets.c.name == name))

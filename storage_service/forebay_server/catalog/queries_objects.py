@@ -36,6 +36,7 @@ from forebay_server.catalog.tables import (
     manifests,
     replicas,
     selections,
+    statistics,
     trash,
     uploads,
     versions,
@@ -68,11 +69,12 @@ def is_anything_remote(connection: Connection) -> bool:
 
 
 def _is_named() -> ColumnElement[bool]:
-    """A version, a selection or a generation is what this manifest says."""
+    """A version, a selection, a generation or statistics are what this manifest says."""
     return or_(
         exists().where(versions.c.manifest == manifests.c.manifest),
         exists().where(selections.c.manifest == manifests.c.manifest),
         exists().where(generations.c.manifest == manifests.c.manifest),
+        exists().where(statistics.c.manifest == manifests.c.manifest),
     )
 
 

@@ -21,6 +21,7 @@ from forebay_server.catalog.tables import (
     packs,
     runs,
     selections,
+    statistics,
     trash,
     versions,
 )
@@ -33,9 +34,11 @@ from forebay_wire.manifest import (
     KIND_DATASET,
     KIND_GENERATION,
     KIND_SELECTION,
+    KIND_STATISTICS,
     DatasetManifest,
     GenerationManifest,
     SelectionManifest,
+    StatisticsManifest,
     parse,
     read_stamp,
 )
@@ -110,6 +113,37 @@ def restore_selection(
             name=found.name,
             manifest=identity,
             num_rows=found.num_rows,
+            created=read_stamp(data).committed_ns / 1e9,
+        )
+    )
+
+
+def restore_statistics(
+    connection: Connection, identity: str, data: bytes, found: StatisticsManifest
+) -> None:
+    """Keep figures again. :class:`Conflict` without the version or selection that they are of."""
+    of = connection.scalar(
+        select(versions.c.manifest).where(
+            versions.c.dataset == found.dataset, versions.c.version == found.version
+        )
+    )
+    chosen = select(selections.c.manifest).where(
+        selections.c.manifest == found.selection_manifest,
+        selections.c.dataset == found.dataset,
+        selections.c.version == found.version,
+    )
+    if of != found.dataset_manifest:
+        raise Conflict(f"version {found.version} of dataset {found.dataset} is not there")
+    if found.selection_manifest and connection.scalar(chosen) is None:
+        raise Conflict(f"selection {found.selection_manifest} of {found.dataset} is not there")
+    insert_manifest(connection, identity, KIND_STATISTICS, data, ())
+    mark_remote(connection, identity)
+    connection.execute(
+        insert(statistics).values(
+            manifest=identity,
+            dataset=found.dataset,
+            version=found.version,
+            selection=found.selection_manifest,
             created=read_stamp(data).committed_ns / 1e9,
         )
     )

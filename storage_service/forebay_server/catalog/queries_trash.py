@@ -33,6 +33,7 @@ from forebay_server.catalog.tables import (
     packs,
     runs,
     selections,
+    statistics,
     trash,
     versions,
 )
@@ -68,14 +69,15 @@ class TrashEntry:
 
 
 def trash_dataset(connection: Connection, name: str, grace_seconds: float) -> list[str]:
-    """Move a dataset with its versions and selections into the trash; their manifests, empty if
-    there is none."""
+    """Move a dataset with its versions, selections and statistics into the trash; their manifests,
+    empty if there is none."""
     deletion = Deletion(f"dataset {name}", grace_seconds)
     found: dict[str, dict[str, Any]] = {}
-    for table in (selections, versions):
+    for table in (statistics, selections, versions):
         for row in connection.execute(select(table).where(table.c.dataset == name)):
             found[row.manifest] = {table.name: [_plain(table, row)]}
     _insert(connection, deletion, found)
+    connection.execute(delete(statistics).where(statistics.c.dataset == name))
     connection.execute(delete(selections).where(selections.c.dataset == name))
     connection.execute(delete(versions).where(versions.c.dataset == name))
     connection.execute(delete(datasets).where(datasets.c.name == name))
@@ -232,6 +234,8 @@ def _restore_dataset(
         connection.execute(insert(versions).values(**row))
     for row in kept.get(selections.name, ()):
         connection.execute(insert(selections).values(**row))
+    for row in kept.get(statistics.name, ()):
+        connection.execute(insert(statistics).values(**row))
 
 
 def _restore_generations(

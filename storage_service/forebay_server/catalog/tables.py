@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 metadata: Final = MetaData()
 
@@ -186,6 +186,19 @@ selections = Table(
     Column("num_rows", BigInteger, nullable=False),
     _created(),
     ForeignKeyConstraint(["dataset", "version"], ["versions.dataset", "versions.version"]),
+)
+
+statistics = Table(
+    "statistics",
+    metadata,
+    Column("manifest", ForeignKey("manifests.manifest"), primary_key=True),
+    Column("dataset", _name(128), nullable=False),
+    Column("version", Integer, nullable=False),
+    # Manifest of the selection; empty: of the whole version.
+    Column("selection", _name(64), nullable=False),
+    _created(),
+    ForeignKeyConstraint(["dataset", "version"], ["versions.dataset", "versions.version"]),
+    Index("statistics_by_version", "dataset", "version", "selection"),
 )
 
 # ------------------------------------------------------------------------------------ checkpoints

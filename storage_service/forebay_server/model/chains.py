@@ -17,6 +17,7 @@ from forebay_wire.manifest import (
     GenerationManifest,
     SelectionManifest,
     Stamp,
+    StatisticsManifest,
 )
 
 
@@ -46,22 +47,26 @@ def choose(candidates: Iterable[C]) -> Choice[C]:
     """Keep of each name what was begun last and has anything whole; the rest is left out.
 
     Of a dataset that is the chain of versions that the last committed one stands on, with their
-    selections; a version of which nothing whole was found is a gap in it. Of a run it is the last
-    committed generation of each step.
+    selections and statistics; a version of which nothing whole was found is a gap in it. Of a
+    run it is the last committed generation of each step.
     """
     versions: dict[str, list[C]] = defaultdict(list)
     selections: list[C] = []
+    statistics: list[C] = []
     generations: dict[str, list[C]] = defaultdict(list)
     for one in candidates:
         if isinstance(one.manifest, DatasetManifest):
             versions[one.manifest.dataset].append(one)
         elif isinstance(one.manifest, SelectionManifest):
             selections.append(one)
+        elif isinstance(one.manifest, StatisticsManifest):
+            statistics.append(one)
         else:
             generations[one.manifest.run].append(one)
     choice = Choice[C]()
     begun = {name: _choose_versions(versions[name], choice) for name in sorted(versions)}
     _choose_selections(selections, begun, choice)
+    _choose_statistics(statistics, begun, choice)
     for run in sorted(generations):
         _choose_generations(generations[run], choice)
     return choice
@@ -120,6 +125,17 @@ def _choose_selections(found: Sequence[C], begun: dict[str, int], choice: Choice
 
     for one in sorted(_newest_first(found), key=turn):
         dataset = turn(one)[0]
+        if one.stamp.begun_ns != begun.get(dataset, one.stamp.begun_ns):
+            choice.left_out.append((one, _made_again("dataset", dataset)))
+        else:
+            choice.kept.append(one)
+
+
+def _choose_statistics(found: Sequence[C], begun: dict[str, int], choice: Choice[C]) -> None:
+    """Behind the selections that they may be of; of a dataset without a whole version as those."""
+    for one in reversed(_newest_first(found)):
+        assert isinstance(one.manifest, StatisticsManifest)
+        dataset = one.manifest.dataset
         if one.stamp.begun_ns != begun.get(dataset, one.stamp.begun_ns):
             choice.left_out.append((one, _made_again("dataset", dataset)))
         else:

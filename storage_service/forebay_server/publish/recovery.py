@@ -44,11 +44,13 @@ from forebay_wire.manifest import (
     KIND_DATASET,
     KIND_GENERATION,
     KIND_SELECTION,
+    KIND_STATISTICS,
     AnyManifest,
     DatasetManifest,
     GenerationManifest,
     SelectionManifest,
     Stamp,
+    StatisticsManifest,
     parse,
     read_stamp,
 )
@@ -65,6 +67,7 @@ KINDS: Final = {
     DatasetManifest: KIND_DATASET,
     GenerationManifest: KIND_GENERATION,
     SelectionManifest: KIND_SELECTION,
+    StatisticsManifest: KIND_STATISTICS,
 }
 CATALOG_FILE_NAME: Final = "catalog.sqlite"
 UNFINISHED_FILE_NAME: Final = "catalog-recovering.sqlite"
@@ -95,6 +98,7 @@ class Recovered:
     num_datasets: int = 0
     num_versions: int = 0
     num_selections: int = 0
+    num_statistics: int = 0
     num_runs: int = 0
     num_generations: int = 0
     num_trashed: int = 0
@@ -330,6 +334,8 @@ class _Recovery:
             self.result.num_versions += 1
         elif isinstance(manifest, SelectionManifest):
             self.result.num_selections += 1
+        elif isinstance(manifest, StatisticsManifest):
+            self.result.num_statistics += 1
         else:
             self.result.num_generations += 1
 
@@ -372,6 +378,8 @@ def _restore(connection: Connection, found: _Found) -> None:
         queries.restore_version(connection, found.identity, found.data, manifest)
     elif isinstance(manifest, SelectionManifest):
         queries.restore_selection(connection, found.identity, found.data, manifest)
+    elif isinstance(manifest, StatisticsManifest):
+        queries.restore_statistics(connection, found.identity, found.data, manifest)
     else:
         queries.restore_generation(connection, found.identity, found.data, manifest)
 
@@ -382,6 +390,8 @@ def _describe(manifest: AnyManifest) -> str:
     text = f"version {manifest.version} of dataset {manifest.dataset}"
     if isinstance(manifest, SelectionManifest):
         return f"selection {manifest.name} of {text}"
+    if isinstance(manifest, StatisticsManifest):
+        return f"statistics of {text}"
     return text
 
 

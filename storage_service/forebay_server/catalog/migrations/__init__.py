@@ -13,7 +13,11 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from forebay_server.catalog.migrations import v0002_movement, v0003_parts
+from forebay_server.catalog.migrations import (
+    v0002_movement,
+    v0003_parts,
+    v0004_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -28,5 +32,6 @@ class Migration:
 MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(2, "movement", v0002_movement.apply),
     Migration(3, "parts", v0003_parts.apply),
+    Migration(4, "statistics", v0004_statistics.apply),
 )
 """In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""
