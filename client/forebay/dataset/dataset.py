@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,11 +12,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay.dataset.cache import shard_cache
-from forebay.dataset.gather import RowReader
+from forebay.dataset.layers import Reader, parse_schema, reader_of
 from forebay.dataset.schema import Column, Schema
 from forebay.dataset.stored_rows import StoredRows
 from forebay.transfer import current_endpoint
-from forebay_wire.errors import IntegrityError, InvalidRequest
+from forebay_wire.errors import InvalidRequest
 from forebay_wire.ids import check_name
 from forebay_wire.lazy import lazy
 from forebay_wire.manifest import DatasetManifest, SelectionManifest
@@ -83,12 +82,12 @@ class Dataset:
         self.selection = selection
         self.selection_id = selection_id
         self._control = control
-        self._open: tuple[int, RowReader] | None = None
+        self._open: tuple[int, Reader] | None = None
         self._open_rows: tuple[int, StoredRows] | None = None
         self._totals: dict[str, int] = {}
         self._rule = None if selection is None else rule_of(selection)
         # Of 100,000 shards this takes milliseconds: here, so that a loader starts without.
-        self.num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+        self.num_bytes = manifest.num_bytes
         """Bytes of all shards of the version."""
         self._num_version_rows = int(self.shard_starts[-1])
 
@@ -129,14 +128,7 @@ class Dataset:
     @lazy
     def schema(self) -> Schema:
         """The columns; ``schema.arrow`` is the Arrow schema."""
-        try:
-            data = base64.b64decode(self.manifest.schema, validate=True)
-            return Schema.from_arrow(pa.ipc.read_schema(pa.py_buffer(data)))
-        except (ValueError, OSError) as error:
-            raise IntegrityError(
-                f"the manifest of dataset {self.name!r} v{self.version} holds no Arrow schema "
-                f"({error}): write the version again"
-            ) from error
+        return parse_schema(self.manifest.schema, f"dataset {self.name!r} v{self.version}")
 
     def columns(self, names: Sequence[str] | None = None) -> tuple[Column, ...]:
         """The columns called *names*, or all."""
@@ -194,7 +186,8 @@ class Dataset:
         """How many elements the lists of *column* have in *rows of the version*."""
         from forebay.dataset import lists
 
-        return lists.lengths(self._reader, rows, lists.check_list(self.schema[column]))
+        found = lists.check_list(self.schema[column])
+        return lists.lengths(self._reader.of(found), rows, found)
 
     def list_pieces(
         self,
@@ -208,7 +201,7 @@ class Dataset:
         from forebay.dataset import lists
 
         found = lists.check_list(self.schema[column])
-        return lists.pieces(self._reader, rows, starts, sizes, found)
+        return lists.pieces(self._reader.of(found), rows, starts, sizes, found)
 
     def total_length(self, column: str) -> int:
         """Elements of all lists of *column*, of the selection if there is one. Reads all of them
@@ -239,7 +232,7 @@ class Dataset:
         wanted = self.schema[column]
         if wanted.kind not in ("binary", "string"):
             raise InvalidRequest(f"column {column!r} holds {wanted.text}, not bytes or text")
-        return self._reader.value(row, wanted)
+        return self._reader.of(wanted).value(row, wanted)
 
     def take(
         self, indices: Sequence[int] | NDArray[np.int64], columns: Sequence[str] | None = None
@@ -428,10 +421,10 @@ class Dataset:
     # One reader a process.
 
     @property
-    def _reader(self) -> RowReader:
+    def _reader(self) -> Reader:
         pid = os.getpid()
         if self._open is None or self._open[0] != pid:
-            reader = RowReader(self.manifest, self.schema, shard_cache(self.endpoint))
+            reader = reader_of(self.manifest, self.schema, shard_cache(self.endpoint))
             self._open = (pid, reader)
             return reader
         return self._open[1]

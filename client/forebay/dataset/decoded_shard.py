@@ -65,7 +65,7 @@ class DecodedColumns(BatchColumns):
         self.copied_bytes = 0
         self.on_copy = lambda columns, num_bytes: None
 
-    def _arrow(self, column: Column) -> pa.Array:
+    def arrow(self, column: Column) -> pa.Array:
         found = self._decoded.get(column.name)
         if found is None:  # two threads may both do this once; both results are right
             own = self._schema[column.name]  # *column* may stand for another view of it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, Final
@@ -16,7 +16,7 @@ from forebay.dataset.schema import Column, Schema
 from forebay.dataset.shard import BatchColumns
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import MAX_DESCRIPTORS_PER_MESSAGE
-from forebay_wire.manifest import DatasetManifest
+from forebay_wire.manifest import ShardRef
 
 Indices = NDArray[np.int64] | slice
 
@@ -31,8 +31,8 @@ over thousands of shards stays within the limit of open ones."""
 class BatchIndex:
     """Which record batch of which shard holds a row of the version. Immutable."""
 
-    def __init__(self, manifest: DatasetManifest) -> None:
-        counts = [shard.batch_rows for shard in manifest.shards]
+    def __init__(self, shards: Sequence[ShardRef]) -> None:
+        counts = [shard.batch_rows for shard in shards]
         flat = np.fromiter(chain.from_iterable(counts), dtype=np.int64)
         self.starts = np.zeros(len(flat) + 1, dtype=np.int64)
         """First row of each record batch, and the number of rows last."""
@@ -111,20 +111,38 @@ def as_run(indices: NDArray[np.int64]) -> Indices:
 
 
 class RowReader:
-    """Reads rows of one version. Thread-safe."""
+    """Reads rows of one version from shards that have all columns. Thread-safe."""
 
-    def __init__(self, manifest: DatasetManifest, schema: Schema, cache: ShardCache) -> None:
-        self._index = BatchIndex(manifest)
+    def __init__(
+        self,
+        shards: Sequence[ShardRef],
+        schema_of: Callable[[int], Schema],
+        cache: ShardCache,
+        what: str,
+    ) -> None:
+        """*schema_of*: what the shard of that number was written with. *what*: whose rows, for
+        messages."""
+        self._index = BatchIndex(shards)
         self._table = AddressTable(self._index.starts)
         self._cache = cache
-        self._manifest = manifest
-        self._schema = schema
+        self._shards = shards
+        self._schema_of = schema_of
+        self._what = what
         self._places: dict[int, ShardPlace] = {}
         """Of the shards that were read."""
 
     @property
+    def starts(self) -> NDArray[np.int64]:
+        """The first row of each record batch, and the number of rows last."""
+        return self._index.starts
+
+    @property
     def num_batches(self) -> int:
         return len(self._index.shards)
+
+    def of(self, column: Column) -> RowReader:
+        """The reader of the shards that *column* is read from."""
+        return self
 
     def record_batch(self, number: int) -> Any:
         """Record batch *number* of the version as a ``pyarrow.RecordBatch`` over mapped memory."""
@@ -134,7 +152,7 @@ class RowReader:
     def value(self, row: int, column: Column) -> memoryview | None:
         """One value of a column of bytes or text, over mapped memory."""
         batch = int(np.searchsorted(self._index.starts, row, side="right")) - 1
-        (columns,) = self._batches([Group(batch, slice(0), slice(0))])
+        (columns,) = self.batches([Group(batch, slice(0), slice(0))])
         return columns.value(column, row - int(self._index.starts[batch]))
 
     def sample(self, row: int, columns: Sequence[Column]) -> dict[str, Any]:
@@ -143,7 +161,7 @@ class RowReader:
         number = int(starts.searchsorted(row, side="right")) - 1
         batch = self._table.use(number, self._cache.now())
         if batch is None:
-            (batch,) = self._batches([Group(number, slice(0), slice(0))])
+            (batch,) = self.batches([Group(number, slice(0), slice(0))])
         place = row - int(starts[number])
         return {
             column.name: batch.numbers(column)[place].copy()
@@ -202,7 +220,7 @@ class RowReader:
         wanted = list(groups(self._index.starts, rows))
         for start in range(0, len(wanted), GROUPS_AT_ONCE):
             some = wanted[start : start + GROUPS_AT_ONCE]
-            for group, batch in zip(some, self._batches(some), strict=True):
+            for group, batch in zip(some, self.batches(some), strict=True):
                 for column, output in outputs.items():
                     _fill(column, output, group, batch)
         return {
@@ -213,13 +231,13 @@ class RowReader:
     def _place(self, shard: int) -> ShardPlace:
         place = self._places.get(shard)
         if place is None:
-            manifest = self._manifest
-            where = f"dataset {manifest.dataset} v{manifest.version}, shard {shard}"
-            place = ShardPlace(manifest.shards[shard], self._schema, where)
+            where = f"{self._what}, shard {shard}"
+            place = ShardPlace(self._shards[shard], self._schema_of(shard), where)
             self._places[shard] = place
         return place
 
-    def _batches(self, wanted: Sequence[Group]) -> list[BatchColumns]:
+    def batches(self, wanted: Sequence[Group]) -> list[BatchColumns]:
+        """The record batch of each of *wanted*."""
         places = [self._index.place(group.batch) for group in wanted]
         shards = sorted({shard for shard, _ in places})
         opened = dict(

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from forebay.dataset.gather import NUMBERS, BatchIndex
+from forebay.dataset.gather import NUMBERS
+from forebay.dataset.layers import cell_starts
 from forebay.dataset.lists import Lists
 from forebay.dataset.schema import Column
 from forebay.forking import watch
@@ -94,7 +95,7 @@ class HoleReader:
     def __init__(self) -> None:
         self._epoch = -1
         self._bad: dict[int, str] = {}
-        self._index: BatchIndex | None = None
+        self._starts: NDArray[np.int64] | None = None
         self._warned: set[int] = set()
         self._lock = threading.Lock()
         watch(self)
@@ -117,9 +118,10 @@ class HoleReader:
                 return dataset.read(rows, columns), []
             except READ_ERRORS:
                 pass  # which of them it is takes a closer look
-        if self._index is None:
-            self._index = BatchIndex(dataset.manifest)
-        batch_of = np.searchsorted(self._index.starts, rows, side="right") - 1
+        if self._starts is None:
+            names = [column.name for column in dataset.columns(columns)]
+            self._starts = cell_starts(dataset.manifest, names)
+        batch_of = np.searchsorted(self._starts, rows, side="right") - 1
         good = ~np.isin(batch_of, list(bad))
         try:
             arrays = _read_some(dataset, rows[good], columns)
@@ -164,8 +166,8 @@ class HoleReader:
 
     def _warn(self, dataset: Readable, batch: int, error: Exception) -> None:
         """Once for each shard."""
-        assert self._index is not None, "it was asked for the record batch"
-        shard, _ = self._index.place(batch)
+        assert self._starts is not None, "it was asked for the record batch"
+        shard = _shard_at(dataset.manifest, int(self._starts[batch]))
         with self._lock:
             is_known = shard in self._warned
             self._warned.add(shard)
@@ -180,6 +182,11 @@ class HoleReader:
 
     def __reduce__(self) -> tuple[type[HoleReader], tuple[()]]:
         return HoleReader, ()  # another process finds out by itself
+
+
+def _shard_at(manifest: DatasetManifest, row: int) -> int:
+    ends = np.cumsum([shard.num_rows for shard in manifest.shards])
+    return int(np.searchsorted(ends, row, side="right"))
 
 
 def _read_some(

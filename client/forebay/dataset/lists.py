@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from forebay.dataset.addresses import gather_runs
 from forebay.dataset.gather import GROUPS_AT_ONCE, Group, RowReader, groups
+from forebay.dataset.layers import Reader
 from forebay.dataset.schema import Column
 from forebay.dataset.shard import BatchColumns, as_array, is_present, refuse_missing
 from forebay_wire.errors import SchemaMismatch
@@ -85,14 +86,14 @@ def merged(parts: Sequence[tuple[Numbers, Lists]], num_rows: int) -> Lists:
     return Lists(out, lengths)
 
 
-def read_flat(reader: RowReader, rows: Numbers, columns: Sequence[Column]) -> dict[str, Any]:
+def read_flat(reader: Reader, rows: Numbers, columns: Sequence[Column]) -> dict[str, Any]:
     """As ``reader.read``, and the columns of lists as :class:`Lists`."""
     plain = [column for column in columns if column.kind != "list"]
     found: dict[str, Any] = reader.read(rows, plain) if plain else {}
     return {
         column.name: found[column.name]
         if column.name in found
-        else _read_lists(reader, rows, column)
+        else _read_lists(reader.of(column), rows, column)
         for column in columns
     }
 
@@ -205,16 +206,16 @@ _seen: WeakKeyDictionary[BatchColumns, dict[str, _Lists]] = WeakKeyDictionary()
 
 def _parts(reader: RowReader, rows: Numbers, column: Column) -> Iterator[tuple[Group, _Lists]]:
     """The wanted rows by record batch, with the column of that batch."""
-    wanted = list(groups(reader._index.starts, rows))
+    wanted = list(groups(reader.starts, rows))
     for start in range(0, len(wanted), GROUPS_AT_ONCE):
         some = wanted[start : start + GROUPS_AT_ONCE]
-        for group, batch in zip(some, reader._batches(some), strict=True):
+        for group, batch in zip(some, reader.batches(some), strict=True):
             known = _seen.get(batch)
             if known is None:
                 known = _seen[batch] = {}
             lists = known.get(column.name)
             if lists is None:
-                lists = known[column.name] = _Lists.of(batch._arrow(column), column)
+                lists = known[column.name] = _Lists.of(batch.arrow(column), column)
             yield group, lists
 
 

@@ -254,14 +254,14 @@ class BatchColumns:
     def _is_mapped(self, column: Column, made: NDArray[Any]) -> bool:
         """Whether *made* lies in the record batch's own memory."""
         address = made.__array_interface__["data"][0]
-        buffers = [one for one in self._arrow(column).buffers() if one is not None]
+        buffers = [one for one in self.arrow(column).buffers() if one is not None]
         return any(one.address <= address < one.address + one.size for one in buffers)
 
     def _numbers(self, column: Column) -> NDArray[Any]:
-        return _as_numbers(self._arrow(column), column)
+        return _as_numbers(self.arrow(column), column)
 
     def _bounds(self, column: Column) -> NDArray[np.int64]:
-        values = self._arrow(column)
+        values = self.arrow(column)
         refuse_missing(values.values, column)
         # Kept, and by the same rule: it may be a copy, and its address is handed out.
         elements = self._arrays.setdefault(
@@ -286,7 +286,7 @@ class BatchColumns:
         # Not `pa.array`: it takes the lock of a thread that is just importing pandas.
         wanted = pa.py_buffer(np.ascontiguousarray(rows, np.int64))
         indices = pa.Array.from_buffers(pa.int64(), len(rows), [None, wanted])
-        taken = self._arrow(column).take(indices)
+        taken = self.arrow(column).take(indices)
         if column.kind == "list":
             return _as_lists(taken, column)
         values: list[Any] = taken.to_pylist()
@@ -294,7 +294,7 @@ class BatchColumns:
 
     def value(self, column: Column, row: int) -> memoryview | None:
         """One value of a column of bytes or text, over the mapped memory."""
-        values = self._arrow(column)
+        values = self.arrow(column)
         if values.null_count and not values[row].is_valid:
             return None
         _, offsets, data = values.buffers()
@@ -303,7 +303,8 @@ class BatchColumns:
         start, stop = ends[values.offset + row : values.offset + row + 2].tolist()
         return memoryview(b"" if data is None else data)[start:stop]
 
-    def _arrow(self, column: Column) -> pa.Array:
+    def arrow(self, column: Column) -> pa.Array:
+        """A column as it lies in the record batch."""
         return self._batch.column(self._schema.names.index(column.name))
 
 

@@ -12,7 +12,7 @@ from forebay.dataset.cache import ShardCache
 from forebay.dataset.gather import RowReader
 from forebay.dataset.schema import Schema
 from forebay_wire.lazy import lazy
-from forebay_wire.manifest import DatasetManifest, SelectionManifest
+from forebay_wire.manifest import SelectionManifest
 from forebay_wire.selection import POSITION, ROW, ROWS
 
 MAX_SHORT_ROW: Final = 1 << 32
@@ -33,13 +33,12 @@ class StoredRows:
     def __init__(
         self, selection: SelectionManifest, num_version_rows: int, cache: ShardCache
     ) -> None:
-        name = f"{selection.dataset}, selection {selection.name}"
-        shards = DatasetManifest(name, selection.version, None, "", selection.shards)
+        name = f"dataset {selection.dataset} v{selection.version}, selection {selection.name}"
         encoding = selection.rule["encoding"]
         self._schema = schema_of(encoding, num_version_rows)
         self._is_plain = encoding == ROWS
-        self._num_entries = shards.num_rows
-        self._reader = RowReader(shards, self._schema, cache)
+        self._num_entries = sum(shard.num_rows for shard in selection.shards)
+        self._reader = RowReader(selection.shards, lambda shard: self._schema, cache, name)
 
     def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of the version at these places of the selection."""

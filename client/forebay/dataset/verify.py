@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from forebay.dataset.cache import ShardPlace
 from forebay.dataset.formats import open_shard
+from forebay.dataset.layers import columns_of, schemas_of
 from forebay.transfer import Blob, make_transfer
 from forebay_wire.errors import DaemonUnavailable, ForebayError, IntegrityError
 
@@ -23,7 +24,7 @@ class Verified:
     num_bytes: int = 0
     num_rows: int = 0
     damaged: dict[int, str] = field(default_factory=dict)
-    """Shard to what is wrong with it."""
+    """Shard to what is wrong with it; those of columns that were added later count on."""
 
 
 def verify(
@@ -38,19 +39,31 @@ def verify(
     """
     transfer = make_transfer(dataset.endpoint)
     found = Verified()
-    for number, ref in enumerate(dataset.manifest.shards):
-        name = f"dataset {dataset.name} v{dataset.version}, shard {number}"
-        place = ShardPlace(ref, dataset.schema, name)
+    for number, place in enumerate(_places(dataset)):
         try:
-            with transfer.open([ref.blob], name)[0] as blob:
+            with transfer.open([place.ref.blob], place.context)[0] as blob:
                 _check(blob, place, found, lambda done: progress(done, dataset.num_bytes))
-            found.num_rows += ref.num_rows
+            if number < len(dataset.manifest.shards):
+                found.num_rows += place.ref.num_rows
         except DaemonUnavailable:
             raise
         except ForebayError as error:
             found.damaged[number] = error.message
         found.num_shards += 1
     return found
+
+
+def _places(dataset: Dataset) -> Iterator[ShardPlace]:
+    """Every shard of the version, those of layers behind the others."""
+    manifest = dataset.manifest
+    what = f"dataset {dataset.name} v{dataset.version}"
+    for layer in [None, *range(len(manifest.layers))]:
+        found = manifest.column_shards(layer)
+        schema_of = schemas_of(found, what)
+        own = len(found.shards) if layer is None else found.num_own
+        for number, ref in enumerate(found.shards[:own]):
+            name = f"{what}{columns_of(manifest, layer)}, shard {number}"
+            yield ShardPlace(ref, schema_of(number), name)
 
 
 def _check(

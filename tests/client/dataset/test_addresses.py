@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from forebay.dataset.addresses import LARGEST_PIECE, gather
 from forebay.dataset.cache import ShardCache
-from forebay.dataset.gather import RowReader
+from forebay.dataset.layers import reader_of
 from forebay.dataset.shard import ShardReader
 
 BATCH_BYTES = 30_000
@@ -51,7 +51,7 @@ def parsed(monkeypatch) -> list[tuple[str, int]]:
 def test_what_is_copied_without_asking_the_cache_counts_as_used(client, numbered, parsed):
     columns = numbered.columns(["number"])
     cache = ShardCache(client.transfer, batch_bytes=BATCH_BYTES)
-    reader = RowReader(numbered.manifest, numbered.schema, cache)
+    reader = reader_of(numbered.manifest, numbered.schema, cache)
     for number in range(3):
         reader.read(rows_of_batch(reader, number), columns)
     assert len(parsed) == 3
@@ -65,7 +65,7 @@ def test_what_is_copied_without_asking_the_cache_counts_as_used(client, numbered
 
 def test_shards_that_are_given_back_are_opened_again(client, numbered, parsed):
     cache = ShardCache(client.transfer, batch_bytes=1 << 30)
-    reader = RowReader(numbered.manifest, numbered.schema, cache)
+    reader = reader_of(numbered.manifest, numbered.schema, cache)
     rows, columns = np.arange(numbered.num_rows), numbered.columns(["number", "image"])
     for _ in range(2):
         before = len(parsed)

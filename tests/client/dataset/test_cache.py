@@ -7,7 +7,7 @@ import pytest
 
 import forebay
 from forebay.dataset.cache import MAX_OPEN_SHARDS, ShardCache, shard_cache
-from forebay.dataset.gather import RowReader
+from forebay.dataset.layers import reader_of
 from forebay.testing.numbered import NUM_SAMPLES
 from forebay_wire.limits import KIB, MAX_OPEN_BLOBS_PER_CLIENT
 
@@ -21,7 +21,7 @@ def small_cache(client) -> ShardCache:
 
 def read_random(dataset, cache, seed: int) -> None:
     rows = np.random.default_rng(seed).integers(0, NUM_SAMPLES, 40)
-    reader = RowReader(dataset.manifest, dataset.schema, cache)
+    reader = reader_of(dataset.manifest, dataset.schema, cache)
     found = reader.read(rows, dataset.columns(["number", "image", "text"]))
     assert found["number"].tolist() == rows.tolist()
     assert found["image"][:, 3, 3].tolist() == (rows % 256).tolist()
@@ -74,7 +74,7 @@ def test_what_is_unpacked_counts_against_the_memory_of_the_process(client, name,
             writer.write(mask=np.arange(width) % (row + 2) == 0)
     dataset = client.dataset(name)
     cache = ShardCache(client.transfer, batch_bytes=1 << 30)
-    reader = RowReader(dataset.manifest, dataset.schema, cache)
+    reader = reader_of(dataset.manifest, dataset.schema, cache)
     assert reader.num_batches > 8
     monkeypatch.setattr("forebay.dataset.cache._fetched_bytes", 4 * 4 * width)
     for _ in range(2):

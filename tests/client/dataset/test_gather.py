@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay.dataset.gather import BatchIndex, as_run, groups
-from forebay_wire.manifest import DatasetManifest, ShardRef
+from forebay_wire.manifest import ShardRef
 
 batch_rows = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
@@ -42,7 +42,7 @@ def test_a_batch_number_leads_to_its_shard():
     shards = tuple(
         ShardRef("ab" * 32, 1, sum(rows), rows) for rows in [(3, 4), (5,), (), (1, 1, 1)]
     )
-    index = BatchIndex(DatasetManifest("d", 1, None, "", shards))
+    index = BatchIndex(shards)
     assert index.starts.tolist() == [0, 3, 7, 12, 13, 14, 15]
     assert [index.place(batch) for batch in range(6)] == [
         (0, 0),
