@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from forebay.dataset.dataset import Dataset
     from forebay.dataset.schema import Schema
     from forebay.dataset.write import DatasetWriter
+    from forebay.dataset.write_columns import ColumnsWriter
 
 DELETE_SECONDS = 300.0
 """Deleting removes files of the object tier first."""
@@ -233,6 +234,49 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
             batch_bytes=batch_bytes,
             metadata=metadata,
         )
+
+    def write_columns(
+        self,
+        name: str,
+        schema: Mapping[str, Any] | pa.Schema | Schema | None = None,
+        *,
+        replace: bool = False,
+        base: Dataset | None = None,
+        shard_bytes: int = 64 * MIB,
+        batch_bytes: int = 2 * MIB,
+    ) -> ColumnsWriter:
+        """A writer of columns beside those of the newest version, one value for each of its rows
+        in order: the next version has them, and the other columns where they lie.
+
+            with client.write_columns("mnist", {"label": "int64"}, replace=True) as writer:
+                for label in corrected:
+                    writer.write(label=label)
+
+        Nothing else is read or written, whatever the size of the dataset. *schema*: of these
+        columns alone, inferred if not given. *replace*: some of them are there already. Conflict at
+        the commit if somebody else made a version meanwhile; with *base*, a version that was opened
+        before, if anybody has since then. ``Dataset.add_columns`` computes them from others.
+        """
+        from forebay.dataset.write_columns import ColumnsWriter
+
+        return ColumnsWriter(
+            self.channel,
+            self.transfer,
+            self.dataset(name) if base is None else base,
+            schema=schema,
+            replace=replace,
+            shard_bytes=shard_bytes,
+            batch_bytes=batch_bytes,
+        )
+
+    def drop_columns(
+        self, name: str, columns: Sequence[str], *, base: Dataset | None = None
+    ) -> int:
+        """Make a version of the newest one (or *base*, if that is still the newest) that lacks
+        *columns*; its number. Nothing is written or freed: earlier versions have them."""
+        from forebay.dataset.write_columns import drop_columns
+
+        return drop_columns(self, self.dataset(name) if base is None else base, columns)
 
     def delete_dataset(self, name: str, *, now: bool = False) -> bool:
         """Put a dataset with all versions into the trash; whether it existed.

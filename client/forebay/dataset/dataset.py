@@ -290,13 +290,38 @@ class Dataset:
         self,
         columns: Sequence[str] | None = None,
         progress: Callable[[int, int], object] = lambda done, total: None,
+        *,
+        along: Mapping[str, int] | None = None,
     ) -> dict[str, ColumnStatistics]:
         """Counts, extremes, mean and deviation of each column of this version or split; of text,
-        bytes and lists those of their lengths. All rows are read, a record batch at a time;
-        *progress* is told how many are done, and of how many."""
-        from forebay.dataset.statistics import statistics
+        bytes and lists those of their lengths.
 
-        return statistics(self, columns, progress)
+            dataset.statistics(["image"], along={"image": -1})["image"].channels[0].mean
+
+        Computed once, in one pass over all rows, a record batch at a time, and kept by the daemon
+        for as long as the version is there: whoever asks next has them at once. *progress* is told
+        how many rows are done, and of how many. *along*: column of arrays to a dimension of one
+        sample; ``channels`` has the figures of each entry along it.
+
+        Whole numbers are summed exactly; floats in float64, in the order of the version. A copy
+        that came by pickle has no connection: it computes them and keeps nothing.
+        """
+        from forebay.dataset.kept_statistics import statistics
+
+        return statistics(self, self._control, columns, along or {}, progress)
+
+    def recompute_statistics(
+        self,
+        columns: Sequence[str] | None = None,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+        *,
+        along: Mapping[str, int] | None = None,
+    ) -> dict[str, ColumnStatistics]:
+        """As :meth:`statistics`, but all rows are read in any case, and what is kept is replaced:
+        for a check, or after damage."""
+        from forebay.dataset.kept_statistics import recompute
+
+        return recompute(self, self._client(), columns, along or {}, progress)
 
     def whole(self) -> Dataset:
         """The version that this is a split of."""
@@ -366,6 +391,39 @@ class Dataset:
         """
         self._whole("define_folds").define_folds(self.name, self.version, k, seed, prefix)
         return [(f"{prefix}{fold}-train", f"{prefix}{fold}-test") for fold in range(k)]
+
+    def add_columns(
+        self,
+        function: Callable[[dict[str, Any]], Mapping[str, Any]],
+        schema: Mapping[str, Any] | pa.Schema | Schema | None = None,
+        *,
+        columns: Sequence[str] | None = None,
+        replace: bool = False,
+        batch_rows: int = 1 << 12,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> int:
+        """Compute columns of every row from others, and make them a version; its number.
+
+            dataset.add_columns(lambda rows: {"length": [len(t) for t in rows["text"]]})
+
+        *function* gets *columns* (default: all) of *batch_rows* rows after each other, as
+        :meth:`take` gives them, and returns the new columns: name to array, tensor or list, one
+        value a row. This version has to be the newest; the rest as ``Client.write_columns``.
+        *progress* is told how many rows are done, and of how many.
+        """
+        from forebay.dataset.write_columns import compute_columns
+
+        control = self._whole("add_columns")
+        return compute_columns(
+            control,
+            self,
+            function,
+            schema=schema,
+            columns=columns,
+            replace=replace,
+            batch_rows=batch_rows,
+            progress=progress,
+        )
 
     def define_splits(self, shares: Mapping[str, float], seed: int = 0) -> None:
         """Define splits of this version: name to fraction, disjoint, chosen at random by *seed*.

@@ -85,7 +85,7 @@ class DatasetWriter:
         """Samples written so far."""
         self._channel = channel
         self._uploads = Uploads(channel, transfer, f"dataset {name}")
-        self._schema = None if schema is None else Schema.of(schema)
+        self._schema = None if schema is None else self._checked(Schema.of(schema))
         self._base_version = base_version
         self._base_manifest = base_manifest
         self._num_shards = base_shards
@@ -153,7 +153,7 @@ class DatasetWriter:
         if not isinstance(table, pa.Table):
             raise SchemaMismatch(f"write_table takes a pyarrow.Table, not {type(table).__name__}")
         if self._schema is None:
-            self._schema = Schema.from_arrow(table.schema)
+            self._schema = self._checked(Schema.from_arrow(table.schema))
         fitting = conform(table, self._schema)
         self._flush_rows()
         self._tables.append(fitting)
@@ -202,22 +202,29 @@ class DatasetWriter:
                 "one sample, or create_dataset(schema=...)"
             )
         failpoint("client.write.before_commit")
-        request = datasets_pb2.CommitVersionRequest(
+        request = self._commit_request(self._schema)
+        return self._channel.call(Datasets.CommitVersion, request, timeout=COMMIT_SECONDS).version
+
+    def _commit_request(self, schema: Schema) -> datasets_pb2.CommitVersionRequest:
+        return datasets_pb2.CommitVersionRequest(
             dataset=self.name,
             base_version=self._base_version,
-            schema=self._schema.arrow.serialize().to_pybytes(),
+            schema=schema.arrow.serialize().to_pybytes(),
             shards=self._commits,
             request=self._request,
             metadata_json=self._metadata_json,
             base_manifest=self._base_manifest,
         )
-        return self._channel.call(Datasets.CommitVersion, request, timeout=COMMIT_SECONDS).version
+
+    def _checked(self, schema: Schema) -> Schema:
+        """*schema* if samples of it can be written here."""
+        return schema
 
     # From rows and tables to record batches.
 
     def _make_row_buffer(self, sample: Mapping[str, Any]) -> RowBuffer:
         if self._schema is None:
-            self._schema = Schema.infer(sample)
+            self._schema = self._checked(Schema.infer(sample))
         return RowBuffer(self._schema, self._batch_bytes)
 
     def _flush_rows(self) -> None:
