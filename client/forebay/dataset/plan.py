@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from forebay.dataset.advice import PlanFit
 from forebay.dataset.heartbeat import SEND_SECONDS, Heartbeat
-from forebay.transfer import make_transfer
+from forebay.transfer import Transfer, make_transfer
 from forebay_wire.errors import DaemonUnavailable, ForebayError, NotFound
 from forebay_wire.ids import new_random_name
 from forebay_wire.protocol import DataEndpoint
@@ -37,7 +37,7 @@ class PlanNews:
 
 
 @dataclass
-class _Standing:
+class Standing:
     """What the loader's thread and the sending one share."""
 
     make_order: Callable[[], dict[str, Any]]
@@ -75,16 +75,24 @@ class _Standing:
         answer = None
         if self.sent is not None and place >= self.sent:
             with contextlib.suppress(NotFound):  # of a daemon that was restarted
-                answer = transfer.plan("position", body)
+                answer = self.go_on(transfer, body)
         if answer is None:
-            order = self.make_order()
-            answer = transfer.plan("plan", {**body, "loader": self.loader, "order": order})
+            answer = self.begin(transfer, body)
         self.sent = place
         self.news = PlanNews(waits=answer["waits"], fit=_fit(answer.get("fit")))
         num_waits = self.news.waits.get("num_waits", 0)
         if self.waited is None or num_waits != self.waited[0]:
             self.waited = (num_waits, place[0])
         return again
+
+    def begin(self, transfer: Transfer, body: dict[str, Any]) -> dict[str, Any]:
+        """Tell the whole plan; *body*: its name, where it stands, and maybe the loader's sums."""
+        order = self.make_order()
+        return transfer.plan("plan", {**body, "loader": self.loader, "order": order})
+
+    def go_on(self, transfer: Transfer, body: dict[str, Any]) -> dict[str, Any]:
+        """Tell where a plan stands that the daemon knows, at least where it stood before."""
+        return transfer.plan("position", body)
 
     def failed(self, error: ForebayError | ValueError) -> None:
         self.sent = None
@@ -115,7 +123,7 @@ class PlanReporter:
     ) -> None:
         """*make_order* gives the order's parameters when they are known; it must not refer to
         whoever owns this object. *loader* says whose plan it is, for people."""
-        self._standing = _Standing(make_order, loader, endpoint)
+        self._standing = Standing(make_order, loader, endpoint)
         self._heartbeat: Heartbeat | None = None
 
     def account(self, account: Callable[[PlanFit], dict[str, Any]]) -> None:

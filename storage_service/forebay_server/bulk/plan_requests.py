@@ -9,7 +9,7 @@ from forebay_server.model.loader_times import LoaderTimes
 from forebay_server.serve.plans import OrderParameters, Plan, Plans
 from forebay_wire.errors import InvalidRequest
 
-PLAN_OPERATIONS: Final = frozenset({"plan", "position", "end_plan"})
+PLAN_OPERATIONS: Final = frozenset({"plan", "position", "turns", "end_plan"})
 
 _KINDS: Final[dict[str, type]] = {
     part.name: str if part.type == "str" else int for part in fields(OrderParameters)
@@ -26,6 +26,10 @@ async def answer_plan(
         if times is not None:
             plans.told(plan, times, uid=uid)
         return {"existed": plans.end(plan, uid=uid)}
+    if operation == "turns":
+        return _standing(
+            plans, plans.add_turns(plan, _number(body, "page"), _turns(body.get("turns")), uid=uid)
+        )
     epoch, position = _number(body, "epoch"), _number(body, "position")
     if operation == "position":
         made = plans.advance(plan, epoch, position, uid=uid)
@@ -35,11 +39,13 @@ async def answer_plan(
     made = await plans.register(
         plan,
         _text(body, "loader"),
-        _order(body.get("order")),
+        None if "manifest" in body else _order(body.get("order")),
         epoch,
         position,
         uid=uid,
         owner=owner,
+        manifest=_text(body, "manifest") if "manifest" in body else "",
+        plan_bytes=_number(body, "plan_bytes") if "manifest" in body else 0,
     )
     if times is not None:
         plans.told(plan, times, uid=uid)
@@ -65,6 +71,15 @@ def _order(value: object) -> OrderParameters:
         if type(found) is not _KINDS[name]:
             raise InvalidRequest(f"order parameter {name!r}: {found!r} is of the wrong kind")
     return OrderParameters(**value)
+
+
+def _turns(value: object) -> list[tuple[int, list[int]]]:
+    found: list[Any] = value if isinstance(value, list) else [None]
+    for turn in found:
+        is_pair = isinstance(turn, list) and len(turn) == 2 and isinstance(turn[1], list)
+        if not is_pair or any(type(number) is not int for number in (turn[0], *turn[1])):
+            raise InvalidRequest("a plan needs a list 'turns' of [samples, [shard, ...]]")
+    return [(turn[0], turn[1]) for turn in found]
 
 
 def _text(body: dict[str, Any], key: str) -> str:

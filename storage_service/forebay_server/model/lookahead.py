@@ -200,23 +200,30 @@ class RangesView:
         :class:`InvalidRequest` if one in between is missing, :class:`LimitExceeded` if too much
         lies ahead of the reader.
         """
+        counts = [1] * len(blobs) if num_samples is None else num_samples
+        self.add_turns(page, [(n, [blob]) for n, blob in zip(counts, blobs, strict=True)])
+
+    def add_turns(self, page: int, turns: Sequence[tuple[int, Sequence[str]]]) -> None:
+        """As :meth:`add_page`, where several blobs are read for the same samples: how many these
+        are, and the blobs."""
         if page < self._num_pages:
             return
         if page > self._num_pages:
             raise InvalidRequest(
                 f"page {page} of the plan comes before page {self._num_pages}: send them in order"
             )
-        if len(self._ranges) + len(blobs) > MAX_RANGES:
+        if len(self._ranges) + sum(len(blobs) for _, blobs in turns) > MAX_RANGES:
             raise LimitExceeded(
                 f"a plan holds at most {MAX_RANGES} ranges ahead of its position: send the next "
                 "pages when reading has advanced"
             )
-        counts = [1] * len(blobs) if num_samples is None else num_samples
-        for shard, count in zip(blobs, counts, strict=True):
-            added = _Range(self._stop, self._stop + count, shard)
-            self._of_shard.setdefault(shard, deque()).append(added)
-            self._ranges.append(added)
-            self._stop = added.stop
+        for count, blobs in turns:
+            stop = self._stop + count
+            for shard in blobs:
+                added = _Range(self._stop, stop, shard)
+                self._of_shard.setdefault(shard, deque()).append(added)
+                self._ranges.append(added)
+            self._stop = stop
         self._num_pages += 1
 
     def next_position(self, blob: str, start: int) -> float | None:

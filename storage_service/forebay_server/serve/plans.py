@@ -127,6 +127,8 @@ class Plan:
     advanced_at: float = 0.0
     num_bytes: int = 0
     """Of the shards that it reads in an epoch; 0 for explicit ranges of nobody knows what."""
+    shards: Sequence[str] = ()
+    """Of the version that explicit ranges are of, by number."""
     times: LoaderTimes | None = None
     """What its loader last told of its time."""
     times_at: float = 0.0
@@ -201,10 +203,11 @@ class Plans:
         uid: int = 0,
         owner: str = "",
         manifest: str = "",
+        plan_bytes: int = 0,
     ) -> Plan:
         """Register a plan in the place of the one of that name, if there is one; without an
         *order* one of explicit ranges, which are of the dataset version *manifest* if that is
-        given.
+        given, and of *plan_bytes* of it in an epoch, if that is known.
 
         :class:`NotFound` for a version or split that is deleted or never was,
         :class:`InvalidRequest` for parameters that make no order.
@@ -218,6 +221,8 @@ class Plans:
                 raise InvalidRequest("a plan of explicit ranges has no epochs")
             made = Plan(plan, loader, "", uid, owner, 0, RangesView(position), 0.0)
             if manifest:
+                self._check_number("plan_bytes", plan_bytes)
+                made.num_bytes = plan_bytes
                 await self._name_ranges(made, manifest)
         elif manifest:
             raise InvalidRequest("an order names its manifest itself")
@@ -250,16 +255,38 @@ class Plans:
         uid: int = 0,
     ) -> Plan:
         """Append a page of a plan of explicit ranges; *num_samples* of each (default: one)."""
-        found = self._find(plan, uid)
-        if not isinstance(found.view, RangesView):
-            raise InvalidRequest(f"plan {plan} has an order: it takes no ranges")
+        found, view = self._ranges(plan, uid)
         for count in num_samples or ():
-            if not 0 < count <= MAX_RANGE_SAMPLES:
-                raise InvalidRequest(f"a range is read for 1 to 2^40 samples, not for {count}")
-        found.view.add_page(page, [check_id("blob", blob) for blob in blobs], num_samples)
+            _check_count(count)
+        view.add_page(page, [check_id("blob", blob) for blob in blobs], num_samples)
         self._renew(found)
         self._changed()
         return found
+
+    def add_turns(
+        self, plan: str, page: int, turns: Sequence[tuple[int, Sequence[int]]], *, uid: int = 0
+    ) -> Plan:
+        """Append a page of a plan of explicit ranges of a version: samples, and the numbers of all
+        shards that are read for them."""
+        found, view = self._ranges(plan, uid)
+        named: list[tuple[int, list[str]]] = []
+        for count, numbers in turns:
+            _check_count(count)
+            if any(not 0 <= number < len(found.shards) for number in numbers):
+                raise InvalidRequest(
+                    f"the plan's version has {len(found.shards)} shards, and not all of {numbers}"
+                )
+            named.append((count, [found.shards[number] for number in numbers]))
+        view.add_turns(page, named)
+        self._renew(found)
+        self._changed()
+        return found
+
+    def _ranges(self, plan: str, uid: int) -> tuple[Plan, RangesView]:
+        found = self._find(plan, uid)
+        if not isinstance(found.view, RangesView):
+            raise InvalidRequest(f"plan {plan} has an order: it takes no ranges")
+        return found, found.view
 
     def advance(self, plan: str, epoch: int, position: int, *, uid: int = 0) -> Plan:
         """The loader has read everything before *position* of *epoch*.
@@ -393,7 +420,9 @@ class Plans:
         return made
 
     async def _name_ranges(self, made: Plan, manifest: str) -> None:
-        await self._name(made, await self._read_version(manifest))
+        version = await self._read_version(manifest)
+        made.shards = [shard.blob for shard in version.shards]
+        await self._name(made, version)
 
     async def _name(self, made: Plan, version: DatasetManifest) -> None:
         """Say that *made* reads *version*, whose origins it knows by their blobs, if there are."""
@@ -450,6 +479,11 @@ class Plans:
         del self._plans[plan.name]
         self._foresight.remove_plan(plan.name)
         self._changed()
+
+
+def _check_count(count: int) -> None:
+    if not 0 < count <= MAX_RANGE_SAMPLES:
+        raise InvalidRequest(f"a range is read for 1 to 2^40 samples, not for {count}")
 
 
 def _rename(plan: Plan, blobs: Mapping[str, str]) -> None:

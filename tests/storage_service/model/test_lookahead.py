@@ -135,6 +135,31 @@ def test_a_range_is_needed_at_each_of_its_positions(first, runs, border, data):
     assert seen.next_position("e", 0) == end
 
 
+TURNS = st.lists(
+    st.tuples(st.integers(1, 5), st.lists(st.sampled_from("abcd"), unique=True)), max_size=8
+)
+
+
+@given(st.integers(0, 9), TURNS, st.integers(0, 8), st.data())
+def test_all_blobs_of_a_turn_are_needed_at_each_of_its_positions(first, turns, border, data):
+    seen = RangesView(first)
+    for page, some in enumerate((turns[:border], turns[border:])):
+        seen.add_turns(page, some)
+        seen.add_turns(page, some)
+    needed = [blobs for count, blobs in turns for _ in range(count)]
+    assert seen.stop == first + len(needed)
+    for start in sorted(data.draw(st.lists(st.integers(first, seen.stop + 3), max_size=4))):
+        left = list(enumerate(needed[start - first :], start))
+        for blob in "abcd":
+            wanted = min((time for time, blobs in left if blob in blobs), default=None)
+            assert seen.next_position(blob, start) == wanted
+        uses = list(seen.uses(start))
+        assert [time for time, _ in uses] == sorted(time for time, _ in uses)
+        assert {blob for _, blob in uses} == {blob for _, blobs in left for blob in blobs}
+        seen.forget_before(start)
+        assert all(seen.knows(blob) for _, blob in uses)
+
+
 def test_ranges_of_a_shard_that_turns_out_to_be_a_blob_are_that_blobs():
     seen = RangesView()
     seen.add_page(0, ["shard", "b", "blob"], [2, 1, 1])
