@@ -50,18 +50,26 @@ def verify_dataset(session: Session, name: str, version: str) -> ExitCode:
 @click.option("--version", default="latest", show_default=True, help="Of which version.")
 @click.option("--split", help="Of which split.")
 @click.option("--columns", help="Which, separated by commas. Default: all.")
+@click.option("--recompute", is_flag=True, help="Read all rows again, and keep what is found then.")
 @with_session
 def show_statistics(
-    session: Session, name: str, version: str, split: str | None, columns: str | None
+    session: Session,
+    name: str,
+    version: str,
+    split: str | None,
+    columns: str | None,
+    recompute: bool,
 ) -> None:
     """Counts, extremes, mean and standard deviation of each column of dataset NAME.
 
-    Of text, bytes and lists those of their lengths. All rows are read.
+    Of text, bytes and lists those of their lengths. The first time all rows are read; the figures
+    are kept with the version and shown at once from then on.
     """
     with session.connect() as client:
         dataset = client.dataset(name, version, split)
+        take = dataset.recompute_statistics if recompute else dataset.statistics
         with progress_of(f"stats {name}") as progress:
-            found = dataset.statistics(columns.split(",") if columns else None, progress)
+            found = take(columns.split(",") if columns else None, progress)
 
     def people() -> None:
         rows = [
@@ -69,13 +77,14 @@ def show_statistics(
                 column,
                 one.of,
                 f"{one.num_rows:,}",
-                f"{one.num_missing:,}",
+                f"{one.num_nulls:,}",
+                f"{one.num_nan:,}",
                 *("" if value is None else f"{value:.6g}" for value in (one.min, one.max)),
                 *("" if value is None else f"{value:.6g}" for value in (one.mean, one.std)),
             )
             for column, one in found.items()
         ]
-        titles = ("column", "of", ">rows", ">missing", ">min", ">max", ">mean", ">std")
+        titles = ("column", "of", ">rows", ">nulls", ">NaN", ">min", ">max", ">mean", ">std")
         print_table(titles, rows)
 
     session.show({column: one.record() for column, one in found.items()}, people)

@@ -95,6 +95,7 @@ class BatchSource:
             check_shuffle(shuffle), seed, window_blocks, block_rows, lanes, names, ragged != "list"
         )
         self._reading = arrange(dataset, options)
+        self._transforms.learn(dataset)
         self._lists = {c.name: c for c in self._reading.columns if c.kind == "list"}
         self._ragged.check(self._lists.values(), [c.name for c in self._reading.columns])
         if self._masks_holes and not self._reading.can_mask:

@@ -468,6 +468,11 @@ class Dataset:
             )
         return self._client()
 
+    @property
+    def control(self) -> Control:
+        """The client's connection; InvalidRequest in a copy that came by pickle."""
+        return self._client()
+
     def _client(self) -> Control:
         if self._control is None:
             raise InvalidRequest(

@@ -130,6 +130,15 @@ class PerRow(ABC):
         return self.apply(batch, lambda count: rng.random((num_rows, count)))
 
 
+class OfTraining(ABC):
+    """A transform that takes figures of what is trained on, from the loader that it is given to."""
+
+    @abstractmethod
+    def learn(self, dataset: Any) -> None:
+        """Take them of the training part of *dataset*, which the loader reads, or do nothing if
+        they are known. InvalidRequest where that is not clear."""
+
+
 class BySample(ABC):
     """A transform that treats each sample by itself: one that fails is a hole, if it may be."""
 
@@ -260,6 +269,12 @@ class Transforms:
 
     def __bool__(self) -> bool:
         return bool(self._steps)
+
+    def learn(self, dataset: Any) -> None:
+        """Before anything is read of *dataset*: those that need figures of it take them."""
+        for step, _ in self._steps:
+            if isinstance(step, OfTraining):
+                step.learn(dataset)
 
     def apply(
         self,

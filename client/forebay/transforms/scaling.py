@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
 
 from forebay.dataset.dataset import Dataset
+from forebay.dataset.kept_statistics import training_part
 from forebay.dataset.memory import batch_memory
+from forebay.dataset.moments import Figures
 from forebay.dataset.statistics import ColumnStatistics
-from forebay.dataset.transforms import Batch
+from forebay.dataset.transforms import Batch, OfTraining
 from forebay.transforms.columns import CACHED_NUMBERS, column_of
 from forebay_wire.errors import InvalidRequest
 
 Numbers = float | Sequence[float]
 
-_known: Final[dict[tuple[str, str], ColumnStatistics]] = {}
-"""By identity of a version or split, and column: neither ever changes."""
+_known: Final[dict[tuple[str, str, int | None], ColumnStatistics]] = {}
+"""By identity of a version or split, column and dimension: none of them ever changes."""
 
 
 class Scale:
@@ -28,10 +30,13 @@ class Scale:
         self.who = who
         self.column = column
         self.dim = dim
+        self._take(shift, width)
+
+    def _take(self, shift: Numbers, width: Numbers) -> None:
         self.shift = torch.as_tensor(shift, dtype=torch.float32)
         widths = torch.as_tensor(width, dtype=torch.float32)
         if self.shift.dim() > 1 or widths.dim() > 1:
-            raise InvalidRequest(f"{who}({column!r}): a number, or one for each channel")
+            raise InvalidRequest(f"{self.who}({self.column!r}): a number, or one for each channel")
         self.width = torch.where(widths == 0, 1.0, widths)  # what is always the same becomes 0
 
     def __call__(self, batch: Batch) -> Batch:
@@ -66,28 +71,94 @@ class Scale:
         return numbers.view(shape)
 
 
+class ScaleByStatistics(Scale, OfTraining):
+    """A :class:`Scale` by the statistics of a dataset: of the one given, or of the training part of
+    the first that a loader reads with it. The same figures ever after, also in copies by pickle."""
+
+    def __init__(
+        self,
+        who: str,
+        column: str,
+        dim: int | None,
+        figures: Callable[[ColumnStatistics | Figures], tuple[float, float]],
+    ) -> None:
+        super().__init__(who, column, 0.0, 1.0, -1 if dim is None else dim)
+        self._channel_dim = dim
+        self._figures = figures
+        self._is_given = False
+        self.source: str | None = None
+        """The dataset, version and split whose figures they are; None: of none yet."""
+        self._name = ""
+
+    def take_of(self, dataset: Dataset) -> None:
+        """Take the figures of all that *dataset* is."""
+        found = _statistics(self.who, self.column, dataset, self._channel_dim)
+        if found.channels is None:
+            shift, width = self._figures(found)
+            self._take(shift, width)
+        else:
+            of_each = [self._figures(one) for one in found.channels]
+            self._take([shift for shift, _ in of_each], [width for _, width in of_each])
+        self._name = dataset.name
+        self.source = f"{dataset.name} v{dataset.version}"
+        self.source += "" if dataset.split is None else f" split {dataset.split}"
+
+    def given(self, dataset: Dataset) -> ScaleByStatistics:
+        """Itself, with the figures of *dataset*, whatever a loader reads."""
+        self.take_of(dataset)
+        self._is_given = True
+        return self
+
+    def learn(self, dataset: Any) -> None:
+        if self._is_given:
+            return
+        if not isinstance(dataset, Dataset):
+            raise InvalidRequest(
+                f"{self.who}({self.column!r}): of {type(dataset).__name__} it is not clear whose "
+                f"statistics to take: {self.who}({self.column!r}, dataset)"
+            )
+        if self.source is None:
+            self.take_of(training_part(dataset))
+        elif dataset.name != self._name:
+            raise InvalidRequest(
+                f"{self.who}({self.column!r}) has the statistics of {self.source}, and this loader "
+                f"reads {dataset.name!r}: say whose it shall have, {self.who}({self.column!r}, "
+                "dataset), or make another one"
+            )
+
+    def __call__(self, batch: Batch) -> Batch:
+        if self.source is None:
+            raise InvalidRequest(
+                f"{self.who}({self.column!r}) takes its figures when a loader is made with it; "
+                "elsewhere give a dataset to take its statistics from, or both figures"
+            )
+        return super().__call__(batch)
+
+
 def standardize(
     column: str,
     dataset: Dataset | None = None,
     *,
     mean: Numbers | None = None,
     std: Numbers | None = None,
-    dim: int = -1,
+    dim: int | None = None,
 ) -> Scale:
     """A ``transform=`` that makes *column* float32 of mean 0 and standard deviation 1.
 
-    By *mean* and *std*: numbers, or one for each channel (dimension *dim* of the batch's tensor);
-    or by those of all values of *dataset*, which is read once for it by each process that asks:
-    give it the split that is trained on.
+    By *mean* and *std*: numbers, or one for each channel (dimension *dim* of the batch's tensor,
+    default: the last).
+
+    Else by statistics: of *dataset*, or of what the first loader with this transform trains on: the
+    split ``train`` of the version that it reads, of a fold its training part, or the whole version
+    where there is no such split; never of a test split. Those of all values, or, with *dim*, of
+    each channel. They are computed once and kept with the version (:meth:`Dataset.statistics`).
     """
-    if dataset is not None:
-        _check_given("standardize", column, mean, std, are_given=False)
-        found = _statistics("standardize", column, dataset)
-        mean, std = found.mean, found.std
-    _check_given("standardize", column, mean, std, are_given=True)
+    if not _are_given("standardize", column, dataset, mean, std):
+        scale = ScaleByStatistics("standardize", column, dim, _mean_and_std)
+        return scale if dataset is None else scale.given(dataset)
     assert mean is not None
     assert std is not None
-    return Scale("standardize", column, mean, std, dim)
+    return Scale("standardize", column, mean, std, -1 if dim is None else dim)
 
 
 def normalize(
@@ -96,37 +167,66 @@ def normalize(
     *,
     low: Numbers | None = None,
     high: Numbers | None = None,
-    dim: int = -1,
+    dim: int | None = None,
 ) -> Scale:
     """A ``transform=`` that makes *column* float32 with 0 where it was *low* and 1 where it was
-    *high*: given as for :func:`standardize`, or the extremes of *dataset*."""
-    if dataset is not None:
-        _check_given("normalize", column, low, high, are_given=False)
-        found = _statistics("normalize", column, dataset)
-        low, high = found.min, found.max
-    _check_given("normalize", column, low, high, are_given=True)
+    *high*: given, or by the extremes of what is trained on, as for :func:`standardize`."""
+    if not _are_given("normalize", column, dataset, low, high):
+        scale = ScaleByStatistics("normalize", column, dim, _low_and_width)
+        return scale if dataset is None else scale.given(dataset)
     assert low is not None
     assert high is not None
     lowest = torch.as_tensor(low, dtype=torch.float64)
     width = torch.as_tensor(high, dtype=torch.float64) - lowest
-    return Scale("normalize", column, lowest.tolist(), width.tolist(), dim)
+    return Scale("normalize", column, lowest.tolist(), width.tolist(), -1 if dim is None else dim)
 
 
-def _check_given(who: str, column: str, *figures: Any, are_given: bool) -> None:
-    if any((figure is not None) != are_given for figure in figures):
+def _mean_and_std(found: ColumnStatistics | Figures) -> tuple[float, float]:
+    assert found.mean is not None
+    assert found.std is not None
+    return found.mean, found.std
+
+
+def _low_and_width(found: ColumnStatistics | Figures) -> tuple[float, float]:
+    assert found.min is not None
+    assert found.max is not None
+    return float(found.min), float(found.max - found.min)
+
+
+def _are_given(who: str, column: str, dataset: Dataset | None, *figures: Numbers | None) -> bool:
+    """Whether the figures are; else they come of statistics. InvalidRequest for a part of them."""
+    given = [figure is not None for figure in figures]
+    if all(given) and dataset is None:
+        return True
+    if any(given):
         raise InvalidRequest(
             f"{who}({column!r}): give a dataset to take its statistics from, or both figures"
         )
+    return False
 
 
-def _statistics(who: str, column: str, dataset: Dataset) -> ColumnStatistics:
-    key = (dataset.identity, column)
+def _statistics(who: str, column: str, dataset: Dataset, dim: int | None) -> ColumnStatistics:
+    key = (dataset.identity, column, dim)
     found = _known.get(key)
     if found is None:
-        found = _known[key] = dataset.statistics([column])[column]
-    if found.of != "values" or not found.num_values:
+        along = {} if dim is None else {column: _dimension_of_sample(who, column, dataset, dim)}
+        found = _known[key] = dataset.statistics([column], along=along)[column]
+    channels = (found,) if found.channels is None else found.channels
+    if found.of != "values" or not all(one.num_values for one in channels):
         raise InvalidRequest(
             f"{who}({column!r}): {dataset.name} has no numbers there to take statistics of; "
             "give the figures themselves"
         )
     return found
+
+
+def _dimension_of_sample(who: str, column: str, dataset: Dataset, dim: int) -> int:
+    """*dim* counts those of a batch, of which the first one is that of samples."""
+    (found,) = dataset.columns([column])
+    count = len(found.shape)
+    if found.kind != "array" or not (0 < dim <= count or -count <= dim < 0):
+        raise InvalidRequest(
+            f"{who}({column!r}): {found.text} has no dimension {dim} in a batch with channels to "
+            "take statistics of"
+        )
+    return dim - 1 if dim > 0 else dim

@@ -109,7 +109,7 @@ def test_what_is_always_the_same_becomes_0(dataset):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda dataset: transforms.standardize("x"), "give a dataset"),
+        (lambda dataset: transforms.standardize("x")({"x": torch.zeros(3)}), "give a dataset"),
         (lambda dataset: transforms.standardize("x", mean=1.0), "both figures"),
         (lambda dataset: transforms.standardize("x", dataset, mean=1.0), "give a dataset"),
         (lambda dataset: transforms.standardize("text", dataset), "has no numbers"),
