@@ -8,6 +8,7 @@ ranks and steps.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -396,6 +397,9 @@ class DatasetReading:
             told = asdict(self._layout.parameters) | told
         else:
             del told["lanes"]
+        if self.dataset.manifest.layers:
+            names = [column.name for column in self.dataset.columns(self._options.columns)]
+            told["columns"] = json.dumps(names)
         return {
             **told,
             "manifest": self.dataset.manifest_id,

@@ -14,7 +14,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from forebay_server.model.uses import ReadOrder, Window, windows
+from forebay_server.model.tracks import Tracks
+from forebay_server.model.uses import ONE_TRACK, ReadOrder, Window, windows
 from forebay_wire.errors import InvalidRequest, LimitExceeded
 
 MAX_USES: Final = 1 << 17
@@ -38,16 +39,22 @@ class OrderView:
     """
 
     def __init__(
-        self, order: ReadOrder, blobs: Sequence[str], shard_rows: Sequence[int], start: int
+        self,
+        order: ReadOrder,
+        blobs: Sequence[str],
+        shard_rows: Sequence[int],
+        start: int,
+        tracks: Tracks = ONE_TRACK,
     ) -> None:
-        """*blobs* and *shard_rows*: the version's shards; *start*: where reading stands."""
+        """*blobs* and *shard_rows*: the version's shards; *start*: where reading stands. Of more
+        *blobs* than rows the last ones are those of layers, which *tracks* are of."""
         self._order = order
         self._blobs = list(blobs)
         self._numbers = {blob: number for number, blob in enumerate(blobs)}
-        starts: NDArray[np.int64] = np.zeros(len(blobs) + 1, dtype=np.int64)
+        starts: NDArray[np.int64] = np.zeros(len(shard_rows) + 1, dtype=np.int64)
         np.cumsum(np.array(shard_rows, dtype=np.int64), out=starts[1:])
         epoch, position = divmod(start, max(1, order.num_samples))
-        self._source: Iterator[Window] = windows(order, starts, epoch, position)
+        self._source: Iterator[Window] = windows(order, starts, epoch, position, tracks=tracks)
         self._windows: deque[Window] = deque()
         self._times: dict[int, deque[int]] = {}
         """Shard to its known uses."""

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from forebay_server.model.tracks import Tracks
 from forebay_wire.blocks import BlockLayout, BlockParameters, starts_of
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import Cut, LastBatch, Order, Shuffle, check_blocks
@@ -17,6 +18,10 @@ from forebay_wire.selection import Rule, Stored
 
 WINDOW_SAMPLES: Final = 1 << 14
 """Samples that one window looks at: some milliseconds of work and a few hundred kilobytes."""
+
+
+ONE_TRACK: Final = Tracks(True, ())
+"""All columns lie together."""
 
 
 @dataclass(frozen=True)
@@ -88,28 +93,31 @@ def windows(
     epoch: int,
     position: int,
     window_samples: int = WINDOW_SAMPLES,
+    tracks: Tracks = ONE_TRACK,
 ) -> Iterator[Window]:
     """The uses from *position* of *epoch* on, through this and the following epochs.
 
-    *shard_starts*: the first row of each shard and, last, the number of rows. Costs O(window) of
-    time and memory for each window, whatever the size of an epoch. Ends only after the last epoch,
-    if that is known, and where there is nothing to read. Raises InvalidRequest at once, for blocks
-    that cannot be.
+    *shard_starts*: the first row of each shard and, last, the number of rows; *tracks*: in which of
+    these and other shards the columns lie. Costs O(window) of time and memory for each window,
+    whatever the size of an epoch. Ends only after the last epoch, if that is known, and where there
+    is nothing to read. Raises InvalidRequest at once, for blocks that cannot be.
     """
     layout = order.layout(shard_starts)
-    return _windows(order, layout, shard_starts, epoch, position, window_samples)
+    return _windows(order, layout, shard_starts, tracks, epoch, position, window_samples)
 
 
 def _windows(
     order: ReadOrder,
     layout: BlockLayout | None,
     shard_starts: NDArray[np.int64],
+    tracks: Tracks,
     epoch: int,
     first: int,
     window_samples: int,
 ) -> Iterator[Window]:
     if order.num_samples == 0:
         return
+    num_shards = max([len(shard_starts), *(int(one.numbers.max()) + 1 for one in tracks.beside)])
     while not order.num_epochs or epoch < order.num_epochs:
         cut = Cut(order.num_samples, order.global_batch_size, order.last_batch, first, order.lanes)
         if cut.num_steps == 0 and first == 0:
@@ -120,9 +128,8 @@ def _windows(
         for start in range(0, cut.num_steps, steps_at_once):
             stop = min(start + steps_at_once, cut.num_steps)
             steps, positions = _positions(order, cut, start, stop)
-            shards = _shards(order, shard_starts, samples.at(positions))
-            num_shards = len(shard_starts) - 1
-            keys = np.unique(steps * num_shards + shards)
+            found = _shards(order, shard_starts, tracks, samples.at(positions))
+            keys = np.unique(np.concatenate([steps * num_shards + shards for shards in found]))
             base = order.time(epoch, cut.position)
             times = base + keys // num_shards * order.global_batch_size
             end = order.time(epoch + 1, 0)
@@ -157,11 +164,34 @@ def _positions(
 
 
 def _shards(
-    order: ReadOrder, shard_starts: NDArray[np.int64], samples: NDArray[np.int64]
+    order: ReadOrder, shard_starts: NDArray[np.int64], tracks: Tracks, samples: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """The shards that hold the rows at these places of the selection, on each track."""
+    found: list[NDArray[np.int64]] = []
+    stored = order.selection if isinstance(order.selection, Stored) else None
+    if stored is not None:
+        own = stored.shards(samples)
+        rows = _estimated(stored, shard_starts, own, samples) if tracks.beside else samples
+    else:
+        rows = samples
+        if order.selection is not None:
+            rows = order.selection.rows(order.manifest, order.num_version_rows, samples)
+        own = np.searchsorted(shard_starts, rows, side="right") - 1
+    if tracks.reads_base:
+        found.append(own)
+    return found + [track.at(rows) for track in tracks.beside]
+
+
+def _estimated(
+    stored: Stored,
+    shard_starts: NDArray[np.int64],
+    shards: NDArray[np.int64],
+    samples: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """The shards that hold the rows at these places of the selection."""
-    if isinstance(order.selection, Stored):
-        return order.selection.shards(samples)
-    if order.selection is not None:
-        samples = order.selection.rows(order.manifest, order.num_version_rows, samples)
-    return np.searchsorted(shard_starts, samples, side="right") - 1
+    """About which rows of the version stored *samples* are, which lie in *shards*: as if those of
+    a shard lay evenly in it. Rows ascend, so that no other shard beside it is missed by much."""
+    counts = np.array(stored.counts, dtype=np.int64)
+    before = np.cumsum(counts) - counts
+    sizes = np.diff(shard_starts)
+    within = (samples - before[shards]) * sizes[shards] // counts[shards]
+    return shard_starts[shards] + within

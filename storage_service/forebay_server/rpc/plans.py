@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import grpc.aio
@@ -42,6 +43,7 @@ class PlansService(plans_pb2_grpc.PlansServicer):
                 window_blocks=given.window_blocks,
                 block_rows=given.block_rows,
                 lanes=given.lanes,
+                columns=json.dumps(list(given.columns)) if given.columns else "",
             )
         made = await self._plans.register(
             request.plan,

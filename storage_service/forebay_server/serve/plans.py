@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from forebay_server.catalog.queries_objects import wanted_manifest
 from forebay_server.catalog.queries_origins import find_origins
 from forebay_server.model.loader_times import LoaderTimes, LoaderTotals
 from forebay_server.model.lookahead import OrderView, RangesView
+from forebay_server.model.tracks import tracks_of
 from forebay_server.model.uses import ReadOrder
 from forebay_server.serve.foresight import Foresight
 from forebay_wire.blocks import BlockParameters
@@ -61,6 +63,19 @@ class OrderParameters:
     """Of a block shuffle, like the next; 0 for the other kinds."""
     block_rows: int = 0
     lanes: int = 0
+    columns: str = ""
+    """Names of those that are read, as a JSON list; empty: all."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """InvalidRequest for what is no list of names."""
+        try:
+            found = json.loads(self.columns or "[]")
+        except ValueError as error:
+            raise InvalidRequest(f"a plan's columns are no JSON: {error}") from error
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise InvalidRequest("a plan's columns are a list of names")
+        return found
 
     @property
     def blocks(self) -> BlockParameters | None:
@@ -403,19 +418,18 @@ class Plans:
             num_epochs=order.num_epochs,
             blocks=order.blocks,
         )
-        shards = version.shards
+        shards = list(version.every_shard())
+        tracks = tracks_of(version, order.column_names)
         view = OrderView(
             reading,
             [shard.blob for shard in shards],
-            [shard.num_rows for shard in shards],
+            [shard.num_rows for shard in version.shards],
             reading.time(epoch, position),
+            tracks,
         )
         made = Plan(plan, loader, "", uid, owner, num_samples, view, 0.0)
-        made.num_bytes = sum(
-            shard.num_bytes
-            for number, shard in enumerate(shards)
-            if counts is None or counts[number]
-        )
+        read = tracks.shards(len(version.shards), counts)
+        made.num_bytes = sum(shards[number].num_bytes for number in read)
         await self._name(made, version)
         return made
 
@@ -426,7 +440,7 @@ class Plans:
 
     async def _name(self, made: Plan, version: DatasetManifest) -> None:
         """Say that *made* reads *version*, whose origins it knows by their blobs, if there are."""
-        made.num_bytes = made.num_bytes or sum(shard.num_bytes for shard in version.shards)
+        made.num_bytes = made.num_bytes or version.num_bytes
         made.dataset = f"{version.dataset}@{version.version}"
         origins = [shard.blob for shard in version.shards if shard.origin is not None]
         known = await self._catalog.read(lambda one: find_origins(one, origins)) if origins else {}
