@@ -20,9 +20,17 @@ Operations (request -> answer):
 ``slot``     {session} -> {capacity} and one writable descriptor of the upload session's slot
 ``plan``     {plan, loader, order: {manifest, selection, shuffle, seed, global_batch_size,
              last_batch, rank, num_ranks, num_epochs}, epoch, position} -> standing
+             or {plan, loader, manifest, plan_bytes, epoch: 0, position}, told in turns
+``turns``    {plan, page, turns: [[samples, [shard number]]]} -> standing
 ``position`` {plan, epoch, position} -> standing: {plan, lease_seconds, waits, fit}; what it means
              is in ``plans.proto``. A plan ends with the connection that registered it
-``end_plan`` {plan} -> {existed}; these three may carry {times}, the sums of the loader
+``end_plan`` {plan} -> {existed}; this, ``plan`` and ``position`` may carry {times}, the sums of
+             the loader
+``decide_version`` {reader, dataset, selection, epoch, base} -> {version, manifest, selection,
+             newest}: what the *reader* (all its ranks and workers) reads of a dataset in an epoch,
+             decided once: the newest version that has the selection of that name (empty: the whole
+             version). *base*: manifest of the version that it read before
+``manifest`` {manifest} -> {num_bytes} and one descriptor of a file with the manifest's bytes
 The answers to ``open`` and to the operations of plans may also carry {wanted_back: [id]}: blobs
 that this connection has open and whose room the daemon needs for what is read sooner.
 An answer {error, message} stands for an exception of ``forebay_wire.errors``.

@@ -60,6 +60,7 @@ from forebay_server.observe.metrics import Metrics
 from forebay_server.origins import find_sources
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
+from forebay_server.publish.following import Following
 from forebay_server.publish.lease import Uploads
 from forebay_server.publish.manifests import ObjectPublisher
 from forebay_server.publish.origins import OriginDatasets
@@ -231,6 +232,7 @@ class Daemon:
         self._uploads.listen(self._checkpoints.session_ended)
         stack.push_async_callback(self._checkpoints.close)
         self._datasets = Datasets(self._catalog, self._uploads, self._jobs, **rules)
+        self._following = Following(self._catalog)
         self._origins = OriginDatasets(
             self._catalog,
             self._tiers,
@@ -321,6 +323,7 @@ class Daemon:
             incarnation=self._incarnation,
             http_url=self._http_url,
             plans=self._ahead.plans,
+            following=self._following,
         )
         await self._descriptors.start()
         stack.push_async_callback(self._descriptors.close)
@@ -333,6 +336,7 @@ class Daemon:
             render_metrics=self._render_metrics,
             is_serving=lambda: self._state == "serving",
             plans=self._ahead.plans,
+            following=self._following,
         )
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_GRACE_SECONDS)
         await runner.setup()

@@ -120,6 +120,15 @@ class Transfer(Protocol):
         """
         ...
 
+    def decide_version(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to ``decide_version`` (see ``handover``). DaemonUnavailable, NotFound,
+        Conflict."""
+        ...
+
+    def manifest(self, manifest: str) -> bytes:
+        """A manifest's bytes, not verified. DaemonUnavailable, NotFound."""
+        ...
+
     def close(self) -> None:
         """Drop the connection, which releases all opens; mapped blobs stay readable.
 

@@ -167,6 +167,19 @@ def close_all(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
+def read_whole(descriptor: int, num_bytes: int) -> bytes:
+    """All *num_bytes* of a file that the daemon handed over."""
+    parts: list[bytes] = []
+    done = 0
+    while done < num_bytes:
+        part = os.pread(descriptor, num_bytes - done, done)
+        if not part:
+            raise DaemonUnavailable(f"{done} of {num_bytes} bytes were handed over: try again")
+        parts.append(part)
+        done += len(part)
+    return b"".join(parts)
+
+
 def _close_connections(connections: list[DescriptorConnection]) -> None:
     while connections:
         connections.pop().close()

@@ -15,7 +15,7 @@ import numpy as np
 from forebay.forking import watch
 from forebay.stopwatch import timed
 from forebay.transfer.blob import NO_SEGMENT, REOPENS, Blob, Checks, Damage, Piece, UploadSlot, copy
-from forebay.transfer.link import DescriptorLink, close_all
+from forebay.transfer.link import DescriptorLink, close_all, read_whole
 from forebay.transfer.populate import populate_read, populate_write
 from forebay.transfer.remote import RemoteTransfer
 from forebay.transfer.replica import Handover, Replica
@@ -157,6 +157,18 @@ class LocalTransfer:
         _, answer, descriptors = self._link.request({"op": operation, **body}, wait_seconds=0.0)
         close_all(descriptors)
         return answer
+
+    def decide_version(self, question: dict[str, Any]) -> dict[str, Any]:
+        _, answer, descriptors = self._link.request({"op": "decide_version", **question})
+        close_all(descriptors)
+        return answer
+
+    def manifest(self, manifest: str) -> bytes:
+        _, answer, descriptors = self._link.request({"op": "manifest", "manifest": manifest})
+        try:
+            return read_whole(descriptors[0], int(answer["num_bytes"]))
+        finally:
+            close_all(descriptors)
 
     def close(self) -> None:
         with self._lock:

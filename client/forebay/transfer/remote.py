@@ -98,6 +98,15 @@ class RemoteTransfer:
         self.wanted_back.tell(answer)
         return answer
 
+    def decide_version(self, question: dict[str, Any]) -> dict[str, Any]:
+        return self.post("/v1/decisions", question)
+
+    def manifest(self, manifest: str) -> bytes:
+        body = {"manifest": manifest}
+        return self.exchange(
+            lambda: json_request("/v1/manifests", body, self._token), lambda found: found.read()
+        )
+
     def close(self) -> None:
         self._flush_releases(1)
         self._pool.close()

@@ -17,8 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from forebay_server.bulk.follow_requests import (
+    DECIDE,
+    FOLLOW_OPERATIONS,
+    answer_decision,
+    as_memory_file,
+    asked_text,
+)
 from forebay_server.bulk.plan_requests import PLAN_OPERATIONS, answer_plan
 from forebay_server.bulk.tickets import Auth
+from forebay_server.publish.following import Following
 from forebay_server.serve.open import Opener
 from forebay_server.serve.opened import OpenedBlob
 from forebay_server.serve.plans import Plans
@@ -122,6 +130,7 @@ class DescriptorServer:
         incarnation: str,
         http_url: str,
         plans: Plans | None = None,
+        following: Following | None = None,
     ) -> None:
         """*path*: the socket, in a folder that only this user may enter."""
         self._path = Path(path)
@@ -132,6 +141,7 @@ class DescriptorServer:
         self._incarnation = incarnation
         self._http_url = http_url
         self._plans = plans
+        self._following = following
         self._connections: set[_Connection] = set()
         self._numbers = itertools.count()
         self._finished: deque[tuple[_Connection, Answer]] = deque()
@@ -322,6 +332,8 @@ class DescriptorServer:
             return Answer({})
         if operation == "report" or (operation in PLAN_OPERATIONS and self._plans is not None):
             return None
+        if operation in FOLLOW_OPERATIONS and self._following is not None:
+            return None
         if operation == "hello":
             return self._hello(connection, request)
         if operation == "slot":
@@ -352,6 +364,12 @@ class DescriptorServer:
                 self._plans, operation, request, uid=connection.uid, owner=client
             )
             return Answer(body | self._wanted_back(client))
+        if operation in FOLLOW_OPERATIONS:
+            assert self._following is not None, "else it was refused"
+            if operation == DECIDE:
+                return Answer(await answer_decision(self._following, request))
+            data = await self._following.manifest(asked_text(request, "manifest"))
+            return Answer({"num_bytes": len(data)}, [as_memory_file(data)])
         if operation == "report":
             blob = check_id("blob", _text(request, "blob"))
             healthy = await self._opener.report(

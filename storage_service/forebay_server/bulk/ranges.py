@@ -16,10 +16,12 @@ from typing import Any, Final
 from aiohttp import web
 
 from forebay_server.bulk.descriptors import UploadSlots
+from forebay_server.bulk.follow_requests import answer_decision, asked_text
 from forebay_server.bulk.held import HeldOpens
 from forebay_server.bulk.plan_requests import PLAN_OPERATIONS, answer_plan
 from forebay_server.bulk.sending import FilePiece, Sender
 from forebay_server.bulk.tickets import Auth, Method, Ticket
+from forebay_server.publish.following import Following
 from forebay_server.serve.open import Opener
 from forebay_server.serve.opened import OpenedBlob
 from forebay_server.serve.plans import Plans
@@ -88,10 +90,11 @@ def make_app(
     render_metrics: Callable[[], Awaitable[bytes]],
     is_serving: Callable[[], bool],
     plans: Plans | None = None,
+    following: Following | None = None,
 ) -> web.Application:
     """The application; whoever runs it cleans it up, which releases what clients hold open."""
     handlers = _Handlers(
-        HeldOpens(opener), opener, uploads, auth, render_metrics, is_serving, plans
+        HeldOpens(opener), opener, uploads, auth, render_metrics, is_serving, plans, following
     )
     app = web.Application(middlewares=[_answer_errors])
     app.add_routes(
@@ -101,6 +104,8 @@ def make_app(
             web.post("/v1/waits", handlers.waits),
             web.post("/v1/report", handlers.report),
             web.post("/v1/plans/{operation}", handlers.plan),
+            web.post("/v1/decisions", handlers.decide),
+            web.post("/v1/manifests", handlers.manifest),
             web.get("/v1/blobs/{blob}", handlers.get_data),
             web.get("/v1/tables/{blob}", handlers.get_table),
             web.put("/v1/uploads/{session}", handlers.put),
@@ -124,7 +129,9 @@ class _Handlers:
         render_metrics: Callable[[], Awaitable[bytes]],
         is_serving: Callable[[], bool],
         plans: Plans | None,
+        following: Following | None,
     ) -> None:
+        self._following = following
         self._held = held
         self._plans = plans
         self._sender = Sender()
@@ -180,6 +187,22 @@ class _Handlers:
             raise NotFound(f"there is no {request.path}: upgrade the daemon")
         answer = await answer_plan(self._plans, operation, body, uid=uid, owner="")
         return web.json_response(answer | self._wanted_back(_client(uid, body)))
+
+    async def decide(self, request: web.Request) -> web.Response:
+        """``decide_version``, as on the descriptor socket."""
+        _, body = await self._admit(request)
+        return web.json_response(await answer_decision(self._followed(request), body))
+
+    async def manifest(self, request: web.Request) -> web.Response:
+        """{manifest} -> its bytes."""
+        _, body = await self._admit(request)
+        data = await self._followed(request).manifest(asked_text(body, "manifest"))
+        return web.Response(body=data)
+
+    def _followed(self, request: web.Request) -> Following:
+        if self._following is None:
+            raise NotFound(f"there is no {request.path}: upgrade the daemon")
+        return self._following
 
     def _wanted_back(self, client: str) -> dict[str, Any]:
         """What goes into an answer where the daemon needs the room of what *client* has open."""

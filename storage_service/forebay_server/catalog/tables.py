@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 
 metadata: Final = MetaData()
 
@@ -307,6 +307,23 @@ parts = Table(
     Column("expires", Double, nullable=False),
     _created(),
     Index("parts_by_expiry", "expires"),
+)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    # Who follows the dataset: all ranks and workers of one loader.
+    Column("reader", _name(256), primary_key=True),
+    Column("dataset", _name(128), primary_key=True),
+    # Name of the selection that is followed; empty: whole versions.
+    Column("selection", _name(128), primary_key=True),
+    Column("epoch", BigInteger, primary_key=True),
+    # No foreign keys: a decision does not keep what was deleted, and is not taken back by it.
+    Column("manifest", _name(64), nullable=False),
+    Column("selection_manifest", _name(64), nullable=False),
+    Column("expires", Double, nullable=False),
+    _created(),
+    Index("decisions_by_expiry", "expires"),
 )
 
 jobs = Table(

@@ -17,6 +17,7 @@ from forebay_server.catalog.migrations import (
     v0002_movement,
     v0003_parts,
     v0004_statistics,
+    v0005_decisions,
 )
 
 
@@ -33,5 +34,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(2, "movement", v0002_movement.apply),
     Migration(3, "parts", v0003_parts.apply),
     Migration(4, "statistics", v0004_statistics.apply),
+    Migration(5, "decisions", v0005_decisions.apply),
 )
 """In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""

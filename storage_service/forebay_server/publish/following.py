@@ -1,0 +1,53 @@
+"""Readers that follow a dataset: which version an epoch reads, the same for all ranks."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.queries_decisions import Decision, Question, decide, decided
+from forebay_server.catalog.queries_objects import wanted_manifest
+from forebay_wire.errors import InvalidRequest, NotFound
+from forebay_wire.ids import check_id, check_name
+
+KEEP_SECONDS: Final = 90 * 86400.0
+"""A decision outlives the last time that anybody asked for it by half of this at least."""
+
+MAX_READER_CHARACTERS: Final = 256
+
+
+class Following:
+    """Use cases of readers that have no gRPC, such as workers. Belongs to the event loop."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    async def decide(self, asked: Question) -> Decision:
+        """What the reader reads in that epoch: the newest version when the first one asked, and
+        that for whoever asks later, on any node, after any restart.
+
+        :class:`NotFound` and :class:`Conflict` where there is nothing (any more) to follow.
+        """
+        if not 0 < len(asked.reader) <= MAX_READER_CHARACTERS:
+            raise InvalidRequest(f"a reader has a name of 1 to {MAX_READER_CHARACTERS} characters")
+        check_name("dataset", asked.dataset)
+        if asked.selection:
+            check_name("selection", asked.selection)
+        check_id("manifest", asked.base)
+        if not 0 <= asked.epoch < 1 << 62:
+            raise InvalidRequest(f"epoch {asked.epoch} is no number from 0 to 2^62")
+        known = await self._catalog.read(lambda one: decided(one, asked, KEEP_SECONDS))
+        if known is not None and known[1]:
+            return known[0]
+        return await self._catalog.write(lambda one: decide(one, asked, KEEP_SECONDS))
+
+    async def manifest(self, manifest: str) -> bytes:
+        """Its bytes, not verified. :class:`NotFound` if what it made was deleted."""
+        check_id("manifest", manifest)
+        found = await self._catalog.read(lambda one: wanted_manifest(one, manifest))
+        if found is None:
+            raise NotFound(
+                f"there is no manifest {manifest}: its dataset was deleted, or it was never "
+                "committed here"
+            )
+        return found.data

@@ -1,0 +1,130 @@
+"""Which version an epoch reads is decided once, on each engine, for whoever asks later."""
+
+import asyncio
+import base64
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Connection, select, update
+
+from forebay_server.catalog import queries_datasets
+from forebay_server.catalog.clock import now
+from forebay_server.catalog.engine import Catalog
+from forebay_server.catalog.queries_decisions import Decision, Question
+from forebay_server.catalog.tables import decisions
+from forebay_server.publish.following import KEEP_SECONDS, Following
+from forebay_wire.errors import Conflict, InvalidRequest, NotFound
+from forebay_wire.ids import new_random_name
+from forebay_wire.manifest import DatasetManifest, SelectionManifest
+
+
+@pytest.fixture
+def catalog(catalog_url: str) -> Iterator[Catalog]:
+    opened = Catalog.open(catalog_url)
+    yield opened
+    opened.close()
+
+
+async def commit(catalog: Catalog, version: int, name: str = "numbers") -> str:
+    """A version without shards; its manifest's id."""
+    schema = base64.b64encode(b"schema").decode()
+    manifest = DatasetManifest(name, version, None, schema, (), {})
+    encoded = manifest.encode()
+    await catalog.write(
+        lambda c: queries_datasets.insert_version(c, manifest, *encoded, new_random_name())
+    )
+    return encoded[0]
+
+
+async def select_rows(catalog: Catalog, version: int, of: str, name: str = "train") -> str:
+    rule = {"kind": "split", "seed": 0, "start": 0, "stop": 0}
+    manifest = SelectionManifest("numbers", version, of, name, 0, rule)
+    encoded = manifest.encode()
+    await catalog.write(lambda c: queries_datasets.insert_selection(c, manifest, *encoded))
+    return encoded[0]
+
+
+def asked(base: str, epoch: int = 0, selection: str = "", reader: str = "run r") -> Question:
+    return Question(reader, "numbers", selection, epoch, base)
+
+
+async def test_an_epoch_is_decided_once_and_each_reader_has_its_own(catalog: Catalog) -> None:
+    following = Following(catalog)
+    first = await commit(catalog, 1)
+    assert await following.decide(asked(first)) == Decision(1, first, "", 1)
+    second = await commit(catalog, 2)
+    # The same epoch stays, with another base too; the next one and another reader move on.
+    assert await following.decide(asked(second)) == Decision(1, first, "", 2)
+    assert await following.decide(asked(first, epoch=1)) == Decision(2, second, "", 2)
+    assert await following.decide(asked(first, reader="other")) == Decision(2, second, "", 2)
+
+
+async def test_many_that_ask_at_once_while_versions_come_agree(catalog: Catalog) -> None:
+    following = Following(catalog)
+    base = await commit(catalog, 1)
+
+    async def ask(epoch: int) -> tuple[int, str]:
+        return epoch, (await following.decide(asked(base, epoch))).manifest
+
+    async def append() -> None:
+        for version in range(2, 6):
+            await commit(catalog, version)
+
+    *answers, _ = await asyncio.gather(*(ask(n % 4) for n in range(80)), append())
+    assert len(set(answers)) == 4
+
+
+async def test_of_a_selection_it_is_the_newest_version_that_has_it(catalog: Catalog) -> None:
+    following = Following(catalog)
+    first, train = await commit(catalog, 1), ""
+    train = await select_rows(catalog, 1, first)
+    second = await commit(catalog, 2)
+    assert await following.decide(asked(first, 0, "train")) == Decision(1, first, train, 2)
+    newer = await select_rows(catalog, 2, second)
+    assert await following.decide(asked(first, 1, "train")) == Decision(2, second, newer, 2)
+    with pytest.raises(NotFound, match="no version of dataset numbers has a split 'test'"):
+        await following.decide(asked(first, 0, "test"))
+
+
+async def test_a_dataset_that_went_or_was_made_anew_is_not_followed(catalog: Catalog) -> None:
+    following = Following(catalog)
+    first = await commit(catalog, 1)
+    await commit(catalog, 2)
+    await following.decide(asked(first))
+    await catalog.write(lambda c: queries_datasets.delete_dataset(c, "numbers"))
+    with pytest.raises(NotFound, match="deleted since"):
+        await following.decide(asked(first))
+    with pytest.raises(NotFound, match="no dataset numbers any more"):
+        await following.decide(asked(first, epoch=1))
+    with pytest.raises(NotFound, match="its dataset was deleted"):
+        await following.manifest(first)
+    await commit(catalog, 3)  # another one of that name
+    with pytest.raises(Conflict, match="another one than that which was read"):
+        await following.decide(asked(first, epoch=1))
+
+
+async def test_a_decision_is_kept_as_long_as_anybody_asks(catalog: Catalog) -> None:
+    following = Following(catalog)
+    first = await commit(catalog, 1)
+    await following.decide(asked(first))
+    await commit(catalog, 2)
+
+    async def age(seconds: float) -> None:
+        await catalog.write(lambda c: c.execute(update(decisions).values(expires=now() + seconds)))
+
+    def seconds_left(connection: Connection) -> float:
+        return connection.scalar(select(decisions.c.expires - now())) or 0.0
+
+    await age(KEEP_SECONDS / 4)
+    assert (await following.decide(asked(first))).version == 1
+    assert await catalog.read(seconds_left) > KEEP_SECONDS * 0.9
+    await age(-1)
+    assert (await following.decide(asked(first))).version == 2
+
+
+async def test_what_is_no_question_is_refused(catalog: Catalog) -> None:
+    following = Following(catalog)
+    base = await commit(catalog, 1)
+    for wrong in (asked(base, reader=""), asked(base, reader="x" * 257), asked(base, epoch=-1)):
+        with pytest.raises(InvalidRequest):
+            await following.decide(wrong)
