@@ -18,12 +18,10 @@ import asyncio
 import builtins
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import numpy as np
-import pyarrow as pa
 from zarr.abc.store import (
     ByteRequest,
     OffsetByteRequest,
@@ -35,26 +33,17 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.buffer.core import default_buffer_prototype
 
 import forebay
-from forebay.dataset.dataset import Dataset
 from forebay.dataset.schema import Schema
 from forebay.dataset.shard import largest_sample
 from forebay.dataset.write import SHARD_BYTES
 from forebay.zarr_session import Session, State, is_key
+from forebay.zarr_version import INDEX_KEY, METADATA, SCHEMA, Place, Version, index_of
 from forebay_wire.errors import AlreadyExists, Conflict, InvalidRequest, NotFound
 from forebay_wire.ids import new_random_name
 from forebay_wire.limits import KIB
 
 if TYPE_CHECKING:
     from forebay.client import Client
-
-KEY: Final = "key"
-VALUE: Final = "value"
-SCHEMA: Final = {KEY: "string", VALUE: "binary"}
-
-INDEX_KEY: Final = ""
-"""The key of a version's last row: an Arrow stream of all keys, in order, with row and size."""
-
-METADATA: Final = {"zarr": 3}
 
 ATTEMPT: Final = "commit"
 """In a version's metadata: the random name of the commit that made it."""
@@ -63,16 +52,6 @@ MAX_ROW_BYTES: Final = largest_sample(SHARD_BYTES, Schema.of(SCHEMA).arrow) - 16
 """Of a key and its value together: what surely fits a shard."""
 
 T = TypeVar("T")
-
-_INDEX_SCHEMA: Final = pa.schema(
-    [pa.field(KEY, pa.string()), pa.field("row", pa.int64()), pa.field("size", pa.int64())]
-)
-
-
-@dataclass(frozen=True)
-class _Place:
-    row: int
-    size: int
 
 
 class ForebayStore(Store):
@@ -110,7 +89,7 @@ class ForebayStore(Store):
         self.address = None if address is None else os.fspath(address)
         self.session = None if session is None else Path(session).absolute()
         self._session = None if self.session is None else Session(self.session)
-        self._found: dict[tuple[int, str], _Version] = {}
+        self._found: dict[tuple[int, str], Version] = {}
 
     # What it is.
 
@@ -213,11 +192,7 @@ class ForebayStore(Store):
                 is_staged, value = self._session.read(state.layers, key)
                 if is_staged:
                     return value
-            base = self._version(state)
-            place = base.places.get(key)
-            if place is None or base.dataset is None:
-                return None
-            return base.dataset.value(place.row, VALUE)
+            return self._version(state).read(key)
 
         return self._settled(look)
 
@@ -358,14 +333,14 @@ class ForebayStore(Store):
         self._found[os.getpid(), _found_by(finished)] = made
         return finished
 
-    def _write(self, base: _Version, wanted: Mapping[str, Path | None], attempt: str) -> int:
+    def _write(self, base: Version, wanted: Mapping[str, Path | None], attempt: str) -> int:
         """A version of *wanted*: from each file, or what *base* has of the key."""
         metadata = {**METADATA, ATTEMPT: attempt}
         places = {key: base.places[key] for key, path in wanted.items() if path is None}
         index_bytes = sum(len(key.encode()) + 24 for key in wanted) + 64 * KIB
         shard_bytes = max(SHARD_BYTES, index_bytes)
-        row = 0 if base.dataset is None else base.dataset.num_rows
-        if base.dataset is None:
+        row = base.num_rows
+        if not base.number:
             writer = self._client().create_dataset(
                 self.name, SCHEMA, metadata=metadata, shard_bytes=shard_bytes
             )
@@ -382,9 +357,9 @@ class ForebayStore(Store):
                 except FileNotFoundError:  # deleted just now, and again in the layer above
                     continue
                 writer.write(key=key, value=value)
-                places[key] = _Place(row, len(value))
+                places[key] = Place(row, len(value))
                 row += 1
-            writer.write(key=INDEX_KEY, value=_index_of(places))
+            writer.write(key=INDEX_KEY, value=index_of(places))
         assert writer.version is not None, "it has committed"
         return writer.version
 
@@ -408,7 +383,7 @@ class ForebayStore(Store):
     def _client(self) -> Client:
         return forebay.connect(self.address)
 
-    def _version(self, state: State) -> _Version:
+    def _version(self, state: State) -> Version:
         """The version that is read; found once, so that it never changes under a reader unless
         the session goes on. No lock is held: a child of a fork would find it held for ever."""
         place = os.getpid(), _found_by(state)
@@ -420,7 +395,7 @@ class ForebayStore(Store):
                 self._found.pop(other, None)
         return found
 
-    def _open_base(self, state: State) -> _Version:
+    def _open_base(self, state: State) -> Version:
         before = dict(self._found)
         if state.layers:
             version: int | str = state.number
@@ -432,7 +407,7 @@ class ForebayStore(Store):
         else:
             version = state.number if before else self.version
         if version == 0:
-            return _Version(0, "", None, {})
+            return Version(None)
         may_lack = self.session is not None and not state.layers
         found = _open_version(self._client(), self.name, version, may_lack=may_lack)
         if state.layers and state.manifest != found.manifest:
@@ -479,63 +454,17 @@ def _remade(
     return store
 
 
-@dataclass(frozen=True)
-class _Version:
-    """What a session begins with."""
-
-    number: int
-    """0: there is no such dataset yet."""
-    manifest: str
-    dataset: Dataset | None
-    places: Mapping[str, _Place]
-
-
 def _open_version(
     client: Client, name: str, version: int | str, *, may_lack: bool = False
-) -> _Version:
+) -> Version:
     try:
-        dataset = client.dataset(name, version)
+        found = Version(client.dataset(name, version))
     except NotFound:
         if not may_lack or version != "latest":
             raise
-        return _Version(0, "", None, {})
-    return _Version(dataset.version, dataset.manifest_id, dataset, _places_of(dataset))
-
-
-def _places_of(dataset: Dataset) -> dict[str, _Place]:
-    """From the index in the last row; InvalidRequest where there is none."""
-    columns = dataset.schema.names
-    what = f"dataset {dataset.name!r} v{dataset.version} is no zarr store"
-    if columns != list(SCHEMA):
-        raise InvalidRequest(
-            f"{what}: it has the columns {', '.join(columns)}, and none was committed by "
-            "ForebayStore"
-        )
-    last = dataset.num_rows - 1
-    if dataset.manifest.metadata.get("zarr") != METADATA["zarr"] or last < 0:
-        raise InvalidRequest(f"{what}: it was not committed by ForebayStore")
-    if bytes(dataset.value(last, KEY) or b"") != INDEX_KEY.encode():
-        raise InvalidRequest(f"{what}: rows were appended to it by other means than ForebayStore")
-    index = dataset.value(last, VALUE)
-    table = pa.ipc.open_stream(pa.py_buffer(index)).read_all()
-    keys, rows, sizes = (table.column(field.name).to_pylist() for field in _INDEX_SCHEMA)
-    return {key: _Place(row, size) for key, row, size in zip(keys, rows, sizes, strict=True)}
-
-
-def _index_of(places: Mapping[str, _Place]) -> bytes:
-    keys = sorted(places)
-    columns = [keys, [places[key].row for key in keys], [places[key].size for key in keys]]
-    table = pa.Table.from_arrays(
-        [
-            pa.array(values, field.type)
-            for values, field in zip(columns, _INDEX_SCHEMA, strict=True)
-        ],
-        schema=_INDEX_SCHEMA,
-    )
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, _INDEX_SCHEMA) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
+        return Version(None)
+    _ = found.places  # what cannot be read is told now
+    return found
 
 
 def _bounds(request: ByteRequest | None, size: int) -> tuple[int, int]:

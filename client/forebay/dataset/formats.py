@@ -6,6 +6,7 @@ import json
 
 from forebay.dataset.schema import Schema
 from forebay.dataset.shard import Bytes, ShardReader
+from forebay.dataset.zarr_file import ZarrFileReader
 from forebay_wire.errors import InvalidRequest
 
 
@@ -21,6 +22,8 @@ def open_shard(
         from forebay.dataset.parquet_shard import ParquetReader  # loads Arrow's Parquet
 
         return ParquetReader(blob, schema, batch_rows, where)
+    if name == "zarr":
+        return ZarrFileReader(blob, schema, batch_rows, where, json.loads(detail))
     from forebay.dataset.sample_shards import MdsReader, TarReader
 
     if name == "mds":
