@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from forebay.methods import Method, Plans, Request
@@ -27,9 +27,13 @@ class PlanCalls:
         )
         self._call(Plans.RegisterPlan, request, wait_for_daemon=wait_for_daemon)
 
-    def add_ranges(self, page: int, ranges: Iterable[tuple[str, int]]) -> None:
-        """The next blobs, each with the samples that it is read for."""
-        found = [plans_pb2.BlobRange(blob=blob, num_samples=count) for blob, count in ranges]
+    def add_ranges(self, page: int, ranges: Iterable[tuple[Sequence[str], int]]) -> None:
+        """The blobs that are read next: those of each turn, and how many samples it has."""
+        found = [
+            plans_pb2.BlobRange(blob=blob, num_samples=count, beside=place > 0)
+            for blobs, count in ranges
+            for place, blob in enumerate(blobs)
+        ]
         request = plans_pb2.AddRangesRequest(plan=self._plan, page=page, ranges=found)
         self._call(Plans.AddRanges, request)
 

@@ -436,7 +436,13 @@ class Dataset:
         """Wait until this version is *durability* ("local", "remote"), or DeadlineExceeded."""
         self._client().wait_version(self.name, self.version, durability, timeout)
 
-    def plan(self, indices: Iterable[int], *, name: str | None = None) -> ReadPlan:
+    def plan(
+        self,
+        indices: Iterable[int],
+        *,
+        name: str | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> ReadPlan:
         """Tell the daemon that the samples at *indices* will be read, in this order, so that it
         fetches them before their turn; returned when it knows the first of them.
 
@@ -448,16 +454,16 @@ class Dataset:
         *indices* count like those of ``dataset[i]``. They are taken from the iterable as reading
         advances, some thousands ahead, so it may be endless; from an iterator, which can be read
         only once, ``for index in plan`` takes them as well. *name* is what ``forebay status``
-        shows. Each process that reads has a plan of its own, of what it reads itself; with workers
-        it belongs to the process that has the client.
+        shows, and *columns* those that are read, if not all. Each process that reads has a plan of
+        its own, of what it reads itself; with workers it belongs to the process that has the
+        client.
 
         Raises IndexError for a row that the dataset does not have, NotFound if the dataset was
         deleted, DaemonUnavailable.
         """
         from forebay.dataset.read_plan import ReadPlan  # loads the calls, which workers need not
 
-        starts = self.shard_starts
-        return ReadPlan.start(self, self._client().channel, starts, indices, name)
+        return ReadPlan.start(self, self._client().channel, indices, name, columns)
 
     def _whole(self, what: str) -> Control:
         if self.selection is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from types import TracebackType
@@ -18,6 +18,7 @@ from forebay.dataset.heartbeat import Heartbeat
 from forebay.dataset.row_runs import Run, RunsAhead
 from forebay.plans import PlanCalls
 from forebay.transfer.wanted import reading_for
+from forebay_wire.blocks import starts_of
 from forebay_wire.errors import ForebayError, InvalidRequest
 from forebay_wire.ids import new_random_name
 
@@ -36,8 +37,8 @@ class _Told:
     calls: PlanCalls
     reader: str
     manifest: str
-    blobs: list[str]
-    """Of the shards."""
+    blobs: Sequence[Sequence[str]]
+    """All that are read together, of each stretch of rows that runs are of."""
     ahead: RunsAhead
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Of *ahead*; never held while anything is waited for."""
@@ -87,6 +88,25 @@ class _Told:
         return len(runs) == PAGE_RUNS
 
 
+def _stretches(
+    dataset: Dataset, columns: Sequence[str] | None
+) -> tuple[NDArray[np.int64], Sequence[Sequence[str]]]:
+    """The first rows of the longest stretches of which each of *columns* lies in one shard (and,
+    last, the number of rows), and the blobs of each."""
+    manifest = dataset.manifest
+    if not manifest.layers:
+        return dataset.shard_starts, [(shard.blob,) for shard in manifest.shards]
+    names = [column.name for column in dataset.columns(columns)]
+    places = [manifest.column_shards(layer).shards for layer in manifest.layers_of(names)]
+    each = [starts_of([shard.num_rows for shard in shards]) for shards in places]
+    starts = np.unique(np.concatenate(each))
+    found = [
+        [shards[one].blob for one in np.searchsorted(own, starts[:-1], side="right") - 1]
+        for shards, own in zip(places, each, strict=True)
+    ]
+    return starts, list(zip(*found, strict=True))
+
+
 class ReadPlan:
     """What :meth:`forebay.Dataset.plan` returns: tells the daemon what is read next.
 
@@ -115,16 +135,16 @@ class ReadPlan:
         cls,
         dataset: Dataset,
         channel: RpcChannel,
-        shard_starts: NDArray[np.int64],
         indices: Iterable[int],
         name: str | None,
+        columns: Sequence[str] | None,
     ) -> Self:
         """Register the plan and tell its first rows: see :meth:`forebay.Dataset.plan`."""
         plan = new_random_name()
         split = f" split {dataset.split}" if dataset.split else ""
         reader = name or f"{dataset.name} v{dataset.version}{split}, pid {os.getpid()}"
-        blobs = [shard.blob for shard in dataset.manifest.shards]
-        ahead = RunsAhead(dataset, shard_starts, indices)
+        starts, blobs = _stretches(dataset, columns)
+        ahead = RunsAhead(dataset, starts, indices)
         told = _Told(PlanCalls(channel, plan), reader, dataset.manifest_id, blobs, ahead)
         return cls(plan, told)
 

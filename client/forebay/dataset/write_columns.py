@@ -143,7 +143,8 @@ def compute_columns(
     with ColumnsWriter(
         control.channel, control.transfer, base, schema=schema, replace=replace
     ) as writer:
-        planned = base.plan(range(total), name=f"{base.name} v{base.version}, new columns")
+        name = f"{base.name} v{base.version}, new columns"
+        planned = base.plan(range(total), name=name, columns=columns)
         with planned if total else nullcontext() as plan:
             for start in range(0, total, batch_rows):
                 rows = np.arange(start, min(start + batch_rows, total), dtype=np.int64)

@@ -168,14 +168,14 @@ def _shards(
 ) -> list[NDArray[np.int64]]:
     """The shards that hold the rows at these places of the selection, on each track."""
     found: list[NDArray[np.int64]] = []
-    stored = order.selection if isinstance(order.selection, Stored) else None
-    if stored is not None:
-        own = stored.shards(samples)
-        rows = _estimated(stored, shard_starts, own, samples) if tracks.beside else samples
+    rule, rows = order.selection, samples
+    if isinstance(rule, Stored):
+        own = rule.shards(samples)
+        if tracks.beside:
+            rows = _estimated(rule, shard_starts, own, samples)
     else:
-        rows = samples
-        if order.selection is not None:
-            rows = order.selection.rows(order.manifest, order.num_version_rows, samples)
+        if rule is not None:
+            rows = rule.rows(order.manifest, order.num_version_rows, samples)
         own = np.searchsorted(shard_starts, rows, side="right") - 1
     if tracks.reads_base:
         found.append(own)

@@ -59,10 +59,14 @@ class PlansService(plans_pb2_grpc.PlansServicer):
     async def AddRanges(
         self, request: messages.AddRangesRequest, context: Context
     ) -> messages.PlanStanding:
-        blobs = [one.blob for one in request.ranges]
-        counts = [one.num_samples or 1 for one in request.ranges]
+        turns: list[tuple[int, list[str]]] = []
+        for one in request.ranges:
+            if one.beside and turns:
+                turns[-1][1].append(one.blob)
+            else:
+                turns.append((one.num_samples or 1, [one.blob]))
         return self._standing(
-            self._plans.add_ranges(request.plan, request.page, blobs, counts, uid=caller_uid())
+            self._plans.add_ranges(request.plan, request.page, turns, uid=caller_uid())
         )
 
     async def AdvancePlan(

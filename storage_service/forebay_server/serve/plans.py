@@ -264,16 +264,18 @@ class Plans:
         self,
         plan: str,
         page: int,
-        blobs: Sequence[str],
-        num_samples: Sequence[int] | None = None,
+        turns: Sequence[tuple[int, Sequence[str]]],
         *,
         uid: int = 0,
     ) -> Plan:
-        """Append a page of a plan of explicit ranges; *num_samples* of each (default: one)."""
+        """Append a page of a plan of explicit ranges: samples, and all blobs that are read for
+        them."""
         found, view = self._ranges(plan, uid)
-        for count in num_samples or ():
+        for count, blobs in turns:
             _check_count(count)
-        view.add_page(page, [check_id("blob", blob) for blob in blobs], num_samples)
+            for blob in blobs:
+                check_id("blob", blob)
+        view.add_turns(page, turns)
         self._renew(found)
         self._changed()
         return found
@@ -435,7 +437,7 @@ class Plans:
 
     async def _name_ranges(self, made: Plan, manifest: str) -> None:
         version = await self._read_version(manifest)
-        made.shards = [shard.blob for shard in version.shards]
+        made.shards = [shard.blob for shard in version.every_shard()]
         await self._name(made, version)
 
     async def _name(self, made: Plan, version: DatasetManifest) -> None:

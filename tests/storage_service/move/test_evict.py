@@ -196,7 +196,7 @@ async def test_the_limit_holds_while_many_push_hold_and_prefetch(tmp_path):
         blobs = [await add(node, seed, "object") for seed in range(40)]
         plan = new_random_name()
         await ahead.plans.register(plan, "test", None, 0, 0)
-        ahead.plans.add_ranges(plan, 0, blobs * 3)
+        ahead.plans.add_ranges(plan, 0, [(1, [one]) for one in blobs * 3])
         uploads = Uploads(node.catalog, node.tiers, lease_seconds=60)
         await uploads.start()
 

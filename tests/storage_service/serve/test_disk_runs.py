@@ -68,7 +68,7 @@ async def reading_ahead(folder: Path) -> AsyncIterator[tuple[StorageNode, Disk, 
 async def plan(ahead: Ahead, blobs: Sequence[str]) -> None:
     name = new_random_name()
     await ahead.plans.register(name, "a test", None, 0, 0)
-    ahead.plans.add_ranges(name, 0, blobs)
+    ahead.plans.add_ranges(name, 0, [(1, [one]) for one in blobs])
 
 
 async def wait_for(condition) -> None:

@@ -55,7 +55,7 @@ async def test_what_is_too_early_for_the_room_of_others_is_fetched_when_its_time
         blobs = await blobs_in_store(node, 3)
         name = new_random_name()
         await ahead.plans.register(name, "a test", None, 0, 0)
-        ahead.plans.add_ranges(name, 0, blobs)
+        ahead.plans.add_ranges(name, 0, [(1, [one]) for one in blobs])
         await wait_for(lambda: ahead.prefetcher.num_fetched == 2)
         await asyncio.sleep(1.5)  # a slow step: so long will the next one take, too
         ahead.plans.advance(name, 0, 1)
@@ -74,7 +74,7 @@ async def test_what_could_not_be_fetched_is_tried_again_by_itself(
         store.fail("read", times=1)
         name = new_random_name()
         await ahead.plans.register(name, "a test", None, 0, 0)
-        ahead.plans.add_ranges(name, 0, [blob])
+        ahead.plans.add_ranges(name, 0, [(1, [blob])])
         await wait_for(lambda: store.calls["read"] + store.calls["read_whole"] > 0)
         ahead.prefetcher._wake_in(0.02)  # something else is due before
         await wait_for(lambda: ahead.prefetcher.num_fetched == 1)
