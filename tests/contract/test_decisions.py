@@ -10,7 +10,7 @@ from sqlalchemy import Connection, select, update
 from forebay_server.catalog import queries_datasets
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.engine import Catalog
-from forebay_server.catalog.queries_decisions import Decision, Question
+from forebay_server.catalog.queries_decisions import Choice, Decision, Question
 from forebay_server.catalog.tables import decisions
 from forebay_server.publish.following import KEEP_SECONDS, Following
 from forebay_wire.errors import Conflict, InvalidRequest, NotFound
@@ -48,30 +48,51 @@ def asked(base: str, epoch: int = 0, selection: str = "", reader: str = "run r")
     return Question(reader, "numbers", selection, epoch, base)
 
 
+async def ask(following: Following, question: Question) -> Decision:
+    """As a reader does: look, and propose what there is if nobody decided."""
+    found = await following.look(question)
+    if found.is_decided:
+        return found
+    return await following.decide(question, Choice(found.manifest, found.selection))
+
+
 async def test_an_epoch_is_decided_once_and_each_reader_has_its_own(catalog: Catalog) -> None:
     following = Following(catalog)
     first = await commit(catalog, 1)
-    assert await following.decide(asked(first)) == Decision(1, first, "", 1)
+    assert await ask(following, asked(first)) == Decision(1, first, "", 1, True)
     second = await commit(catalog, 2)
     # The same epoch stays, with another base too; the next one and another reader move on.
-    assert await following.decide(asked(second)) == Decision(1, first, "", 2)
-    assert await following.decide(asked(first, epoch=1)) == Decision(2, second, "", 2)
-    assert await following.decide(asked(first, reader="other")) == Decision(2, second, "", 2)
+    assert await ask(following, asked(second)) == Decision(1, first, "", 2, True)
+    assert await ask(following, asked(first, epoch=1)) == Decision(2, second, "", 2, True)
+    assert await ask(following, asked(first, reader="other")) == Decision(2, second, "", 2, True)
 
 
 async def test_many_that_ask_at_once_while_versions_come_agree(catalog: Catalog) -> None:
     following = Following(catalog)
     base = await commit(catalog, 1)
 
-    async def ask(epoch: int) -> tuple[int, str]:
-        return epoch, (await following.decide(asked(base, epoch))).manifest
+    async def read(epoch: int) -> tuple[int, str]:
+        return epoch, (await ask(following, asked(base, epoch))).manifest
 
     async def append() -> None:
         for version in range(2, 6):
             await commit(catalog, version)
 
-    *answers, _ = await asyncio.gather(*(ask(n % 4) for n in range(80)), append())
+    *answers, _ = await asyncio.gather(*(read(n % 4) for n in range(80)), append())
     assert len(set(answers)) == 4
+
+
+async def test_the_first_proposal_counts_whatever_the_others_are(catalog: Catalog) -> None:
+    following = Following(catalog)
+    first, second = await commit(catalog, 1), await commit(catalog, 2)
+    stays, moves = Choice(first, ""), Choice(second, "")
+    assert await following.decide(asked(first), stays) == Decision(1, first, "", 2, True)
+    assert await following.decide(asked(first), moves) == Decision(1, first, "", 2, True)
+    train = await select_rows(catalog, 1, first)
+    with pytest.raises(NotFound, match="what was proposed"):
+        await following.decide(asked(first, 1, "train"), Choice(second, train))
+    with pytest.raises(NotFound, match="what was proposed"):
+        await following.decide(asked(first, 1), Choice("0" * 64, ""))
 
 
 async def test_of_a_selection_it_is_the_newest_version_that_has_it(catalog: Catalog) -> None:
@@ -79,34 +100,34 @@ async def test_of_a_selection_it_is_the_newest_version_that_has_it(catalog: Cata
     first, train = await commit(catalog, 1), ""
     train = await select_rows(catalog, 1, first)
     second = await commit(catalog, 2)
-    assert await following.decide(asked(first, 0, "train")) == Decision(1, first, train, 2)
+    assert await ask(following, asked(first, 0, "train")) == Decision(1, first, train, 2, True)
     newer = await select_rows(catalog, 2, second)
-    assert await following.decide(asked(first, 1, "train")) == Decision(2, second, newer, 2)
+    assert await ask(following, asked(first, 1, "train")) == Decision(2, second, newer, 2, True)
     with pytest.raises(NotFound, match="no version of dataset numbers has a split 'test'"):
-        await following.decide(asked(first, 0, "test"))
+        await ask(following, asked(first, 0, "test"))
 
 
 async def test_a_dataset_that_went_or_was_made_anew_is_not_followed(catalog: Catalog) -> None:
     following = Following(catalog)
     first = await commit(catalog, 1)
     await commit(catalog, 2)
-    await following.decide(asked(first))
+    await ask(following, asked(first))
     await catalog.write(lambda c: queries_datasets.delete_dataset(c, "numbers"))
     with pytest.raises(NotFound, match="deleted since"):
-        await following.decide(asked(first))
+        await ask(following, asked(first))
     with pytest.raises(NotFound, match="no dataset numbers any more"):
-        await following.decide(asked(first, epoch=1))
+        await ask(following, asked(first, epoch=1))
     with pytest.raises(NotFound, match="its dataset was deleted"):
         await following.manifest(first)
     await commit(catalog, 3)  # another one of that name
     with pytest.raises(Conflict, match="another one than that which was read"):
-        await following.decide(asked(first, epoch=1))
+        await ask(following, asked(first, epoch=1))
 
 
 async def test_a_decision_is_kept_as_long_as_anybody_asks(catalog: Catalog) -> None:
     following = Following(catalog)
     first = await commit(catalog, 1)
-    await following.decide(asked(first))
+    await ask(following, asked(first))
     await commit(catalog, 2)
 
     async def age(seconds: float) -> None:
@@ -116,10 +137,10 @@ async def test_a_decision_is_kept_as_long_as_anybody_asks(catalog: Catalog) -> N
         return connection.scalar(select(decisions.c.expires - now())) or 0.0
 
     await age(KEEP_SECONDS / 4)
-    assert (await following.decide(asked(first))).version == 1
+    assert (await ask(following, asked(first))).version == 1
     assert await catalog.read(seconds_left) > KEEP_SECONDS * 0.9
     await age(-1)
-    assert (await following.decide(asked(first))).version == 2
+    assert (await ask(following, asked(first))).version == 2
 
 
 async def test_what_is_no_question_is_refused(catalog: Catalog) -> None:
@@ -127,4 +148,4 @@ async def test_what_is_no_question_is_refused(catalog: Catalog) -> None:
     base = await commit(catalog, 1)
     for wrong in (asked(base, reader=""), asked(base, reader="x" * 257), asked(base, epoch=-1)):
         with pytest.raises(InvalidRequest):
-            await following.decide(wrong)
+            await following.look(wrong)

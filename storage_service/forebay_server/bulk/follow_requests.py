@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from typing import Any, Final
 
-from forebay_server.catalog.queries_decisions import Question
+from forebay_server.catalog.queries_decisions import Choice, Question
 from forebay_server.publish.following import Following
 from forebay_wire.errors import InvalidRequest
 
@@ -16,12 +16,20 @@ FOLLOW_OPERATIONS: Final = frozenset({DECIDE, MANIFEST})
 
 
 async def answer_decision(following: Following, body: dict[str, Any]) -> dict[str, Any]:
-    """{reader, dataset, selection, epoch, base} -> {version, manifest, selection, newest}"""
+    """{reader, dataset, selection, epoch, base, proposed} -> {version, manifest, selection,
+    newest, is_decided}"""
     epoch = body.get("epoch")
     if type(epoch) is not int:
         raise InvalidRequest("a decision needs a number 'epoch'")
     texts = {key: asked_text(body, key) for key in ("reader", "dataset", "selection", "base")}
-    return asdict(await following.decide(Question(epoch=epoch, **texts)))
+    asked = Question(epoch=epoch, **texts)
+    proposed = body.get("proposed")
+    if proposed is None:
+        return asdict(await following.look(asked))
+    if not isinstance(proposed, dict):
+        raise InvalidRequest("what is proposed has a 'manifest' and a 'selection'")
+    choice = Choice(asked_text(proposed, "manifest"), asked_text(proposed, "selection"))
+    return asdict(await following.decide(asked, choice))
 
 
 def asked_text(body: dict[str, Any], key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.tables import decisions, selections, versions
@@ -22,80 +22,110 @@ class Question:
     """Name; empty: the whole version."""
     epoch: int
     base: str
-    """Manifest of the version that was read until now."""
+    """Manifest of the version that it read until now."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Manifests of a version, and of the selection of the asked name (empty: none)."""
+
+    manifest: str
+    selection: str
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A version, and manifests of it and of the selection of the asked name (empty: none)."""
+    """What an epoch reads, or might."""
 
     version: int
     manifest: str
     selection: str
     newest: int
     """The dataset's newest version by now; one above *version* may lack the selection."""
+    is_decided: bool
+    """Else it is what the reader may propose."""
 
 
-def decided(
-    connection: Connection, asked: Question, keep_seconds: float
-) -> tuple[Decision, bool] | None:
-    """What was decided before, and whether that is kept for long enough yet; None if nothing was.
+def look(connection: Connection, asked: Question) -> Decision:
+    """What was decided; else the newest version that has the selection, not decided.
 
-    :class:`NotFound` if the version that it names was deleted since.
+    :class:`NotFound` for a dataset, a selection or a decided version that is not there (any more),
+    :class:`Conflict` if the base is of another dataset of that name.
     """
+    newest = _newest_number(connection, asked.dataset)
     row = connection.execute(
-        select(
-            decisions.c.manifest,
-            decisions.c.selection_manifest,
-            (decisions.c.expires > now() + keep_seconds / 2).label("is_kept"),
-        ).where(*_key(asked), decisions.c.expires > now())
+        select(decisions.c.manifest, decisions.c.selection_manifest).where(
+            *_key(asked), decisions.c.expires > now()
+        )
     ).one_or_none()
     if row is None:
-        return None
+        return _newest_with_selection(connection, asked, newest)
     version = _version_of(connection, asked.dataset, row.manifest)
     if version is None:
         raise NotFound(
             f"epoch {asked.epoch} of {asked.reader!r} reads a version of dataset {asked.dataset} "
             "that was deleted since: restore it from the trash, or begin anew as another run"
         )
-    newest = _newest_number(connection, asked.dataset)
-    made = Decision(version, row.manifest, row.selection_manifest, newest)
-    return made, bool(row.is_kept)
+    return Decision(version, row.manifest, row.selection_manifest, newest, is_decided=True)
 
 
-def decide(connection: Connection, asked: Question, keep_seconds: float) -> Decision:
-    """What was decided before, kept for longer; else the newest version that has the selection,
-    from now on.
+def needs_renewal(connection: Connection, asked: Question, keep_seconds: float) -> bool:
+    """Whether what was decided ends sooner than half of *keep_seconds* from now."""
+    expires = connection.scalar(select(decisions.c.expires - now()).where(*_key(asked)))
+    return expires is not None and expires < keep_seconds / 2
 
-    :class:`Conflict` if the base is of a dataset of that name that is no more, :class:`NotFound`
-    for a dataset or selection that is not there.
+
+def renew(connection: Connection, asked: Question, keep_seconds: float) -> None:
+    """What was decided is kept for longer, if it is there."""
+    connection.execute(
+        update(decisions)
+        .where(*_key(asked), decisions.c.expires > now())
+        .values(expires=now() + keep_seconds)
+    )
+
+
+def decide(
+    connection: Connection, asked: Question, proposed: Choice, keep_seconds: float
+) -> Decision:
+    """What was decided before; else *proposed* is, from now on.
+
+    :class:`NotFound` if that is no version (or no such selection of it) any more.
     """
     connection.execute(delete(decisions).where(decisions.c.expires < now()))
-    before = decided(connection, asked, keep_seconds)
-    expires = now() + keep_seconds
-    if before is not None:
-        connection.execute(update(decisions).where(*_key(asked)).values(expires=expires))
-        return before[0]
-    found = _newest_with_selection(connection, asked)
+    before = look(connection, asked)
+    if before.is_decided:
+        return before
+    version = _version_of(connection, asked.dataset, proposed.manifest)
+    named = connection.scalar(
+        select(selections.c.manifest).where(
+            selections.c.dataset == asked.dataset,
+            selections.c.version == version,
+            selections.c.name == asked.selection,
+        )
+    )
+    if version is None or (named or "") != proposed.selection:
+        raise NotFound(
+            f"what was proposed for epoch {asked.epoch} of {asked.reader!r} is no version of "
+            f"dataset {asked.dataset}, or none with that split (any more)"
+        )
     connection.execute(
         insert(decisions).values(
             reader=asked.reader,
             dataset=asked.dataset,
             selection=asked.selection,
             epoch=asked.epoch,
-            manifest=found.manifest,
-            selection_manifest=found.selection,
-            expires=expires,
+            manifest=proposed.manifest,
+            selection_manifest=proposed.selection,
+            expires=now() + keep_seconds,
         )
     )
-    return found
+    return Decision(version, proposed.manifest, proposed.selection, before.newest, is_decided=True)
 
 
-def _newest_with_selection(connection: Connection, asked: Question) -> Decision:
+def _newest_with_selection(connection: Connection, asked: Question, newest: int) -> Decision:
     rows = select(versions.c.version, versions.c.manifest).where(
         versions.c.dataset == asked.dataset
     )
-    newest = _newest_number(connection, asked.dataset)
     if not newest:
         raise NotFound(
             f"there is no dataset {asked.dataset} any more, of which epoch {asked.epoch} was to "
@@ -108,8 +138,8 @@ def _newest_with_selection(connection: Connection, asked: Question) -> Decision:
         )
     if not asked.selection:
         row = connection.execute(rows.where(versions.c.version == newest)).one()
-        return Decision(newest, row.manifest, "", newest)
-    named: Row[tuple[int, str]] | None = connection.execute(
+        return Decision(newest, row.manifest, "", newest, is_decided=False)
+    named = connection.execute(
         select(selections.c.version, selections.c.manifest)
         .where(selections.c.dataset == asked.dataset, selections.c.name == asked.selection)
         .order_by(selections.c.version.desc())
@@ -121,7 +151,7 @@ def _newest_with_selection(connection: Connection, asked: Question) -> Decision:
             "with client.dataset(...).define_splits({...})"
         )
     row = connection.execute(rows.where(versions.c.version == named.version)).one()
-    return Decision(row.version, row.manifest, named.manifest, newest)
+    return Decision(row.version, row.manifest, named.manifest, newest, is_decided=False)
 
 
 def _key(asked: Question) -> tuple[object, ...]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog
-from forebay_server.catalog.queries_decisions import Decision, Question, decide, decided
+from forebay_server.catalog.queries_decisions import (
+    Choice,
+    Decision,
+    Question,
+    decide,
+    look,
+    needs_renewal,
+    renew,
+)
 from forebay_server.catalog.queries_objects import wanted_manifest
 from forebay_wire.errors import InvalidRequest, NotFound
 from forebay_wire.ids import check_id, check_name
@@ -22,24 +30,25 @@ class Following:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
-    async def decide(self, asked: Question) -> Decision:
-        """What the reader reads in that epoch: the newest version when the first one asked, and
-        that for whoever asks later, on any node, after any restart.
+    async def look(self, asked: Question) -> Decision:
+        """What the reader reads in that epoch; if nobody decided yet, what there is to propose.
 
         :class:`NotFound` and :class:`Conflict` where there is nothing (any more) to follow.
         """
-        if not 0 < len(asked.reader) <= MAX_READER_CHARACTERS:
-            raise InvalidRequest(f"a reader has a name of 1 to {MAX_READER_CHARACTERS} characters")
-        check_name("dataset", asked.dataset)
-        if asked.selection:
-            check_name("selection", asked.selection)
-        check_id("manifest", asked.base)
-        if not 0 <= asked.epoch < 1 << 62:
-            raise InvalidRequest(f"epoch {asked.epoch} is no number from 0 to 2^62")
-        known = await self._catalog.read(lambda one: decided(one, asked, KEEP_SECONDS))
-        if known is not None and known[1]:
-            return known[0]
-        return await self._catalog.write(lambda one: decide(one, asked, KEEP_SECONDS))
+        _check(asked)
+        found, is_old = await self._catalog.read(
+            lambda one: (look(one, asked), needs_renewal(one, asked, KEEP_SECONDS))
+        )
+        if found.is_decided and is_old:
+            await self._catalog.write(lambda one: renew(one, asked, KEEP_SECONDS))
+        return found
+
+    async def decide(self, asked: Question, proposed: Choice) -> Decision:
+        """What the reader reads in that epoch: what the first one proposed, for whoever asks later,
+        on any node, after any restart."""
+        _check(asked)
+        check_id("manifest", proposed.manifest)
+        return await self._catalog.write(lambda one: decide(one, asked, proposed, KEEP_SECONDS))
 
     async def manifest(self, manifest: str) -> bytes:
         """Its bytes, not verified. :class:`NotFound` if what it made was deleted."""
@@ -51,3 +60,14 @@ class Following:
                 "committed here"
             )
         return found.data
+
+
+def _check(asked: Question) -> None:
+    if not 0 < len(asked.reader) <= MAX_READER_CHARACTERS:
+        raise InvalidRequest(f"a reader has a name of 1 to {MAX_READER_CHARACTERS} characters")
+    check_name("dataset", asked.dataset)
+    if asked.selection:
+        check_name("selection", asked.selection)
+    check_id("manifest", asked.base)
+    if not 0 <= asked.epoch < 1 << 62:
+        raise InvalidRequest(f"epoch {asked.epoch} is no number from 0 to 2^62")
