@@ -16,6 +16,7 @@ from forebay_wire.manifest import (
     SelectionManifest,
     ShardRef,
     Stamp,
+    StatisticsManifest,
     canonical_json,
     decode,
     encode,
@@ -37,6 +38,7 @@ DATASET = DatasetManifest(
 SELECTION = SelectionManifest(
     "mnist", 2, "cd" * 32, "train", 7, {"kind": "split", "seed": 0, "start": 0, "stop": 7}
 )
+STATISTICS = StatisticsManifest("mnist", 2, "cd" * 32, "", {":x": {"mean": [0.5]}})
 GENERATION = GenerationManifest(
     run="run",
     attempt=2,
@@ -63,7 +65,7 @@ json_values = st.recursive(
 )
 
 
-@pytest.mark.parametrize("manifest", [DATASET, SELECTION, GENERATION])
+@pytest.mark.parametrize("manifest", [DATASET, SELECTION, STATISTICS, GENERATION])
 def test_a_manifest_comes_back_from_its_bytes(manifest):
     manifest_id, data = manifest.encode()
     assert parse(data, "here", manifest_id) == manifest

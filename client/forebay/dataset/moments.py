@@ -29,7 +29,7 @@ class Figures:
     max: Number | None = None
     mean: float | None = None
     std: float | None = None
-    """Of the population."""
+    """Of the population. Of infinite values there are neither."""
 
 
 class Moments(Protocol):
@@ -164,8 +164,12 @@ class FloatMoments:
             self._num_nan.tolist(),
             self._low.tolist(),
             self._high.tolist(),
-            self._mean.tolist(),
-            std.tolist(),
+            [_finite(mean) for mean in self._mean.tolist()],
+            [_finite(one) for one in std.tolist()],
             strict=True,
         )
         return [Figures(*one) if one[0] else Figures(num_nan=one[1]) for one in found]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -40,7 +40,7 @@ class ColumnStatistics:
     max: int | float | None = None
     mean: float | None = None
     std: float | None = None
-    """Of the population."""
+    """Of the population. Where values are infinite there are neither."""
     channels: tuple[Figures, ...] | None = None
     """The same of each entry along one dimension of a sample, where they were asked for."""
 

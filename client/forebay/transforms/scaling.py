@@ -217,6 +217,12 @@ def _statistics(who: str, column: str, dataset: Dataset, dim: int | None) -> Col
             f"{who}({column!r}): {dataset.name} has no numbers there to take statistics of; "
             "give the figures themselves"
         )
+    infinite = [one for one in channels if one.mean is None]
+    if infinite:
+        raise InvalidRequest(
+            f"{who}({column!r}): values of {dataset.name} are infinite ({infinite[0].min} to "
+            f"{infinite[0].max}); give the figures themselves"
+        )
     return found
 
 

@@ -77,6 +77,8 @@ def test_stats(forebay_command, daemon: DaemonProcess) -> None:
         "of": "values",
         "num_rows": 1000,
         "num_missing": 0,
+        "num_nulls": 0,
+        "num_nan": 0,
         "num_values": 1000,
         "min": 0,
         "max": 999,
@@ -91,7 +93,10 @@ def test_stats(forebay_command, daemon: DaemonProcess) -> None:
     assert found["raw"]["mean"] == pytest.approx(9.5)
     assert (found["tokens"]["num_missing"], found["tokens"]["max"]) == (100, 3)
     assert found["image"]["num_values"] == 4000
-    assert "std" in forebay_command("dataset", "stats", "d", "--data", daemon.data).out
+    assert (found["tokens"]["num_nulls"], found["x"]["num_nan"]) == (100, 1)
+    stats = ("dataset", "stats", "d", "--data", daemon.data)
+    assert "std" in forebay_command(*stats).out
+    assert forebay_command(*stats, "--recompute", "--json").json == found
 
 
 def test_stats_of_a_split_are_those_of_its_rows(forebay_command, daemon: DaemonProcess) -> None:
