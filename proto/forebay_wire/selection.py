@@ -6,8 +6,8 @@ Two kinds of rules name positions of one keyed permutation of all rows and store
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -42,6 +42,9 @@ class Ring:
 
     seed: int
     start: int
+    of: str = ""
+    """Manifest id of the version that it was defined of, whose rows the version has; empty: its
+    own."""
 
     def rows(
         self, dataset_manifest: str, num_version_rows: int, places: NDArray[np.int64]
@@ -49,7 +52,7 @@ class Ring:
         """The rows of the version at these places of the selection."""
         positions = places + self.start
         positions -= np.where(positions >= num_version_rows, num_version_rows, 0)
-        return split_rows(dataset_manifest, num_version_rows, self.seed, positions)
+        return split_rows(self.of or dataset_manifest, num_version_rows, self.seed, positions)
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,32 @@ def rule_of(selection: SelectionManifest) -> Rule:
     """How *selection* chooses. InvalidRequest for a kind that this build does not know."""
     rule = selection.rule
     if rule.get("kind") in (SPLIT, FOLD):
-        return Ring(int(rule["seed"]), int(rule["start"]))
+        return Ring(int(rule["seed"]), int(rule["start"]), rule.get("of", ""))
     if rule.get("kind") == STORED and rule.get("encoding") in (ROWS, RUNS):
         return Stored(tuple(rule["counts"]))
     raise InvalidRequest(
         f"split {selection.name!r} of dataset {selection.dataset!r} follows a rule of kind "
         f"{rule.get('kind')!r} that this build does not know: upgrade Forebay"
     )
+
+
+def carried(
+    selection: SelectionManifest, manifest: str, version: int, changed: Collection[str]
+) -> SelectionManifest | None:
+    """*selection* of a *version* that has the same rows, whose manifest is *manifest*. None if
+    nobody knows whether it would choose the same: it depends on *changed* columns."""
+    rule = dict(selection.rule)
+    if rule.get("kind") in (SPLIT, FOLD):
+        rule.setdefault("of", selection.dataset_manifest)
+    elif rule.get("kind") == STORED:
+        columns = rule["definition"].get("columns")
+        if rule["definition"]["kind"] != "rows" and (
+            columns is None or any(name in changed for name in columns)
+        ):
+            return None
+    else:
+        return None
+    return replace(selection, version=version, dataset_manifest=manifest, rule=rule)
 
 
 def describe_rule(rule: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 from forebay.cli.dataset_head import first_rows, plain, print_rows
 from forebay.cli.output import moment, print_fields, print_table, record, size
 from forebay.cli.session import Session, with_session
-from forebay_wire.manifest import SelectionManifest, parse
+from forebay_wire.manifest import SelectionManifest, ShardRef, parse
 from forebay_wire.selection import describe_rule
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def show_dataset(session: Session, name: str, version: str, preview: int) -> Non
                 for one in client.why(f"dataset {name}@{dataset.version}", 1).copies
                 if one.state == "live"
             ],
-            "shards": [
-                {"blob": shard.blob, "num_bytes": shard.num_bytes, "num_rows": shard.num_rows}
-                for shard in dataset.manifest.shards
+            "shards": _shards(dataset.manifest.shards),
+            "layers": [
+                {"columns": list(layer.columns), "shards": _shards(layer.shards)}
+                for layer in dataset.manifest.layers
             ],
             "origins": [
                 {**asdict(one), "trust": one.trust}
@@ -67,6 +69,13 @@ def show_dataset(session: Session, name: str, version: str, preview: int) -> Non
             print_rows(rows)
 
     session.show(value, people)
+
+
+def _shards(shards: Sequence[ShardRef]) -> list[dict[str, Any]]:
+    return [
+        {"blob": shard.blob, "num_bytes": shard.num_bytes, "num_rows": shard.num_rows}
+        for shard in shards
+    ]
 
 
 def _has_origins(dataset: Dataset) -> bool:
@@ -121,11 +130,17 @@ def _print(value: dict[str, Any], dataset: Dataset) -> None:
     ]
     if copies:
         print_table(("copies in", "encoding", ">blobs", ">plain", ">stored"), copies)
-    shards = [
-        (str(number), one["blob"][:12], f"{one['num_rows']:,}", size(one["num_bytes"]))
-        for number, one in enumerate(value["shards"])
+    lists = [
+        ("", value["shards"]),
+        *((", ".join(a["columns"]), a["shards"]) for a in value["layers"]),
     ]
-    print_table((">shard", "blob", ">rows", ">bytes"), shards)
+    for names, found in lists:
+        shards = [
+            (str(number), one["blob"][:12], f"{one['num_rows']:,}", size(one["num_bytes"]))
+            for number, one in enumerate(found)
+        ]
+        title = f"Columns written later: {names}" if names else ""
+        print_table((">shard", "blob", ">rows", ">bytes"), shards, title=title)
     if value["origins"]:
         origins = [(one["url"], size(one["num_bytes"]), one["trust"]) for one in value["origins"]]
         print_table(("read in place", ">bytes", "trust"), origins)

@@ -48,7 +48,8 @@ def define_filter(
     kind = _evaluate(of.schema.arrow.empty_table(), expression, of, what).type
     if not pa.types.is_boolean(kind):
         raise InvalidRequest(f"{what}: {expression} is {kind}, a filter has to be true or false")
-    definition = {"kind": "filter", "text": _text_of(expression)}
+    columns = _columns_of(expression, of)
+    definition = {"kind": "filter", "text": _text_of(expression), "columns": columns}
 
     def choose(values: pa.ChunkedArray) -> list[NDArray[np.int64]]:
         return [np.from_dlpack(pc.indices_nonzero(values)).astype(np.int64)]
@@ -96,9 +97,9 @@ def define_buckets(
             "pc.list_value_length"
         )
     edges = _check_boundaries(boundaries, what)
-    text = _text_of(expression)
+    both = {"text": _text_of(expression), "columns": _columns_of(expression, of)}
     wanted = {
-        f"{prefix}{number}": {"kind": "bucket", "text": text, "low": low, "high": high}
+        f"{prefix}{number}": {"kind": "bucket", **both, "low": low, "high": high}
         for number, (low, high) in enumerate(zip([None, *edges], [*edges, None], strict=True))
     }
     found = np.array(edges)
@@ -181,20 +182,36 @@ def _evaluate(
     table: pa.Table, expression: pc.Expression, of: Dataset, what: str
 ) -> pa.ChunkedArray:
     """*expression* of each row; only the columns that it names are touched."""
-    plan = acero.Declaration.from_sequence(
-        [
-            acero.Declaration("table_source", acero.TableSourceNodeOptions(table)),
-            acero.Declaration("project", acero.ProjectNodeOptions([expression], ["value"])),
-        ]
-    )
     try:
-        return plan.to_table(use_threads=False)["value"]
+        return _projected(table, expression)
     except (pa.ArrowException, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InvalidRequest(
             f"{what}: {_text_of(expression)} cannot be computed: {reason}; the columns are "
             f"{of.schema}"
         ) from error
+
+
+def _projected(table: pa.Table, expression: pc.Expression) -> pa.ChunkedArray:
+    plan = acero.Declaration.from_sequence(
+        [
+            acero.Declaration("table_source", acero.TableSourceNodeOptions(table)),
+            acero.Declaration("project", acero.ProjectNodeOptions([expression], ["value"])),
+        ]
+    )
+    return plan.to_table(use_threads=False)["value"]
+
+
+def _columns_of(expression: pc.Expression, of: Dataset) -> list[str]:
+    """The columns that *expression* names: those without which it cannot be computed."""
+    found = []
+    for name in of.schema.names:
+        others = of.schema.arrow.empty_table().drop_columns([name])
+        try:
+            _projected(others, expression)
+        except (pa.ArrowException, TypeError, ValueError, KeyError):
+            found.append(name)
+    return found
 
 
 def _as_numbers(values: pa.ChunkedArray, expression: pc.Expression, what: str) -> NDArray[Any]:

@@ -30,6 +30,7 @@ from forebay_wire.manifest import (
     GenerationManifest,
     PackRef,
     SelectionManifest,
+    ShardRef,
     StatisticsManifest,
     canonical_json,
     parse,
@@ -50,7 +51,7 @@ def build_tree(manifest_id: str, data: bytes, context: str) -> Folder:
     if isinstance(manifest, SelectionManifest | StatisticsManifest):
         raise IntegrityError(f"manifest {manifest_id} is not that of {context}")
     if isinstance(manifest, DatasetManifest):
-        return {MANIFEST_NAME: text, **_shards(manifest)}
+        return {MANIFEST_NAME: text, **_version(manifest)}
     return {MANIFEST_NAME: text, PACKS_NAME: _packs(manifest), STATE_NAME: state_tree(manifest)}
 
 
@@ -58,9 +59,17 @@ def _suffix(format: str) -> str:
     return {"": "arrow", "webdataset": "tar"}.get(name := format.partition(":")[0], name)
 
 
-def _shards(manifest: DatasetManifest) -> Folder:
+def _version(manifest: DatasetManifest) -> Folder:
+    """The shards, and a folder for the columns of each layer."""
+    files = _shards(manifest.shards)
+    for number, layer in enumerate(manifest.layers):
+        files[f"columns-{number:02d}"] = _shards(layer.shards)
+    return files
+
+
+def _shards(shards: Sequence[ShardRef]) -> Folder:
     files: Folder = {}
-    for number, shard in enumerate(manifest.shards):
+    for number, shard in enumerate(shards):
         notes: dict[str, Any] = {"rows": shard.num_rows}
         if shard.origin is not None:
             notes["origin"] = shard.origin.url

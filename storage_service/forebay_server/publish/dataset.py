@@ -192,7 +192,11 @@ class Datasets:
             claim_landed(
                 connection, uid, {one.session: one.blob for one in commit.shards if one.session}
             )
+            below = queries.find_version(connection, commit.dataset, 0)
             made = queries.insert_version(connection, manifest, manifest_id, data, commit.request)
+            if commit.columns is not None and below is not None:
+                changed = {*commit.columns.columns, *commit.columns.dropped}
+                selections.carry_over(connection, below, made, changed)
             queries.enqueue_flush(connection, manifest_id)
             if commit.write:
                 forget_parts(connection, uid, commit.write)

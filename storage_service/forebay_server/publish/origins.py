@@ -23,6 +23,7 @@ from forebay_server.model.arrow_file import ArrowFile, inspect
 from forebay_server.model.parquet_file import footer_of
 from forebay_server.model.sample_files import CHECKS
 from forebay_server.publish.dataset import JobRunner
+from forebay_server.publish.selections import carry_over
 from forebay_server.publish.shards import FORMATS
 from forebay_server.tier.origin_tier import OriginTier, off
 from forebay_server.tier.registry import Tiers
@@ -211,6 +212,7 @@ class OriginDatasets:
                 if live_replica(connection, blob, names) is None:
                     return None
             made = queries.insert_version(connection, manifest, manifest_id, data, request)
+            carry_over(connection, base, made, ())
             for blob in fresh:
                 forget_place(connection, blob)
             subject = f"dataset {base.dataset}@{made.version}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from forebay_server.catalog import queries_datasets as queries
+from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_datasets import SelectionInfo, VersionInfo
 from forebay_server.model import splits as model
 from forebay_server.publish.shards import ShardCommit
@@ -15,7 +17,7 @@ from forebay_wire.errors import AlreadyExists, IntegrityError, InvalidRequest
 from forebay_wire.ids import check_id, check_name
 from forebay_wire.limits import KIB, check_limit
 from forebay_wire.manifest import SelectionManifest, parse
-from forebay_wire.selection import FOLD, ROWS, RUNS, SPLIT, STORED, describe_rule
+from forebay_wire.selection import FOLD, ROWS, RUNS, SPLIT, STORED, carried, describe_rule
 
 MAX_SELECTIONS: Final = 1000
 """Of one version."""
@@ -104,6 +106,20 @@ def stored(of: VersionInfo, new: NewSelection) -> SelectionManifest:
         },
         new.shards,
     )
+
+
+def carry_over(
+    connection: Connection, base: VersionInfo, made: VersionInfo, changed: Collection[str]
+) -> None:
+    """Give *made*, which has the rows of *base*, its selections too: those that do not depend on
+    *changed* columns. In the transaction that makes it."""
+    for info, data in queries.find_selection_manifests(connection, base.dataset, base.version):
+        one = carried(_parsed(info, data), made.manifest, made.version, changed)
+        if one is None:
+            continue
+        manifest_id, encoded = one.encode()
+        queries.insert_selection(connection, one, manifest_id, encoded)
+        queries.enqueue_flush(connection, manifest_id)
 
 
 def missing(
