@@ -17,25 +17,22 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import numpy as np
-from zarr.abc.store import (
-    ByteRequest,
-    OffsetByteRequest,
-    RangeByteRequest,
-    Store,
-    SuffixByteRequest,
-)
+from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.buffer.core import default_buffer_prototype
 
 import forebay
+from forebay.dataset.dataset import Dataset
 from forebay.dataset.schema import Schema
 from forebay.dataset.shard import largest_sample
 from forebay.dataset.write import SHARD_BYTES
+from forebay.zarr_decode import bounds
+from forebay.zarr_samples import Samples
 from forebay.zarr_session import Session, State, is_key
 from forebay.zarr_version import INDEX_KEY, METADATA, SCHEMA, Place, Version, index_of
 from forebay_wire.errors import AlreadyExists, Conflict, InvalidRequest, NotFound
@@ -52,6 +49,21 @@ MAX_ROW_BYTES: Final = largest_sample(SHARD_BYTES, Schema.of(SCHEMA).arrow) - 16
 """Of a key and its value together: what surely fits a shard."""
 
 T = TypeVar("T")
+
+
+def samples(
+    store: ForebayStore | Dataset, arrays: Sequence[str] | Mapping[str, str] | None = None
+) -> Samples:
+    """What ``forebay.DataLoader`` reads of a zarr store: sample i is element i, along the first
+    axis, of each of the *arrays* (see :class:`Samples`).
+
+    *store*: one without changes that are not committed, or the version that
+    ``client.dataset(name, version)`` gives. *arrays*: paths, which name the columns, or column to
+    path; default: the arrays of the root group.
+    """
+    if isinstance(store, ForebayStore):
+        return Samples(store.committed(), arrays)
+    return Samples(Version(store), arrays)
 
 
 class ForebayStore(Store):
@@ -121,6 +133,17 @@ class ForebayStore(Store):
             read_only=read_only,
         )
 
+    def committed(self) -> Version:
+        """The version that is read. InvalidRequest where there is none, or it was changed."""
+        state = self._state()
+        found = self._version(state)
+        if state.layers or not found.number:
+            raise InvalidRequest(
+                f"zarr store {self.name!r} has changes that are not committed: commit() first, as "
+                "a loader reads versions"
+            )
+        return found
+
     # Reading.
 
     async def get(
@@ -149,7 +172,7 @@ class ForebayStore(Store):
         value = self._read(key)
         if value is None:
             return None
-        start, stop = _bounds(byte_range, len(value))
+        start, stop = bounds(byte_range, len(value))
         buffer = (prototype or default_buffer_prototype()).buffer
         return buffer.from_array_like(np.frombuffer(value, np.uint8)[start:stop])
 
@@ -465,15 +488,3 @@ def _open_version(
         return Version(None)
     _ = found.places  # what cannot be read is told now
     return found
-
-
-def _bounds(request: ByteRequest | None, size: int) -> tuple[int, int]:
-    if request is None:
-        return 0, size
-    if isinstance(request, RangeByteRequest):
-        return request.start, request.end
-    if isinstance(request, OffsetByteRequest):
-        return request.offset, size
-    if isinstance(request, SuffixByteRequest):
-        return max(0, size - request.suffix), size
-    raise TypeError(f"Unexpected byte_range, got {request}.")

@@ -256,6 +256,8 @@ class _HeldBatch:
 
 _lock = threading.Lock()
 _fetched_bytes = FETCHED_BYTES
+_has_decoded = False
+"""Whether there are values that were decoded of record batches which came over HTTP."""
 _known: weakref.WeakValueDictionary[DataEndpoint, ShardCache] = weakref.WeakValueDictionary()
 
 
@@ -264,7 +266,7 @@ def shard_cache(endpoint: DataEndpoint) -> ShardCache:
     with _lock:
         found = _known.get(endpoint)
         if found is None:
-            budget = MAPPED_BYTES if _is_mapped(endpoint) else _fetched_bytes
+            budget = MAPPED_BYTES if _is_mapped(endpoint) else _batch_bytes()
             found = _known[endpoint] = ShardCache(make_transfer(endpoint), batch_bytes=budget)
         return found
 
@@ -274,9 +276,31 @@ def limit_fetched_bytes(num_bytes: int) -> None:
     global _fetched_bytes
     with _lock:
         _fetched_bytes = min(_fetched_bytes, num_bytes)
-        for endpoint, cache in list(_known.items()):
-            if not _is_mapped(endpoint):
-                cache.limit(_fetched_bytes)
+        _limit_all()
+
+
+def decoded_bytes(endpoint: DataEndpoint) -> int:
+    """What may be kept in this process's memory of values that were decoded of record batches: all
+    that these do not take themselves. Where they come over HTTP, they have a half from now on."""
+    global _has_decoded
+    if _is_mapped(endpoint):
+        return _fetched_bytes
+    with _lock:
+        if not _has_decoded:
+            _has_decoded = True
+            _limit_all()
+        return _batch_bytes()
+
+
+def _batch_bytes() -> int:
+    """Of record batches that came over HTTP."""
+    return _fetched_bytes // 2 if _has_decoded else _fetched_bytes
+
+
+def _limit_all() -> None:
+    for endpoint, cache in list(_known.items()):
+        if not _is_mapped(endpoint):
+            cache.limit(_batch_bytes())
 
 
 def _is_mapped(endpoint: DataEndpoint) -> bool:

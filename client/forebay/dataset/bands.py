@@ -1,0 +1,136 @@
+"""Decoded parts of arrays that a process keeps: bounded in bytes, least used out, each decoded by
+one thread however many want it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from numpy.typing import NDArray
+
+Band = tuple[str, str, int]
+"""Manifest id, path of an array, number: a run of samples whose chunks are decoded together."""
+
+OBJECT_BYTES = 64
+"""About what a text takes beside its letters."""
+
+
+class Bands:
+    """Thread-safe; not for use after a fork."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: OrderedDict[Band, tuple[NDArray[Any], int]] = OrderedDict()
+        self._decoding: dict[Band, Future[NDArray[Any]]] = {}
+        self.held_bytes = 0
+        """Of the bands that are kept."""
+
+    def take(
+        self,
+        bands: Sequence[Band],
+        decode: Callable[[Band], NDArray[Any]],
+        prepare: Callable[[Sequence[Band]], object],
+        limit_bytes: int,
+    ) -> list[NDArray[Any]]:
+        """The *bands*; those that nobody has yet are decoded here, others waited for.
+
+        *prepare* is told which of them are missing, before. *limit_bytes*: what may be kept; the
+        ones used last are kept in any case.
+        """
+        found: dict[Band, NDArray[Any]] = {}
+        if missing := self._look(bands, found):
+            prepare(missing)
+        for band in missing:  # who comes later takes what is left
+            if (future := self._claim(band)) is not None:
+                found[band] = self._decode(band, future, decode, limit_bytes)
+        for band in bands:
+            while band not in found:
+                found[band] = self._await(band, decode, limit_bytes)
+        return [found[band] for band in bands]
+
+    def _look(self, bands: Sequence[Band], found: dict[Band, NDArray[Any]]) -> list[Band]:
+        """Put those that are kept into *found*; the ones that nobody is decoding either."""
+        missing = []
+        with self._lock:
+            for band in bands:
+                held = self._held.get(band)
+                if held is not None:
+                    self._held.move_to_end(band)
+                    found[band] = held[0]
+                elif band not in self._decoding:
+                    missing.append(band)
+        return missing
+
+    def _claim(self, band: Band) -> Future[NDArray[Any]] | None:
+        """What the others will wait for; None if this thread need not decode it."""
+        with self._lock:
+            if band in self._held or band in self._decoding:
+                return None
+            future = self._decoding[band] = Future()
+            return future
+
+    def _decode(
+        self,
+        band: Band,
+        future: Future[NDArray[Any]],
+        decode: Callable[[Band], NDArray[Any]],
+        limit_bytes: int,
+    ) -> NDArray[Any]:
+        try:
+            made = decode(band)
+            made.flags.writeable = False
+        except BaseException as error:
+            with self._lock:
+                del self._decoding[band]
+            future.set_exception(error)
+            raise
+        with self._lock:
+            del self._decoding[band]
+            self._held[band] = (made, _bytes_of(made))
+            self.held_bytes += self._held[band][1]
+            while self.held_bytes > limit_bytes and len(self._held) > 1:
+                self.held_bytes -= self._held.popitem(last=False)[1][1]
+        future.set_result(made)
+        return made
+
+    def _await(
+        self, band: Band, decode: Callable[[Band], NDArray[Any]], limit_bytes: int
+    ) -> NDArray[Any]:
+        """Of a band that another thread decodes, or did."""
+        with self._lock:
+            held, future = self._held.get(band), self._decoding.get(band)
+        if held is not None:
+            return held[0]
+        if future is not None:
+            return future.result()
+        own = self._claim(band)  # it fell out again
+        if own is None:
+            return self._await(band, decode, limit_bytes)
+        return self._decode(band, own, decode, limit_bytes)
+
+
+def _bytes_of(values: NDArray[Any]) -> int:
+    if values.dtype.kind != "O":
+        return int(values.nbytes)
+    return sum(len(one) + OBJECT_BYTES for one in values.reshape(-1).tolist())
+
+
+_bands = Bands()
+
+
+def process_bands() -> Bands:
+    """Those of this process: of all stores, as they share its memory."""
+    return _bands
+
+
+def _forget_parent() -> None:
+    """In a forked child: another thread of the parent may have held the lock, or been decoding."""
+    global _bands
+    _bands = Bands()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
