@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from forebay.dataset.schema import Schema
     from forebay.importers.piece import Source
     from forebay.importers.run import Progress
+
+logger = logging.getLogger(__name__)
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -51,12 +54,15 @@ class ImportCalls(ABC):
         batch_bytes: int = 2 * MIB,
         metadata: Mapping[str, Any] | None = None,
         keep_seconds: float = 6 * 3600.0,
+        base: Dataset | None = None,
     ) -> WriteSession:
         """A version of dataset *name* that many processes write, in parts that count once each: see
         :class:`forebay.WriteSession`.
 
         *schema* as for :meth:`create_dataset`; without one each part infers its own, and they have
-        to agree. *append* adds to the newest version, whose schema it is then. *write* names the
+        to agree. *append* adds to the newest version, whose schema it is then (or to *base*, if
+        that is still the newest at the commit; else Conflict, also if the dataset was deleted and
+        made anew). *write* names the
         session: one of the same name goes on with the parts that were sealed within the last
         *keep_seconds*; after its commit it is that version, and writes nothing.
         """
@@ -71,11 +77,12 @@ class ImportCalls(ABC):
             keep_seconds=keep_seconds,
         )
         if append:
-            base = self.dataset(name)
+            base = self.dataset(name) if base is None else base
             target = replace(
                 target,
                 base_version=base.version,
                 base_shards=len(base.manifest.shards),
+                base_manifest=base.manifest_id,
                 schema=serialized(base.schema),
             )
         text = "" if metadata is None else json.dumps(dict(metadata))
@@ -91,6 +98,7 @@ class ImportCalls(ABC):
         *,
         format: str | None = None,
         append: bool = False,
+        again: bool = False,
         types: Mapping[str, Any] | None = None,
         delimiter: str = ",",
         has_header: bool = True,
@@ -113,7 +121,10 @@ class ImportCalls(ABC):
         the source's bytes. *progress* is called with the bytes that are done, and all.
 
         An import that was killed goes on where it was if it is called again within 6 hours, with
-        the same files and arguments: parts that were sealed are not read again. SchemaMismatch
+        the same files and arguments: parts that were sealed are not read again. An append that was
+        committed is remembered as long as the dataset is there: the same files (by path, size and
+        ETag or time) with the same arguments append nothing more, and give that version; with
+        *again* they are appended once more. SchemaMismatch
         names file, row and column; NotFound, InvalidRequest, IntegrityError name the file.
         """
         from forebay.importers.objects import source_of
@@ -129,15 +140,26 @@ class ImportCalls(ABC):
         found = source_of(source, format)
         base = self.dataset(name) if append else None
         schema = found.schema(options) if base is None else base.schema
+        # An append of files that were appended before is the same one, whatever came between.
+        how = "create" if base is None else f"again {base.manifest_id}" if again else "append"
         session = self.write_session(
             name,
             schema,
             append=append,
-            write=self._write_name(found, name, base, repr((options, shard_bytes, batch_bytes))),
+            write=_write_name(found, name, how, repr((options, shard_bytes, batch_bytes))),
             shard_bytes=shard_bytes,
             batch_bytes=batch_bytes,
             metadata=_metadata(found, metadata, base),
+            base=base,
         )
+        if session.version is not None:
+            logger.warning(
+                "dataset %r: nothing is added, version %d has these files already; again=True "
+                "appends them once more",
+                name,
+                session.version,
+            )
+            return self.dataset(name, session.version)
         parts = found.parts(shard_bytes)
         workers = jobs(found.num_bytes) if callable(jobs) else jobs
         if workers < 1:
@@ -159,11 +181,11 @@ class ImportCalls(ABC):
             raise
         return self.dataset(name, version)
 
-    def _write_name(self, found: Source, name: str, base: Dataset | None, options: str) -> str:
-        """The same for the same import; a random one where that cannot be known."""
-        on = "" if base is None else base.manifest_id
-        digest = found.digest(name, on, options)
-        return f"import-{digest}" if digest else new_random_name()
+
+def _write_name(found: Source, name: str, how: str, options: str) -> str:
+    """The same for the same import; a random one where that cannot be known."""
+    digest = found.digest(name, how, options)
+    return f"import-{digest}" if digest else new_random_name()
 
 
 def _metadata(

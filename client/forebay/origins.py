@@ -102,6 +102,7 @@ class OriginCalls(ABC):
         commit = datasets_pb2.CommitVersionRequest(
             dataset=name,
             base_version=0 if base is None else base.version,
+            base_manifest="" if base is None else base.manifest_id,
             schema=schema.arrow.serialize().to_pybytes(),
             shards=shards,
             request=new_random_name(),

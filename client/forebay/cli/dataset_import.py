@@ -32,6 +32,7 @@ class _Task:
     name: str
     paths: Sequence[str]
     append: bool
+    again: bool
     kind: str | None
     delimiter: str
     has_header: bool
@@ -64,6 +65,7 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--type",
+            "--column",
             "types",
             multiple=True,
             metavar="COLUMN=TYPE",
@@ -80,12 +82,16 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_again = click.option(
+    "--again", is_flag=True, help="Append also what the same command has appended before."
+)
 _JOBS_HELP: Final = "Processes that read side by side. Default 0: by the size of the data."
 
 
 @click.command("import")
 @_with_options
 @click.option("--append", is_flag=True, help="Add a version to a dataset that exists.")
+@_again
 @with_session
 def import_dataset(session: Session, append: bool, **options: Any) -> None:
     """Make dataset NAME of what lies at PATHs: files, folders, patterns, fsspec URLs.
@@ -101,11 +107,13 @@ def import_dataset(session: Session, append: bool, **options: Any) -> None:
 
 @click.command("append")
 @_with_options
+@_again
 @with_session
 def append_dataset(session: Session, **options: Any) -> None:
     """Add what lies at PATHs to dataset NAME, as its next version.
 
-    As import, but the dataset has to exist, and the data have to fit its columns.
+    As import, but the dataset has to exist, and the data have to fit its columns. The same command
+    run again adds nothing, unless --again says so.
     """
     _run(session, _task(options, append=True))
 
@@ -120,13 +128,14 @@ def _run(session: Session, task: _Task) -> None:
     with session.connect() as client:
         if task.append and task.name not in client.datasets():
             raise NotFound(f"there is no dataset {task.name!r} to append to: import it first")
-        before = len(client.dataset(task.name)) if task.append else 0
+        base = client.dataset(task.name) if task.append else None
         with progress_of(task.name) as progress:
             dataset = client.import_dataset(
                 task.name,
                 list(task.paths),
                 format=task.kind,
                 append=task.append,
+                again=task.again,
                 types=task.types,
                 delimiter=task.delimiter,
                 has_header=task.has_header,
@@ -140,20 +149,23 @@ def _run(session: Session, task: _Task) -> None:
         parts = {
             part: len(client.dataset(task.name, dataset.version, split=part)) for part in shares
         }
+    is_new = base is None or dataset.version > base.version
+    before = 0 if base is None else len(base)
     value = {
         "name": task.name,
         "version": dataset.version,
-        "num_rows_added": len(dataset) - before,
+        "num_rows_added": len(dataset) - before if is_new else 0,
         "num_rows": len(dataset),
         "num_bytes": dataset.num_bytes,
         "splits": parts,
     }
     shown = "".join(f", {part} {count:,}" for part, count in parts.items())
+    nothing = "" if is_new else "Nothing added, it was before (--again: once more). "
     session.show(
         value,
         lambda: print(
-            f"Dataset {task.name!r} version {dataset.version}: {len(dataset):,} rows{shown}, "
-            f"{size(dataset.num_bytes)}."
+            f"{nothing}Dataset {task.name!r} version {dataset.version}: {len(dataset):,} rows"
+            f"{shown}, {size(dataset.num_bytes)}."
         ),
     )
 

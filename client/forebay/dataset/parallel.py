@@ -51,6 +51,8 @@ class Target:
     """Names the session: processes that know it write into the same version."""
     base_version: int = 0
     base_shards: int = 0
+    base_manifest: str = ""
+    """Of the base version: tells it from that of a dataset that was deleted and made anew."""
     schema: bytes = b""
     """Arrow schema, IPC-serialised; empty: that of the first part."""
     shard_bytes: int = SHARD_BYTES
@@ -177,7 +179,8 @@ class WriteSession:
         """Make the parts one version, visible and durable, and return its number. Idempotent.
 
         *parts* are those that must be there, in the order of rows; others are dropped. Default: all
-        by name. NotFound naming those that are missing; AlreadyExists, Conflict as by a writer.
+        by name. NotFound naming those that are missing; AlreadyExists, Conflict as by a writer, also if the
+        dataset that was to be appended to was deleted and made anew meanwhile.
         """
         if self.version is not None:
             return self.version
@@ -207,6 +210,7 @@ class WriteSession:
             request=new_random_name(),  # the write's name is what a repeat is known by
             metadata_json=self.metadata_json,
             write=self.write,
+            base_manifest=self.target.base_manifest,
         )
         made = self._connected().channel.call(
             Datasets.CommitVersion, request, timeout=COMMIT_SECONDS
