@@ -160,6 +160,37 @@ def test_pinned_it_stays_parquet_and_is_read_without_the_file(
     assert pinned.verify().damaged == {}
 
 
+@both_ways
+def test_columns_are_added_to_a_file_that_stays_where_it_is(
+    client: forebay.Client, folder: Path, name: str
+) -> None:
+    path = folder / f"{name}.parquet"
+    pq.write_table(table(), path, row_group_size=GROUP_ROWS)
+    placed = client.register_dataset(name, [path])
+    placed.define_splits({"train": 0.9, "test": 0.1}, seed=2)
+    placed.add_columns(
+        lambda rows: {"double": rows["n"] * 2, "flag": ~rows["flag"]},
+        columns=["n", "flag"],
+        replace=True,
+    )
+    wider = client.dataset(name)
+    assert [one.origin for one in wider.manifest.shards] == [
+        one.origin for one in placed.manifest.shards
+    ]
+    for dataset in (wider, client.pin_origins(name)):
+        batch = dataset.take(range(0, NUM_ROWS, 7))
+        n = np.arange(0, NUM_ROWS, 7)
+        assert np.array_equal(batch["double"], 2 * n)
+        assert np.array_equal(batch["flag"], n % 3 != 0)
+        assert batch["text"] == [f"row {row % 7}" for row in n]
+        assert dataset.table().column("double").to_pylist() == list(range(0, 2 * NUM_ROWS, 2))
+    tests = [client.dataset(name, version, split="test") for version in (1, 2, 3)]
+    rows = [one.take(range(len(one)), ["n"])["n"].tolist() for one in tests]
+    assert rows[0] == rows[1] == rows[2]
+    path.unlink()
+    assert client.dataset(name).verify().damaged == {}
+
+
 def test_a_file_that_changes_is_refused(client: forebay.Client, folder: Path, name: str) -> None:
     path = folder / f"{name}.parquet"
     pq.write_table(table(), path)

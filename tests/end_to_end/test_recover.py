@@ -30,7 +30,10 @@ def recover(url: str, data: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def object_folder(tmp_path: Path) -> Path:
-    """An object tier that holds a dataset of two versions with splits, and a run; nothing else."""
+    """An object tier that holds a dataset of three versions with splits, and a run; nothing else.
+
+    The second has a column more, the third a row.
+    """
     data = tmp_path / "data"
     with DaemonProcess(data) as daemon, forebay.connect(daemon.address()["rpc"]) as client:
         with client.create_dataset("d", schema={"x": "float32", "name": "string"}) as writer:
@@ -39,12 +42,13 @@ def object_folder(tmp_path: Path) -> Path:
         client.dataset("d").define_splits({"train": 0.8, "test": 0.2}, seed=4)
         client.dataset("d").define_selection("listed", rows=range(7, 500, 3))
         client.dataset("d").define_selection("low", filter=[("x", "<", 10)])
+        client.dataset("d").add_columns(lambda rows: {"half": rows["x"] / 2})
         with client.append_dataset("d") as writer:
-            writer.write(x=-1.0, name="last")
+            writer.write(x=-1.0, name="last", half=0.5)
         with forebay.Checkpointer(client, run="r") as checkpointer:
             checkpointer.save(3, state=state(3), metrics={"loss": 0.5}).wait("remote", timeout=60)
             checkpointer.save(6, state=state(6)).wait("remote", timeout=60)
-        for version in (1, 2):
+        for version in (1, 2, 3):
             client.wait_version("d", version, "remote", timeout=60)
         for split in ("train", "test"):
             assert client.dataset("d", split=split).num_rows
@@ -87,7 +91,12 @@ def test_everything_remote_is_recovered(object_folder: Path, tmp_path: Path) -> 
         assert client.dataset("d", split="train").num_rows == 400
         expected = {"listed": range(7, 500, 3), "low": range(30)}
         for split, rows in expected.items():
-            assert client.dataset("d", split=split).table().equals(first.table().take(list(rows)))
+            chosen = client.dataset("d", split=split)
+            assert chosen.version == 2
+            found = chosen.table()
+            assert found.drop_columns("half").equals(first.table().take(list(rows)))
+            assert np.array_equal(found["half"].to_numpy(), found["x"].to_numpy() / 2)
+        assert client.dataset("d").take([0, 500], ["half"])["half"].tolist() == [0, 0.5]
         with forebay.Checkpointer(client, run="r") as checkpointer:
             resumed = checkpointer.restore("latest")
         assert resumed.step == 6

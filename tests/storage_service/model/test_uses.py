@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from forebay_server.model.uses import ReadOrder, windows
+from forebay_server.model.tracks import Track, Tracks, tracks_of
+from forebay_server.model.uses import ONE_TRACK, ReadOrder, windows
 from forebay_wire.blocks import BlockParameters, starts_of
 from forebay_wire.errors import InvalidRequest
+from forebay_wire.manifest import DatasetManifest, LayerRef, ShardRef
 from forebay_wire.order import Cut, Order, split_rows
 from forebay_wire.selection import Ring, Stored
 
@@ -64,7 +67,7 @@ def shard_starts(rows: int, size: int) -> np.ndarray:
     return np.array([*range(0, rows, size), rows], dtype=np.int64)
 
 
-def uses_by_reading(order: ReadOrder, starts, of, epoch: int, position: int):
+def uses_by_reading(order: ReadOrder, starts, of, epoch: int, position: int, tracks=ONE_TRACK):
     """What a loader does, step by step."""
     n, layout, lanes = order.num_samples, None, 1
     if order.blocks is not None:
@@ -76,7 +79,12 @@ def uses_by_reading(order: ReadOrder, starts, of, epoch: int, position: int):
         for step in range(cut.num_steps):
             part = cut.part(step, order.rank, order.num_ranks)
             rows = of[samples.at(part.positions(order.num_samples))]
-            for shard in sorted(set(np.searchsorted(starts, rows, side="right") - 1)):
+            places = [(starts, np.arange(len(starts)))] if tracks.reads_base else []
+            places += [(track.starts, track.numbers) for track in tracks.beside]
+            used = set()
+            for borders, numbers in places:
+                used.update(numbers[np.searchsorted(borders, rows, side="right") - 1].tolist())
+            for shard in sorted(used):
                 yield order.time(epoch, cut.bounds(step)[0]), int(shard)
         epoch, position = epoch + 1, 0
 
@@ -96,6 +104,85 @@ def test_the_uses_are_what_a_loader_reads(drawn, window, data):
     stops = [one.stop for one in found]
     assert all(before <= after for before, after in pairwise(stops))
     assert all(one.times.max(initial=-1) < one.stop for one in found)
+
+
+@st.composite
+def tracks_beside(draw, starts):
+    """Shards of layers of any sizes, the last of which may be the version's own."""
+    rows, own = int(starts[-1]), len(starts) - 1
+    numbers = itertools.count(own)
+    beside = []
+    for _ in range(draw(st.integers(1, 3))):
+        covered = draw(st.sampled_from(starts[1:].tolist()))
+        cuts = sorted(draw(st.sets(st.integers(1, covered)))) if covered > 1 else []
+        inner = [0, *(cut for cut in cuts if cut < covered), covered]
+        rest = [int(one) for one in starts if one > covered]
+        first = own - len(rest)
+        beside.append(
+            Track(
+                np.array([*inner, *rest]),
+                np.array([*(next(numbers) for _ in inner[1:]), *range(first, own)], dtype=np.int64),
+            )
+        )
+        assert beside[-1].starts[-1] == rows
+    return Tracks(draw(st.booleans()), tuple(beside))
+
+
+@given(orders(), st.integers(1, 64), st.data())
+def test_the_uses_of_columns_in_several_places_are_what_a_loader_reads(drawn, window, data):
+    order, starts, of = drawn
+    assume(not isinstance(order.selection, Stored))  # see the next test
+    tracks = data.draw(tracks_beside(starts))
+    found = windows(order, starts, 0, 0, window, tracks)
+    uses = [
+        (time, shard)
+        for one in found
+        for time, shard in zip(one.times.tolist(), one.shards.tolist(), strict=True)
+    ]
+    assert uses == list(uses_by_reading(order, starts, of, 0, 0, tracks))
+
+
+def test_stored_rows_are_looked_for_where_they_would_lie_evenly():
+    """Which rows they are nobody reads for a plan: of the other places it is an estimate."""
+    starts = shard_starts(1000, 500)
+    beside = Track(shard_starts(1000, 100), np.arange(2, 12))
+    order = ReadOrder(
+        MANIFEST, "x/", 20, 1000, Stored((10, 10)), "none", 1, 1, "keep", 0, 1, num_epochs=1
+    )
+    found = list(windows(order, starts, 0, 0, tracks=Tracks(True, (beside,))))
+    uses = dict.fromkeys(range(20), ())
+    for one in found:
+        for time, shard in zip(one.times.tolist(), one.shards.tolist(), strict=True):
+            uses[time] = (*uses[time], shard)
+    assert uses == {n: (n // 10, 2 + n // 2) for n in range(20)}
+
+
+def test_columns_are_looked_for_where_they_lie():
+    shard = lambda blob, rows: ShardRef(blob, 100, rows, (rows,))  # noqa: E731
+    version = DatasetManifest(
+        "d",
+        3,
+        None,
+        "now",
+        (shard("a", 10), shard("b", 10), shard("c", 5)),
+        shard_schemas=("then", "now"),
+        layers=(
+            LayerRef(("y", "z"), "yz", (shard("y0", 15), shard("y1", 5)), 2),
+            LayerRef(("w",), "w", (shard("w0", 25),), 3),
+        ),
+    )
+    every = [one.blob for one in version.every_shard()]
+    assert every == ["a", "b", "c", "y0", "y1", "w0"]
+
+    def read(*columns, counts=None):
+        return [every[n] for n in tracks_of(version, columns).shards(3, counts)]
+
+    assert read("x") == ["a", "b", "c"]
+    assert read("z") == ["c", "y0", "y1"]
+    assert read("w") == ["w0"]
+    assert read("x", "w") == ["a", "b", "c", "w0"]
+    assert read() == every
+    assert read("x", "w", counts=(0, 3, 0)) == ["b", "w0"]
 
 
 def test_a_window_costs_what_it_looks_at_whatever_the_epoch():
