@@ -70,8 +70,8 @@ def blob_id(number: int) -> str:
     return f"{(number * 2654435761) & 0xFFFFFFFF:08x}{number:056x}"
 
 
-def fill(connection: Connection, start: int, end: int) -> None:
-    """Add the blobs *start* to *end*, each with a replica of one extent."""
+def fill(connection: Connection, start: int, end: int, *, only: str = "") -> None:
+    """Add the blobs *start* to *end*, each with a replica of one extent; or rows of one table."""
     is_sqlite = connection.dialect.name == "sqlite"
     template = _SQLITE_ID if is_sqlite else _POSTGRESQL_ID
     name, blob = template.format(width=24), template.format(width=56)
@@ -81,6 +81,8 @@ def fill(connection: Connection, start: int, end: int) -> None:
         else f"WITH n(i) AS (SELECT generate_series({start}::bigint, {end} - 1))"
     )
     for table, columns, values in _ROWS:
+        if only not in ("", table):
+            continue
         chosen = values.format(name=name, blob=blob)
         statement = f"{numbers} INSERT INTO {table} ({columns}) SELECT {chosen} FROM n"
         if is_sqlite:  # there WITH comes behind INSERT INTO

@@ -2,8 +2,8 @@
 
 Every contender is a process of its own, which writes the same samples in its own format and reads
 them back in batches of 256, warm, in its strongest shuffle (ours and torch's over a memmap: full),
-with 0, 1 and 2 workers or threads; in turn, and by medians of samples a second. The peers run in
-an environment of their own: ``make peers``.
+with 0, 1 and 2 workers or threads; in turn, and by medians of samples a second. Then they read
+from an S3 server, and it counts. The peers run in an environment of their own: ``make peers``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 from harness import Options, Report, parse_options
-from loader_start import measure_start
+from loader_cold import CountingStore, measure_cold
+from loader_start import ImmenseDataset, measure_start
+
+from forebay_server.testing.s3 import missing_s3
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
@@ -32,7 +36,8 @@ OURS = "forebay"
 WORKERS = (0, 1, 2)
 
 WHO = {
-    "tensor3k": (OURS, "memmap", *PEERS),
+    "tensor3k": (OURS, "memmap"),
+    "peers3k": (OURS, *PEERS),
     "tokens": (OURS, "bare", *PEERS),
     "jpeg115k": (OURS, "bare", *PEERS),
 }
@@ -48,11 +53,17 @@ class Race:
     who: tuple[str, ...]
 
 
+SHUFFLED = Race("peers3k", 0, (OURS, *PEERS))
+"""Whose shuffles are looked at: in the epoch that warms up."""
+
+IN_VALUES = (Race("peers3k", 2, WHO["peers3k"]), Race("tensor3k", 2, ("memmap",)))
+"""Whose waits, memory and CPU time stand among the values; all are in the details."""
+
+
 def races(*, quick: bool) -> list[Race]:
-    """All of them; quickly, the ones that every ratio needs (LitData waits ten seconds for each
-    first batch without workers)."""
+    """All of them; quickly, the ones that every ratio needs."""
     if quick:
-        tensors = [Race("tensor3k", workers, WHO["tensor3k"]) for workers in WORKERS]
+        tensors = [Race(case, n, WHO[case]) for case in ("tensor3k", "peers3k") for n in WORKERS]
         tokens = [Race("tokens", 0, (OURS, "bare")), Race("tokens", 2, (OURS, *PEERS))]
         return [*tensors, *tokens, Race("jpeg115k", 2, WHO["jpeg115k"])]
     found = [Race(case, workers, who) for case, who in WHO.items() for workers in WORKERS]
@@ -71,6 +82,8 @@ class Contender:
         self.name = name
         self.also: list[int] = []
         """Other processes that work for it: a daemon."""
+        self.preparing = 0
+        """Answers that it still owes."""
         self._process = subprocess.Popen(
             [python, script, name, str(folder), "quick" if quick else "full"],
             stdin=subprocess.PIPE,
@@ -98,6 +111,12 @@ class Contender:
         self.send(do, **what)
         return self.answer()
 
+    def prepared(self) -> None:
+        """Wait until its data are written."""
+        for _ in range(self.preparing):
+            self.also = self.answer()["also"]
+        self.preparing = 0
+
     def usage(self) -> tuple[float, int]:
         """CPU seconds so far, and own resident bytes, of it and of all that work for it."""
         seconds, own = 0.0, 0
@@ -122,7 +141,7 @@ class Contender:
 
 @contextmanager
 def contenders(folder: Path, *, quick: bool) -> Iterator[dict[str, Contender]]:
-    """All of them, started at once, each with its data written."""
+    """All of them, started at once, each about to write its data."""
     names = (OURS, "memmap", "bare", *PEERS)
     with ExitStack() as stack:
         found = {}
@@ -133,9 +152,7 @@ def contenders(folder: Path, *, quick: bool) -> Iterator[dict[str, Contender]]:
         for name, contender in found.items():
             for case in todo[name]:
                 contender.send("prepare", case=case)
-        for name, contender in found.items():
-            for _ in todo[name]:
-                contender.also = contender.answer()["also"]
+            contender.preparing = len(todo[name])
         yield found
 
 
@@ -145,6 +162,8 @@ class Rates:
     def __init__(self) -> None:
         self.numbers: dict[tuple[str, int, str], list[float]] = {}
         self.others: dict[str, Any] = {}
+        self.orders: dict[str, list[int]] = {}
+        """By contender: an epoch's samples as they came."""
 
     def add(self, case: str, workers: int, who: str, rate: float) -> None:
         self.numbers.setdefault((case, workers, who), []).append(rate)
@@ -159,8 +178,9 @@ class Rates:
 def measure(found: dict[str, Contender], race: Race, options: Options, rates: Rates) -> None:
     """Every contender in turn, as often as the options say."""
     case, workers, who = race.case, race.workers, list(race.who)
-    opened = {name: found[name].ask("open", case=case, workers=workers) for name in who}
+    opened = {name: open_one(found[name], race, rates) for name in who}
     seconds = 0.15 if options.quick else 1.0
+    last: dict[str, dict[str, float]] = {}
     for repeat in range(options.repeats):
         shift = repeat % len(who)
         for name in who[shift:] + who[:shift]:
@@ -168,27 +188,40 @@ def measure(found: dict[str, Contender], race: Race, options: Options, rates: Ra
             ran = found[name].ask("run", case=case, workers=workers, seconds=seconds)
             after, resident = found[name].usage()
             rates.add(case, workers, name, ran["samples"] / ran["seconds"])
-            if repeat == options.repeats - 1:
-                rates.others[f"{case}, {workers} workers, {name}"] = {
-                    "samples_per_second": statistics.median(rates.numbers[case, workers, name]),
-                    "first_batch_ms": opened[name]["first_batch_seconds"] * 1e3,
-                    "wait_p50_ms": ran["wait_p50_ms"],
-                    "wait_p99_ms": ran["wait_p99_ms"],
-                    "cpu_seconds_per_million": (after - before) / ran["samples"] * 1e6,
-                    "own_mb": resident / 1e6,
-                }
+            last[name] = {
+                "wait_p50_ms": ran["wait_p50_ms"],
+                "wait_p99_ms": ran["wait_p99_ms"],
+                "cpu_s_per_million": (after - before) / ran["samples"] * 1e6,
+                "own_rss_mb": resident / 1e6,
+            }
     for name in who:
+        rates.others[f"{case}, {workers} workers, {name}"] = {
+            "samples_per_second": statistics.median(rates.numbers[case, workers, name]),
+            "first_batch_warm_ms": opened[name] * 1e3,
+            **last[name],
+        }
         found[name].ask("close", case=case, workers=workers)
+
+
+def open_one(contender: Contender, race: Race, rates: Rates) -> float:
+    """Seconds until the first batch of the first epoch, which is read to its end."""
+    shuffles = race.case == SHUFFLED.case and race.workers == SHUFFLED.workers
+    wanted = shuffles and contender.name in SHUFFLED.who
+    ran = contender.ask("open", case=race.case, workers=race.workers, order=wanted)
+    if wanted:
+        rates.orders[contender.name] = ran["order"]
+    first: float = ran["first_batch_seconds"]
+    return first
 
 
 def measure_items(found: dict[str, Contender], options: Options, rates: Rates) -> None:
     """Single samples at random, ``dataset[i]``, warm."""
     for name in (OURS, "mosaic", "litdata"):
-        found[name].ask("items", case="tensor3k", count=100)
+        found[name].ask("items", case="peers3k", count=100)
     for _ in range(options.repeats):
         for name in (OURS, "mosaic", "litdata"):
             count = 30 if name == "litdata" else 2000  # it is not made for that
-            ran = found[name].ask("items", case="tensor3k", count=count)
+            ran = found[name].ask("items", case="peers3k", count=count)
             rates.add("items", 0, name, ran["samples"] / ran["seconds"])
     for name in (OURS, "mosaic", "litdata"):
         rate = statistics.median(rates.numbers["items", 0, name])
@@ -212,29 +245,56 @@ def shuffle_quality(order: Sequence[int], num_classes: int = 10) -> dict[str, fl
     return {"mean_displacement": moved, "class_variance": statistics.fmean(errors) / at_random}
 
 
+class Phases:
+    """Says how long each part took."""
+
+    def __init__(self) -> None:
+        self.begun = self._last = time.perf_counter()
+
+    def ended(self, what: str) -> None:
+        now = time.perf_counter()
+        print(f"{now - self._last:6.1f} s  {what}", flush=True)
+        self._last = now
+
+
 def run(options: Options, folder: Path) -> Report:
     report = Report("loader: batches of 256, warm, beside other loaders")
-    rates = Rates()
     missing = None if PEERS_PYTHON.exists() else "the peers are not installed: run `make peers`"
+    missing = missing or missing_s3({})
     if missing:
         raise SystemExit(missing)
-    begun = time.perf_counter()
-    with contenders(folder, quick=options.quick) as found:
+    rates, phases = Rates(), Phases()
+    with (
+        closing(CountingStore(folder / "s3")) as store,
+        closing(ImmenseDataset(folder / "start")) as immense,
+        ThreadPoolExecutor() as helpers,
+        contenders(folder, quick=options.quick) as found,
+    ):
+        started = helpers.submit(store.start, (OURS, *PEERS))
+        made = helpers.submit(immense.make)
+        for name in found:
+            found[name].prepared()
+        started.result(), made.result()
+        phases.ended("set-up")
         for race in races(quick=options.quick):
             measure(found, race, options, rates)
+            phases.ended(f"{race.case}, {race.workers} workers")
         measure_items(found, options, rates)
-        for name in (OURS, *PEERS):
-            order = found[name].ask("order", case="tensor3k")["order"]
-            rates.others[f"shuffle, {name}"] = shuffle_quality(order)
+        phases.ended("single samples")
+        measure_cold(report, store, {name: found[name] for name in (OURS, *PEERS)})
+        phases.ended("from an S3 server")
+        measure_start(report, immense, options)
+        phases.ended("starts among 1e10 samples")
+    for name, order in rates.orders.items():
+        rates.others[f"shuffle, {name}"] = shuffle_quality(order)
     tell(report, rates)
-    measure_start(report, folder / "start", options)
     report.details["loaders"] = rates.others
-    print(f"{time.perf_counter() - begun:.0f} s in all")
+    print(f"{time.perf_counter() - phases.begun:6.1f} s  in all")
     return report
 
 
 BOUNDS = (
-    ("tensor3k_vs_best_peer", "tensor3k", WORKERS, PEERS, 8),
+    ("tensor3k_vs_best_peer", "peers3k", WORKERS, PEERS, 8),
     ("tensor3k_vs_torch_memmap_batched", "tensor3k", (0,), ("memmap",), 0.9),
     ("tensor3k_vs_torch_memmap_2_workers", "tensor3k", (2,), ("memmap",), 4),
     ("jpeg115k_vs_pure_decode", "jpeg115k", WORKERS, ("bare",), 0.95),
@@ -253,6 +313,15 @@ def tell(report: Report, rates: Rates) -> None:
                 report.ratio(name, rates.ratios(case, workers, base), at_least=least)
         if name not in report.ratios:
             report.ratio(name, None, at_least=least)
+    shown = [
+        (who, "", rates.others[f"{race.case}, {race.workers} workers, {who}"])
+        for race in IN_VALUES
+        for who in race.who
+    ]
+    shown += [(who, "shuffle_", rates.others[f"shuffle, {who}"]) for who in SHUFFLED.who]
+    for who, prefix, numbers in shown:
+        for key, number in numbers.items():
+            report.value(f"{who}_{prefix}{key}", [number])
     for name, one in rates.others.items():
         print(f"{name:<36}" + "  ".join(f"{key} {number:,.3g}" for key, number in one.items()))
 
@@ -260,7 +329,9 @@ def tell(report: Report, rates: Rates) -> None:
 def main() -> int:
     options = parse_options(__doc__ or "")
     if options.quick and "--repeats" not in " ".join(sys.argv):
-        options = Options(options.quick, options.json_file, 2, options.work)
+        options = replace(options, repeats=2)
+    elif "--repeats" not in " ".join(sys.argv):
+        options = replace(options, repeats=5)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         report = run(options, Path(folder))

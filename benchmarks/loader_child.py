@@ -6,6 +6,7 @@ each line out its answer. Peers run by the interpreter of their own environment.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from loader_data import Case, cases
+import torch
+from loader_data import Case, Place, cases
 
 CONTENDERS = {
     "forebay": ("loader_own", "Forebay"),
@@ -40,6 +42,12 @@ class Contender(Protocol):
 
     def open(self, case: Case, workers: int) -> Any:
         """A loader of batches of 256 in its strongest shuffle; each iteration is an epoch."""
+
+    def publish(self, case: Case, place: Place) -> None:
+        """Bring what was prepared into an S3 bucket, and have nothing of it nearer."""
+
+    def open_cold(self, case: Case, workers: int) -> Any:
+        """As :meth:`open`, over what was published."""
 
     def rows(self, batch: Any) -> int: ...
 
@@ -66,17 +74,36 @@ class Child:
         self.contender.prepare(self.cases[case])
         return {"seconds": time.perf_counter() - start, **self.contender.facts()}
 
-    def open(self, case: str, workers: int) -> dict[str, Any]:
-        """A loader, and its first epoch: then files are in the page cache and workers there."""
+    def publish(self, case: str, place: dict[str, str]) -> dict[str, Any]:
         start = time.perf_counter()
-        loader = self.contender.open(self.cases[case], workers)
+        self.contender.publish(self.cases[case], Place(**place))
+        return {"seconds": time.perf_counter() - start, **self.contender.facts()}
+
+    def open(
+        self, case: str, workers: int, *, cold: bool = False, order: bool = False
+    ) -> dict[str, Any]:
+        """A loader, and its first epoch: then files are in the page cache and workers there.
+
+        With *order* also the samples of this epoch, as they come.
+        """
+        start = time.perf_counter()
+        make = self.contender.open_cold if cold else self.contender.open
+        loader = make(self.cases[case], workers)
         self.loaders[case, workers] = loader
-        first, seen = 0.0, 0
+        first, seen, found = 0.0, 0, []
         for batch in loader:
             first = first or time.perf_counter() - start
             seen += self.contender.rows(batch)
+            if order:
+                found += self.contender.labels(batch).tolist()
+        taken = time.perf_counter() - start
         assert seen >= self.cases[case].num_samples - 2 * 256, f"{seen} samples in an epoch"
-        return {"first_batch_seconds": first, "samples": seen}
+        return {
+            "first_batch_seconds": first,
+            "samples": seen,
+            "seconds": taken,
+            **({"order": found} if order else {}),
+        }
 
     def run(self, case: str, workers: int, seconds: float) -> dict[str, Any]:
         """Whole epochs, for *seconds* at least."""
@@ -101,9 +128,17 @@ class Child:
         }
 
     def close(self, case: str, workers: int) -> dict[str, Any]:
+        """End a loader and its workers now: when they are collected some time, torch waits for
+        five seconds for each that does not end by itself, in the middle of what is measured then.
+        """
         loader = self.loaders.pop((case, workers))
         if hasattr(loader, "close"):
             loader.close()
+            return {}
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1
+        del loader
+        gc.collect()
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 5.0
         return {}
 
     def items(self, case: str, count: int) -> dict[str, Any]:
@@ -116,17 +151,6 @@ class Child:
         for index in wanted:
             samples[index]
         return {"samples": count, "seconds": time.perf_counter() - start}
-
-    def order(self, case: str) -> dict[str, Any]:
-        """The samples of an epoch in the order in which they come."""
-        loader = self.contender.open(self.cases[case], 0)
-        found = np.concatenate([self.contender.labels(batch) for batch in loader])
-        return {"order": found.tolist()}
-
-    def extra(self, name: str, **options: Any) -> dict[str, Any]:
-        """What only this contender can do."""
-        answer: dict[str, Any] = getattr(self.contender, name)(**options)
-        return answer
 
 
 def lines() -> Iterator[dict[str, Any]]:

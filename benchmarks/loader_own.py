@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from loader_data import BATCH, Case, decode, samples
+from loader_data import BATCH, Case, Place, decode, samples
 
 import forebay
+from forebay_server.testing.daemon import DaemonProcess
 
 
 def label(batch: Any) -> np.ndarray:
@@ -26,13 +31,37 @@ class Forebay:
     def __init__(self, folder: Path) -> None:
         self.client = forebay.connect(folder / "data")
         self.folder = folder
+        self._also = [daemon_of(folder / "data")]
 
     def prepare(self, case: Case) -> None:
-        kind = "binary" if case.name == "jpeg115k" else forebay.Array(case.dtype, case.shape)
-        schema = {case.column: kind, "y": "int64"}
-        with self.client.create_dataset(case.name, schema=schema) as writer:
-            for sample in samples(case):
-                writer.write(**sample)
+        write(self.client, case)
+
+    def publish(self, case: Case, place: Place) -> None:
+        """By a daemon with an object tier; then there is one that has nothing but that."""
+        url = f"s3://{place.bucket}/tier"
+        tiers = ("--object-url", url, "--hdd-path", "none")
+        with (
+            DaemonProcess(self.folder / "writer", *tiers, environment=place.environment) as daemon,
+            forebay.connect(daemon.data) as client,
+        ):
+            write(client, case)
+            client.dataset(case.name).wait("remote", timeout=300)
+        cold = self.folder / "cold"
+        subprocess.run(
+            [sys.executable, "-m", "forebay_server", "recover", "--data", str(cold), url],
+            env={**os.environ, **place.environment},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        daemon = DaemonProcess(cold, *tiers, environment=place.environment)
+        atexit.register(daemon.kill)
+        daemon.start().wait_ready()
+        self.client.close()
+        self.client = forebay.connect(cold)
+        self._also.append(daemon.pid)
+
+    def open_cold(self, case: Case, workers: int) -> Any:
+        return self.open(case, workers)
 
     def open(self, case: Case, workers: int) -> Any:
         pictures = case.name == "jpeg115k"
@@ -54,8 +83,21 @@ class Forebay:
         return self.client.dataset(case.name)
 
     def facts(self) -> dict[str, Any]:
-        daemon = json.loads((self.folder / "data" / "daemon.json").read_text())
-        return {"version": importlib.metadata.version("forebay"), "also": [daemon["pid"]]}
+        return {"version": importlib.metadata.version("forebay"), "also": self._also}
+
+
+def write(client: forebay.Client, case: Case) -> None:
+    kind = "binary" if case.name == "jpeg115k" else forebay.Array(case.dtype, case.shape)
+    schema = {case.column: kind, "y": "int64"}
+    with client.create_dataset(case.name, schema=schema) as writer:
+        for sample in samples(case):
+            writer.write(**sample)
+
+
+def daemon_of(folder: Path) -> int:
+    """The process that serves *folder*."""
+    pid: int = json.loads((folder / "daemon.json").read_text())["pid"]
+    return pid
 
 
 class Memmap:

@@ -1,6 +1,6 @@
 """LitData, Mosaic Streaming and WebDataset as contenders, each in its strongest shuffle.
 
-They read local files: what is compared is the loader, not the network.
+Warm, they read local files: what is compared then is the loader, not the network.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import torch
-from loader_data import BATCH, Case, decode, samples
+from loader_data import BATCH, Case, Place, decode, samples
 
 warnings.filterwarnings("ignore")
 
@@ -43,9 +44,20 @@ class Peer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.published: Place | None = None
 
     def place(self, case: Case) -> Path:
         return self.folder / case.name
+
+    def publish(self, case: Case, place: Place) -> None:
+        """The same files, in the bucket."""
+        os.environ.update(place.environment, S3_ENDPOINT_URL=place.endpoint)
+        self.published = place
+        client = boto3.client("s3")
+        root = self.place(case)
+        for path in root.rglob("*"):
+            if path.is_file():
+                client.upload_file(str(path), place.bucket, path.relative_to(root).as_posix())
 
     def rows(self, batch: Any) -> int:
         return len(batch["y"])
@@ -55,6 +67,12 @@ class Peer:
 
     def facts(self) -> dict[str, Any]:
         return {"version": importlib.metadata.version(self.package), "also": []}
+
+
+def bucket_of(peer: Peer) -> str:
+    """Where it was published."""
+    assert peer.published is not None, "publish first"
+    return peer.published.bucket
 
 
 def decoded(sample: dict[str, Any]) -> dict[str, Any]:
@@ -93,10 +111,15 @@ class Mosaic(Peer):
                 out.write(sample)
 
     def open(self, case: Case, workers: int) -> Any:
+        return self._loader(case, workers, local=str(self.place(case)))
+
+    def open_cold(self, case: Case, workers: int) -> Any:
+        remote = f"s3://{bucket_of(self)}"
+        return self._loader(case, workers, local=str(self.folder / "near"), remote=remote)
+
+    def _loader(self, case: Case, workers: int, **where: str) -> Any:
         kind = self._pictures if case.name == "jpeg115k" else self._streaming.StreamingDataset
-        dataset = kind(
-            local=str(self.place(case)), shuffle=True, shuffle_algo="py1s", batch_size=BATCH
-        )
+        dataset = kind(**where, shuffle=True, shuffle_algo="py1s", batch_size=BATCH)
         return torch.utils.data.DataLoader(
             dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0
         )
@@ -135,7 +158,7 @@ class LitData(Peer):
         for number, sample in enumerate(samples(case)):
             if case.name == "tokens":
                 cache._add_item(number, torch.from_numpy(sample["tokens"]))
-            elif case.name == "tensor3k":
+            elif case.column == "x":
                 cache._add_item(number, {"x": torch.from_numpy(sample["x"]), "y": sample["y"]})
             else:
                 cache._add_item(number, sample)
@@ -143,11 +166,22 @@ class LitData(Peer):
         cache.merge(1)
 
     def open(self, case: Case, workers: int) -> Any:
+        return self._loader(case, workers, str(self.place(case)))
+
+    def open_cold(self, case: Case, workers: int) -> Any:
+        from litdata.streaming import downloader
+
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # the server has no TLS
+        near, url = str(self.folder / "near"), f"s3://{bucket_of(self)}"
+        options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
+        return self._loader(case, workers, url, cache_dir=near, storage_options=options)
+
+    def _loader(self, case: Case, workers: int, place: str, **more: Any) -> Any:
         from litdata.streaming.item_loader import TokensLoader
 
         loader = TokensLoader(block_size=case.shape[0]) if case.name == "tokens" else None
         kind = self._pictures if case.name == "jpeg115k" else self._litdata.StreamingDataset
-        dataset = kind(str(self.place(case)), shuffle=True, item_loader=loader)
+        dataset = kind(place, shuffle=True, item_loader=loader, **more)
         return self._litdata.StreamingDataLoader(
             dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0
         )
@@ -186,6 +220,19 @@ class WebDataset(Peer):
             archive.close()
 
     def open(self, case: Case, workers: int) -> Any:
+        return self._loader(case, workers, sorted(map(str, self.place(case).glob("*.tar"))))
+
+    def open_cold(self, case: Case, workers: int) -> Any:
+        """Through the program that it reads from the web with; it keeps nothing."""
+        client, bucket = boto3.client("s3"), bucket_of(self)
+        names = [one["Key"] for one in client.list_objects_v2(Bucket=bucket)["Contents"]]
+        urls = [
+            client.generate_presigned_url("get_object", {"Bucket": bucket, "Key": name})
+            for name in sorted(names)
+        ]
+        return self._loader(case, workers, [f"pipe:curl -s -f '{url}'" for url in urls])
+
+    def _loader(self, case: Case, workers: int, urls: list[str]) -> Any:
         import webdataset
 
         def parse(sample: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +241,6 @@ class WebDataset(Peer):
                 return {"jpeg": torch.from_numpy(decode(data)), "y": y}
             return {case.column: torch.from_numpy(np.frombuffer(data, case.dtype).copy()), "y": y}
 
-        urls = sorted(str(path) for path in self.place(case).glob("*.tar"))
         while len(urls) < 2:  # each worker wants a shard
             urls *= 2
         dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)

@@ -9,25 +9,26 @@ of its own that opens the dataset and stands somewhere in the epoch; timed is wh
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
-from catalog import UID, seal_all
+from catalog import BLOB_BYTES, blob_id, fill
 from harness import Options, Report
+from sqlalchemy import Connection
 
 import forebay
 from forebay.dataset.schema import Schema
 from forebay_server.catalog.engine import Catalog, sqlite_url
-from forebay_server.publish.dataset import Datasets, VersionCommit
-from forebay_server.publish.shards import ShardCommit
+from forebay_server.catalog.queries_datasets import insert_version
 from forebay_wire.ids import new_random_name
+from forebay_wire.manifest import DatasetManifest, ShardRef
 
 NUM_ROWS = 10**10
 NUM_SHARDS = 100_000
-SHARD_BYTES = 64 << 20
 DATASET = "immense"
 
 _START = """
@@ -55,30 +56,23 @@ print(json.dumps({"ms": seconds * 1e3, "mb": grown / 1e6}))
 """
 
 
-class _Quiet:
-    """The daemon's other parts, which a commit tells and does not wait for."""
-
-    def committed(self, sessions: object) -> None:
-        """The sessions have ended."""
-
-    def wake(self) -> None:
-        """There may be new work."""
-
-
 async def make_version(path: Path) -> None:
     """The version, in the catalog of a daemon that does not run."""
     rows = NUM_ROWS // NUM_SHARDS
     shards = tuple(
-        ShardCommit(new_random_name(), new_random_name() * 2, SHARD_BYTES, rows, (rows,))
-        for _ in range(NUM_SHARDS)
+        ShardRef(blob_id(number), BLOB_BYTES, rows, (rows,)) for number in range(NUM_SHARDS)
     )
+    schema = base64.b64encode(arrow_schema()).decode()
+    manifest = DatasetManifest(DATASET, 1, None, schema, shards)
+    manifest_id, data = manifest.encode()
+
+    def apply(connection: Connection) -> None:
+        fill(connection, 0, NUM_SHARDS, only="blobs")
+        insert_version(connection, manifest, manifest_id, data, new_random_name())
+
     catalog = await asyncio.to_thread(Catalog.open, sqlite_url(path), owner="benchmark")
     try:
-        await catalog.write(lambda connection: seal_all(connection, shards))
-        quiet = _Quiet()
-        datasets = Datasets(catalog, quiet, quiet)  # type: ignore[arg-type]
-        commit = VersionCommit(DATASET, 0, arrow_schema(), shards, new_random_name())
-        await datasets.commit_version(commit, UID)
+        await catalog.write(apply)
     finally:
         await asyncio.to_thread(catalog.close)
 
@@ -96,19 +90,32 @@ def stop_daemon(folder: Path) -> None:
     daemon.wait(timeout=30)
 
 
-def measure_start(report: Report, folder: Path, options: Options) -> None:
+class ImmenseDataset:
+    """A daemon that serves the version from *folder*."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._client: forebay.Client | None = None
+
+    def make(self) -> None:
+        forebay.connect(self.folder).close()  # makes the folder and its tiers
+        stop_daemon(self.folder)
+        asyncio.run(make_version(self.folder / "catalog.sqlite"))
+        self._client = forebay.connect(self.folder)
+        self._client.dataset(DATASET)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+def measure_start(report: Report, immense: ImmenseDataset, options: Options) -> None:
     """The figures ``start_ms_1e10`` and ``start_mb_1e10``: the worse of two shuffles."""
-    forebay.connect(folder).close()  # makes the folder and its tiers
-    stop_daemon(folder)
-    asyncio.run(make_version(folder / "catalog.sqlite"))
-    client = forebay.connect(folder)
-    client.dataset(DATASET)
     for shuffle in ("full", "block"):
-        ran = [start_once(folder, shuffle) for _ in range(1 if options.quick else 7)]
+        ran = [start_once(immense.folder, shuffle) for _ in range(1 if options.quick else 7)]
         report.value("start_ms_1e10", [one["ms"] for one in ran], at_most=50)
         report.value("start_mb_1e10", [one["mb"] for one in ran], at_most=100)
         report.value(f"start_ms_1e10_{shuffle}", [one["ms"] for one in ran])
-    client.close()
 
 
 def start_once(folder: Path, shuffle: str) -> dict[str, float]:

@@ -74,13 +74,18 @@ class SeaweedFS:
     def endpoint(self) -> str:
         return f"http://{HOST}:{self._ports['s3']}"
 
+    @property
+    def metrics_url(self) -> str:
+        """What the S3 server counted, as Prometheus reads it: calls and bytes of each bucket."""
+        return f"http://{HOST}:{self._ports['metrics']}/metrics"
+
     def start(self) -> Self:
         """Start it, on its ports and with its data of before, and wait until S3 answers."""
         assert not self._processes, "it runs already"
         for name in ("master", "volume", "filer"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         if not self._ports:
-            self._ports = _free_ports("master", "volume", "filer", "s3")
+            self._ports = _free_ports("master", "volume", "filer", "s3", "metrics")
         identity = {"accessKey": KEY, "secretKey": SECRET}
         users = [{"name": "test", "credentials": [identity], "actions": _ACTIONS}]
         (self.folder / "s3.json").write_text(json.dumps({"identities": users}))
@@ -132,6 +137,7 @@ class SeaweedFS:
             f"-s3.config={self.folder / 's3.json'}",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
+            f"-metricsPort={self._ports['metrics']}",
         )
         self._wait(lambda: bool(_get(self.endpoint)), "answer S3 calls")
 
