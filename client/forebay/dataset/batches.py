@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from forebay.dataset.following import FollowingReading, check_follow
 from forebay.dataset.holes import Hole, check_on_error
 from forebay.dataset.lists import Lists
 from forebay.dataset.ragged import Ragged
@@ -22,6 +23,7 @@ from forebay.dataset.reading import (
     Piece,
     PlanParameters,
     Readable,
+    Reading,
     Reporter,
     Samples,
     Steps,
@@ -78,6 +80,8 @@ class BatchSource:
         pad_value: float = 0,
         rank: int | None = None,
         world_size: int | None = None,
+        follow: str | None = None,
+        run: str | None = None,
     ) -> None:
         if (global_batch_size is None) == (batch_size is None):
             raise InvalidRequest(
@@ -94,7 +98,11 @@ class BatchSource:
         options = OrderOptions(
             check_shuffle(shuffle), seed, window_blocks, block_rows, lanes, names, ragged != "list"
         )
-        self._reading = arrange(dataset, options)
+        self.following: FollowingReading | None = None
+        """What is read, if it moves on to other versions."""
+        if check_follow(follow, run):
+            self.following = FollowingReading(dataset, options, run, (rank, world_size))
+        self._reading: Reading = self.following or arrange(dataset, options)
         self._transforms.learn(dataset)
         self._lists = {c.name: c for c in self._reading.columns if c.kind == "list"}
         self._ragged.check(self._lists.values(), [c.name for c in self._reading.columns])
@@ -120,6 +128,8 @@ class BatchSource:
         if self._bound is None:
             self._bound = find_rank(*self._rank)
             self._lanes = self.lanes
+            if self.following is not None:
+                self.following.bind(self._bound[1])
             self._reading.check(self.global_batch_size, self.last_batch)
         return self._bound
 
@@ -151,14 +161,27 @@ class BatchSource:
         _, world_size = self._bound or find_rank(*self._rank)
         return math.ceil(self._reading.row_bytes * self.global_batch_size / world_size)
 
-    def reporter(self, num_epochs: int = 0) -> Reporter:
-        """The plan of this reading, for the daemon; *num_epochs* 0: nobody knows."""
+    def reading_of(self, epoch: int) -> Reading:
+        """What *epoch* is read from; of a loader that follows, of its version."""
+        return self._reading if self.following is None else self.following.of(epoch).reading
+
+    def standing_on(self, epoch: int) -> tuple[Readable, str]:
+        """What *epoch* is read from, and its title, if that is decided; else what was last."""
+        if self.following is None:
+            return self.dataset, self._reading.title
+        versions = self.following.standing(epoch)
+        return versions.given, versions.reading.title
+
+    def reporter(self, epoch: int, num_epochs: int = 0) -> Reporter:
+        """The plan of what is read from *epoch* on, for the daemon; *num_epochs* 0: nobody
+        knows."""
         rank, num_ranks = self.bind()
+        reading = self.reading_of(epoch)
         parameters = PlanParameters(
             self.global_batch_size, self.last_batch, rank, num_ranks, self.lanes, num_epochs
         )
-        loader = f"{self._reading.title}, rank {rank} of {num_ranks}, pid {os.getpid()}"
-        return self._reading.reporter(loader, parameters)
+        loader = f"{reading.title}, rank {rank} of {num_ranks}, pid {os.getpid()}"
+        return reading.reporter(loader, parameters)
 
     @property
     def name(self) -> str:
@@ -236,7 +259,9 @@ class BatchSource:
         batch: Batch = {}
         for name, values in arrays.items():
             column = self._lists.get(name) if self._ragged.is_flat else None
-            if column is None:
+            if isinstance(values, Lists):  # of a column, maybe, that only newer versions have
+                batch |= self._ragged.tensors(name, values)
+            elif column is None:
                 batch[name] = _as_tensors(values)
             else:
                 batch |= self._ragged.tensors(name, Lists.of(values, column.dtype))
@@ -275,6 +300,20 @@ class BatchSource:
     def state(self, epoch: int, position: int) -> dict[str, Any]:
         """The JSON object that says: go on with *position* of *epoch*. O(1)."""
         return self._reading.state(epoch, position, self.lanes)
+
+    def state_of_begun(self, epoch: int, position: int) -> dict[str, Any]:
+        """As :meth:`state`, of an epoch that has begun: one that is followed stays on its version
+        even if nothing of it was read."""
+        if self.following is None:
+            return self.state(epoch, position)
+        return self.following.state_of_begun(epoch, position, self.lanes)
+
+    def resumed(self, state: Mapping[str, Any]) -> tuple[int, int]:
+        """As :meth:`restored`, of what :meth:`state_of_begun` said."""
+        if self.following is None:
+            return self.restored(state)
+        epoch, position, self._lanes = self.following.resumed(state, self._fixed_lanes)
+        return epoch, position
 
     def restored(self, state: Mapping[str, Any]) -> tuple[int, int]:
         """(epoch, position) of a *state*; InvalidRequest if it is of other samples or order.

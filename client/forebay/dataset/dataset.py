@@ -323,6 +323,32 @@ class Dataset:
 
         return recompute(self, self._client(), columns, along or {}, progress)
 
+    def followed(self) -> tuple[Dataset, ...]:
+        """The datasets that a loader moves on with ``follow="latest"``: this one."""
+        return (self,)
+
+    def moved_to(self, datasets: Sequence[Dataset]) -> Dataset:
+        """What is read instead of this one: the one of *datasets*."""
+        (moved,) = datasets
+        return moved
+
+    def of_version(
+        self,
+        manifest: DatasetManifest,
+        manifest_id: str,
+        selection: SelectionManifest | None,
+        selection_id: str,
+    ) -> Dataset:
+        """Another version of it, or a selection of that."""
+        return Dataset(
+            manifest,
+            manifest_id,
+            self.endpoint,
+            selection=selection,
+            selection_id=selection_id,
+            control=self._control,
+        )
+
     def whole(self) -> Dataset:
         """The version that this is a split of."""
         return Dataset(self.manifest, self.manifest_id, self.endpoint, control=self._control)

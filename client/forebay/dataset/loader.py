@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -17,7 +18,7 @@ import torch
 from forebay.dataset.batches import BatchSource, ReadBatch, bytes_of
 from forebay.dataset.cache import limit_fetched_bytes
 from forebay.dataset.ledger import Ledger, batch_times, habits_of
-from forebay.dataset.reading import Readable, Reporter, Steps
+from forebay.dataset.reading import Readable, Reading, Reporter, Steps
 from forebay.dataset.report import BatchTimes, LoaderReport
 from forebay.dataset.states import check_is_state
 from forebay.dataset.transforms import Batch, Transform
@@ -73,6 +74,11 @@ class DataLoader:
     by other samples, and change neither order nor state. More than *max_errors* (default: 100)
     different samples in the life of the loader, on this rank, raise TooManyBadSamples.
 
+    *follow* "latest": each new epoch reads the newest version of the dataset (that has the split),
+    as it is when the first rank begins it; all ranks read the same one. An epoch that runs, or is
+    restored, stays on its version. Ranks that share no torch.distributed agree by the name *run*,
+    the same on all of them and another one for each training from the beginning.
+
     *rank* and *world_size* default to torch.distributed's, then the environment's, at the
     first iteration.
     """
@@ -103,6 +109,8 @@ class DataLoader:
         pad_value: float = 0,
         rank: int | None = None,
         world_size: int | None = None,
+        follow: str | None = None,
+        run: str | None = None,
     ) -> None:
         self._source = BatchSource(
             dataset,
@@ -123,10 +131,11 @@ class DataLoader:
             pad_value=pad_value,
             rank=rank,
             world_size=world_size,
+            follow=follow,
+            run=run,
         )
         if num_threads < 0 or prefetch_batches < 1:
             raise InvalidRequest("num_threads is at least 0, prefetch_batches at least 1")
-        self.dataset = dataset
         self._num_threads = num_threads
         self._prefetch_batches = prefetch_batches
         if memory_budget < SMALLEST_BUDGET:
@@ -149,9 +158,15 @@ class DataLoader:
         self._closed = False
         self._num_epochs = 0
         self._plan: Reporter | None = None
+        self._planned_for: Reading | None = None
+
+    @property
+    def dataset(self) -> Readable:
+        """What the current epoch is read from; before that begins, the last one."""
+        return self._source.standing_on(self._epoch)[0]
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, on every rank."""
+        """Steps of a whole epoch, on every rank: of the current one, with ``follow="latest"``."""
         return self._source.cut(0, self._epoch).num_steps
 
     def epochs(self, num_epochs: int) -> Iterator[Epoch]:
@@ -232,7 +247,8 @@ class DataLoader:
 
     def report(self) -> LoaderReport:
         """Samples/s, how long was waited for data and for what, and more; for this rank."""
-        return self._ledger.report(None if self._plan is None else self._plan.news)
+        report = self._ledger.report(None if self._plan is None else self._plan.news)
+        return replace(report, reads=self._source.standing_on(self._epoch)[1])
 
     @property
     def last_batch_times(self) -> BatchTimes:
@@ -268,8 +284,13 @@ class DataLoader:
 
     def _planned(self) -> Reporter:
         """The plan that the daemon has of this loader, standing where it stands."""
+        reading = self._source.reading_of(self._epoch)
+        if self._plan is not None and self._planned_for is not reading:
+            self._plan.end()  # it tells another version
+            self._plan = None
         if self._plan is None:
-            self._plan = self._source.reporter(self._num_epochs)
+            self._plan = self._source.reporter(self._epoch, self._num_epochs)
+            self._planned_for = reading
         self._plan.account(self._ledger.told)
         self._plan.stand(self._epoch, self._position)
         self._source.plan = self._plan.plan

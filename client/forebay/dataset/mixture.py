@@ -112,6 +112,16 @@ class Mixture:
         self.datasets = dict(datasets)
         self._means = _Means(self.datasets, column, mean_tokens)
         self._recipe = self._make_recipe(weights, num_samples, stop, sizes, repeats, by)
+        self._made_of: dict[str, Any] = {
+            "weights": weights,
+            "num_samples": num_samples,
+            "stop": stop,
+            "sizes": sizes,
+            "repeats": repeats,
+            "by": by,
+            "column": column,
+            "mean_tokens": mean_tokens,
+        }
         starts = [dataset.manifest.num_rows for dataset in self.datasets.values()]
         self._first_rows = np.cumsum([0, *starts], dtype=np.int64)
         """Of each dataset, if their versions' rows are counted through; and the end."""
@@ -198,6 +208,22 @@ class Mixture:
         from forebay.dataset.mixed import MixtureReading
 
         return MixtureReading(self, options)
+
+    def followed(self) -> tuple[Dataset, ...]:
+        """The datasets that a loader moves on with ``follow="latest"``: all of them, each epoch of
+        the mixture beginning them anew."""
+        for name in ("num_samples", "sizes", "repeats"):
+            if self._made_of[name] is not None:
+                raise InvalidRequest(
+                    f'follow="latest" and a mixture with {name}=: its next epoch goes on with what '
+                    "did not come in this one, which an epoch of other versions cannot; give "
+                    'stop="first" or stop="all" instead, or leave follow= out'
+                )
+        return tuple(self.datasets.values())
+
+    def moved_to(self, datasets: Sequence[Dataset]) -> Mixture:
+        """The same mixture of other versions of its datasets."""
+        return Mixture(dict(zip(self.datasets, datasets, strict=True)), **self._made_of)
 
     # Making it.
 

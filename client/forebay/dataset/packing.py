@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from forebay.dataset.dataset import Dataset
@@ -71,6 +72,23 @@ class Packed:
 
     def __repr__(self) -> str:
         return f"<Packed windows of {self.length} {self.column} of {self.samples!r}>"
+
+    def followed(self) -> tuple[Dataset, ...]:
+        """The datasets that a loader moves on with ``follow="latest"``."""
+        return self.samples.followed()
+
+    def moved_to(self, datasets: Sequence[Dataset]) -> Packed:
+        """The same windows of other versions of its datasets."""
+        return Packed(
+            self.samples.moved_to(datasets),
+            self.column,
+            self.length,
+            group_samples=self.group_samples,
+            separator=self.separator,
+            pad=self.pad,
+            fit=self.packing.fit,
+            tail=self.packing.tail,
+        )
 
     def arranged(self, options: OrderOptions) -> Reading:
         """What a loader reads of it, in the order that its *options* say."""

@@ -56,8 +56,8 @@ class Pass(Iterator[Batch]):
         source = self._passed._source
         worker, num_workers = self._worker
         return {
-            "began": source.state(*self._place),
-            "reached": source.state(*self._reached),
+            "began": source.state_of_begun(*self._place),
+            "reached": source.state_of_begun(*self._reached),
             "num_read": self._num_read,
             "worker": worker,
             "num_workers": num_workers,
@@ -79,8 +79,8 @@ class Pass(Iterator[Batch]):
                     f"is {here}: give that state to StreamingDataset.load_state_dict, which goes "
                     "on with other workers and batch sizes, and none to the loader"
                 )
-        self._place = source.restored(state["began"])
-        self._reached = source.restored(state["reached"])
+        self._place = source.resumed(state["began"])
+        self._reached = source.resumed(state["reached"])
         self._num_read = state["num_read"]
         self._batches = None
         self._passed._went(self._place[0])

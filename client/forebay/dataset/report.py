@@ -120,6 +120,8 @@ class LoaderReport:
     """One sentence about what holds training back; empty as long as nothing is known."""
     covers: str = ""
     """What the figures are of where that is not all of this rank."""
+    reads: str = ""
+    """Dataset, version and split that are read now, or were last."""
 
     @property
     def samples_per_second(self) -> float:
@@ -141,6 +143,7 @@ class LoaderReport:
             f"{self.samples_per_second:,.0f} samples/s, {self.wait_share:.1%} of "
             f"{self.seconds:.1f} s waiting for data (wait p50 {self.wait_p50_seconds * 1e3:.2f} ms,"
             f" p99 {self.wait_p99_seconds * 1e3:.2f} ms), {self.bytes_read / 1e6:,.1f} MB read"
+            + (f" of {self.reads}" if self.reads else "")
         ]
         if self.wait_seconds:
             lines.append(f"waited for: {shares_of(self.stalls)}")

@@ -7,24 +7,27 @@ whole for any number of workers.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.utils.data
 
 from forebay.dataset.batches import BatchSource
+from forebay.dataset.begun import Begun
 from forebay.dataset.ledger import habits_of
 from forebay.dataset.passes import Pass, refuse_accelerate, torchdata_state
-from forebay.dataset.reading import Readable, Reporter, some_steps
+from forebay.dataset.reading import Readable, Reading, Reporter, some_steps
 from forebay.dataset.report import LoaderReport
 from forebay.dataset.shared_sums import SharedSums
 from forebay.dataset.states import check_is_state
 from forebay.dataset.transforms import Batch, Transform
 from forebay.dataset.turns import Turns
-from forebay_wire.errors import InvalidRequest
+from forebay_wire.errors import ForebayError, InvalidRequest
 
 # Slots of the memory that parent and workers share.
 _WORKERS_READ, _LANES = range(2)
@@ -65,6 +68,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         pad_value: float = 0,
         rank: int | None = None,
         world_size: int | None = None,
+        follow: str | None = None,
+        run: str | None = None,
     ) -> None:
         """The arguments mean what they mean for ``forebay.DataLoader``."""
         super().__init__()
@@ -87,6 +92,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             pad_value=pad_value,
             rank=rank,
             world_size=world_size,
+            follow=follow,
+            run=run,
         )
         self.dataset = dataset
         # Both are read at the start of each iteration, so that a new epoch or a restored position
@@ -96,12 +103,16 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         self._reached: tuple[int, int] | None = None
         """(epoch, position) of the batch that this process handed out last, without workers."""
         self._plan: Reporter | None = None
+        self._planned_for: Reading | None = None
+        following = self._source.following
+        self._begun = None if following is None else Begun(following.num_datasets)
         self._include_times = include_times
         habits = habits_of(dataset, columns, shuffle)
         self._sums = SharedSums(self._source.name, self._source.max_errors, habits)
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, on every rank."""
+        """Steps of a whole epoch, on every rank: of the one that began last, with
+        ``follow="latest"``."""
         return self._source.cut(0, self._turns.place[0]).num_steps
 
     def __iter__(self) -> Pass:
@@ -109,11 +120,14 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         refuse_accelerate(self, sys.modules)
         self._source.bind()
         worker = torch.utils.data.get_worker_info()
+        self._take_versions()
         if worker is None:
-            return Pass(self, self._turns.take(self._has_rest), 0, 1)
-        self._shared[_WORKERS_READ] = 1
-        place = self._turns.agree(worker.id, worker.seed - worker.id, self._has_rest)
-        return Pass(self, place, worker.id, worker.num_workers)
+            place = self._turns.take(self._has_rest)
+        else:
+            self._shared[_WORKERS_READ] = 1
+            place = self._turns.agree(worker.id, worker.seed - worker.id, self._has_rest)
+        self._source.reading_of(place[0])  # decided here, if it follows: the pass has begun
+        return Pass(self, place, *((0, 1) if worker is None else (worker.id, worker.num_workers)))
 
     def _has_rest(self, position: int) -> bool:
         return position == 0 or not self._source.cut(position, self._turns.place[0]).is_over
@@ -128,7 +142,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         cut, order = self._source.cut(position, epoch), self._source.order(epoch)
         worker = torch.utils.data.get_worker_info()
         number = None if worker is None else worker.id
-        plan = self._planned() if not number else None
+        plan = self._planned(epoch) if not number else None
         is_planned = False
         for step in some_steps(cut, first, every):
             if plan is not None and not is_planned:
@@ -154,6 +168,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
     def _went(self, epoch: int) -> None:
         self._turns.went(epoch)
 
+    def _take_versions(self) -> None:
+        """Those of the state that the parent restored, if it did since."""
+        news = None if self._begun is None else self._begun.news()
+        if news is not None and self._source.following is not None:
+            self._source.following.go_on_with(*news)
+
     def _take_lanes(self, lanes: int) -> None:
         """The lanes of the state that the parent restored, if it did: 0 says no."""
         if lanes and lanes != self._source.lanes:
@@ -162,10 +182,15 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
                 self._plan.end()  # it tells another order
                 self._plan = None
 
-    def _planned(self) -> Reporter:
+    def _planned(self, epoch: int) -> Reporter:
         """The plan of all workers of this rank: the first one tells it, as they read in turn."""
+        reading = self._source.reading_of(epoch)
+        if self._plan is not None and self._planned_for is not reading:
+            self._plan.end()  # it tells another version
+            self._plan = None
         if self._plan is None:
-            self._plan = self._source.reporter()
+            self._plan = self._source.reporter(epoch)
+            self._planned_for = reading
             self._plan.account(self._sums.told)
         self._source.plan = self._plan.plan
         return self._plan
@@ -184,7 +209,11 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         (see ``covers``). Without workers it waits for all that is read. For all processes that got
         this dataset by fork, or with torch's workers.
         """
-        return self._sums.report()
+        epoch, _ = self._turns.place
+        with contextlib.suppress(ForebayError):
+            if self._turns.has_begun:  # so it is decided, maybe by workers
+                self._source.reading_of(epoch)
+        return replace(self._sums.report(), reads=self._source.standing_on(epoch)[1])
 
     def state_dict(self, after: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A few integers and names (JSON) that say: go on with the batch that follows *after*.
@@ -214,6 +243,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         check_is_state(state)
         place = self._source.restored(torchdata_state(state) or state)
         self._shared[_LANES] = self._source.lanes
+        if self._begun is not None and self._source.following is not None and place[1]:
+            self._begun.tell(place[0], self._source.following.identities_of(place[0]))
         self._stand_at(*place)
 
     def _stand_at(self, epoch: int, position: int) -> None:
@@ -223,7 +254,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         self._source.bind()  # a spawned worker knows nothing of torch.distributed
-        return {**self.__dict__, "_plan": None}
+        return {**self.__dict__, "_plan": None, "_planned_for": None}
 
 
 def _position_of(batch: Mapping[str, Any]) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.tables import decisions, selections, versions
@@ -154,7 +154,7 @@ def _newest_with_selection(connection: Connection, asked: Question, newest: int)
     return Decision(row.version, row.manifest, named.manifest, newest, is_decided=False)
 
 
-def _key(asked: Question) -> tuple[object, ...]:
+def _key(asked: Question) -> tuple[ColumnElement[bool], ...]:
     return (
         decisions.c.reader == asked.reader,
         decisions.c.dataset == asked.dataset,
