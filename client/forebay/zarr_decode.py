@@ -177,7 +177,7 @@ class Decoder:
         """
         array = self.array(path)
         try:
-            found = np.asarray(run_here(array.getitem(slice(start, stop))))
+            return np.asarray(run_here(array.getitem(slice(start, stop))))
         except (ForebayError, MemoryError):
             raise
         except Exception as error:  # as above
@@ -185,6 +185,3 @@ class Decoder:
                 f"rows {start} to {stop} of array {path!r} of {self._store} cannot be decoded "
                 f"({type(error).__name__}: {error}): write them again"
             ) from error
-        if found.dtype.isnative:
-            return found
-        return found.astype(found.dtype.newbyteorder("="))

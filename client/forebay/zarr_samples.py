@@ -265,7 +265,6 @@ class Samples:
             raise InvalidRequest(
                 f"{where} has the shape {array.shape}, so no samples: leave it out"
             )
-        _refuse_pickle(array, where)
         grid = array.metadata.chunk_grid
         if not isinstance(grid, RegularChunkGrid):
             raise InvalidRequest(f"{where} has chunks of a grid that is not regular")
@@ -278,13 +277,6 @@ class Samples:
             stored[0],
             tuple(-(-size // part) for size, part in zip(array.shape[1:], stored[1:], strict=True)),
         )
-
-
-def _refuse_pickle(array: AsyncArray[Any], where: str) -> None:
-    """What it holds could run anything."""
-    described = {**array.metadata.to_dict(), "attributes": None}
-    if "pickle" in json.dumps(described, default=str).lower():
-        raise InvalidRequest(f"{where} is written by a codec of pickles, which are never read")
 
 
 def _column(name: str, array: AsyncArray[Any], where: str) -> Column:
