@@ -228,7 +228,7 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
             name,
             schema=newest.schema,
             base_version=newest.version,
-            base_shards=len(newest.manifest.shards),
+            base_shards=newest.manifest.num_shards,
             base_manifest=newest.manifest_id,
             shard_bytes=shard_bytes,
             batch_bytes=batch_bytes,

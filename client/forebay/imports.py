@@ -7,7 +7,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import replace as changed
 from typing import TYPE_CHECKING, Any
 
 from forebay_wire.errors import AlreadyExists, DaemonUnavailable, InvalidRequest
@@ -49,6 +49,8 @@ class ImportCalls(ABC):
         schema: Mapping[str, Any] | pa.Schema | Schema | None = None,
         *,
         append: bool = False,
+        columns: bool = False,
+        replace: bool = False,
         write: str | None = None,
         shard_bytes: int = 64 * MIB,
         batch_bytes: int = 2 * MIB,
@@ -62,11 +64,14 @@ class ImportCalls(ABC):
         *schema* as for :meth:`create_dataset`; without one each part infers its own, and they have
         to agree. *append* adds to the newest version, whose schema it is then (or to *base*, if
         that is still the newest at the commit; else Conflict, also if the dataset was deleted and
-        made anew). *write* names the
-        session: one of the same name goes on with the parts that were sealed within the last
-        *keep_seconds*; after its commit it is that version, and writes nothing.
+        made anew). *columns* writes columns beside those of the newest version (or *base*), as
+        :meth:`write_columns` does: the parts in their order have one value for each of its rows;
+        *replace*: also in the place of columns that are there. *write* names the session: one of
+        the same name goes on with the parts that were sealed within the last *keep_seconds*; after
+        its commit it is that version, and writes nothing.
         """
-        from forebay.dataset.parallel import Target, WriteSession, serialized
+        from forebay.dataset.parallel import Target, WriteSession, parsed, serialized
+        from forebay.dataset.write_columns import check_columns
 
         target = Target(
             dataset=check_name("dataset", name),
@@ -76,19 +81,26 @@ class ImportCalls(ABC):
             batch_bytes=batch_bytes,
             keep_seconds=keep_seconds,
         )
-        if append:
+        if append and columns:
+            raise InvalidRequest("a session appends rows or writes columns, not both")
+        if append or columns:
             base = self.dataset(name) if base is None else base
-            target = replace(
+            target = changed(
                 target,
                 base_version=base.version,
-                base_shards=len(base.manifest.shards),
+                base_shards=base.manifest.num_shards,
                 base_manifest=base.manifest_id,
-                schema=serialized(base.schema),
+                base_schema=serialized(base.schema) if columns else b"",
+                replace=replace,
+                schema=target.schema if columns else serialized(base.schema),
             )
         text = "" if metadata is None else json.dumps(dict(metadata))
         session = WriteSession(target, self.reconnect(), text)
         if write is not None:
             session.look_for_commit()
+        if columns and target.schema and session.version is None:
+            new = parsed(target.schema)
+            check_columns(parsed(target.base_schema), new, name, replace=replace)
         return session
 
     def import_dataset(
@@ -98,6 +110,8 @@ class ImportCalls(ABC):
         *,
         format: str | None = None,
         append: bool = False,
+        columns: bool = False,
+        replace: bool = False,
         again: bool = False,
         types: Mapping[str, Any] | None = None,
         delimiter: str = ",",
@@ -116,36 +130,41 @@ class ImportCalls(ABC):
         Or it is a ``datasets.Dataset``, a ``pyarrow.Table`` or an iterable of record batches.
 
         *types* maps columns to the types that they shall have instead of inferred ones. *append*
-        adds to the newest version. *jobs* processes read side by side; they are new interpreters,
-        so a script that asks for them needs ``if __name__ == "__main__":``. It may be a function of
-        the source's bytes. *progress* is called with the bytes that are done, and all.
+        adds to the newest version; *columns* adds the source's columns to its rows, one value for
+        each in order, or with *replace* also puts them in the place of others. *jobs* processes
+        read side by side; they are new interpreters, so a script that asks for them needs ``if
+        __name__ == "__main__":``. It may be a function of the source's bytes. *progress* is called
+        with the bytes that are done, and all.
 
         An import that was killed goes on where it was if it is called again within 6 hours, with
         the same files and arguments: parts that were sealed are not read again. An append that was
         committed is remembered as long as the dataset is there: the same files (by path, size and
         ETag or time) with the same arguments append nothing more, and give that version; with
-        *again* they are appended once more. SchemaMismatch
-        names file, row and column; NotFound, InvalidRequest, IntegrityError name the file.
+        *again* they are appended once more. SchemaMismatch names file, row and column; NotFound,
+        InvalidRequest, IntegrityError name the file.
         """
         from forebay.importers.objects import source_of
         from forebay.importers.piece import Options
         from forebay.importers.run import write_parts
 
-        if not append and name in self.datasets():
+        if not (append or columns) and name in self.datasets():
             raise AlreadyExists(
                 f"there is a dataset {name!r} already: choose another name, append to it "
                 "(--append), or delete it first"
             )
         options = Options(dict(types or {}), delimiter, has_header)
         found = source_of(source, format)
-        base = self.dataset(name) if append else None
-        schema = found.schema(options) if base is None else base.schema
+        base = self.dataset(name) if append or columns else None
+        schema = base.schema if base is not None and append else found.schema(options)
         # An append of files that were appended before is the same one, whatever came between.
-        how = "create" if base is None else f"again {base.manifest_id}" if again else "append"
+        verb = "append" if append else "columns"
+        how = "create" if base is None else f"again {base.manifest_id}" if again else verb
         session = self.write_session(
             name,
             schema,
             append=append,
+            columns=columns,
+            replace=replace,
             write=_write_name(found, name, how, repr((options, shard_bytes, batch_bytes))),
             shard_bytes=shard_bytes,
             batch_bytes=batch_bytes,

@@ -248,6 +248,11 @@ class DatasetManifest:
             yield from layer.shards
 
     @property
+    def num_shards(self) -> int:
+        """Those of layers among them."""
+        return len(self.shards) + sum(len(layer.shards) for layer in self.layers)
+
+    @property
     def num_bytes(self) -> int:
         """Of all shards, those of layers among them."""
         return sum(shard.num_bytes for shard in self.every_shard())
@@ -278,8 +283,9 @@ class DatasetManifest:
         return ColumnShards(shards, len(own.shards), own.schema, schemas)
 
     def encode(self) -> tuple[str, bytes]:
-        count = len(self.shards) + sum(len(layer.shards) for layer in self.layers)
-        check_limit("shards of a version", count, MAX_SHARDS_PER_VERSION, "write larger shards")
+        check_limit(
+            "shards of a version", self.num_shards, MAX_SHARDS_PER_VERSION, "write larger shards"
+        )
         payload = {**vars(self), "shards": [shard.payload() for shard in self.shards]}
         payload["layers"] = [layer.payload() for layer in self.layers]
         for name in ("shard_schemas", "layers"):

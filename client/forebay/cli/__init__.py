@@ -13,6 +13,7 @@ from forebay.cli.checkpoint_delete import delete_checkpoint
 from forebay.cli.checkpoint_list import list_checkpoints
 from forebay.cli.checkpoint_show import show_checkpoint
 from forebay.cli.daemon import backup, recover, serve
+from forebay.cli.dataset_columns import write_columns
 from forebay.cli.dataset_delete import delete_dataset
 from forebay.cli.dataset_head import show_rows
 from forebay.cli.dataset_import import append_dataset, import_dataset
@@ -59,6 +60,7 @@ for command in (
     verify_dataset,
     import_dataset,
     append_dataset,
+    write_columns,
     register_dataset,
     pin_dataset,
     split_dataset,

@@ -71,7 +71,7 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="COLUMN=TYPE",
             help="Of a column, instead of the inferred one: float32, string, binary, …",
         ),
-        click.option("--jobs", type=click.IntRange(min=0), default=0, help=_JOBS_HELP),
+        click.option("--jobs", type=click.IntRange(min=0), default=0, help=JOBS_HELP),
         click.option("--shard-bytes", default=64 * MIB, show_default=True, help="Largest shard."),
         click.option(
             "--batch-bytes", default=2 * MIB, show_default=True, help="Record batch, about."
@@ -85,7 +85,7 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _again = click.option(
     "--again", is_flag=True, help="Append also what the same command has appended before."
 )
-_JOBS_HELP: Final = "Processes that read side by side. Default 0: by the size of the data."
+JOBS_HELP: Final = "Processes that read side by side. Default 0: by the size of the data."
 
 
 @click.command("import")
@@ -119,7 +119,7 @@ def append_dataset(session: Session, **options: Any) -> None:
 
 
 def _task(given: dict[str, Any], *, append: bool) -> _Task:
-    types = _parse_types(given.pop("types"))
+    types = parse_types(given.pop("types"))
     return _Task(append=append, has_header=not given.pop("no_header"), types=types, **given)
 
 
@@ -141,7 +141,7 @@ def _run(session: Session, task: _Task) -> None:
                 has_header=task.has_header,
                 shard_bytes=task.shard_bytes,
                 batch_bytes=task.batch_bytes,
-                jobs=task.jobs or _jobs,
+                jobs=task.jobs or default_jobs,
                 progress=progress,
             )
         if shares:
@@ -170,7 +170,7 @@ def _run(session: Session, task: _Task) -> None:
     )
 
 
-def _jobs(num_bytes: int) -> int:
+def default_jobs(num_bytes: int) -> int:
     """How many processes read so many bytes."""
     return max(1, min(len(os.sched_getaffinity(0)), num_bytes // BYTES_OF_A_JOB, MAX_JOBS))
 
@@ -189,7 +189,7 @@ def parse_shares(text: str | None) -> dict[str, float]:
     return shares
 
 
-def _parse_types(given: Sequence[str]) -> dict[str, str]:
+def parse_types(given: Sequence[str]) -> dict[str, str]:
     types: dict[str, str] = {}
     for one in given:
         column, separator, kind = one.rpartition("=")

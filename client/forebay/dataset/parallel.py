@@ -19,6 +19,7 @@ from forebay.dataset.write import (
     SHARD_COMMIT_BYTES,
     DatasetWriter,
 )
+from forebay.dataset.write_columns import check_columns, with_columns
 from forebay.methods import Datasets
 from forebay.transfer import Transfer
 from forebay_wire.errors import InvalidRequest, NotFound
@@ -53,6 +54,10 @@ class Target:
     base_shards: int = 0
     base_manifest: str = ""
     """Of the base version: tells it from that of a dataset that was deleted and made anew."""
+    base_schema: bytes = b""
+    """Of the base version, beside whose columns some are written; empty: rows are appended."""
+    replace: bool = False
+    """Whether some of these columns may be there already."""
     schema: bytes = b""
     """Arrow schema, IPC-serialised; empty: that of the first part."""
     shard_bytes: int = SHARD_BYTES
@@ -71,7 +76,7 @@ class PartWriter(DatasetWriter):
     """
 
     def __init__(self, target: Target, part: str, connection: Connection) -> None:
-        schema = pa.ipc.read_schema(pa.py_buffer(target.schema)) if target.schema else None
+        schema = parsed(target.schema) if target.schema else None
         super().__init__(
             connection.channel,
             connection.transfer,
@@ -179,8 +184,8 @@ class WriteSession:
         """Make the parts one version, visible and durable, and return its number. Idempotent.
 
         *parts* are those that must be there, in the order of rows; others are dropped. Default: all
-        by name. NotFound naming those that are missing; AlreadyExists, Conflict as by a writer, also if the
-        dataset that was to be appended to was deleted and made anew meanwhile.
+        by name. NotFound naming those that are missing; AlreadyExists, Conflict as by a writer,
+        also if the dataset that was to be appended to was deleted and made anew meanwhile.
         """
         if self.version is not None:
             return self.version
@@ -212,11 +217,20 @@ class WriteSession:
             write=self.write,
             base_manifest=self.target.base_manifest,
         )
+        if self.target.base_schema:
+            self._write_beside(request, parsed(schema))
         made = self._connected().channel.call(
             Datasets.CommitVersion, request, timeout=COMMIT_SECONDS
         )
         self.version = made.version
         return made.version
+
+    def _write_beside(self, request: datasets_pb2.CommitVersionRequest, new: Schema) -> None:
+        base = parsed(self.target.base_schema)
+        check_columns(base, new, self.target.dataset, replace=self.target.replace)
+        request.schema = serialized(with_columns(base, new))
+        request.columns.columns.extend(new.names)
+        request.columns.schema = serialized(new)
 
     def abort(self) -> None:
         """Drop all parts. Nothing after a commit."""
@@ -277,6 +291,11 @@ class WriteSession:
         if self._connection is None:
             self._connection = self.connect()
         return self._connection
+
+
+def parsed(schema: bytes) -> Schema:
+    """A schema as a target has it."""
+    return Schema.from_arrow(pa.ipc.read_schema(pa.py_buffer(schema)))
 
 
 def serialized(schema: Mapping[str, Any] | pa.Schema | Schema | None) -> bytes:

@@ -56,7 +56,7 @@ class ColumnsWriter(DatasetWriter):
             base.name,
             schema=schema,
             base_version=base.version,
-            base_shards=sum(1 for _ in base.manifest.every_shard()),
+            base_shards=base.manifest.num_shards,
             base_manifest=base.manifest_id,
             shard_bytes=shard_bytes,
             batch_bytes=batch_bytes,
@@ -81,13 +81,7 @@ class ColumnsWriter(DatasetWriter):
             )
 
     def _checked(self, schema: Schema) -> Schema:
-        there = [name for name in schema.names if name in self._base.schema.names]
-        if there and not self._may_replace:
-            raise AlreadyExists(
-                f"dataset {self.name!r} v{self._base.version} has "
-                f"{', '.join(map(repr, there))} already: write_columns(..., replace=True) makes a "
-                "version with other values"
-            )
+        check_columns(self._base.schema, schema, self.name, replace=self._may_replace)
         return schema
 
     def _commit_request(self, schema: Schema) -> datasets_pb2.CommitVersionRequest:
@@ -96,6 +90,16 @@ class ColumnsWriter(DatasetWriter):
         request.columns.columns.extend(schema.names)
         request.columns.schema = schema.arrow.serialize().to_pybytes()
         return request
+
+
+def check_columns(base: Schema, new: Schema, dataset: str, *, replace: bool) -> None:
+    """AlreadyExists if *dataset* has some of the *new* columns, unless these *replace* them."""
+    there = [name for name in new.names if name in base.names]
+    if there and not replace:
+        raise AlreadyExists(
+            f"dataset {dataset!r} has {', '.join(map(repr, there))} already: replace=True (on the "
+            "command line --replace) makes a version with other values"
+        )
 
 
 def with_columns(base: Schema, new: Schema) -> Schema:

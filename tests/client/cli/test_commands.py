@@ -185,8 +185,8 @@ def test_commands_are_exactly_these(forebay_command) -> None:
     assert groups == {
         "status": [],
         "dataset": [
-            *("append", "delete", "head", "import", "list", "pin", "register", "select", "show"),
-            *("split", "stats", "verify", "warm"),
+            *("append", "columns", "delete", "head", "import", "list", "pin", "register"),
+            *("select", "show", "split", "stats", "verify", "warm"),
         ],
         "checkpoint": ["delete", "list", "show"],
         "jobs": [],

@@ -298,3 +298,24 @@ def test_a_dataset_of_datasets(client: forebay.Client, name: str) -> None:
     given = datasets.Dataset.from_dict({"n": list(range(100))}).shuffle(seed=1)
     made = client.import_dataset(name, given)
     assert made.table().column("n").to_pylist() == given["n"][:]
+
+
+def test_columns_are_written_in_parts_of_any_processes(client, name):
+    """In the order of the parts' names, whoever wrote them, and whenever."""
+    with client.create_dataset(name, {"x": "int64"}) as writer:
+        writer.write_table(pa.table({"x": range(100)}))
+    with client.write_session(name, {"y": "int64"}, columns=True, write="labels") as session:
+        for part in (3, 1, 0, 2):
+            with session.part(f"part-{part}") as writer:
+                writer.write_table(pa.table({"y": range(25 * part, 25 * part + 25)}))
+        with session.part("part-1") as writer:  # once more: it counted
+            writer.write_table(pa.table({"y": range(25)}))
+        assert writer.counted is False
+    found = client.dataset(name)
+    assert found.take(range(100))["x"].tolist() == found.take(range(100))["y"].tolist()
+    again = client.write_session(name, {"y": "int64"}, columns=True, write="labels")
+    assert again.version == found.version == 2
+    with pytest.raises(forebay.AlreadyExists, match="'y' already"):
+        client.write_session(name, {"y": "int64"}, columns=True)
+    with pytest.raises(forebay.InvalidRequest, match="not both"):
+        client.write_session(name, columns=True, append=True)
