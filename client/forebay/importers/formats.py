@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from forebay.importers import arrays, images, litdata, mds, tables, tar
+from forebay.importers import arrays, csv_files, images, litdata, mds, tables, tar
 from forebay.importers.files import (
     File,
     exists,
@@ -45,7 +45,7 @@ FORMATS: Final = (*dict.fromkeys(SUFFIXES.values()), *FOLDERS)
 
 _FILES: Final[dict[str, Callable[[File], Sequence[Piece]]]] = {
     "parquet": tables.parquet_pieces,
-    "csv": lambda file: [tables.CsvPiece(file)],
+    "csv": lambda file: [csv_files.CsvPiece(file)],
     "jsonl": tables.json_lines_pieces,
     "npz": lambda file: [arrays.NpzPiece(file)],
     "npy": arrays.npy_pieces,

@@ -116,7 +116,12 @@ class Source:
         return all(getattr(piece, "can_travel", True) for piece in self.pieces)
 
     def schema(self, options: Options) -> Schema:
-        """Of the first rows. InvalidRequest if there are none."""
+        """Of the first rows, or where the format tells nothing, of all. InvalidRequest if there are
+        none."""
+        of_all = getattr(self.pieces[0], "schema_of", None) if self.pieces else None
+        if of_all is not None:
+            found: Schema = of_all(self.pieces, options)
+            return found
         for block in chain.from_iterable(piece.read(None, options) for piece in self.pieces):
             return options.schema(block.batch.schema)
         raise InvalidRequest("there are no rows to import, so no columns either")

@@ -40,7 +40,9 @@ class PartWork:
                     try:
                         writer.write_table(batch)
                     except SchemaMismatch as error:
-                        raise _blamed(piece, row, batch, self.schema, error) from error
+                        raise _blamed(
+                            piece, row, batch, self.schema, self.options, error
+                        ) from error
                     row += batch.num_rows
                     report(before + min(block.done_bytes, piece.num_bytes))
                 before += piece.num_bytes
@@ -101,7 +103,12 @@ def _tell(tell: Progress, before: int, total: int, done: int) -> None:
 
 
 def _blamed(
-    piece: Piece, row: int, batch: pa.RecordBatch, schema: Schema, error: SchemaMismatch
+    piece: Piece,
+    row: int,
+    batch: pa.RecordBatch,
+    schema: Schema,
+    options: Options,
+    error: SchemaMismatch,
 ) -> SchemaMismatch:
     """*error* with the row that is to blame, of *batch*, which begins at *row* of the piece."""
     table = pa.Table.from_batches([batch])
@@ -110,7 +117,7 @@ def _blamed(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if _fits(table.slice(0, middle), schema) else (low, middle)
-        where = _place(piece, row + high - 1)
+        where = _place(piece, row + high - 1, options)
         last = table.slice(high - 1, 1)
         for name in schema.names:
             advice = _about_missing(last, schema[name])
@@ -125,10 +132,10 @@ def _blamed(
     return SchemaMismatch(f"{piece.name}: {error.message.removeprefix('write_table, ')}")
 
 
-def _place(piece: Piece, row: int) -> str:
+def _place(piece: Piece, row: int, options: Options) -> str:
     """Where a row of *piece* is: in its own words, if it has any."""
-    own: Callable[[int], str] | None = getattr(piece, "where", None)
-    return f"{piece.name}, row {row} of it" if own is None else own(row)
+    own: Callable[[int, Options], str] | None = getattr(piece, "where", None)
+    return f"{piece.name}, row {row} of it" if own is None else own(row, options)
 
 
 def _about_missing(row: pa.Table, column: Column) -> str:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import IO, Any, Final
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from forebay.dataset.schema import Schema
-from forebay.importers.files import File, WholeFile, open_file
+from forebay.importers.files import File, open_file
 from forebay.importers.json_types import Inexact, check_exact, numbered_rows, sure_schema
 from forebay.importers.piece import Block, Options
 from forebay_wire.errors import InvalidRequest, SchemaMismatch
@@ -86,46 +85,6 @@ def parquet_pieces(file: File) -> list[ParquetPiece]:
 
 
 @dataclass(frozen=True)
-class CsvPiece(WholeFile):
-    """A CSV file, gzip-compressed if its name says so. Quoted lines may break, so it is not cut."""
-
-    def read(self, schema: Schema | None, options: Options) -> Iterator[Block]:
-        with open_file(self.file.path) as file:
-            reader = self._open(file, schema, options)
-            try:
-                for batch in reader:
-                    done = self.num_bytes if file.closed else file.tell()
-                    yield Block(batch, done)
-            except pa.ArrowInvalid as error:
-                raise SchemaMismatch(
-                    f"{self.name}: {error}; types were inferred from the first "
-                    f"{BLOCK_BYTES // MIB} MiB: name the right one with --type COLUMN=TYPE"
-                ) from error
-
-    def _open(
-        self, file: IO[bytes], schema: Schema | None, options: Options
-    ) -> pa_csv.CSVStreamingReader:
-        stream = pa.input_stream(file, compression="gzip" if self.name.endswith(".gz") else None)
-        wanted = Schema.of(options.types).arrow if options.types else pa.schema([])
-        if schema is not None:
-            wanted = schema.arrow
-        try:
-            return pa_csv.open_csv(
-                stream,
-                read_options=pa_csv.ReadOptions(
-                    block_size=BLOCK_BYTES, autogenerate_column_names=not options.has_header
-                ),
-                parse_options=pa_csv.ParseOptions(delimiter=options.delimiter),
-                convert_options=pa_csv.ConvertOptions(
-                    column_types={column.name: column.type for column in wanted}
-                ),
-            )
-        except (pa.ArrowException, OSError) as error:
-            kind = InvalidRequest if schema is None else SchemaMismatch
-            raise kind(f"{self.name} cannot be read as csv: {error}") from error
-
-
-@dataclass(frozen=True)
 class JsonLinesPiece:
     """The lines that begin within a range of a file of JSON objects, one a line."""
 
@@ -182,7 +141,7 @@ class JsonLinesPiece:
         check_exact(table, lines, options.types)
         return table
 
-    def where(self, row: int) -> str:
+    def where(self, row: int, options: Options) -> str:
         """File and line of a row of the range."""
         before = 0
         with open_file(self.file.path) as file:

@@ -169,13 +169,16 @@ def test_unreadable_files(
     assert str(tmp_path / file) in ended.err
 
 
-def test_value_of_another_type_far_down_names_the_option(run, tmp_path: Path) -> None:
-    filler = "1" * 60
-    lines = [f"{x},{filler}" for x in range(150_000)]
+def test_value_of_another_type_far_down_makes_text_and_is_named(
+    run, read, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [f"{x},{'y' * 60}" for x in range(150_000)]
     (tmp_path / "t.csv").write_text("x,y\n" + "\n".join(lines) + "\nword,1\n")
     ended = run(tmp_path / "t.csv")
-    assert ended.status == ExitCode.USAGE
-    assert "--type COLUMN=TYPE" in ended.err
+    assert ended.json["num_rows"] == 150_001
+    assert "t.csv, line 150002, column 'x': 'word' is no int64" in caplog.text
+    assert read().column("x")[-2:].to_pylist() == ["149999", "word"]
+    assert run(tmp_path / "t.csv", "--append").status == ExitCode.OK
 
 
 @pytest.mark.parametrize("given", ["train", "train=x"])

@@ -1,0 +1,243 @@
+"""Types of the columns of CSV files: of all their values, such that none is changed.
+
+The types are those that pyarrow infers, looked for in all rows of all files instead of the first
+block of one; and there are none for what they would change: whole numbers beyond int64 are uint64
+or refused, and digits behind a leading zero (``007``) are text, as for readr.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+
+from forebay_wire.errors import SchemaMismatch
+
+MAX_EXACT: Final = 2**53
+"""Whole numbers up to here are kept by float64."""
+
+logger = logging.getLogger(__name__)
+
+NUMBERS: Final = (pa.int64(), pa.uint64(), pa.float64())
+CANDIDATES: Final = (
+    *(pa.int64(), pa.uint64(), pa.bool_(), pa.date32(), pa.time32("s")),
+    *(pa.timestamp("s"), pa.timestamp("ns"), pa.timestamp("s", "UTC"), pa.timestamp("ns", "UTC")),
+    pa.float64(),
+)
+"""The first one that takes all values is a column's type; text if none does."""
+
+_MISSING: Final = pa.array(pa_csv.ConvertOptions().null_values)
+_LEADING_ZERO: Final = r"^\s*[+-]?0[0-9]"
+_LONG_INTEGER: Final = r"^\s*[+-]?[0-9]{16,}\s*$"
+_TIME: Final = r"^([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?$"
+
+Rows = Iterator[tuple[int, pa.RecordBatch]]
+"""Batches of text, each with the number of its first row."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value."""
+
+    row: int
+    value: str
+
+
+@dataclass
+class ColumnTypes:
+    """The types that the values of one column of one file may have."""
+
+    candidates: tuple[pa.DataType, ...] = CANDIDATES
+    has_values: bool = False
+    large: Place | None = None
+    """The first whole number beyond those that float64 keeps."""
+    lost: dict[pa.DataType, Place] = field(default_factory=dict)
+    """Of each type that is no candidate any more the first value that it does not take."""
+
+    @property
+    def type(self) -> pa.DataType | None:
+        """None: there is no value."""
+        if not self.has_values:
+            return None
+        return self.candidates[0] if self.candidates else pa.string()
+
+    def take(self, values: pa.StringArray, row: int) -> None:
+        """More *values*, of which the first one's number is *row*."""
+        there = pc.invert(is_missing(values))
+        if not pc.any(there).as_py():
+            return
+        self.has_values = True
+        if not self.candidates:
+            return
+        for kind in self.candidates:
+            if not takes(kind, values.filter(there)):
+                self.lost[kind] = _first(kind, values, row)
+        self.candidates = tuple(kind for kind in self.candidates if kind not in self.lost)
+        if self.large is None and pa.float64() in self.candidates:
+            self.large = _large(values, row)
+
+
+def is_missing(values: pa.StringArray) -> pa.BooleanArray:
+    """Which of them are no value for anything but text: empty, ``NA``, ``null`` and the like."""
+    return pc.is_in(pc.utf8_trim_whitespace(values), _MISSING)
+
+
+def takes(kind: pa.DataType, values: pa.StringArray) -> bool:
+    """Whether all *values*, of which none is missing, are of *kind*."""
+    if kind in NUMBERS and pc.any(pc.match_substring_regex(values, _LEADING_ZERO)).as_py():
+        return False
+    return converts(kind, values)
+
+
+def converts(kind: pa.DataType, values: pa.StringArray) -> bool:
+    """Whether all *values* can be read as *kind*, as a user may ask for."""
+    trimmed = pc.utf8_trim_whitespace(values)
+    if pa.types.is_time32(kind):
+        return bool(pc.all(pc.match_substring_regex(trimmed, _TIME)).as_py())
+    try:
+        trimmed.cast(kind)
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _first(
+    kind: pa.DataType,
+    values: pa.StringArray,
+    row: int,
+    takes: Callable[[pa.DataType, pa.StringArray], bool] = takes,
+) -> Place:
+    """The first value that is not of *kind*; there is one."""
+    there = pc.invert(is_missing(values))
+    rows = pc.indices_nonzero(there)
+    values = values.filter(there)
+    low, high = 0, len(values)  # the first so many are of that kind; so many are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        part = values.slice(low, middle - low)
+        low, high = (middle, high) if takes(kind, part) else (low, middle)
+    return Place(row + rows[low].as_py(), values[low].as_py())
+
+
+def _large(values: pa.StringArray, row: int) -> Place | None:
+    found = pc.indices_nonzero(pc.match_substring_regex(values, _LONG_INTEGER))
+    for place in found.to_pylist():
+        value = values[place].as_py()
+        if abs(int(value)) > MAX_EXACT:
+            return Place(row + place, value)
+    return None
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What was found in one file."""
+
+    name: str
+    columns: Mapping[str, ColumnTypes]
+    num_rows: int
+    """Not all of them, if there was nothing to look for."""
+    place_of: Callable[[int], str]
+    """File and line of a row."""
+
+    def where(self, place: Place, column: str) -> str:
+        return f"{self.place_of(place.row)}, column {column!r}"
+
+
+def scan(
+    names: Sequence[str],
+    wanted: Sequence[str],
+    rows: Rows,
+    place_of: Callable[[int], str],
+    name: str,
+) -> Scanned:
+    """Look at *rows* of the file *name*, of columns *names*: for the types of those *wanted*."""
+    columns = {column: ColumnTypes() for column in names}
+    num_rows = 0
+    for row, batch in rows:
+        for column in wanted:
+            columns[column].take(batch.column(column), row)
+        num_rows = row + batch.num_rows
+        if not wanted and num_rows:
+            break
+    return Scanned(name, columns, num_rows, place_of)
+
+
+def common_schema(files: Sequence[Scanned]) -> pa.Schema:
+    """One type for each column of all *files*. SchemaMismatch naming file, line and column."""
+    names = list(files[0].columns)
+    for file in files[1:]:
+        if set(file.columns) != set(names):
+            raise SchemaMismatch(
+                f"{file.name}: its columns are {', '.join(sorted(file.columns))}; those of "
+                f"{files[0].name} are {', '.join(sorted(names))}"
+            )
+    return pa.schema([pa.field(name, _common(name, files)) for name in names])
+
+
+def _common(column: str, files: Sequence[Scanned]) -> pa.DataType:
+    with_values = [file for file in files if file.columns[column].has_values]
+    if not with_values:
+        return pa.string()  # as text, the empty values stay what they are
+    found = [file.columns[column] for file in with_values]
+    for kind in CANDIDATES:
+        if all(kind in one.candidates for one in found):
+            if kind == pa.float64():
+                _check_exact(column, with_values)
+            return kind
+    if any(one.candidates for one in found):
+        _check_alike(column, with_values)
+    for file in with_values:
+        _warn(file, column)
+    return pa.string()
+
+
+def _warn(file: Scanned, column: str) -> None:
+    """Say which value made text of a column that began as something else."""
+    lost = file.columns[column].lost.items()
+    kind, place = max(lost, key=lambda one: one[1].row)
+    if place.row > min(other.row for _, other in lost):
+        logger.warning(
+            "%s: %r is no %s, as the values before it are: the column becomes text",
+            file.where(place, column),
+            place.value,
+            kind,
+        )
+
+
+def _check_exact(column: str, files: Sequence[Scanned]) -> None:
+    for file in files:
+        place = file.columns[column].large
+        if place is not None:
+            raise SchemaMismatch(
+                f"{file.where(place, column)}: no integer type holds all numbers of the column, "
+                f"and float64 rounds numbers like {place.value}: keep them as text with --type "
+                f"{column}=string, or have them rounded with --type {column}=float64"
+            )
+
+
+def _check_alike(column: str, files: Sequence[Scanned]) -> None:
+    """Files of which each by itself has another type than text are not made text silently."""
+    first = next(file for file in files if file.columns[column].candidates)
+    kind = first.columns[column].candidates[0]
+    for file in files:
+        place = file.columns[column].lost.get(kind)
+        if file is not first and place is not None:
+            raise SchemaMismatch(
+                f"{file.where(place, column)}: {place.value!r} is no {kind}, which the column is "
+                f"in {first.name}: give one type for all with --type {column}=TYPE, such as string"
+            )
+
+
+def misfit(column: str, kind: pa.DataType, rows: Rows) -> Place | None:
+    """The first value of *column* that cannot be read as *kind*; None: all can."""
+    for row, batch in rows:
+        values = batch.column(column)
+        there = values.filter(pc.invert(is_missing(values)))
+        if len(there) and not converts(kind, there):
+            return _first(kind, values, row, converts)
+    return None

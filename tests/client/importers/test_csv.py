@@ -1,0 +1,199 @@
+"""Types of CSV columns are those of all values, and change none of them."""
+
+import datetime
+import gzip
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import forebay
+from forebay.importers import csv_files
+from forebay_server.testing.daemon import DaemonProcess
+from forebay_wire.errors import InvalidRequest, SchemaMismatch
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forebay.Client]:
+    with (
+        DaemonProcess(tmp_path_factory.mktemp("csv") / "data") as process,
+        forebay.connect(process.data) as connected,
+    ):
+        yield connected
+
+
+Load = Callable[..., pa.Table]
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def load(client: forebay.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Imports files of these texts, in blocks of few rows."""
+    monkeypatch.setattr(csv_files, "BLOCK_BYTES", 64)
+    names: list[str] = []
+
+    def imported(*texts: str, append: bool = False, **options: object) -> pa.Table:
+        if not append:
+            names.append(f"csv-{next(_NUMBERS)}")
+        paths = [tmp_path / f"{number}.csv" for number in range(len(texts))]
+        for path, text in zip(paths, texts, strict=True):
+            path.write_text(text)
+        return client.import_dataset(names[-1], paths, append=append, **options).table()
+
+    return imported
+
+
+def column(*values: object) -> str:
+    """A file of one column, longer than a block."""
+    return "x\n" + "".join(f"{value}\n" for value in values)
+
+
+FILLER = ["1"] * 100
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "last"),
+    [
+        (["1"], pa.int64(), 1),
+        (["-9223372036854775808"], pa.int64(), -(2**63)),
+        (["9223372036854775808"], pa.uint64(), 2**63),
+        (["18446744073709551615"], pa.uint64(), 2**64 - 1),
+        (["0.5"], pa.float64(), 0.5),
+        (["-3", "1e3"], pa.float64(), 1000.0),
+        ([" 7"], pa.int64(), 7),
+        (["007"], pa.string(), "007"),
+        (["00.5"], pa.string(), "00.5"),
+        (["0"], pa.int64(), 0),
+        (["x1"], pa.string(), "x1"),
+    ],
+)
+def test_a_type_is_that_of_all_values(
+    load: Load, values: list[str], kind: pa.DataType, last: object
+) -> None:
+    found = load(column(*FILLER, *values)).column("x")
+    assert (found.type, found[-1].as_py()) == (kind, last)
+    assert len(found) == 100 + len(values)
+    assert found[0].as_py() == ("1" if kind == pa.string() else 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "last"),
+    [
+        (["true"] * 50 + ["FALSE"], "bool", False),
+        (["0"] * 50 + ["true"], "bool", True),
+        (["2024-02-29"] * 50, "date32", datetime.date(2024, 2, 29)),
+        (["2024-02-29"] * 50 + ["2024-02-29 10:00:00"], "ts", datetime.datetime(2024, 2, 29, 10)),  # noqa: DTZ001  the type has no zone
+        (["10:30"] * 50 + ["10:30:05"], "time", datetime.time(10, 30, 5)),
+        (["2024-02-29"] * 50 + ["soon"], "text", "soon"),
+        ([""] * 50, "text", ""),
+        (["NA"] * 50, "text", "NA"),
+    ],
+)
+def test_other_types_are_those_that_arrow_infers(
+    load: Load, values: list[str], kind: str, last: object
+) -> None:
+    wanted = {
+        "bool": pa.bool_(),
+        "date32": pa.date32(),
+        "ts": pa.timestamp("s"),
+        "time": pa.time32("s"),
+        "text": pa.string(),
+    }
+    found = load("x,y\n" + "".join(f"{value},1\n" for value in values)).column("x")
+    assert (found.type, found[-1].as_py()) == (wanted[kind], last)
+    assert len(found) == len(values)
+
+
+def test_types_that_are_given_win(load: Load) -> None:
+    text = "id,x,y\n" + "007,1,\n" * 50
+    types = {"id": "int64", "x": "float32", "y": "float64"}
+    found = load(text, types=types)
+    assert [str(one) for one in found.schema.types] == ["int64", "float", "double"]
+    assert found.column("id")[0].as_py() == 7
+    assert np.isnan(found.column("y")[0].as_py())
+    with pytest.raises(InvalidRequest, match="a type is given for z"):
+        load(text, types={"z": "int64"})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            ["18446744073709551616"],
+            "line 102, column 'x'.* numbers like 18446744073709551616",
+        ),
+        (
+            ["-1", "9223372036854775808"],
+            "line 103, column 'x'.* numbers like 9223372036854775808",
+        ),
+        (
+            ["9007199254740993", "0.5"],
+            "line 102, column 'x'.* numbers like 9007199254740993",
+        ),
+        ([""], None),
+        (["NA"], "line 102, column 'x': the value is missing"),
+    ],
+)
+def test_what_no_number_type_keeps_is_named(
+    load: Load, values: list[str], message: str | None
+) -> None:
+    text = column(*FILLER, *values)
+    if message is None:  # an empty line is no row
+        assert len(load(text)) == 100
+        return
+    with pytest.raises(SchemaMismatch, match=message):
+        load(text)
+    assert len(load(text, types={"x": "float64"})) == 100 + len(values)
+
+
+def test_files_have_one_type_or_are_told_apart(load: Load) -> None:
+    whole, half, text = (column(*["1"] * 50, last) for last in ("2", "0.5", "two"))
+    empty, other = column(*['""'] * 9), "y\n1\n"
+    assert load(whole, half).column("x").type == pa.float64()
+    assert load(empty, whole, append=True).column("x").to_pylist()[-1] == 2
+    assert load(empty, text).column("x").type == pa.string()
+    with pytest.raises(SchemaMismatch, match=r"1.csv, line 52, column 'x': 'two' is no int64, wh"):
+        load(whole, text)
+    with pytest.raises(SchemaMismatch, match=r"1.csv: its columns are y; those of .*0.csv are x"):
+        load(whole, other)
+    found = load(whole, text, types={"x": "string"})
+    assert found.column("x")[-1].as_py() == "two"
+
+
+def test_a_value_that_is_not_of_the_given_type_is_named(load: Load) -> None:
+    head = '"a text\nof two lines",1\n\n' * 40  # and empty lines, which are no rows
+    with pytest.raises(SchemaMismatch, match=r"line 122, column 'x': 'one' is no int64"):
+        load("t,x\n" + head + "t,one\n" + head, types={"x": "int64"})
+    load("t,x\n" + head)
+    with pytest.raises(SchemaMismatch, match=r"line 122, column 'x': '0.5' is no int64"):
+        load("t,x\n" + head + "t,0.5\n", append=True)
+    with pytest.raises(SchemaMismatch, match=r"line 121, column 'f1': the value is missing"):
+        load(head + "t,NA\n", types={"f1": "int64"}, has_header=False)
+    with pytest.raises(InvalidRequest, match=r"0.csv cannot be read as csv: .*Expected 2 columns"):
+        load("t,x\n" + head + "1,2,3\n")
+    with pytest.raises(InvalidRequest, match="same name"):
+        load("t,t\n1,2\n")
+
+
+def test_text_beside_numbers_is_said(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load("x,y\n" + "a,1\n" * 30)
+        assert caplog.text == ""
+        load("x,y\n" + "a,1\n" * 30 + "a,b\n")
+    assert "0.csv, line 32, column 'y': 'b' is no int64, as the values before it are" in caplog.text
+
+
+def test_compressed_files_are_looked_through_as_well(
+    client: forebay.Client, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(gzip.compress(column(*FILLER, "0.25").encode()))
+    made = client.import_dataset("compressed", path)
+    assert made.table().column("x")[-1].as_py() == 0.25
+    path.write_bytes(gzip.compress(column(*FILLER, "word").encode()))
+    with pytest.raises(SchemaMismatch, match=r"t.csv.gz, line 102, column 'x': 'word' is no d"):
+        client.import_dataset("compressed", path, append=True)
