@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -240,3 +241,56 @@ def test_what_is_repaired_is_no_hole_in_the_next_epoch(damaged, monkeypatch):
         damage.flip()
         daemon.restart()
     damage.find()
+
+
+def test_damage_of_an_added_column_masks_its_rows_alone(tmp_path):
+    """Not all rows of the other columns' record batches, and none where it is not read."""
+    n = 30000
+    options = {"shard_bytes": 1 << 16, "batch_bytes": 1 << 11}
+    with DaemonProcess(tmp_path / "data", "--object-encoding", "raw") as daemon:
+        with forebay.connect(str(daemon.data)) as client:
+            with client.create_dataset("d", {"x": "int64"}) as writer:  # one record batch
+                writer.write_table(pa.table({"x": range(n)}))
+            with client.write_columns("d", {"y": "int64"}, **options) as writer:
+                writer.write_table(pa.table({"y": range(n)}))
+            client.wait_version("d", 2, "remote", timeout=60)
+            dataset = client.dataset("d")
+            assert len(dataset.manifest.shards[0].batch_rows) == 1
+            first, shard, *_ = dataset.manifest.layers[0].shards
+            with client.transfer.open([shard.blob])[0] as blob:
+                content = bytes(blob.map())
+        daemon.terminate()
+        offset = len(content) // 2
+        places = [
+            (path, start + offset)
+            for tier in ("object", "ssd")
+            for path in (tmp_path / "data" / tier).rglob("*")
+            if path.is_file() and (start := path.read_bytes().find(content)) >= 0
+        ]
+        assert len(places) == 2
+        for path, place in places:
+            path.chmod(0o600)
+            with path.open("r+b") as file:
+                file.seek(place)
+                [byte] = file.read(1)
+                file.seek(place)
+                file.write(bytes([byte ^ 1]))
+        daemon.start().wait_ready()
+        with forebay.connect(str(daemon.data)) as client:
+            dataset = client.dataset("d")
+            again = {"batch_size": 100, "on_error": "mask", "max_errors": n, "shuffle": "full"}
+            for columns, may_fail in ((["x"], False), (["x", "y"], True)):
+                bad = []
+                with forebay.DataLoader(
+                    dataset, **again, columns=columns, include_ids=True
+                ) as loader:
+                    for batch in loader:
+                        good = batch["_mask"]
+                        bad += batch["_ids"][~good].tolist()
+                        for column in columns:
+                            assert torch.equal(batch[column][good], batch["_ids"][good])
+                assert bool(bad) == may_fail
+            bad.sort()
+            assert first.num_rows <= bad[0] <= bad[-1] < first.num_rows + shard.num_rows
+            reason = next(iter(dataset.verify().damaged.values()))
+            assert "v2 (columns y), shard 1" in reason
