@@ -1,24 +1,20 @@
 """MDS shards and tar files as datasets without being copied: the same rows as imported."""
 
-import itertools
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import forebay
 from forebay.importers import in_place
 from forebay.testing.foreign import npy, write_mds, write_tar
-from forebay_server.testing.daemon import DaemonProcess
+from forebay.testing.same import same
 from forebay_wire.errors import InvalidRequest, SchemaMismatch
 
 NUM_ROWS = 1000
-_numbers = itertools.count()
 
 COLUMNS = [("id", "int", 8), ("js", "json", None), ("raw", "bytes", None), ("tok", "ndarray", None)]
 
@@ -55,44 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[DaemonProcess]:
-    place = tmp_path_factory.mktemp("daemon") / "data"
-    with DaemonProcess(place, "--origin-prefixes", str(folder)) as process:
-        yield process
-
-
-@pytest.fixture
-def way() -> str:
-    """How bytes travel, unless a test tries both."""
-    return "local"
-
-
 both_ways = pytest.mark.parametrize("way", ["local", "remote"])
 
 
-@pytest.fixture
-def client(
-    way: str, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[forebay.Client]:
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_place, "BATCH_BYTES", 20_000)
-    if way == "remote":
-        monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
-    with forebay.connect(daemon.address()["rpc"]) as connected:
-        yield connected
-
-
-@pytest.fixture
-def name() -> str:
-    return f"d{next(_numbers)}"
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
 
 
 @both_ways

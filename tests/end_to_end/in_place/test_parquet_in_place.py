@@ -1,7 +1,6 @@
 """Parquet files as a dataset without being copied: the same rows and batches as imported."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import pytest
 import torch
 
 import forebay
-from forebay_server.testing.daemon import DaemonProcess
+from forebay.testing.same import same
 from forebay_wire.errors import InvalidRequest, OriginChanged, SchemaMismatch
 
 GROUP_ROWS = 700
 NUM_ROWS = 3000
-_numbers = itertools.count()
 
 
 def table(start: int = 0) -> pa.Table:
@@ -49,43 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[DaemonProcess]:
-    place = tmp_path_factory.mktemp("daemon") / "data"
-    with DaemonProcess(place, "--origin-prefixes", str(folder)) as process:
-        yield process
-
-
-@pytest.fixture
-def way() -> str:
-    """How bytes travel, unless a test tries both."""
-    return "local"
-
-
 both_ways = pytest.mark.parametrize("way", ["local", "remote"])
-
-
-@pytest.fixture
-def client(
-    way: str, daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[forebay.Client]:
-    if way == "remote":
-        monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
-    with forebay.connect(daemon.address()["rpc"]) as connected:
-        yield connected
-
-
-@pytest.fixture
-def name() -> str:
-    return f"d{next(_numbers)}"
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(np.array_equal(one, other)) if isinstance(one, np.ndarray) else one == other
 
 
 @both_ways
