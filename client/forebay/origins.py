@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from forebay.dataset.schema import Schema
 
 URLS_AT_ONCE = 50
-FORMATS = ("arrow", "parquet", "mds", "webdataset")
+FORMATS = ("arrow", "parquet", "mds", "webdataset", "zarr")
 """That can be read in place."""
 LOOK_SECONDS = 600.0
 """The daemon reads the ends of each file."""
@@ -73,7 +73,8 @@ class OriginCalls(ABC):
         *format* is ``"arrow"`` for Arrow IPC files, which are mapped as they lie; ``"parquet"``,
         whose row groups are decoded when they are read; ``"mds"`` for folders of uncompressed MDS
         shards and ``"webdataset"`` for uncompressed tar files, in which this process looks for the
-        samples. Default: by names.
+        samples; ``"zarr"`` for the root folder of one zarr store, which ``forebay.zarr`` reads.
+        Default: by names.
 
         Nothing is copied: a file's bytes are trusted when they are first read, and compared with
         that ever since. One that changes is OriginChanged from then on. *append* adds a version to
@@ -88,7 +89,9 @@ class OriginCalls(ABC):
         schema = base.schema if base is not None else None
         shards: list[datasets_pb2.ShardCommit] = []
         kind = _format_of(given, format)
-        if kind in ("mds", "webdataset"):
+        if kind == "zarr":
+            metadata = {**(metadata or {}), **_one_store(given, append=append)}
+        if kind in ("mds", "webdataset", "zarr"):
             schema, shards = self._place_samples(given, kind, schema)
         at_once = 1 if kind == "parquet" else URLS_AT_ONCE
         for start in range(0, 0 if shards else len(given), at_once):
@@ -123,8 +126,14 @@ class OriginCalls(ABC):
         from forebay.importers.piece import Options, Source
 
         placed = list(place(paths, kind))
-        if schema is None:
-            schema = Source.of(kind, [one.piece for one in placed]).schema(Options())
+        if schema is None and kind == "zarr":
+            from forebay.dataset.schema import Schema
+            from forebay.zarr_version import SCHEMA
+
+            schema = Schema.of(SCHEMA)
+        elif schema is None:
+            pieces = [one.piece for one in placed if one.piece is not None]
+            schema = Source.of(kind, pieces).schema(Options())
         shards: list[datasets_pb2.ShardCommit] = []
         for start in range(0, len(placed), URLS_AT_ONCE):
             some = placed[start : start + URLS_AT_ONCE]
@@ -202,14 +211,29 @@ def _format_of(paths: Sequence[str], given: str | None) -> str:
     return kinds.pop()
 
 
+def _one_store(paths: Sequence[str], *, append: bool) -> dict[str, Any]:
+    """What the metadata of a zarr store says."""
+    from forebay.zarr_version import METADATA
+
+    if append or len(paths) != 1:
+        raise InvalidRequest(
+            "a dataset is one zarr store: give its root folder alone, and another name for another "
+            "one; what changes in a version that was registered, ForebayStore commits"
+        )
+    return METADATA
+
+
 def _guessed(path: str) -> str:
-    from forebay.importers.in_place import is_mds
+    from forebay.importers.in_place import is_mds, is_zarr
 
     if path.lower().endswith((".parquet", ".pq")):
         return "parquet"
     if path.lower().endswith(".tar"):
         return "webdataset"
-    return "mds" if is_mds(path) else ""
+    if is_mds(path):
+        return "mds"
+    is_arrow = path.lower().endswith((".arrow", ".feather", ".ipc"))
+    return "zarr" if not is_arrow and is_zarr(path) else ""
 
 
 def _parquet(

@@ -75,17 +75,18 @@ def block_parameters(arrays: Sequence[SampleArray], options: OrderOptions) -> Bl
 
 @dataclass(frozen=True)
 class _Rows:
-    """What holes are looked for in: bands, as if they were record batches."""
+    """What holes are looked for in: samples of one band of each array, as if these were record
+    batches."""
 
     samples: Samples
+    arrays: tuple[SampleArray, ...]
 
     @lazy
     def manifest(self) -> DatasetManifest:
         samples = self.samples
-        unit = unit_rows([one.band_rows for one in samples.arrays()])
-        rows = [unit] * (samples.num_rows // unit)
-        if rest := samples.num_rows % unit:
-            rows.append(rest)
+        borders = [np.arange(0, samples.num_rows, one.band_rows) for one in self.arrays]
+        starts = np.unique(np.concatenate(borders))
+        rows = np.diff(starts, append=samples.num_rows).tolist()
         shard = ShardRef("", 0, samples.num_rows, tuple(rows))
         return DatasetManifest(samples.name, samples.version, None, "", (shard,))
 
@@ -178,7 +179,8 @@ class ZarrReading:
         return Order(len(samples), options.shuffle, options.seed, epoch, identity, layout)
 
     def epoch(self, epoch: int, lanes: int) -> ZarrEpoch:
-        return ZarrEpoch(_Rows(self.samples), self.order(epoch, lanes), self._holes)
+        rows = _Rows(self.samples, self._arrays)
+        return ZarrEpoch(rows, self.order(epoch, lanes), self._holes)
 
     def cut(
         self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int

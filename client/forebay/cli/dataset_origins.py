@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["arrow", "parquet", "mds", "webdataset"]),
+    type=click.Choice(["arrow", "parquet", "mds", "webdataset", "zarr"]),
     help="Default: by the ends of the files' names.",
 )
 @with_session
@@ -29,7 +29,8 @@ def register_dataset(
 ) -> None:
     """Make dataset NAME of files that stay where they are.
 
-    Arrow IPC, Parquet, uncompressed WebDataset tar files, and folders of uncompressed MDS shards.
+    Arrow IPC, Parquet, uncompressed WebDataset tar files, folders of uncompressed MDS shards, and
+    the root folder of a zarr store.
 
     URLs and paths have to lie below one of the daemon's origin-prefixes. Nothing is copied: each
     file is trusted when it is first read, and refused once it changes.

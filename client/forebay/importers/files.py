@@ -69,12 +69,16 @@ def exists(folder: str, name: str) -> bool:
 def list_files(folder: str) -> list[File]:
     """All files below *folder*, by path. Hidden ones (a name that begins with a dot) are left
     out."""
+    return [file for path, file in list_all(folder) if not _is_hidden(path)]
+
+
+def list_all(folder: str) -> list[tuple[str, File]]:
+    """All files below *folder* by their paths from there, and these."""
     with _explained(folder):
         filesystem, inner = fsspec.core.url_to_fs(folder)
         found: dict[str, dict[str, Any]] = filesystem.find(inner, detail=True)
-        start = len(inner.rstrip("/"))
-        shown = [path for path in found if not _is_hidden(path[start:])]
-        return [_file(filesystem, found[path]) for path in sorted(shown)]
+        start = len(inner.rstrip("/")) + 1
+        return [(path[start:], _file(filesystem, found[path])) for path in sorted(found)]
 
 
 def expand(paths: Sequence[str]) -> list[str]:

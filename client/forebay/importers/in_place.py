@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from typing import Final
 
 from forebay.dataset.tar_layout import sample_starts
-from forebay.importers.files import File, exists, join, look, open_file
+from forebay.importers.files import File, exists, join, list_all, look, open_file
 from forebay.importers.mds import INDEX, MdsPiece, mds_pieces
 from forebay.importers.piece import Piece
 from forebay.importers.tar import TarPiece
+from forebay.zarr_version import format_of
 from forebay_wire.errors import InvalidRequest, OriginChanged
-from forebay_wire.limits import MIB
+from forebay_wire.limits import MAX_SHARDS_PER_VERSION, MIB, check_limit
+from forebay_wire.zarr_keys import is_key
 
 BATCH_BYTES: Final = 2 * MIB
 MAX_BATCH_ROWS: Final = 65_536
+
+ROOT_NAMES: Final = ("zarr.json", ".zgroup", ".zarray")
+"""One of which the root of a zarr store has."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class Placed:
     batch_rows: tuple[int, ...]
     format: str
     """With what the file does not tell of itself, as a manifest has it."""
-    piece: Piece
-    """The same file, to be imported: what its schema is inferred from."""
+    piece: Piece | None
+    """The same file, to be imported: what its schema is inferred from. None: it is known."""
 
 
 def is_mds(path: str) -> bool:
@@ -71,6 +76,29 @@ def place_tar(path: str) -> Placed:
     return Placed(path, before.num_bytes, tuple(counts), f"webdataset:{text}", piece)
 
 
+def is_zarr(path: str) -> bool:
+    """Whether *path* looks like the root of a zarr store."""
+    return any(exists(path, name) for name in ROOT_NAMES)
+
+
+def place_zarr(root: str) -> list[Placed]:
+    """The files of a zarr store, by key; those that are none of its are left out."""
+    files = {key: file for key, file in list_all(root) if is_key(key)}
+    if not any(name in files for name in ROOT_NAMES):
+        raise InvalidRequest(
+            f"{root} is no zarr store: there is no {', no '.join(ROOT_NAMES)} in it"
+        )
+    check_limit(
+        "files of a zarr store",
+        len(files),
+        MAX_SHARDS_PER_VERSION,
+        "write it with shards of zarr, or larger chunks, or import it (forebay dataset import)",
+    )
+    return [
+        Placed(file.path, file.num_bytes, (1,), format_of(key), None) for key, file in files.items()
+    ]
+
+
 def _batches(starts: Sequence[int]) -> tuple[list[int], list[int]]:
     """Where batches begin (and the last one ends), and how many samples each has."""
     borders: list[int] = []
@@ -84,9 +112,11 @@ def _batches(starts: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def place(paths: Sequence[str], kind: str) -> Iterator[Placed]:
-    """The files at *paths*, in order: folders of MDS shards, or tar files."""
+    """The files at *paths*, in order: folders of MDS shards, zarr stores, or tar files."""
     for path in paths:
         if kind == "mds":
             yield from place_mds(path)
+        elif kind == "zarr":
+            yield from place_zarr(path)
         else:
             yield place_tar(path)

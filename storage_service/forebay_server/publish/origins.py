@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
@@ -25,6 +26,7 @@ from forebay_server.model.sample_files import CHECKS
 from forebay_server.publish.dataset import JobRunner
 from forebay_server.publish.selections import carry_over
 from forebay_server.publish.shards import FORMATS
+from forebay_server.tier.origin import OriginFile
 from forebay_server.tier.origin_tier import OriginTier, off
 from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import (
@@ -32,12 +34,14 @@ from forebay_wire.errors import (
     IntegrityError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
 )
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import check_name, check_random_name
 from forebay_wire.limits import MAX_BLOB_BYTES, MAX_PAGE_ROWS, check_limit
 from forebay_wire.manifest import DatasetManifest, OriginRef, ShardRef, parse
+from forebay_wire.zarr_keys import ARRAY_NAMES, array_folders, is_metadata
 
 MAX_URLS: Final = 100
 """Of one request: each is looked at."""
@@ -110,7 +114,8 @@ class OriginDatasets:
             raise InvalidRequest(f"files in format {format!r} cannot be read in place")
         most = 1 if format == "parquet" else MAX_URLS
         check_limit("URLs of one request", len(urls), most, "register them in several")
-        found = await asyncio.gather(*(self._look(self._tier, url, format) for url in urls))
+        arrays: set[str] = set()
+        found = await asyncio.gather(*(self._look(self._tier, url, format, arrays) for url in urls))
 
         def keep(connection: Connection) -> None:
             for one in found:
@@ -119,9 +124,9 @@ class OriginDatasets:
         await self._catalog.write(keep)
         return found
 
-    async def _look(self, tier: OriginTier, url: str, format: str) -> Registered:
+    async def _look(self, tier: OriginTier, url: str, format: str, arrays: set[str]) -> Registered:
         async with self._slots:
-            return await self._tiers.run(tier, _look, tier, url, format)
+            return await self._tiers.run(tier, _look, tier, url, format, arrays)
 
     async def page(
         self, dataset: str, version: int, after: int, limit: int
@@ -241,8 +246,9 @@ class OriginDatasets:
         return info, manifest
 
 
-def _look(tier: OriginTier, url: str, format: str) -> Registered:
-    """On a thread: the file as it is now, and what it holds."""
+def _look(tier: OriginTier, url: str, format: str, arrays: set[str]) -> Registered:
+    """On a thread: the file as it is now, and what it holds. *arrays*: folders that are known to be
+    of arrays of zarr."""
     looked = tier.places.look(tier.places.spell(url))
     check_limit(f"bytes of {looked.url}", looked.num_bytes, MAX_BLOB_BYTES, "cut it")
     if not looked.num_bytes:
@@ -252,6 +258,8 @@ def _look(tier: OriginTier, url: str, format: str) -> Registered:
     try:
         if format == "parquet":
             footer = footer_of(file.read, looked.num_bytes, looked.url)
+        elif format == "zarr":
+            _check_zarr(tier, file, arrays)
         elif format:
             CHECKS[format](file.read, looked.num_bytes, looked.url)
         else:
@@ -260,6 +268,28 @@ def _look(tier: OriginTier, url: str, format: str) -> Registered:
         file.close()
     ref = OriginRef(looked.url, looked.validator)
     return Registered(ref.identity(looked.num_bytes), ref, looked.num_bytes, content, footer)
+
+
+def _check_zarr(tier: OriginTier, file: OriginFile, arrays: set[str]) -> None:
+    """Refuse what is no description of an array or a group, nor of an array that has one: so that
+    only such files can be read below the origin prefixes."""
+    if is_metadata(file.url):
+        if bytes(file.read(0, 1)) != b"{":
+            raise InvalidRequest(f"{file.url} is no JSON object, as zarr's descriptions are")
+        return
+    folders = array_folders(file.url)
+    if any(folder in arrays for folder in folders):
+        return
+    for folder in folders:
+        for name in ARRAY_NAMES:
+            with contextlib.suppress(NotFound, PermissionDenied):
+                tier.places.look(tier.places.spell(f"{folder}/{name}"))
+                arrays.add(folder)
+                return
+    raise InvalidRequest(
+        f"{file.url} is no file of an array of zarr: no folder above it has a {ARRAY_NAMES[0]} or "
+        f"{ARRAY_NAMES[1]}"
+    )
 
 
 def _nothing(*arguments: object) -> None:

@@ -13,7 +13,7 @@ from forebay_wire.ids import check_id, check_random_name
 from forebay_wire.limits import MIB, check_limit
 from forebay_wire.manifest import ShardRef
 
-FORMATS: Final = ("parquet", "mds", "webdataset")
+FORMATS: Final = ("parquet", "mds", "webdataset", "zarr")
 """Of origins that are no Arrow IPC files."""
 MAX_FORMAT_BYTES: Final = 1 * MIB
 """Of a format with what the file does not tell of itself."""
