@@ -1,14 +1,14 @@
 """Documents end to end, cut into windows of so many tokens: which piece of which lies where.
 
 The samples of an epoch are taken in groups of consecutive positions of their order; a group's
-documents, one after the other, are its *stream*, and windows never reach beyond it. So a place in
-an epoch is a group and an offset, in tokens, into its stream; what comes after it depends on
-nothing before it. Definition: ``docs/formats/packing.md``.
+documents, one after the other (or as :func:`best_fit` puts them), are its *stream*, and windows
+never reach beyond it. So a place in an epoch is a group and an offset, in tokens, into its stream;
+what comes after it depends on nothing before it. Definition: ``docs/formats/packing.md``.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, get_args
@@ -20,8 +20,9 @@ from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import LastBatch, check_last_batch
 from forebay_wire.permutation import Numbers
 
-Fit = Literal["cut", "whole"]
-"""Where documents are cut: wherever a window ends, or only if longer than a window."""
+Fit = Literal["cut", "whole", "best"]
+"""Where documents are cut: wherever a window ends, or only if longer than a window; "best" also
+puts together those of a group that fill windows best."""
 
 Tail = Literal["pad", "drop"]
 """What becomes of a group's last window if it is not full."""
@@ -56,16 +57,19 @@ class Packing:
         if not 1 <= self.width <= MAX_WIDTH:
             raise InvalidRequest(f"windows of {self.width} tokens: 1 to {MAX_WIDTH}")
         if self.fit not in get_args(Fit):
-            raise InvalidRequest(f'fit={self.fit!r}: "cut" or "whole"')
+            raise InvalidRequest(f'fit={self.fit!r}: "cut", "whole" or "best"')
         if self.tail not in get_args(Tail):
             raise InvalidRequest(f'tail={self.tail!r}: "pad" or "drop"')
 
-    def stops(self, ends: Numbers, starts: Numbers) -> Numbers:
+    def stops(self, ends: Numbers, starts: Numbers, borders: Numbers | None = None) -> Numbers:
         """Where windows end that begin at *starts* of the stream of documents that end at *ends*.
 
         A window holds as much as fits; with "whole" no document's beginning, unless all of it is
-        there, or it alone is longer than a window.
+        there, or it alone is longer than a window. With *borders* (those of :func:`best_fit`) it
+        ends at the next of these.
         """
+        if borders is not None:
+            return borders[np.searchsorted(borders, starts, side="right")]
         full = np.minimum(starts + self.width, ends[-1] if len(ends) else 0)
         if self.fit == "cut" or not len(ends):
             return full
@@ -73,8 +77,14 @@ class Packing:
         whole = np.where(last >= 0, ends[np.maximum(last, 0)], 0)
         return np.where(whole > starts, whole, full)
 
-    def windows(self, ends: Numbers, offset: int) -> tuple[Numbers, Numbers]:
+    def windows(
+        self, ends: Numbers, offset: int, borders: Numbers | None = None
+    ) -> tuple[Numbers, Numbers]:
         """(starts, stops) of all windows from *offset* of the stream on."""
+        if borders is not None:
+            following = borders[borders > offset]
+            before = np.array([offset][: len(following)], dtype=np.int64)
+            return np.concatenate((before, following[:-1])), following
         total = int(ends[-1]) if len(ends) else 0
         if self.fit == "cut":
             starts = np.arange(offset, total, self.width, dtype=np.int64)
@@ -92,6 +102,70 @@ class Packing:
             last = bisect_right(ends, start + self.width) - 1
             fits = last >= 0 and ends[last] > start
             start = ends[last] if fits else start + self.width
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """A group's stream as :func:`best_fit` makes it, piece by piece."""
+
+    documents: Numbers
+    """Number of each piece's document in the group."""
+    starts: Numbers
+    """Its first token, counted from its document's start."""
+    sizes: Numbers
+    borders: Numbers
+    """Where windows end in the stream."""
+
+
+def best_fit(lengths: Numbers, width: int, tail: Tail) -> Arranged:
+    """Documents of these *lengths*, put together so that windows of *width* tokens are full.
+
+    One that is longer than a window is cut: into whole windows and what is left. What is no whole
+    window is put in by best-fit decreasing (Johnson, "Near-optimal bin packing algorithms", 1973):
+    the longest first, of equal ones the earlier; each into the window with the least room that
+    takes it, of equal ones the earlier made, or into a new one. Windows come in the order of the
+    first of their pieces, pieces in that of the documents, so a shuffled order stays one. With
+    *tail* "drop" the window with the fewest tokens is left out (of several the last), unless it is
+    full.
+    """
+    whole, rest = lengths // width, lengths % width
+    count = whole + (rest > 0)
+    documents = np.repeat(np.arange(len(lengths), dtype=np.int64), count)
+    starts = (np.arange(len(documents)) - np.repeat(np.cumsum(count) - count, count)) * width
+    sizes = np.minimum(lengths[documents] - starts, width)
+    windows = _filled(sizes, width)
+    fill = np.bincount(windows, weights=sizes, minlength=1)
+    if tail == "drop" and len(sizes) and fill.min() < width:
+        least = len(fill) - 1 - int(np.argmin(fill[::-1]))
+        kept = windows != least
+        documents, starts, sizes, windows = (
+            part[kept] for part in (documents, starts, sizes, windows)
+        )
+    order = np.argsort(windows, kind="stable")
+    ends = np.cumsum(sizes[order])
+    last = np.flatnonzero(np.diff(windows[order], append=-1))
+    return Arranged(documents[order], starts[order], sizes[order], ends[last])
+
+
+def _filled(sizes: Numbers, width: int) -> Numbers:
+    """The window of each piece; windows are numbered by their first pieces."""
+    made = np.empty(len(sizes), dtype=np.int64)
+    rooms: list[tuple[int, int]] = []  # (room, window), in that order
+    num_windows = 0
+    for piece in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[piece])
+        place = bisect_left(rooms, (size, 0))
+        if place < len(rooms):
+            room, window = rooms.pop(place)
+        else:
+            room, window = width, num_windows
+            num_windows += 1
+        made[piece] = window
+        if room > size:
+            insort(rooms, (room - size, window))
+    _, first, number = np.unique(made, return_index=True, return_inverse=True)
+    turn: Numbers = np.argsort(np.argsort(first))
+    return turn[number]
 
 
 @dataclass(frozen=True)
@@ -138,7 +212,11 @@ class Groups(Protocol):
     def num_groups(self) -> int: ...
 
     def ends(self, group: int) -> Numbers:
-        """Where the documents of a group end in its stream."""
+        """Where the documents of a group, or their pieces, end in its stream."""
+        ...
+
+    def borders(self, group: int) -> Numbers | None:
+        """Where windows end in it, if :func:`best_fit` says that."""
         ...
 
 
@@ -191,7 +269,8 @@ class WindowCut:
         """Of each group the places where its windows begin, and those after them."""
         first, offset = group_of(self.position)
         for group in range(first, self.groups.num_groups):
-            starts, stops = self.packing.windows(self.groups.ends(group), offset)
+            ends, borders = self.groups.ends(group), self.groups.borders(group)
+            starts, stops = self.packing.windows(ends, offset, borders)
             offset = 0
             if len(starts):
                 stops = place_of(group, 0) + stops

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.packing import Packing, WindowCut, group_of, pieces, place_of
+from forebay_wire.packing import Packing, WindowCut, best_fit, group_of, pieces, place_of
 
 lengths_lists = st.lists(st.integers(1, 40), max_size=30)
 widths = st.integers(1, 25)
@@ -25,6 +25,23 @@ class Lengths:
 
     def ends(self, group):
         return np.cumsum(np.array(self.groups[group], dtype=np.int64))
+
+    def borders(self, group):
+        return None
+
+
+class BestFit(Lengths):
+    """The same, put together."""
+
+    def __init__(self, groups, width, tail="pad"):
+        super().__init__(groups)
+        self.made = [best_fit(np.array(group, dtype=np.int64), width, tail) for group in groups]
+
+    def ends(self, group):
+        return np.cumsum(self.made[group].sizes)
+
+    def borders(self, group):
+        return self.made[group].borders
 
 
 def by_hand(lengths, offset, width, fit):
@@ -143,8 +160,96 @@ def test_another_width_goes_on_at_the_very_token(lengths, before, after, data):
 
 
 def test_what_makes_no_packing_is_refused():
-    for options in ({"width": 0}, {"width": 4, "fit": "best"}, {"width": 4, "tail": "keep"}):
+    for options in ({"width": 0}, {"width": 4, "fit": "worst"}, {"width": 4, "tail": "keep"}):
         with pytest.raises(InvalidRequest):
             Packing(**options)
     with pytest.raises(InvalidRequest, match="at least 1"):
         WindowCut(Lengths([]), Packing(4), 0)
+
+
+# ------------------------------------------------------------------------------------- best fit
+
+
+def best_by_hand(lengths, width):
+    """Windows as lists of (document, start, size), by the definition and as slowly as it says."""
+    items = [
+        (document, start, min(width, size - start))
+        for document, size in enumerate(lengths)
+        for start in range(0, size, width)
+    ]
+    windows = []
+    for item in sorted(items, key=lambda one: (-one[2], one[:2])):
+        rooms = [width - sum(size for _, _, size in window) for window in windows]
+        fitting = [(room, number) for number, room in enumerate(rooms) if room >= item[2]]
+        if fitting:
+            windows[min(fitting)[1]].append(item)
+        else:
+            windows.append([item])
+    return sorted(sorted(window) for window in windows)
+
+
+def windows_of(made):
+    stops = np.searchsorted(np.cumsum(made.sizes), made.borders) + 1
+    found = list(
+        zip(made.documents.tolist(), made.starts.tolist(), made.sizes.tolist(), strict=True)
+    )
+    return [found[a:b] for a, b in zip([0, *stops], stops, strict=False)]
+
+
+@given(lengths_lists, widths)
+def test_best_fit_is_what_its_definition_says(lengths, width):
+    given = np.array(lengths, dtype=np.int64)
+    windows = windows_of(best_fit(given, width, "pad"))
+    assert windows == best_by_hand(lengths, width)
+    fill = [sum(size for _, _, size in window) for window in windows]
+    assert all(0 < size <= width for size in fill)
+    assert all(a + b > width for a, b in zip(sorted(fill), sorted(fill)[1:], strict=False))
+    dropped = windows_of(best_fit(given, width, "drop"))
+    if fill and min(fill) < width:
+        last = len(fill) - 1 - fill[::-1].index(min(fill))
+        assert dropped == [*windows[:last], *windows[last + 1 :]]
+    else:
+        assert dropped == windows
+
+
+@given(lengths_lists, widths)
+def test_best_fit_has_every_token_once_and_cuts_only_what_is_too_long(lengths, width):
+    made = best_fit(np.array(lengths, dtype=np.int64), width, "pad")
+    found = sorted(
+        (document, token)
+        for document, start, size in zip(made.documents, made.starts, made.sizes, strict=True)
+        for token in range(start, start + size)
+    )
+    assert found == [(d, t) for d, size in enumerate(lengths) for t in range(size)]
+    cut = made.sizes < np.array(lengths, dtype=np.int64)[made.documents]
+    assert all(lengths[document] > width for document in made.documents[cut])
+
+
+@given(
+    st.lists(lengths_lists, max_size=5),
+    widths,
+    st.sampled_from(["pad", "drop"]),
+    st.integers(1, 7),
+    st.data(),
+)
+def test_best_fit_goes_on_from_any_step_with_any_batch_size(groups, width, tail, size, data):
+    packing, made = Packing(width, "best", tail), BestFit(groups, width, tail)
+    steps = list(WindowCut(made, packing, size).steps())
+    places = [place for step in steps for place in step.places.tolist()]
+    borders = [(number, made.borders(number).tolist()) for number in range(len(groups))]
+    assert places == [
+        place_of(number, start) for number, ends in borders for start in [0, *ends][: len(ends)]
+    ]
+    for place in places:
+        group, offset = group_of(place)
+        ends, starts = made.ends(group), np.array([offset])
+        stops = packing.stops(ends, starts, made.borders(group))
+        assert stops[0] in made.borders(group)
+        assert 0 < pieces(ends, starts, stops).sizes.sum() <= width
+    if steps:
+        done = data.draw(st.integers(1, len(steps)))
+        again = WindowCut(
+            made, packing, data.draw(st.integers(1, 7)), position=steps[done - 1].after
+        )
+        rest = [place for step in again.steps() for place in step.places.tolist()]
+        assert rest == places[done * size :]

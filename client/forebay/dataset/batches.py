@@ -107,7 +107,12 @@ class BatchSource:
         self._lists = {c.name: c for c in self._reading.columns if c.kind == "list"}
         self._ragged.check(self._lists.values(), [c.name for c in self._reading.columns])
         if self._masks_holes and not self._reading.can_mask:
-            raise InvalidRequest('on_error="mask" is for samples, not for packed windows')
+            raise InvalidRequest(
+                'on_error="mask" is for samples, not for packed windows: where a document ends '
+                "decides where all after it in its group lie, and what one rank cannot read "
+                "another one, or the next start, may; so nothing would be exact. `forebay dataset "
+                "verify` names what is damaged; leave it out by a selection (define_selection)"
+            )
         self._lanes = lanes if self._reading.has_lanes else 1
         """What was asked for, or what a restored state had; None: to be chosen."""
         self._fixed_lanes = self._lanes

@@ -361,7 +361,7 @@ def identities_in(state: Mapping[str, Any]) -> list[str]:
 
 
 def _column_names(given: Followable, options: OrderOptions) -> tuple[str, ...] | None:
-    return (given.column,) if isinstance(given, Packed) else options.columns
+    return given.packed_columns if isinstance(given, Packed) else options.columns
 
 
 def _check_columns(old: Dataset, new: Dataset, names: Sequence[str] | None) -> None:

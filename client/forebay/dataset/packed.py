@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
@@ -23,14 +23,24 @@ from forebay.dataset.reading import (
 )
 from forebay.dataset.schema import Column
 from forebay.dataset.states import check_state, whole_numbers
-from forebay_wire.errors import InvalidRequest
+from forebay_wire.errors import InvalidRequest, SchemaMismatch
 from forebay_wire.order import LastBatch
-from forebay_wire.packing import MAX_GROUPS, OFFSET_BITS, WindowCut, group_of, pieces, place_of
+from forebay_wire.packing import (
+    MAX_GROUPS,
+    OFFSET_BITS,
+    WindowCut,
+    best_fit,
+    group_of,
+    pieces,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from forebay.dataset.packing import Packed
 
 STATE_FORMAT: Final = 1
+STATE_FORMAT_BEST: Final = 2
+"""Of fit="best"."""
 
 KEPT_DOCUMENTS: Final = 1 << 20
 """Documents of the groups that are kept laid out: 16 MiB."""
@@ -44,17 +54,22 @@ class PackedReading:
     def __init__(self, packed: Packed, options: OrderOptions) -> None:
         if options.lanes not in (None, 1):
             raise InvalidRequest("packed windows have no lanes: leave lanes= out")
-        if options.columns not in (None, (packed.column,)):
+        if options.columns is not None and set(options.columns) != set(packed.packed_columns):
             raise InvalidRequest(
-                f"packed windows have the column {packed.column!r} alone: leave columns= out"
+                f"packed windows have the column {packed.column!r} alone, and those packed beside "
+                "it: leave columns= out"
             )
-        (self.column,) = packed.samples.columns([packed.column])
-        check_list(self.column)
+        self.packed_columns = tuple(
+            check_list(column) for column in packed.samples.columns(packed.packed_columns)
+        )
+        self.column, *others = self.packed_columns
         for what, token in (("separator", packed.separator), ("pad", packed.pad)):
             _check_token(what, token, self.column.dtype)
+        for column in others:
+            _check_token(f"beside {column.name!r}:", packed.beside[column.name], column.dtype)
         own = replace(options, lanes=1 if options.shuffle == "block" else None)
         self.packed = packed
-        self.inner: Reading = packed.samples.arranged(replace(own, columns=(packed.column,)))
+        self.inner: Reading = packed.samples.arranged(replace(own, columns=packed.packed_columns))
         self._epochs: dict[int, PackedSamples] = {}
 
     has_lanes = False
@@ -71,8 +86,8 @@ class PackedReading:
 
     @property
     def row_bytes(self) -> float:
-        assert self.column.dtype is not None
-        return self.packed.length * (self.column.dtype.itemsize + 9)  # document, position, mask
+        sizes = [one.dtype.itemsize for one in self.packed_columns if one.dtype is not None]
+        return self.packed.length * (sum(sizes) + 9)  # document, position, mask
 
     def check(self, global_batch_size: int, last_batch: LastBatch) -> None:
         pass  # nobody knows how many windows there are
@@ -82,7 +97,7 @@ class PackedReading:
         found = self._epochs.get(epoch)
         if found is None:
             inner = cast(ListSamples, self.inner.epoch(epoch, 1))
-            found = PackedSamples(self.packed, inner, self.column.dtype)
+            found = PackedSamples(self.packed, inner, self.packed_columns)
             recent = sorted(self._epochs.items())[-KEPT_EPOCHS + 1 :]
             self._epochs = {**dict(recent), epoch: found}
         return found
@@ -124,13 +139,18 @@ class PackedReading:
 
     def _own_state(self) -> dict[str, Any]:
         packed = self.packed
-        return {
+        own = {
             "format": STATE_FORMAT,
             "kind": "packed",
             "column": packed.column,
             "group_samples": packed.group_samples,
             "separator": packed.separator,
         }
+        if packed.packing.fit != "best":
+            return own
+        # The order of a group's tokens depends on these.
+        of_layout = {"fit": "best", "length": packed.length, "tail": packed.packing.tail}
+        return {**own, "format": STATE_FORMAT_BEST, **of_layout}
 
     @property
     def _num_samples(self) -> int:
@@ -148,14 +168,28 @@ class PackedReading:
         return {**self.__dict__, "_epochs": {}}
 
 
+@dataclass(frozen=True)
+class Group:
+    """The stream of one group, piece by piece."""
+
+    rows: Numbers
+    """Of each piece's document."""
+    ends: Numbers
+    """Where pieces end in the stream."""
+    starts: Numbers | None = None
+    """Their first tokens, counted from their documents' starts; None: pieces are documents."""
+    borders: Numbers | None = None
+    """Where windows end, if that was decided for the group as a whole."""
+
+
 class PackedSamples:
     """One epoch of packed windows. Rows are places."""
 
-    def __init__(self, packed: Packed, inner: ListSamples, dtype: np.dtype[Any] | None) -> None:
+    def __init__(self, packed: Packed, inner: ListSamples, columns: Sequence[Column]) -> None:
         self._packed = packed
         self._inner = inner
-        self._dtype = np.dtype(dtype)
-        self._groups: dict[int, tuple[Numbers, Numbers]] = {}
+        self._columns = columns
+        self._groups: dict[int, Group] = {}
         if self.num_groups > MAX_GROUPS:
             raise InvalidRequest(
                 f"{self.num_groups} groups; allowed: {MAX_GROUPS}: make group_samples larger"
@@ -175,25 +209,52 @@ class PackedSamples:
         return -(-self._inner.num_samples // self._packed.group_samples)
 
     def ends(self, group: int) -> Numbers:
-        """Where the documents of a group end in its stream."""
-        return self._group(group)[1]
+        """Where the documents of a group, or their pieces, end in its stream."""
+        return self._group(group).ends
 
-    def _group(self, group: int) -> tuple[Numbers, Numbers]:
-        """Rows of the documents of a group that hold anything, and where they end."""
-        found = self._groups.get(group)
+    def borders(self, group: int) -> Numbers | None:
+        """Where windows end in it, if the group as a whole decides that."""
+        return self._group(group).borders
+
+    def _group(self, number: int) -> Group:
+        found = self._groups.get(number)
         if found is None:
-            size = self._packed.group_samples
-            stop = min((group + 1) * size, self._inner.num_samples)
-            rows = self._inner.rows(np.arange(group * size, stop, dtype=np.int64))
-            lengths = self._inner.list_lengths(rows, self._packed.column)
-            rows, lengths = rows[lengths > 0], lengths[lengths > 0]
-            found = rows, np.cumsum(lengths + (self._packed.separator is not None))
-            if len(rows) and int(found[1][-1]) >> OFFSET_BITS:
-                raise InvalidRequest("a group of 2^32 tokens or more: make group_samples smaller")
-            kept = max(1, KEPT_DOCUMENTS // size)
+            found = self._lay_out(number)
+            kept = max(1, KEPT_DOCUMENTS // self._packed.group_samples)
             recent = list(self._groups.items())[-kept:]
-            self._groups = {**dict(recent), group: found}
+            self._groups = {**dict(recent), number: found}
         return found
+
+    def _lay_out(self, number: int) -> Group:
+        """The stream of a group, of the documents that hold anything."""
+        size, packing = self._packed.group_samples, self._packed.packing
+        stop = min((number + 1) * size, self._inner.num_samples)
+        rows = self._inner.rows(np.arange(number * size, stop, dtype=np.int64))
+        lengths = self._inner.list_lengths(rows, self._packed.column)
+        for name in self._packed.beside:
+            self._check_lengths(name, rows, lengths)
+        rows, lengths = rows[lengths > 0], lengths[lengths > 0]
+        lengths = lengths + (self._packed.separator is not None)
+        if int(lengths.sum()) >> OFFSET_BITS:
+            raise InvalidRequest("a group of 2^32 tokens or more: make group_samples smaller")
+        if packing.fit != "best":
+            return Group(rows, np.cumsum(lengths))
+        made = best_fit(lengths, packing.width, packing.tail)
+        return Group(rows[made.documents], np.cumsum(made.sizes), made.starts, made.borders)
+
+    def _check_lengths(self, name: str, rows: Numbers, lengths: Numbers) -> None:
+        others = self._inner.list_lengths(rows, name)
+        wrong = np.flatnonzero(others != lengths)
+        if len(wrong):
+            first = wrong[0]
+            where = ", ".join(
+                f"{key.strip('_')} {values[0]}"
+                for key, values in self._inner.ids(rows[first : first + 1]).items()
+            )
+            raise SchemaMismatch(
+                f"column {name!r} is packed beside {self._packed.column!r}, and in row ({where}) "
+                f"it has {others[first]} elements for {lengths[first]} tokens: they must be as many"
+            )
 
     def rows(self, positions: Numbers) -> Numbers:
         return positions
@@ -207,7 +268,7 @@ class PackedSamples:
         ends = np.cumsum(sizes)
         first = np.searchsorted(windows, windows)  # of the window's pieces
         return {
-            self._packed.column: self._tokens(documents, starts, sizes, mask),
+            **self._values(documents, starts, sizes, mask),
             "_documents": _spread(mask, np.repeat(np.arange(len(windows)) - first, sizes)),
             "_positions": _spread(
                 mask, np.arange(int(sizes.sum())) - np.repeat(ends - sizes, sizes), outside=0
@@ -215,32 +276,27 @@ class PackedSamples:
             "_mask": mask,
         }
 
-    def _tokens(
-        self,
-        rows: Numbers,
-        starts: Numbers,
-        sizes: Numbers,
-        mask: NDArray[np.bool_],
-    ) -> NDArray[Any]:
-        """The windows' tokens, from pieces of *rows* in their order."""
+    def _values(
+        self, rows: Numbers, starts: Numbers, sizes: Numbers, mask: NDArray[np.bool_]
+    ) -> dict[str, NDArray[Any]]:
+        """Of each column the windows' elements, from pieces of *rows* in their order."""
         packed = self._packed
-        out = np.empty(mask.shape, self._dtype)
-        if packed.separator is None:
-            flat = self._inner.list_pieces(rows, starts, sizes, packed.column)
-            if len(flat) == out.size:
-                out[...] = flat.reshape(out.shape)
-                return out
-        else:
+        own, is_token = sizes, None
+        if packed.separator is not None:
             lengths = self._inner.list_lengths(rows, packed.column)
             own = np.minimum(sizes, lengths - starts)  # without the separator at the end
-            read = self._inner.list_pieces(rows, starts, own, packed.column)
-            flat = np.full(int(sizes.sum()), packed.separator, dtype=self._dtype)
-            is_token = np.ones(len(flat), dtype=np.bool_)
+            is_token = np.ones(int(sizes.sum()), dtype=np.bool_)
             is_token[np.cumsum(sizes)[own < sizes] - 1] = False
-            flat[is_token] = read
-        out[...] = packed.pad
-        out[mask] = flat
-        return out
+        found = {}
+        for column in self._columns:
+            pad = packed.beside.get(column.name, packed.pad)
+            between = packed.beside.get(column.name, packed.separator or 0)
+            flat = self._inner.list_pieces(rows, starts, own, column.name)
+            if is_token is not None:
+                read, flat = flat, np.full(len(is_token), between, dtype=column.dtype)
+                flat[is_token] = read
+            found[column.name] = _spread(mask, flat, column.dtype, pad)
+        return found
 
     def _pieces(self, places: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
         """Of each piece, window by window: its row, its first token there, its tokens, and its
@@ -249,10 +305,17 @@ class PackedSamples:
         parts = []
         for group in np.unique(groups).tolist():
             target = np.flatnonzero(groups == group)
-            rows, ends = self._group(group)
+            made = self._group(group)
             starts = offsets[target]
-            found = pieces(ends, starts, self._packed.packing.stops(ends, starts))
-            parts.append((rows[found.documents], found.starts, found.sizes, target[found.windows]))
+            stops = self._packed.packing.stops(made.ends, starts, made.borders)
+            found = pieces(made.ends, starts, stops)
+            within = (
+                found.starts
+                if made.starts is None
+                else (found.starts + made.starts[found.documents])
+            )
+            rows = made.rows[found.documents]
+            parts.append((rows, within, found.sizes, target[found.windows]))
         if not parts:
             parts = [(np.empty(0, dtype=np.int64),) * 4]
         documents, first, sizes, windows = (
@@ -277,7 +340,7 @@ class PackedSamples:
 
 
 def _spread(
-    mask: NDArray[np.bool_], values: Numbers, dtype: Any = np.int32, outside: int = -1
+    mask: NDArray[np.bool_], values: NDArray[Any], dtype: Any = np.int32, outside: float = -1
 ) -> NDArray[Any]:
     """*values* where *mask* is True, one after the other."""
     if len(values) == mask.size:
@@ -288,11 +351,11 @@ def _spread(
     return found
 
 
-def _check_token(what: str, token: int | None, dtype: np.dtype[Any] | None) -> None:
+def _check_token(what: str, token: float | None, dtype: np.dtype[Any] | None) -> None:
     if token is None or dtype is None or dtype.kind not in "iu":
         return
     bounds = np.iinfo(dtype)
-    if not bounds.min <= token <= bounds.max:
+    if not bounds.min <= token <= bounds.max or token != int(token):
         raise InvalidRequest(f"{what}={token} is no {dtype}: {bounds.min} to {bounds.max}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from forebay.dataset.dataset import Dataset
@@ -24,12 +24,14 @@ class Packed:
 
     A batch has, each of the shape ``(rows, length)``: the *column* itself; ``_documents``, int32:
     which document of the window a token belongs to, from 0, and -1 for padding; ``_positions``,
-    int32: from 0 on in each document's piece; ``_mask``: False for padding. With ``include_ids``
+    int32: from 0 on in each document's piece; ``_mask``: False for padding; and the columns that
+    are packed *beside* it (labels, a loss mask). With ``include_ids``
     also the row that a token is from (``_ids``, of a mixture ``_dataset``), -1 for padding.
 
     Windows are packed from groups of *group_samples* consecutive samples of the order, and never
     from two groups: so a state names a group and a token in it, and goes on there at once, on any
-    ranks, workers, batch size, and any *length*. Immutable, picklable, thread-safe.
+    ranks, workers, batch size, and (but for "best") any *length*. Immutable, picklable,
+    thread-safe.
     """
 
     def __init__(
@@ -43,13 +45,19 @@ class Packed:
         pad: int = 0,
         fit: str = "cut",
         tail: str = "pad",
+        beside: Mapping[str, float] | None = None,
     ) -> None:
         """*separator* is put after each document, as a token of it.
 
         *fit*: "cut" fills every window, documents are cut where it ends and go on in the next;
-        "whole" cuts only those that are longer than a window, and pads with *pad*. *tail*: what
-        becomes of the last window of a group if it is not full, "pad" or "drop" (whose tokens are
-        not read in this epoch). Empty documents are left out.
+        "whole" cuts only those that are longer than a window, and pads with *pad*; so does "best",
+        which puts together those documents of a group that fill windows best (best-fit decreasing),
+        and pads far less. *tail*: what becomes of the last window of a group (of "best": the
+        emptiest) if it is not full, "pad" or "drop" (whose tokens are not read in this epoch).
+        Empty documents are left out.
+
+        *beside*: further columns of lists, each as long as that of tokens in the same row, and what
+        stands in them at separators and padding: ``{"labels": -100, "loss_mask": 0}``.
         """
         if not isinstance(samples, Dataset | Mixture):
             raise InvalidRequest(
@@ -64,6 +72,15 @@ class Packed:
         self.group_samples = group_samples
         self.separator = separator
         self.pad = pad
+        self.beside = dict(beside or {})
+        """Columns that are packed like the tokens, and what stands in them where none are."""
+        if column in self.beside:
+            raise InvalidRequest(f"column {column!r} cannot be packed beside itself")
+
+    @property
+    def packed_columns(self) -> tuple[str, ...]:
+        """All that are packed, that of the tokens first."""
+        return (self.column, *self.beside)
 
     @property
     def length(self) -> int:
@@ -88,6 +105,7 @@ class Packed:
             pad=self.pad,
             fit=self.packing.fit,
             tail=self.packing.tail,
+            beside=self.beside,
         )
 
     def arranged(self, options: OrderOptions) -> Reading:

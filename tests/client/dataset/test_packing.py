@@ -47,12 +47,19 @@ def way(monkeypatch):
 def _documents(daemon):
     with forebay.connect(daemon.data) as client:
         for dataset, name in enumerate(("documents", "others")):
-            schema = {"tokens": "list[int32]", "number": "int64"}
+            schema = {
+                "tokens": "list[int32]",
+                "number": "int64",
+                "labels": "list[int64]",
+                "weights": "list[float32]",
+            }
             with client.create_dataset(
                 name, schema=schema, shard_bytes=64 * 1024, batch_bytes=2048
             ) as writer:
                 for number in range(NUM_DOCUMENTS):
-                    writer.write(tokens=tokens_of(number, dataset), number=number)
+                    tokens = tokens_of(number, dataset)
+                    labels, weights = [-one for one in tokens], [one / 2 for one in tokens]
+                    writer.write(tokens=tokens, number=number, labels=labels, weights=weights)
 
 
 @pytest.fixture
@@ -300,7 +307,12 @@ def test_a_state_of_other_packing_is_refused(documents, client):
     ("packing", "options", "error", "words"),
     [
         ({}, {"columns": ["number"]}, forebay.InvalidRequest, "alone"),
-        ({}, {"on_error": "mask"}, forebay.InvalidRequest, "not for packed"),
+        (
+            {},
+            {"on_error": "mask"},
+            forebay.InvalidRequest,
+            "not for packed.*nothing would be exact",
+        ),
         ({"separator": 1 << 40}, {}, forebay.InvalidRequest, "no int32"),
         ({"length": 0}, {}, forebay.InvalidRequest, "windows of 0"),
         ({"group_samples": 0}, {}, forebay.InvalidRequest, "group_samples"),
@@ -352,3 +364,106 @@ def test_a_loader_of_nothing_but_empty_documents_has_no_steps(client, name):
     with make(pack(client.dataset(name))) as loader:
         assert (len(loader), [len(epoch) for epoch in loader.epochs(1)]) == (0, [0])
         assert np.array(list(loader)).size == 0
+
+
+# --------------------------------------------------------------------------- columns side by side
+
+
+@pytest.mark.parametrize("separator", [None, SEPARATOR])
+@pytest.mark.parametrize("fit", ["cut", "best"])
+def test_columns_are_packed_side_by_side(documents, separator, fit):
+    beside = {"labels": -100, "weights": 0.25}
+    packed = pack(documents, separator=separator, fit=fit, beside=beside)
+    count = 0
+    with make(packed) as loader, make(pack(documents, separator=separator, fit=fit)) as plain:
+        for batch, alone in zip(loader, plain, strict=True):
+            assert torch.equal(batch["tokens"], alone["tokens"])
+            assert (batch["labels"].dtype, batch["weights"].dtype) == (torch.int64, torch.float32)
+            real = batch["_mask"] & (batch["tokens"] != SEPARATOR)
+            assert torch.equal(batch["labels"][real], -batch["tokens"][real].long())
+            assert torch.equal(batch["weights"][real], batch["tokens"][real] / 2)
+            assert (batch["labels"][~real] == -100).all()
+            assert (batch["weights"][~real] == 0.25).all()
+            count += int(real.sum())
+    assert count == sum(map(length_of, range(NUM_DOCUMENTS)))
+
+
+def test_a_mixture_packs_columns_side_by_side(client, documents):
+    mixture = forebay.Mixture(
+        {"a": documents, "b": client.dataset("others")}, sizes={"a": 9, "b": 9}
+    )
+    with make(pack(mixture, beside={"labels": 1}), columns=["tokens", "labels"]) as loader:
+        for batch in loader:
+            real = batch["_mask"]
+            assert torch.equal(batch["labels"][real], -batch["tokens"][real].long())
+
+
+def test_lists_of_other_lengths_are_named_by_their_row(client, name):
+    with client.create_dataset(name, {"tokens": "list[int32]", "labels": "list[int32]"}) as writer:
+        for row in range(10):
+            writer.write(tokens=[1] * 3, labels=[1] * (3 if row != 6 else 4))
+    packed = forebay.Packed(client.dataset(name), length=4, beside={"labels": 0})
+    expected = r"'labels' .* beside 'tokens', and in row \(ids 6\) it has 4 elements for 3 tokens"
+    with (
+        make(packed, num_threads=0) as loader,
+        pytest.raises(forebay.SchemaMismatch, match=expected),
+    ):
+        next(iter(loader))
+
+
+# --------------------------------------------------------------------------------------- best fit
+
+
+@pytest.mark.parametrize("separator", [None, SEPARATOR])
+def test_best_fit_reads_every_token_once_from_any_topology(documents, separator):
+    packed = pack(documents, fit="best", length=64, separator=separator)
+    first, state = read(packed, 1, steps=3)
+    second, state = read(packed, 3, steps=4, state=state, global_batch_size=5)
+    third, _ = read(packed, 2, state=state, global_batch_size=13, last_batch="pad")
+    whole, _ = read(packed, 1)
+    assert first + second + third == whole
+    expected = sorted(one for group in stream_of(documents, separator=separator) for one in group)
+    assert sorted(token for window in whole for token in window) == expected
+    for window in whole:
+        for row in {row for row, _ in window}:
+            own = [token for one, token in window if one == row]
+            size = length_of(row) + (separator is not None)
+            assert len(own) == size or size > 64
+
+
+def test_best_fit_pads_less(documents):
+    windows = {
+        fit: len(read(pack(documents, fit=fit, length=128, group_samples=NUM_DOCUMENTS), 1)[0])
+        for fit in ("cut", "best", "whole")
+    }
+    assert windows["cut"] <= windows["best"] <= windows["cut"] + 1
+    assert windows["best"] < 0.85 * windows["whole"]
+
+
+def test_a_state_of_best_fit_is_one_of_its_layout(documents):
+    best = pack(documents, fit="best", length=64)
+    _, state = read(best, 1, steps=2)
+    assert (state["fit"], state["length"]) == ("best", 64)
+    _, of_cut = read(pack(documents, length=64), 1, steps=2)
+    for packed, given, words in (
+        (pack(documents, fit="best", length=32), state, "length=64, this loader has 32"),
+        (pack(documents, fit="best", length=64, tail="drop"), state, "tail="),
+        (pack(documents, length=64), state, "format 2"),
+        (best, of_cut, "format 1"),
+    ):
+        with make(packed) as loader, pytest.raises(forebay.InvalidRequest, match=words):
+            loader.load_state_dict(given)
+
+
+@pytest.mark.parametrize(
+    ("beside", "error", "words"),
+    [
+        ({"labels": 0.5}, forebay.InvalidRequest, "no int64"),
+        ({"number": 0}, forebay.SchemaMismatch, "lists of numbers"),
+        ({"tokens": 0}, forebay.InvalidRequest, "beside itself"),
+        ({"other": 0}, forebay.InvalidRequest, "no column 'other'"),
+    ],
+)
+def test_what_cannot_be_packed_beside_is_refused(documents, beside, error, words):
+    with pytest.raises(error, match=words):
+        make(pack(documents, beside=beside))
