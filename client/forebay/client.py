@@ -303,15 +303,24 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
         self.channel.call(Datasets.DefineSplits, request)
 
     def define_folds(
-        self, name: str, version: int, k: int, seed: int = 0, prefix: str = "fold"
+        self,
+        name: str,
+        version: int,
+        k: int,
+        seed: int = 0,
+        prefix: str = "fold",
+        *,
+        within: str = "",
     ) -> None:
-        """Define k folds of a version. Dataset.define_folds is the short way."""
+        """Define k folds of a version, or of its split *within*. Dataset.define_folds is the short
+        way."""
         request = datasets_pb2.DefineFoldsRequest(
             dataset=name,
             version=version,
             num_folds=max(0, k),
             seed=seed,
             prefix=check_name("fold", prefix),
+            within=within,
         )
         self.channel.call(Datasets.DefineFolds, request)
 

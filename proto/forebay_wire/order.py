@@ -223,9 +223,14 @@ def worker_steps(num_steps: int, worker: int, num_workers: int) -> range:
     return range(worker, num_steps, num_workers)
 
 
+def split_key(dataset_manifest: str, seed: int) -> bytes:
+    """Names the permutation of a version's rows that its splits share."""
+    return derive_key("split", dataset_manifest, seed)
+
+
 def split_rows(dataset_manifest: str, num_rows: int, seed: int, positions: Numbers) -> Numbers:
     """Rows of the version that stand at *positions* of the permutation that its splits share."""
-    return permute(derive_key("split", dataset_manifest, seed), num_rows, positions)
+    return permute(split_key(dataset_manifest, seed), num_rows, positions)
 
 
 @dataclass(frozen=True)

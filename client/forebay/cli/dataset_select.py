@@ -30,6 +30,7 @@ _CONDITION: Final = re.compile(r"\s*(\w[\w.-]*)\s*(<=|>=|==|!=|=|<|>|\bnot in\b|
 @click.option("--buckets", metavar="COLUMN=BOUND,…", help="Buckets of a numeric column instead.")
 @click.option("--seed", default=0, show_default=True, help="Of the random choice.")
 @click.option("--prefix", help="Of the names of folds or buckets (fold, bucket).")
+@click.option("--of", "within", metavar="SPLIT", help="Of this split's rows instead of all.")
 @click.option("--version", default="latest", show_default=True, help="Of the dataset.")
 @with_session
 def split_dataset(
@@ -40,6 +41,7 @@ def split_dataset(
     buckets: str | None,
     seed: int,
     prefix: str | None,
+    within: str | None,
     version: str,
 ) -> None:
     """Share dataset NAME out: train=0.8,test=0.2 at random, in folds, or by a column's value.
@@ -50,22 +52,22 @@ def split_dataset(
         raise click.UsageError("give exactly one of NAME=SHARE,…, --folds and --buckets")
     if prefix is not None and shares is not None:
         raise click.UsageError("--prefix names folds or buckets")
+    if within is not None and shares is not None:
+        raise click.UsageError("--of goes with --folds and --buckets; shares are of all rows")
     with session.connect() as client:
-        dataset = client.dataset(name, version)
+        dataset = client.dataset(name, version, within)
         if shares is not None:
             fractions = parse_shares(shares)
             dataset.define_splits(fractions, seed=seed)
             names = list(fractions)
         elif folds is not None:
-            both = dataset.define_folds(folds, seed=seed, prefix=prefix or "fold")
+            both = dataset.define_folds(folds, seed=seed, prefix=prefix)
             names = [part for pair in both for part in pair]
         else:
             assert buckets is not None, "counted above"
             column, boundaries = _parse_buckets(buckets)
             with _progress(f"buckets of {name}") as progress:
-                made = dataset.define_buckets(
-                    column, boundaries, prefix=prefix or "bucket", progress=progress
-                )
+                made = dataset.define_buckets(column, boundaries, prefix=prefix, progress=progress)
             names = list(made)
         _show(session, client, dataset, names)
 
@@ -81,6 +83,7 @@ def split_dataset(
     help="COLUMN OPERATOR VALUE, as in 'length >= 512' or 'label in [1, 2]'; all have to hold.",
 )
 @click.option("--rows", metavar="FILE", help="Row numbers: a .npy file, or one number a line.")
+@click.option("--of", "within", metavar="SPLIT", help="Of this split's rows instead of all.")
 @click.option("--version", default="latest", show_default=True, help="Of the dataset.")
 @with_session
 def select_rows(
@@ -89,6 +92,7 @@ def select_rows(
     selection: str,
     conditions: tuple[str, ...],
     rows: str | None,
+    within: str | None,
     version: str,
 ) -> None:
     """Choose rows of dataset NAME for ever, as its SELECTION, to be read like a split.
@@ -98,7 +102,7 @@ def select_rows(
     if bool(conditions) == (rows is not None):
         raise click.UsageError("give either --where or --rows")
     with session.connect() as client:
-        dataset = client.dataset(name, version)
+        dataset = client.dataset(name, version, within)
         if rows is not None:
             dataset.define_selection(selection, rows=_read_rows(rows))
         else:

@@ -21,7 +21,7 @@ from forebay_wire.ids import check_name
 from forebay_wire.lazy import lazy
 from forebay_wire.manifest import DatasetManifest, SelectionManifest
 from forebay_wire.protocol import DataEndpoint
-from forebay_wire.selection import Ring, rule_of
+from forebay_wire.selection import Ring, base_of, rule_of
 
 if TYPE_CHECKING:
     from forebay._channel import RpcChannel
@@ -50,7 +50,14 @@ class Control(Protocol):
     ) -> None: ...
 
     def define_folds(
-        self, name: str, version: int, k: int, seed: int = 0, prefix: str = "fold"
+        self,
+        name: str,
+        version: int,
+        k: int,
+        seed: int = 0,
+        prefix: str = "fold",
+        *,
+        within: str = "",
     ) -> None: ...
 
     def wait_version(self, name: str, version: int, durability: str, timeout: float) -> None: ...
@@ -154,9 +161,14 @@ class Dataset:
             )
         if self._rule is None:
             return indices
-        if isinstance(self._rule, Ring):
-            return self._rule.rows(self.manifest_id, self._num_version_rows, indices)
-        return self._stored_rows.at(indices)
+        base, places = base_of(self._rule, indices)
+        if isinstance(base, Ring):
+            return base.rows(self.manifest_id, self._num_version_rows, places)
+        return self._stored_rows.at(places)
+
+    def stored_rows_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of the version at *places* of the list that its selection stands on."""
+        return self._stored_rows.at(places)
 
     def read(
         self,
@@ -363,23 +375,25 @@ class Dataset:
         rows: Any = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> int:
-        """Choose rows of this version for ever, to be read with ``split=name``; how many they are.
+        """Choose rows of this version, or of this split, for ever, to be read with ``split=name``;
+        how many they are.
 
             dataset.define_selection("large", filter=pc.field("length") >= 512)
             dataset.define_selection("checked", rows=[3, 17, 4])
 
         *filter* is a pyarrow expression, or a list like ``[("length", ">=", 512)]``; rows of which
-        it is null are left out. *rows* are numbers, each once. Rows are kept in the order of the
-        version. A filter is computed here, a record batch at a time, over the columns that it
-        names; *progress* is told how many rows are done, and of how many.
+        it is null are left out. *rows* are numbers of rows of the version, each once (those of a
+        batch's ``_ids``). Rows are kept in the order of the version. A filter is computed here, a
+        record batch at a time, over the columns that it names; *progress* is told how many rows
+        are done, and of how many.
 
         Repeating the call is a no-op. Raises AlreadyExists if the name has another definition,
-        InvalidRequest for an expression that cannot be computed, rows that do not exist, and
-        a selection that would be empty.
+        InvalidRequest for an expression that cannot be computed, rows that do not exist (in
+        the split), and a selection that would be empty.
         """
         from forebay.dataset import selections  # loads Arrow's engine
 
-        control = self._whole("define_selection")
+        control = self._client()
         check_name("selection", name)
         if (filter is None) == (rows is None):
             raise InvalidRequest("define_selection takes exactly one of filter and rows")
@@ -392,31 +406,38 @@ class Dataset:
         value: Any,
         boundaries: Sequence[float],
         *,
-        prefix: str = "bucket",
+        prefix: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> dict[str, int]:
-        """Share this version out by a number, such as a length; rows of each bucket by name.
+        """Share this version, or split, out by a number, such as a length; rows of each bucket by
+        name.
 
         *value* is a column or a pyarrow expression (``pc.list_value_length(pc.field("tokens"))``).
         n ascending *boundaries* make n + 1 selections: ``bucket0`` is what lies below the first,
-        ``bucket1`` from the first on and below the second, and so on. All are defined, or none.
+        ``bucket1`` from the first on and below the second, and so on; of a split
+        ``train-bucket0``, unless *prefix* says otherwise. All are defined, or none.
         Otherwise as :meth:`define_selection`; rows without a value, and empty buckets, are refused.
         """
         from forebay.dataset import selections
 
-        control = self._whole("define_buckets")
-        return selections.define_buckets(self, control, value, boundaries, prefix, progress)
+        control = self._client()
+        names = prefix or self._prefix("bucket")
+        return selections.define_buckets(self, control, value, boundaries, names, progress)
 
-    def define_folds(self, k: int, seed: int = 0, *, prefix: str = "fold") -> list[tuple[str, str]]:
-        """Define k folds of this version for cross-validation; the names of the training and the
-        test part of each: ``[("fold0-train", "fold0-test"), …]``.
+    def define_folds(
+        self, k: int, seed: int = 0, *, prefix: str | None = None
+    ) -> list[tuple[str, str]]:
+        """Define k folds of this version, or of this split, for cross-validation; the names of the
+        training and the test part of each: ``[("fold0-train", "fold0-test"), …]``, of a split
+        ``"train-fold0-train"`` and so on.
 
         The test parts share out all rows, at random by *seed*, and their sizes differ by one at
         most. Repeating the call is a no-op; folds that choose other rows under the same names raise
         AlreadyExists: other folds take another *prefix*.
         """
-        self._whole("define_folds").define_folds(self.name, self.version, k, seed, prefix)
-        return [(f"{prefix}{fold}-train", f"{prefix}{fold}-test") for fold in range(k)]
+        names, within = prefix or self._prefix("fold"), self.split or ""
+        self._client().define_folds(self.name, self.version, k, seed, names, within=within)
+        return [(f"{names}{fold}-train", f"{names}{fold}-test") for fold in range(k)]
 
     def add_columns(
         self,
@@ -490,6 +511,10 @@ class Dataset:
         from forebay.dataset.read_plan import ReadPlan  # loads the calls, which workers need not
 
         return ReadPlan.start(self, self._client().channel, indices, name, columns)
+
+    def _prefix(self, what: str) -> str:
+        """Of the names of selections that share this version, or split, out."""
+        return what if self.selection is None else f"{self.selection.name}-{what}"
 
     def _whole(self, what: str) -> Control:
         if self.selection is not None:

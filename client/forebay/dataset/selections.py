@@ -15,12 +15,13 @@ import pyarrow.compute as pc
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from forebay.dataset.members import Members
 from forebay.dataset.select import BLOCK_ROWS, Chosen, RowsBuilder
 from forebay.methods import Datasets
 from forebay_wire.errors import AlreadyExists, InvalidRequest
 from forebay_wire.ids import check_name
 from forebay_wire.manifest import SelectionManifest, parse
-from forebay_wire.selection import STORED, describe_definition, describe_rule
+from forebay_wire.selection import STORED, describe_definition, describe_rule, stored_rule
 from forebay_wire.v1 import datasets_pb2
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def define_filter(
     if not pa.types.is_boolean(kind):
         raise InvalidRequest(f"{what}: {expression} is {kind}, a filter has to be true or false")
     columns = _columns_of(expression, of)
-    definition = {"kind": "filter", "text": _text_of(expression), "columns": columns}
+    definition = {"kind": "filter", "text": _text_of(expression), **_among(of, columns)}
 
     def choose(values: pa.ChunkedArray) -> list[NDArray[np.int64]]:
         return [np.from_dlpack(pc.indices_nonzero(values)).astype(np.int64)]
@@ -61,7 +62,7 @@ def define_rows(of: Dataset, control: Control, name: str, rows: Any) -> int:
     """See :meth:`forebay.Dataset.define_selection`; the number of rows."""
     what = f"selection {name!r} of dataset {of.name!r} v{of.version}"
     ordered = _ordered(rows, of, what)
-    definition = {"kind": "rows"}
+    definition = {"kind": "rows", **_within(of)}
     digest = blake3()
     for start in range(0, len(ordered), BLOCK_ROWS):
         digest.update(ordered[start : start + BLOCK_ROWS].astype("<u8").tobytes())
@@ -69,7 +70,7 @@ def define_rows(of: Dataset, control: Control, name: str, rows: Any) -> int:
     if known is not None and known.rule.get("digest") == digest.hexdigest():
         _check_same(known, definition)
         return known.num_rows
-    builder = RowsBuilder(control, of, name)
+    builder = RowsBuilder(control, of.whole(), name)
     try:
         builder.add(ordered)
         return _commit(of, control, [builder.finish(json.dumps(definition))])[name]
@@ -97,7 +98,7 @@ def define_buckets(
             "pc.list_value_length"
         )
     edges = _check_boundaries(boundaries, what)
-    both = {"text": _text_of(expression), "columns": _columns_of(expression, of)}
+    both = {"text": _text_of(expression), **_among(of, _columns_of(expression, of))}
     wanted = {
         f"{prefix}{number}": {"kind": "bucket", **both, "low": low, "high": high}
         for number, (low, high) in enumerate(zip([None, *edges], [*edges, None], strict=True))
@@ -123,7 +124,8 @@ def _define(
     choose: Callable[[pa.ChunkedArray], list[NDArray[np.int64]]],
     progress: Progress | None,
 ) -> dict[str, int]:
-    """Look at all rows once and make *wanted*, unless it is there; rows of each by name.
+    """Look at all rows (of the split) once and make *wanted*, unless it is there; rows of each by
+    name.
 
     *choose* gives the places, among some values, of the rows of each of *wanted*.
     """
@@ -135,16 +137,25 @@ def _define(
     if len(known) == len(wanted) and not any(map(_is_shortened, wanted.values())):
         return {name: known[name].num_rows for name in wanted}
     what = f"{'selection' if len(wanted) == 1 else 'buckets'} of dataset {of.name!r} v{of.version}"
-    builders = {name: RowsBuilder(control, of, name) for name in wanted}
+    whole, members = of.whole(), Members(of)
+    columns = _columns_of(expression, of)
+    builders = {name: RowsBuilder(control, whole, name) for name in wanted}
     try:
-        done = 0
-        for table in _tables(of):
+        start = looked = 0
+        for table in _tables(whole):
+            num_rows = table.num_rows
+            rows = np.arange(start, start + num_rows, dtype=np.int64)
+            if of.selection is not None:
+                few = table.select(columns or table.column_names[:1])
+                own = members.among(rows)
+                rows, table = rows[own], few.take(pa.array(own))
             chosen = choose(_evaluate(table, expression, of, what))
             for builder, places in zip(builders.values(), chosen, strict=True):
-                builder.add(places + done)
-            done += table.num_rows
+                builder.add(rows[places])
+            start += num_rows
+            looked += len(rows)
             if progress is not None:
-                progress(done, of.num_rows)
+                progress(looked, of.num_rows)
         _check_not_empty(builders, wanted, of)
         made = [builders[name].finish(json.dumps(wanted[name])) for name in wanted]
         return _commit(of, control, made)
@@ -253,9 +264,10 @@ def _ordered(rows: Any, of: Dataset, what: str) -> NDArray[np.int64]:
     if not given.size:
         raise InvalidRequest(f"{what} would be empty: give at least one row")
     low, high = int(given.min()), int(given.max())
-    if low < 0 or high >= of.num_rows:
+    num_rows = of.manifest.num_rows
+    if low < 0 or high >= num_rows:
         wrong = low if low < 0 else high
-        raise InvalidRequest(f"{what}: there is no row {wrong}, rows are 0 to {of.num_rows - 1}")
+        raise InvalidRequest(f"{what}: there is no row {wrong}, rows are 0 to {num_rows - 1}")
     ordered: NDArray[np.int64] = given.astype(np.int64)
     if np.any(ordered[1:] < ordered[:-1]):
         ordered.sort()
@@ -264,7 +276,33 @@ def _ordered(rows: Any, of: Dataset, what: str) -> NDArray[np.int64]:
         raise InvalidRequest(
             f"{what}: row {ordered[twice[0]]} is given twice, and a selection has each row once"
         )
+    _check_members(ordered, of, what)
     return ordered
+
+
+def _check_members(ordered: NDArray[np.int64], of: Dataset, what: str) -> None:
+    members = Members(of)
+    for start in range(0, len(ordered), BLOCK_ROWS):
+        rows = ordered[start : start + BLOCK_ROWS]
+        own = members.among(rows)
+        if len(own) < len(rows):
+            wrong = np.delete(rows, own)[0]
+            raise InvalidRequest(
+                f"{what}: row {wrong} is not in the split {of.split!r}: rows are those of the "
+                "version, as in a batch's _ids"
+            )
+
+
+def _within(of: Dataset) -> dict[str, Any]:
+    """What the definition of a selection says of the split that it is made of."""
+    return {} if of.split is None else {"within": of.split}
+
+
+def _among(of: Dataset, columns: Sequence[str]) -> dict[str, Any]:
+    """The same, and on which columns it depends: also those that the split depends on."""
+    rule = {} if of.selection is None else stored_rule(of.selection.rule)
+    before = rule.get("definition", {}).get("columns", [])
+    return {"columns": sorted({*columns, *before}), **_within(of)}
 
 
 def _check_boundaries(boundaries: Sequence[float], what: str) -> list[float]:

@@ -13,7 +13,7 @@ from forebay.dataset.gather import RowReader
 from forebay.dataset.schema import Schema
 from forebay_wire.lazy import lazy
 from forebay_wire.manifest import SelectionManifest
-from forebay_wire.selection import POSITION, ROW, ROWS
+from forebay_wire.selection import POSITION, ROW, ROWS, stored_rule
 
 MAX_SHORT_ROW: Final = 1 << 32
 """Row numbers of a version with no more rows take four bytes each."""
@@ -34,14 +34,14 @@ class StoredRows:
         self, selection: SelectionManifest, num_version_rows: int, cache: ShardCache
     ) -> None:
         name = f"dataset {selection.dataset} v{selection.version}, selection {selection.name}"
-        encoding = selection.rule["encoding"]
+        encoding = stored_rule(selection.rule)["encoding"]
         self._schema = schema_of(encoding, num_version_rows)
         self._is_plain = encoding == ROWS
         self._num_entries = sum(shard.num_rows for shard in selection.shards)
         self._reader = RowReader(selection.shards, lambda shard: self._schema, cache, name)
 
     def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The rows of the version at these places of the selection."""
+        """The rows of the version at these places of what is stored."""
         if self._is_plain:
             rows: NDArray[np.int64] = self._read(places)[ROW].astype(np.int64)
             return rows

@@ -223,18 +223,20 @@ class DefineSplitsRequest(_message.Message):
     def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[SplitShare, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class DefineFoldsRequest(_message.Message):
-    __slots__ = ("dataset", "version", "num_folds", "seed", "prefix")
+    __slots__ = ("dataset", "version", "num_folds", "seed", "prefix", "within")
     DATASET_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_FOLDS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_FIELD_NUMBER: _ClassVar[int]
     dataset: str
     version: int
     num_folds: int
     seed: int
     prefix: str
-    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., num_folds: _Optional[int] = ..., seed: _Optional[int] = ..., prefix: _Optional[str] = ...) -> None: ...
+    within: str
+    def __init__(self, dataset: _Optional[str] = ..., version: _Optional[int] = ..., num_folds: _Optional[int] = ..., seed: _Optional[int] = ..., prefix: _Optional[str] = ..., within: _Optional[str] = ...) -> None: ...
 
 class NewSelection(_message.Message):
     __slots__ = ("name", "num_rows", "encoding", "shards", "counts", "digest", "definition_json")

@@ -14,7 +14,7 @@ from forebay_server.model.tracks import Tracks
 from forebay_wire.blocks import BlockLayout, BlockParameters, starts_of
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import Cut, LastBatch, Order, Shuffle, check_blocks
-from forebay_wire.selection import Rule, Stored
+from forebay_wire.selection import Rule, Stored, base_of
 
 WINDOW_SAMPLES: Final = 1 << 14
 """Samples that one window looks at: some milliseconds of work and a few hundred kilobytes."""
@@ -168,14 +168,16 @@ def _shards(
 ) -> list[NDArray[np.int64]]:
     """The shards that hold the rows at these places of the selection, on each track."""
     found: list[NDArray[np.int64]] = []
-    rule, rows = order.selection, samples
+    rule, rows = None, samples
+    if order.selection is not None:
+        rule, rows = base_of(order.selection, samples)
     if isinstance(rule, Stored):
-        own = rule.shards(samples)
+        own, places = rule.shards(rows), rows
         if tracks.beside:
-            rows = _estimated(rule, shard_starts, own, samples)
+            rows = _estimated(rule, shard_starts, own, places)
     else:
         if rule is not None:
-            rows = rule.rows(order.manifest, order.num_version_rows, samples)
+            rows = rule.rows(order.manifest, order.num_version_rows, rows)
         own = np.searchsorted(shard_starts, rows, side="right") - 1
     if tracks.reads_base:
         found.append(own)

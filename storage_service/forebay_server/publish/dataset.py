@@ -260,14 +260,26 @@ class Datasets:
         return await self._define(of, selections.splits(of, fractions, seed))
 
     async def define_folds(
-        self, name: str, version: int, num_folds: int, seed: int, prefix: str
+        self, name: str, version: int, num_folds: int, seed: int, prefix: str, within: str = ""
     ) -> DatasetInfo:
         """Name the training and the test part of each of *num_folds* folds of a version (0: newest)
-        under one seeded permutation of its rows: ``PREFIX0-train``, ``PREFIX0-test``, …
+        under one seeded permutation of its rows: ``PREFIX0-train``, ``PREFIX0-test``, … *within*:
+        of the rows of its selection of that name.
 
         A repeat changes nothing. :class:`AlreadyExists` if a name chooses other rows.
         """
         of = await self._version(name, version)
+        if within:
+            there = await self._catalog.read(
+                lambda one: queries.find_selection_manifests(one, of.dataset, of.version)
+            )
+            parents = [one for one in there if one[0].name == within]
+            if not parents:
+                raise NotFound(
+                    f"version {of.version} of dataset {name} has no split {within!r} to share out"
+                )
+            made = selections.folds_within(of, parents[0], num_folds, seed, prefix)
+            return await self._define(of, made)
         return await self._define(of, selections.folds(of, num_folds, seed, prefix))
 
     async def define_selections(

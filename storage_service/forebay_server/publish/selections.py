@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from forebay_server.catalog import queries_datasets as queries
@@ -17,7 +17,17 @@ from forebay_wire.errors import AlreadyExists, IntegrityError, InvalidRequest
 from forebay_wire.ids import check_id, check_name
 from forebay_wire.limits import KIB, check_limit
 from forebay_wire.manifest import SelectionManifest, parse
-from forebay_wire.selection import FOLD, ROWS, RUNS, SPLIT, STORED, carried, describe_rule
+from forebay_wire.selection import (
+    FOLD,
+    FOLD_WITHIN,
+    MAX_DEPTH,
+    ROWS,
+    RUNS,
+    SPLIT,
+    STORED,
+    carried,
+    describe_rule,
+)
 
 MAX_SELECTIONS: Final = 1000
 """Of one version."""
@@ -27,6 +37,7 @@ MAX_DEFINITION_BYTES: Final = 64 * KIB
 SAME: Final = {
     SPLIT: ("kind", "seed", "start", "stop"),
     FOLD: ("kind", "seed", "start", "stop"),
+    FOLD_WITHIN: ("kind", "seed", "start", "stop", "within"),
     STORED: ("kind", "digest"),
 }
 """What has to agree of two rules that choose the same rows, besides their number."""
@@ -75,6 +86,44 @@ def folds(of: VersionInfo, num_folds: int, seed: int, prefix: str) -> list[Selec
         )
         for one in model.folds(of.num_rows, num_folds)
     ]
+
+
+def folds_within(
+    of: VersionInfo,
+    within: tuple[SelectionInfo, bytes],
+    num_folds: int,
+    seed: int,
+    prefix: str,
+) -> list[SelectionManifest]:
+    """The same of the rows of a selection of the version."""
+    info, data = within
+    parent = _parsed(info, data)
+    what = {
+        "kind": FOLD_WITHIN,
+        "within": info.name,
+        "of": info.manifest,
+        "parent": parent.rule,
+        "parent_rows": parent.num_rows,
+    }
+    if _depth(parent.rule) >= MAX_DEPTH:
+        raise InvalidRequest(f"{MAX_DEPTH} selections are within one another already: stop there")
+    check_name("fold", prefix)
+    check_limit("folds", num_folds, MAX_SELECTIONS // 2, "define fewer")
+    _check_seed(seed)
+    made = [
+        _selection(
+            of,
+            check_name("fold", f"{prefix}{one.fold}-{one.part}"),
+            one.stop - one.start,
+            {**what, "seed": seed, "num_folds": num_folds, **vars(one)},
+        )
+        for one in model.folds(parent.num_rows, num_folds)
+    ]
+    return [replace(one, shards=parent.shards) for one in made]
+
+
+def _depth(rule: Mapping[str, Any]) -> int:
+    return 1 + (_depth(rule["parent"]) if rule["kind"] == FOLD_WITHIN else 0)
 
 
 def stored(of: VersionInfo, new: NewSelection) -> SelectionManifest:

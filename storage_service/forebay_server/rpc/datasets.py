@@ -128,7 +128,12 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
     ) -> messages.Dataset:
         return convert_dataset(
             await self._datasets.define_folds(
-                request.dataset, request.version, request.num_folds, request.seed, request.prefix
+                request.dataset,
+                request.version,
+                request.num_folds,
+                request.seed,
+                request.prefix,
+                request.within,
             )
         )
 

@@ -23,7 +23,7 @@ from forebay_wire.errors import InvalidRequest, LimitExceeded, NotFound
 from forebay_wire.ids import check_id, check_random_name
 from forebay_wire.manifest import DatasetManifest, SelectionManifest, parse
 from forebay_wire.order import check_last_batch, check_shuffle
-from forebay_wire.selection import rule_of
+from forebay_wire.selection import counts_of, rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -399,7 +399,8 @@ class Plans:
                     f"split {selection.name!r} is one of {selection.dataset} version "
                     f"{selection.version}, not of {version.dataset} version {version.version}"
                 )
-            rule, counts = rule_of(selection), selection.rule.get("counts")
+            rule = rule_of(selection)
+            counts = counts_of(rule)
             num_samples = selection.num_rows
         if position > num_samples:
             raise InvalidRequest(

@@ -32,6 +32,16 @@ def numbers(tmp_path_factory: pytest.TempPathFactory):
         (("select", "d", "some", "--where", "x > 3", "--where", "x in [2, 5, 9]"), {"some": 2}, ""),
         (("select", "d", "text", "--rows", "{rows}.txt"), {"text": 3}, "list of rows"),
         (("select", "d", "binary", "--rows", "{rows}.npy"), {"binary": 3}, "list of rows"),
+        (
+            ("split", "d", "--of", "text", "--folds", "3"),
+            {"text-fold0-train": 2, "text-fold0-test": 1},
+            "train part of fold 0 of 3 within text",
+        ),
+        (
+            ("select", "d", "inner", "--of", "text", "--where", "x > 1"),
+            {"inner": 2},
+            "filter (x > 1) within text",
+        ),
     ],
 )
 def test_selections_are_defined_and_shown(
@@ -58,6 +68,8 @@ def test_selections_are_defined_and_shown(
         (("split", "d", "a=1", "--folds", "2"), ExitCode.USAGE, "exactly one"),
         (("split", "d", "--buckets", "x"), ExitCode.USAGE, "COLUMN=BOUND"),
         (("select", "d", "s"), ExitCode.USAGE, "either --where or --rows"),
+        (("split", "d", "a=1", "--of", "text"), ExitCode.USAGE, "--folds and --buckets"),
+        (("select", "d", "s", "--of", "nope", "--where", "x > 1"), ExitCode.NOT_FOUND, "nope"),
         (("select", "d", "s", "--where", "x"), ExitCode.USAGE, "COLUMN OPERATOR VALUE"),
         (("select", "d", "s", "--where", "y > 1"), ExitCode.USAGE, "y"),
         (("select", "d", "s", "--rows", "no-such-file.npy"), ExitCode.NOT_FOUND, "no file"),

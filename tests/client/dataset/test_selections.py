@@ -11,6 +11,7 @@ import forebay
 from forebay.dataset import select
 
 ROWS = 5000
+PARTS = ("train", "test")
 
 
 @pytest.fixture(scope="module")
@@ -222,13 +223,10 @@ def test_rows_that_cannot_be_are_refused(dataset, rows, why):
         dataset.define_selection("bad", rows=rows)
 
 
-def test_exactly_one_way_to_choose_is_given_and_of_the_whole_version(client, dataset):
+def test_exactly_one_way_to_choose_is_given(dataset):
     for ways in ({}, {"rows": [1], "filter": pc.field("number") > 1}):
         with pytest.raises(forebay.InvalidRequest, match="exactly one of filter and rows"):
             dataset.define_selection("bad", **ways)
-    dataset.define_selection("three", rows=[1, 2, 3])
-    with pytest.raises(forebay.InvalidRequest, match=r"its split 'three': call it on"):
-        client.dataset("chosen", split="three").define_selection("bad", rows=[1])
 
 
 # Buckets.
@@ -278,3 +276,127 @@ def test_what_a_version_has_is_what_its_selections_have_too(client, dataset):
     rows = range(before, ROWS, 3)  # another list for each way
     dataset.define_selection(f"kept-{before}", rows=rows)
     assert num_blobs() == before + 1
+
+
+# Within a split.
+
+
+@pytest.fixture
+def splits(client, dataset):
+    """Splits of all kinds of the same rows' dataset: name to its rows, in its order."""
+    dataset.define_splits({"train": 0.7, "test": 0.3}, seed=4)
+    dataset.define_folds(3, seed=5, prefix="whole")
+    dataset.define_selection("evens", rows=range(0, ROWS, 2))
+    dataset.define_selection("low", filter=pc.field("number") < 10)
+    client.dataset("chosen", split="low").define_folds(4, seed=1)
+    client.dataset("chosen", split="train").define_folds(4, seed=1)
+    names = ["train", "whole2-train", "evens", "low", "low-fold3-train", "train-fold3-train"]
+    return {name: rows_of(client, "chosen", name) for name in names}
+
+
+def test_a_filter_within_a_split_chooses_of_its_rows_alone(client, dataset, table, splits, way):
+    chosen = np.flatnonzero(table["number"].to_numpy() % 3 == 0)
+    third = pc.field("number") - pc.divide(pc.field("number"), 3) * 3 == 0
+    for name, rows in splits.items():
+        split = client.dataset("chosen", split=name)
+        seen: list[tuple[int, int]] = []
+        count = split.define_selection(
+            f"{name}-{way}", filter=third, progress=lambda *told, seen=seen: seen.append(told)
+        )
+        found = rows_of(client, "chosen", f"{name}-{way}")
+        assert found.tolist() == sorted(set(rows.tolist()) & set(chosen.tolist()))
+        assert count == len(found)
+        assert seen[-1] == (len(rows), len(rows))
+        split.define_selection(f"{name}-{way}", filter=third)  # again
+        assert f"within {name}" in described(client, f"{name}-{way}")
+    with pytest.raises(forebay.AlreadyExists, match=r"asked for: filter .*Selections never change"):
+        dataset.define_selection(f"train-{way}", filter=third)
+
+
+def described(client, name) -> str:
+    from forebay_wire.selection import describe_rule
+
+    return describe_rule(client.dataset("chosen", split=name).selection.rule)
+
+
+def test_a_filter_within_a_split_is_computed_of_its_rows_alone(client, dataset, way):
+    dataset.define_selection("no-zeros", filter=pc.field("number") != 0)
+    divides = pc.divide(pc.scalar(100), pc.field("number")) > 3
+    with pytest.raises(forebay.InvalidRequest, match="divide by zero"):
+        dataset.define_selection(f"divided-{way}", filter=divides)
+    within = client.dataset("chosen", split="no-zeros")
+    assert within.define_selection(f"divided-{way}", filter=divides) > 0
+    dataset.define_selection("there", filter=~pc.field("maybe").is_nan())
+    made = client.dataset("chosen", split="there").define_buckets("maybe", [0, 10])
+    assert list(made) == ["there-bucket0", "there-bucket1", "there-bucket2"]
+    assert sum(made.values()) == len(client.dataset("chosen", split="there"))
+
+
+def test_rows_within_a_split_are_its_own(client, splits):
+    for name, rows in splits.items():
+        split = client.dataset("chosen", split=name)
+        some = rows[: len(rows) // 3]
+        split.define_selection(f"{name}-some", rows=some)
+        assert rows_of(client, "chosen", f"{name}-some").tolist() == sorted(some.tolist())
+        foreign = np.setdiff1d(np.arange(ROWS), rows)[7]
+        with pytest.raises(forebay.InvalidRequest, match=f"row {foreign} is not in the split"):
+            split.define_selection("bad", rows=[*some.tolist(), int(foreign)])
+
+
+def test_folds_within_a_split_share_out_its_rows(client, dataset, splits):
+    for name, rows in splits.items():
+        split = client.dataset("chosen", split=name)
+        names = split.define_folds(3, seed=2, prefix=f"{name}-in")
+        assert names == split.define_folds(3, seed=2, prefix=f"{name}-in")
+        tests = []
+        for train, test in names:
+            both = [rows_of(client, "chosen", one).tolist() for one in (train, test)]
+            assert sorted(both[0] + both[1]) == sorted(rows.tolist())
+            tests.append(both[1])
+        assert sorted(sum(tests, [])) == sorted(rows.tolist())  # noqa: RUF017 - three lists
+        assert max(map(len, tests)) - min(map(len, tests)) <= 1
+        assert sorted(tests[0]) != sorted(rows.tolist())[: len(tests[0])]
+        other = split.define_folds(3, seed=3, prefix=f"{name}-other")
+        assert rows_of(client, "chosen", other[0][1]).tolist() != tests[0]
+        with pytest.raises(forebay.AlreadyExists, match="Selections never change"):
+            split.define_folds(3, seed=3, prefix=f"{name}-in")
+    dataset.define_selection("four", rows=range(4))
+    with pytest.raises(forebay.InvalidRequest, match=r"folds of .* rows: a fold would be empty"):
+        client.dataset("chosen", split="four").define_folds(5, prefix="too-many")
+
+
+def test_loaders_read_folds_within_splits_and_the_daemon_plans_them(client, dataset, splits):
+    for name in ("train", "low"):
+        fold = client.dataset("chosen", split=f"{name}-fold1-test")
+        with forebay.DataLoader(
+            fold, global_batch_size=64, shuffle="full", columns=["number"], include_ids=True
+        ) as loader:
+            found = [number for batch in loader for number in batch["_ids"].tolist()]
+            assert loader.report().plan_problem == ""
+        assert sorted(found) == sorted(rows_of(client, "chosen", fold.split).tolist())
+        with forebay.DataLoader(
+            fold, global_batch_size=64, shuffle="block", block_rows=32, columns=["number"]
+        ) as loader:
+            assert sum(len(batch["number"]) for batch in loader) == len(fold)
+
+
+def test_what_is_chosen_within_splits_stays_with_rows_whose_other_columns_change(client, name):
+    with client.create_dataset(name, {"number": "int64", "other": "int64"}) as writer:
+        for number in range(40):
+            writer.write(number=number, other=-number)
+    dataset = client.dataset(name)
+    dataset.define_splits({"train": 0.5}, seed=1)
+    dataset.define_selection("few", filter=pc.field("other") > -20)
+    client.dataset(name, split="train").define_folds(2)
+    client.dataset(name, split="train").define_selection("n", filter=pc.field("number") > 3)
+    client.dataset(name, split="few").define_folds(2)
+    client.dataset(name, split="few").define_selection("m", filter=pc.field("number") > 3)
+    stays = ["train-fold0-train", "train-fold1-test", "n"]
+    before = {one: rows_of(client, name, one).tolist() for one in stays}
+    dataset.add_columns(
+        lambda rows: {"other": rows["number"] * 2}, columns=["number"], replace=True
+    )
+    there = {one.name for one in client.describe_dataset(name).selections if one.version == 2}
+    assert there == {"train", "n", *(f"train-fold{n}-{part}" for n in (0, 1) for part in PARTS)}
+    assert {one: rows_of(client, name, one).tolist() for one in stays} == before
+    client.dataset(name, split="train").define_folds(2)  # again

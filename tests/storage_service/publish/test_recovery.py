@@ -94,13 +94,14 @@ async def test_datasets_come_back_with_versions_and_selections(tmp_path: Path) -
             commit = VersionCommit("d", base, b"schema", (shard,), new_random_name())
             await datasets.commit_version(commit, UID)
             await datasets.define_splits("d", base + 1, {"train": 0.8, "test": 0.2}, 0)
+            await datasets.define_folds("d", base + 1, 2, 0, "inner", "train")
         await node.settle(FLUSH)
         before = await datasets.get("d")
         manifest = await node.parse_manifest(before.versions[1].manifest)
         assert isinstance(manifest, DatasetManifest)
         parts = {blob: await node.read_blob(blob) for blob in manifest.blobs()}
     found = await rebuild(tmp_path, tmp_path / "new")
-    assert (found.num_datasets, found.num_versions, found.num_selections) == (1, 2, 4)
+    assert (found.num_datasets, found.num_versions, found.num_selections) == (1, 2, 12)
     assert found.left_out == []
     shutil.move(tmp_path / "object", tmp_path / "new" / "object")
     async with open_checkpoints(tmp_path / "new") as node:
