@@ -141,26 +141,36 @@ def _mix_tweaks(tweaks: _Words) -> _Words:
 
 def _encipher(round_keys: Sequence[_Word], sizes: tuple[_Word, _Word], values: _Words) -> _Words:
     """One pass of the network over Z_a x Z_b."""
-    halves = np.divmod(values, sizes[1])
+    halves = _split(values, sizes[1])
     scratch = np.empty_like(values)
     for index, round_key in enumerate(round_keys):
         target, source, size = halves[index % 2], halves[1 - index % 2], sizes[index % 2]
         _mix(source, round_key, size, scratch)
         np.add(target, scratch, out=target)
-        np.subtract(target, size, out=target, where=target >= size)
+        # Less *size* where that is not negative, which in whole numbers without a sign is huge: a
+        # condition for each of them would cost four times as much, since nobody can predict it.
+        np.subtract(target, size, out=scratch)
+        np.minimum(target, scratch, out=target)
     return halves[0] * sizes[1] + halves[1]
 
 
 def _decipher(round_keys: Sequence[_Word], sizes: tuple[_Word, _Word], values: _Words) -> _Words:
     """The inverse of :func:`_encipher`: the rounds backwards."""
-    halves = np.divmod(values, sizes[1])
+    halves = _split(values, sizes[1])
     scratch = np.empty_like(values)
     for index in range(len(round_keys) - 1, -1, -1):
         target, source, size = halves[index % 2], halves[1 - index % 2], sizes[index % 2]
         _mix(source, round_keys[index], size, scratch)
-        np.add(target, size, out=target, where=target < scratch)
         np.subtract(target, scratch, out=target)
+        np.add(target, size, out=scratch)
+        np.minimum(target, scratch, out=target)
     return halves[0] * sizes[1] + halves[1]
+
+
+def _split(values: _Words, size: _Word) -> tuple[_Words, _Words]:
+    """Quotient and rest: a multiplication is cheaper than a second division."""
+    quotient = values // size
+    return quotient, values - quotient * size
 
 
 def _mix(source: _Words, round_key: _Word, size: _Word, out: _Words) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 import numpy as np
 
 from forebay.dataset.reading import Piece, Samples, Steps
-from forebay_wire.order import Cut
+from forebay_wire.order import Cut, Part
 from forebay_wire.permutation import Numbers
 
 PAGE_SAMPLES: Final = 1 << 14
@@ -68,12 +70,20 @@ class _Page:
         self._samples = samples  # while it lives, no other one has its id
         self._first = steps.start
         self._parts = [cut.part(step, rank, num_ranks) for step in steps]
-        positions = [part.positions(samples.num_samples) for part in self._parts]
-        found = samples.rows(np.concatenate(positions))
+        found = samples.rows(_positions(self._parts, samples.num_samples))
         found.flags.writeable = False  # several readers have it
-        ends = np.cumsum([len(one) for one in positions])
-        self._found = np.split(found, ends[:-1])
+        ends = accumulate((part.num_rows for part in self._parts), initial=0)
+        self._found = [found[start:end] for start, end in pairwise(ends)]
 
     def at(self, step: int) -> tuple[Piece, Numbers]:
         place = step - self._first
         return self._parts[place], self._found[place]
+
+
+def _positions(parts: Sequence[Part], num_samples: int) -> Numbers:
+    """Those of all *parts*, which are of consecutive steps, one after the other."""
+    start, stop = parts[0].batch_start, parts[-1].batch_stop
+    is_whole = sum(part.num_samples for part in parts) == stop - start
+    if is_whole and parts[0].lanes == 1 and not parts[-1].num_padding:
+        return np.arange(start, stop)  # one rank reads all of it
+    return np.concatenate([part.positions(num_samples) for part in parts])

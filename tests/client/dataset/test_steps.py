@@ -48,6 +48,13 @@ def test_the_same_parts_and_rows(count, size, last_batch, ranks, page, data):
         steps.PAGE_SAMPLES = before
 
 
+def test_a_padded_part_is_not_taken_for_the_whole_batch():
+    cut, epoch = Cut(5, 10, "pad"), Epoch(Order(5, "full", 1, 0, "m/"))
+    part, rows = StepPages().at(epoch, cut, 0, 1, 2)
+    assert (part.num_rows, part.num_samples) == (5, 2)
+    assert np.array_equal(rows, epoch.rows(part.positions(5)))
+
+
 def test_pages_are_not_pickled():
     pages = StepPages()
     pages.at(Epoch(Order(10_000, "full", 0, 0, "m/")), Cut(10_000, 256), 3, 0, 1)
