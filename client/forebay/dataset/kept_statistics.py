@@ -25,7 +25,6 @@ from forebay_wire.errors import (
     NotFound,
 )
 from forebay_wire.manifest import SelectionManifest, StatisticsManifest, parse
-from forebay_wire.selection import FOLD
 from forebay_wire.v1 import datasets_pb2
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def training_part(dataset: Dataset) -> Dataset:
     what a model is tested on must not find their way into its training."""
     selection = dataset.selection
     names = {TRAIN}
-    if selection is not None and selection.rule.get("kind") == FOLD:
+    if selection is not None and "part" in selection.rule:  # of a fold, also within a split
         names = {selection.name.removesuffix(f"-{selection.rule['part']}") + "-train"}
     if dataset.split in names:
         return dataset
