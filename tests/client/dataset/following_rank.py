@@ -94,6 +94,8 @@ def main() -> None:
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     dist.init_process_group("gloo", timeout=timedelta(seconds=HANG_SECONDS))
     with forebay.connect(folder) as client:
+        if dist.get_rank() == 0:  # evaluates, and makes loaders that the others do not make
+            forebay.DataLoader(client.dataset(name), **OPTIONS, columns=["number"]).close()
         rank = Rank(client.dataset(name), Path(scratch), dist.get_rank(), int(num_workers))
         found = [rank.read(number) for number in range(int(num_epochs))]
         sys.stdout.write(json.dumps(found) + "\n")

@@ -160,6 +160,20 @@ def test_a_state_between_two_epochs_begins_the_next_one_on_the_newest_version(
         assert numbers(loader) == expected(client, name, 1, 1)
 
 
+def test_between_two_epochs_all_ranks_have_the_same_state_whoever_began_first(
+    client, name, dataset
+):
+    ranks = [make(dataset, rank=rank, world_size=2, run=name) for rank in range(2)]
+    for one in ranks:
+        list(one)
+    append(client, name)
+    assert len(ranks[0]) == len(expected(client, name, 2, 1))  # decides the epoch
+    assert ranks[0].state_dict() == ranks[1].state_dict()
+    assert ranks[0].state_dict()["version"] == 1
+    for one in ranks:
+        one.close()
+
+
 def test_iterations_at_once_have_a_version_each(client, name, dataset):
     with make(dataset) as loader:
         first = iter(loader)
@@ -192,6 +206,12 @@ def test_the_daemons_plan_moves_on_too(client, name, dataset):
                     wait_for({f"{name}@{epoch.number + 1}"})
             append(client, name)
     wait_for(set())
+    streaming = stream(dataset)
+    for epoch in range(2):
+        for number, _ in enumerate(streaming):
+            if number == 1:
+                wait_for({f"{name}@{epoch + 3}"})
+        append(client, name)
 
 
 # Several ranks.
@@ -385,18 +405,20 @@ def test_the_state_of_a_stateful_loader_stays_on_the_version(
         )
 
     made = loader(dataset)
+    assert numbers(made) == expected(client, name, 1, 0)
+    append(client, name)
     batches = iter(made)
     head = numbers(itertools.islice(batches, steps))
     state = made.state_dict()
     append(client, name)
     again = loader(client.dataset(name))
     again.load_state_dict(state)
-    assert head + numbers(again) == expected(client, name, 1, 0)
-    assert numbers(again) == expected(client, name, 2, 1)
+    assert head + numbers(again) == expected(client, name, 2, 1)
+    assert numbers(again) == expected(client, name, 3, 2)
     other = stream(client.dataset(name))
     other.load_state_dict(state)
-    assert numbers(other) == expected(client, name, 1, 0, position=steps * GLOBAL)
-    assert numbers(other) == expected(client, name, 2, 1)
+    assert numbers(other) == expected(client, name, 2, 1, position=steps * GLOBAL)
+    assert numbers(other) == expected(client, name, 3, 2)
 
 
 def test_workers_of_several_ranks_agree_by_the_name_of_their_run(client, name, dataset):
