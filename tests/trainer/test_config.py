@@ -91,7 +91,8 @@ def test_a_configuration_is_frozen():
         ("num_epochs=many", r"'num_epochs' \(argument\) must be int, not 'many' \(str\)"),
         ("num_epochs=1.5", r"must be int, not 1.5 \(float\)"),
         ("num_epochs=true", r"must be int, not True \(bool\)"),
-        ("data.shuffle=ful", r"'data.shuffle' .* must be one of 'none', 'full', not 'ful'"),
+        ("data.shuffle=ful", r"'data.shuffle' .* must be one of 'none', 'full', 'block', not"),
+        ("data.window_blocks=4", r"data.window_blocks .* belong to shuffle=block, not to full"),
         ("data.version=newest", r"must be int or one of 'latest', not 'newest'"),
         ("model.channels=[1,'a']", r"'model.channels' .* must be a list of int"),
         ("model.channels=3", r"must be a list of int, not 3"),
@@ -105,6 +106,15 @@ def test_a_configuration_is_frozen():
 def test_a_wrong_argument_is_named(override, message):
     with pytest.raises(InvalidRequest, match=message):
         load(override)
+
+
+def test_a_block_shuffle_has_blocks_of_at_least_one_row():
+    blocks = load("data.shuffle=block", "data.window_blocks=4", "data.block_rows=32").data
+    assert (blocks.shuffle, blocks.window_blocks, blocks.block_rows) == ("block", 4, 32)
+    assert load("data.shuffle=block", "data.block_rows=none").data.block_rows is None
+    for key in ("window_blocks", "block_rows"):
+        with pytest.raises(InvalidRequest, match=rf"data.{key} must be at least 1, not 0"):
+            load("data.shuffle=block", f"data.{key}=0")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,15 @@ class DataConfig:
     global_batch_size: int = setting(
         128, "samples of one step, all ranks together: other ranks change nothing in the order"
     )
-    shuffle: Literal["none", "full"] = setting("full", "order of the training samples")
+    shuffle: Literal["none", "full", "block"] = setting(
+        "full", "order of the training samples; block: few shards are read at a time"
+    )
+    window_blocks: int | None = setting(
+        None, "of shuffle=block: blocks that are mixed with one another; none: 16"
+    )
+    block_rows: int | None = setting(
+        None, "of shuffle=block: rows of a block; none: the shards, which a random split has not"
+    )
     last_batch: Literal["keep", "pad", "drop"] = setting("keep", "what a short last batch becomes")
     num_threads: int = setting(1, "threads of each rank that make batches ahead")
     mean: float = setting(0.0, "subtracted from the pixels, which lie in 0 to 1")
@@ -38,6 +46,14 @@ class DataConfig:
             raise InvalidRequest(
                 f"global_batch_size must be at least 1, not {self.global_batch_size}"
             )
+        if self.shuffle != "block" and (self.window_blocks, self.block_rows) != (None, None):
+            raise InvalidRequest(
+                f"window_blocks and block_rows belong to shuffle=block, not to {self.shuffle}"
+            )
+        for name in ("window_blocks", "block_rows"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise InvalidRequest(f"{name} must be at least 1, not {number}")
         if self.std <= 0:
             raise InvalidRequest(f"std must be above 0, not {self.std}")
 
@@ -53,6 +69,8 @@ class DataConfig:
             train,
             global_batch_size=self.global_batch_size,
             shuffle=self.shuffle,
+            window_blocks=self.window_blocks,
+            block_rows=self.block_rows,
             seed=seed,
             last_batch=self.last_batch,
             num_threads=self.num_threads,
