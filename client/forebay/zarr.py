@@ -33,7 +33,7 @@ from forebay.dataset.shard import largest_sample
 from forebay.dataset.write import SHARD_BYTES
 from forebay.zarr_decode import bounds
 from forebay.zarr_samples import Samples
-from forebay.zarr_session import Session, State, is_key
+from forebay.zarr_session import Session, State, is_key, read_value
 from forebay.zarr_version import INDEX_KEY, METADATA, SCHEMA, Place, Version, index_of
 from forebay_wire.errors import AlreadyExists, Conflict, InvalidRequest, NotFound
 from forebay_wire.ids import new_random_name
@@ -42,11 +42,14 @@ from forebay_wire.limits import KIB
 if TYPE_CHECKING:
     from forebay.client import Client
 
-ATTEMPT: Final = "commit"
-"""In a version's metadata: the random name of the commit that made it."""
-
 MAX_ROW_BYTES: Final = largest_sample(SHARD_BYTES, Schema.of(SCHEMA).arrow) - 16
 """Of a key and its value together: what surely fits a shard."""
+
+PART: Final = "all"
+"""Of the write session that makes a version: its only part."""
+
+PART_SECONDS: Final = 600.0
+"""How long that is kept of a commit that was cut off."""
 
 T = TypeVar("T")
 
@@ -332,14 +335,13 @@ class ForebayStore(Store):
         version."""
         if not state.attempts:
             return state
-        try:
-            made = self._client().dataset(self.name, state.number + 1)
-        except NotFound:
-            return state
-        attempt = made.manifest.metadata.get(ATTEMPT)
-        if not isinstance(attempt, str) or attempt not in state.attempts:
-            return state
-        return self._own_session().finish(state, attempt, made.version, made.manifest_id)
+        client = self._client()
+        for attempt in state.attempts:
+            number = client.write_session(self.name, write=attempt).version
+            if number is not None:
+                made = client.dataset(self.name, number)
+                return self._own_session().finish(state, attempt, number, made.manifest_id)
+        return state
 
     def _publish(self, state: State) -> State:
         self._check_newest(state)
@@ -358,33 +360,38 @@ class ForebayStore(Store):
 
     def _write(self, base: Version, wanted: Mapping[str, Path | None], attempt: str) -> int:
         """A version of *wanted*: from each file, or what *base* has of the key."""
-        metadata = {**METADATA, ATTEMPT: attempt}
         places = {key: base.places[key] for key, path in wanted.items() if path is None}
         index_bytes = sum(len(key.encode()) + 24 for key in wanted) + 64 * KIB
         shard_bytes = max(SHARD_BYTES, index_bytes)
         row = base.num_rows
-        if not base.number:
-            writer = self._client().create_dataset(
-                self.name, SCHEMA, metadata=metadata, shard_bytes=shard_bytes
-            )
-        else:
-            writer = self._client().append_dataset(
-                self.name, base=base.dataset, metadata=metadata, shard_bytes=shard_bytes
-            )
-        with writer:
+        client = self._client()
+        session = client.write_session(
+            self.name,
+            None if base.number else SCHEMA,
+            append=bool(base.number),
+            base=base.dataset if base.number else None,
+            write=attempt,  # which tells whether it went through
+            shard_bytes=shard_bytes,
+            metadata={**(base.dataset.manifest.metadata if base.number else {}), **METADATA},
+            keep_seconds=PART_SECONDS,
+        )
+        with session.part(PART) as writer:
             for key, path in sorted(wanted.items()):
                 if path is None:
                     continue
                 try:
-                    value = path.read_bytes()
+                    value = read_value(path)
                 except FileNotFoundError:  # deleted just now, and again in the layer above
                     continue
                 writer.write(key=key, value=value)
                 places[key] = Place(row, len(value))
                 row += 1
             writer.write(key=INDEX_KEY, value=index_of(places))
-        assert writer.version is not None, "it has committed"
-        return writer.version
+        try:
+            return session.commit()
+        except (AlreadyExists, Conflict):
+            session.abort()
+            raise
 
     def _check_newest(self, state: State) -> None:
         """Refuse early what the daemon would refuse at the commit."""

@@ -5,15 +5,19 @@ What changes goes into the last one. A commit puts an empty layer on top and pub
 then they are gone, and the version that it made is what the rest lies over. Each of these steps is
 one replacement of ``state``, so that other processes see all of it or nothing.
 
-    state                      JSON: the fields of State
+Values are not synced one by one, but all of them before a commit counts on them; one that a power
+cut has left incomplete until then does not match its digest, and is refused.
+
+    state                      JSON: format, and the fields of State
     lock                       held while a commit, or the first change, is under way
-    layers/NAME/set/KEY        a value
+    layers/NAME/set/KEY        a value, and its XXH3-64 (8 bytes, little-endian)
     layers/NAME/deleted/DIGEST of a key; empty
     layers/NAME/parts/RANDOM   a value that is being written
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -23,9 +27,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from forebay_wire.errors import IntegrityError, InvalidRequest
 from forebay_wire.ids import new_random_name
+from forebay_wire.segments import xxh3
+
+FORMAT: Final = 3
+"""Of the folder: 1 had no ``state``, and 2 no digests."""
+
+DIGEST_BYTES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class State:
     layers: tuple[str, ...] = ()
     attempts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Commits that were begun since *number* and of which it is not known that they went through:
-    the name that one has in its version's metadata, to the layers that it publishes."""
+    the name that the daemon knows one by, to the layers that it publishes."""
 
 
 class Session:
@@ -56,10 +67,23 @@ class Session:
         try:
             values = json.loads(self._state.read_bytes())
         except FileNotFoundError:
+            if any((self._folder / name).exists() for name in ("version", "set", "deleted")):
+                raise self._of_another_build() from None
             return State()
+        except ValueError as error:
+            raise IntegrityError(f"{self._state} is no JSON ({error}): set anew") from error
+        found = values.pop("format", None) if isinstance(values, dict) else None
+        if found != FORMAT:
+            raise self._of_another_build()
         values["layers"] = tuple(values["layers"])
         values["attempts"] = {name: tuple(some) for name, some in values["attempts"].items()}
         return State(**values)
+
+    def _of_another_build(self) -> InvalidRequest:
+        return InvalidRequest(
+            f"the session {self._folder} was begun by another build of Forebay, whose sessions "
+            "this one does not read: commit it with that build, or set anew in an empty folder"
+        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -82,7 +106,9 @@ class Session:
                 self._write(State("", number, manifest, (new_random_name(),)))
 
     def freeze(self, state: State, attempt: str) -> State:
-        """Begin to commit all layers: from now on changes go into another one."""
+        """Begin to commit all layers: from now on changes go into another one. What was changed is
+        synced on return; OSError if it cannot be."""
+        sync_file_system(self._folder)
         layers = (*state.layers, new_random_name())
         return self._write(
             replace(state, layers=layers, attempts={**state.attempts, attempt: state.layers})
@@ -102,10 +128,15 @@ class Session:
         state = replace(state, token=new_random_name())
         part = self._folder / f"{state.token}.part"
         with part.open("w") as file:
-            json.dump(asdict(state), file)
+            json.dump({"format": FORMAT, **asdict(state)}, file)
             file.flush()
             os.fsync(file.fileno())  # a session whose state is cut short would be lost
         part.replace(self._state)
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # or an older state, which knows nothing of a commit, might come back
+        finally:
+            os.close(folder)
         return state
 
     def _has_changes(self, layer: str) -> bool:
@@ -123,7 +154,9 @@ class Session:
             for folder in (part.parent, path.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             try:
-                part.write_bytes(value)
+                with part.open("wb") as file:
+                    file.write(value)
+                    file.write(_digest_of(value))
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
@@ -163,11 +196,11 @@ class Session:
     # Looking. A commit may drop layers meanwhile: what is found counts if the state is the same
     # afterwards.
 
-    def read(self, layers: Sequence[str], key: str) -> tuple[bool, bytes | None]:
+    def read(self, layers: Sequence[str], key: str) -> tuple[bool, memoryview | None]:
         """Whether the layers say anything about *key*; its value, None where it is deleted."""
         for layer in self._of(key, layers):
             try:
-                return True, (layer / "set" / key).read_bytes()
+                return True, read_value(layer / "set" / key)
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 if (layer / "deleted" / _digest(key)).exists():
                     return True, None
@@ -179,7 +212,7 @@ class Session:
             path = layer / "set" / key
             try:
                 if path.is_file():
-                    return True, path.stat().st_size
+                    return True, max(0, path.stat().st_size - DIGEST_BYTES)
             except FileNotFoundError:
                 pass
             if (layer / "deleted" / _digest(key)).exists():
@@ -207,6 +240,36 @@ class Session:
 def is_key(key: str) -> bool:
     """Whether it names a file below a folder, and only one key does."""
     return "\0" not in key and all(part not in ("", ".", "..") for part in key.split("/"))
+
+
+def read_value(path: Path) -> memoryview:
+    """The value in a file of a layer. IntegrityError if it is incomplete."""
+    data = memoryview(path.read_bytes())
+    value, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if digest != _digest_of(value):
+        raise IntegrityError(
+            f"{path} is incomplete: the machine stopped before it was on disk; set it again"
+        )
+    return value
+
+
+def _digest_of(value: Any) -> bytes:
+    return xxh3(value).to_bytes(DIGEST_BYTES, "little")
+
+
+def sync_file_system(folder: Path) -> None:
+    """Have all that was written to the file system of *folder* on its disk: one call for however
+    many files. OSError if that fails."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(libc, "syncfs"):  # macOS
+            os.sync()
+        elif libc.syncfs(descriptor) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), os.fspath(folder))
+    finally:
+        os.close(descriptor)
 
 
 def _digest(key: str) -> str:

@@ -1,5 +1,7 @@
 """What becomes of what was set: sessions that collide, are shared, cut off, or given nonsense."""
 
+import errno
+import json
 import os
 import signal
 import sys
@@ -14,7 +16,8 @@ import pytest
 from zarr.core.buffer import cpu
 
 import forebay
-from forebay.dataset.write import DatasetWriter
+from forebay import zarr_session
+from forebay.dataset.parallel import WriteSession
 from forebay.zarr import MAX_ROW_BYTES, ForebayStore
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire.ids import new_random_name
@@ -97,7 +100,7 @@ def test_a_commit_between_look_and_append_is_a_conflict(
     other = another(store, "other")
     put(store, a="2")
     put(other, b="2")
-    around(monkeypatch, forebay.Client, "append_dataset", before=other.commit)
+    around(monkeypatch, forebay.Client, "write_session", before=other.commit)
     with pytest.raises(forebay.Conflict):
         store.commit()
     assert published(store) == {"a": "1", "b": "2"}
@@ -110,7 +113,7 @@ def test_of_two_that_create_the_later_one_is_refused(
     other = another(store, "other")
     put(store, a="1")
     put(other, b="2")
-    around(monkeypatch, forebay.Client, "create_dataset", before=other.commit)
+    around(monkeypatch, forebay.Client, "write_session", before=other.commit)
     with pytest.raises(forebay.Conflict, match="began with version 0, and the newest is 1"):
         store.commit()
     assert published(store) == {"b": "2"}
@@ -176,7 +179,7 @@ def test_what_is_set_during_a_commit_is_not_lost(
         other.delete_sync("a")
         assert content(other) == content(store) == {"b": "2", "c": "1", "d": "2"}
 
-    around(monkeypatch, DatasetWriter, "commit", before=meanwhile)
+    around(monkeypatch, WriteSession, "commit", before=meanwhile)
     assert store.commit() == 1
     assert published(store) == {"a": "1", "b": "1", "c": "1"}
     assert content(other) == content(store) == {"b": "2", "c": "1", "d": "2"}
@@ -218,7 +221,7 @@ def test_after_a_commit_that_failed_all_of_it_is_committed_at_once(
     store: ForebayStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, a="1", b="1")
-    around(monkeypatch, DatasetWriter, "commit", before=cut_off)
+    around(monkeypatch, WriteSession, "commit", before=cut_off)
     with pytest.raises(KeyboardInterrupt):
         store.commit()
     later = sharing(store)
@@ -236,7 +239,7 @@ def test_a_commit_cut_off_after_its_version_is_recognised(
     put(store, z="0")
     store.commit()
     put(store, a="1")
-    around(monkeypatch, DatasetWriter, "commit", after=cut_off)
+    around(monkeypatch, WriteSession, "commit", after=cut_off)
     with pytest.raises(KeyboardInterrupt):
         store.commit()
     later = sharing(store)
@@ -288,6 +291,80 @@ def _is_calling(thread: threading.Thread) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def test_equal_content_has_an_equal_manifest(store: ForebayStore, tmp_path: Path) -> None:
+    found = set()
+    for name in ("one", "two"):
+        one = another(store, name)
+        put(one, a="1", b="2")
+        one.commit()
+        put(one, b="3")
+        one.commit()
+        with forebay.connect(store.address) as client:
+            dataset = client.dataset(store.name)
+            found.add(dataset.manifest_id)
+            assert dataset.manifest.metadata == {"zarr": 3}
+            client.delete_dataset(store.name)
+    assert len(found) == 1
+
+
+# Sessions on a disk.
+
+
+def test_what_was_not_on_disk_when_the_machine_stopped_is_refused(store: ForebayStore) -> None:
+    """As ext4 may leave a file that was written and renamed, and not synced."""
+    put(store, a="1", b="some more", c="3")
+    (layer,) = (store.session / "layers").iterdir()
+    for key, left in (("a", 0), ("b", 10)):
+        os.truncate(layer / "set" / key, left)
+    for key in "ab":
+        with pytest.raises(forebay.IntegrityError, match=f"set/{key} is incomplete"):
+            store.get_sync(key)
+    with pytest.raises(forebay.IntegrityError, match=r"set/a is incomplete: .* set it again"):
+        store.commit()
+    put(store, a="4", b="5")
+    assert store.commit() == 1
+    assert published(store) == {"a": "4", "b": "5", "c": "3"}
+
+
+def test_a_commit_counts_on_nothing_that_cannot_be_synced(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, a="1")
+    synced = []
+
+    def fails(folder: Path) -> None:
+        synced.append(folder)
+        raise OSError(errno.EIO, "the disk is broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zarr_session, "sync_file_system", fails)
+        with pytest.raises(OSError, match="the disk is broken"):
+            store.commit()
+    assert synced == [store.session]
+    with pytest.raises(forebay.NotFound):
+        published(store)
+    assert store.commit() == 1
+    assert published(store) == {"a": "1"}
+
+
+def test_sessions_of_older_builds_are_named(store: ForebayStore) -> None:
+    put(store, a="1")
+    state = json.loads((store.session / "state").read_text())
+    del state["format"]
+    (store.session / "state").write_text(json.dumps(state))
+    first = store.session.parent / "of the first builds"
+    (first / "set").mkdir(parents=True)
+    (first / "version").write_text("1")
+    for old in (store, another(store, first.name)):
+        with pytest.raises(forebay.InvalidRequest, match="begun by another build"):
+            old.get_sync("a")
+        with pytest.raises(forebay.InvalidRequest, match="begun by another build"):
+            put(old, a="2")
+    (store.session / "state").write_text("{")
+    with pytest.raises(forebay.IntegrityError, match="state is no JSON"):
+        store.get_sync("a")
 
 
 # Keys, values and datasets that are none.

@@ -10,7 +10,7 @@ from zarr.core.sync import sync
 from zarr.testing.store import StoreTests
 
 from forebay.zarr import ForebayStore
-from forebay.zarr_session import Session, State
+from forebay.zarr_session import Session, State, read_value
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire.ids import new_random_name
 
@@ -25,12 +25,12 @@ class TestSession(StoreTests[ForebayStore, cpu.Buffer]):
         return {"name": name, "address": daemon.address()["rpc"], "session": tmp_path / "session"}
 
     async def set(self, store: ForebayStore, key: str, value: Buffer) -> None:
-        path = self.layer(store) / "set" / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(value.to_bytes())
+        self.layer(store)
+        session = Session(store.session)
+        session.put(session.state, key, value.to_bytes())
 
     async def get(self, store: ForebayStore, key: str) -> Buffer:
-        return self.buffer_cls.from_bytes((self.layer(store) / "set" / key).read_bytes())
+        return self.buffer_cls.from_bytes(bytes(read_value(self.layer(store) / "set" / key)))
 
     def layer(self, store: ForebayStore) -> Path:
         session = Session(store.session)
