@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,8 +44,8 @@ class Heartbeat:
     *failed* with what it raised, before it is tried again; *end* at last. None of them may refer
     to whoever owns this object.
 
-    Starts at once, and ends by :meth:`stop`, or when it is forgotten. Belongs to the process that
-    made it.
+    Starts at once, and ends by :meth:`stop`, when it is forgotten, or with the interpreter. Belongs
+    to the process that made it.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Heartbeat:
             target=_keep_telling, args=(shared,), name=name, daemon=True
         )
         weakref.finalize(self, _stop, shared, self._pid).atexit = False
+        _running[self._thread] = shared
         self._thread.start()
 
     @property
@@ -91,7 +94,30 @@ def _stop(shared: _Shared, pid: int) -> None:
     shared.moved.set()
 
 
+_running: Final[dict[threading.Thread, _Shared]] = {}
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A thread that still runs when the interpreter ends is ended by it wherever it is; inside of
+    an operation of torch that is the end of the process, by SIGABRT. So it ends before."""
+    ours = [(one, shared) for one, shared in list(_running.items()) if one.is_alive()]
+    for _, shared in ours:
+        shared.over.set()
+        shared.moved.set()
+    deadline = time.monotonic() + JOIN_SECONDS
+    for thread, _ in ours:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
 def _keep_telling(shared: _Shared) -> None:
+    try:
+        _tell_until_over(shared)
+    finally:
+        _running.pop(threading.current_thread(), None)
+
+
+def _tell_until_over(shared: _Shared) -> None:
     again: float | None = None
     while True:
         shared.moved.wait(ALIVE_SECONDS if again is None else min(again, ALIVE_SECONDS))
