@@ -32,8 +32,9 @@ CANDIDATES: Final = (
 """The first one that takes all values is a column's type; text if none does."""
 
 _MISSING: Final = pa.array(pa_csv.ConvertOptions().null_values)
-_LEADING_ZERO: Final = r"^\s*[+-]?0[0-9]"
+_LEADING_ZERO: Final = r"^[+-]?0[0-9]"
 _LONG_INTEGER: Final = r"^\s*[+-]?[0-9]{16,}\s*$"
+FIRST_VALUES: Final = 64
 _TIME: Final = r"^([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?$"
 
 Rows = Iterator[tuple[int, pa.RecordBatch]]
@@ -68,60 +69,67 @@ class ColumnTypes:
 
     def take(self, values: pa.StringArray, row: int) -> None:
         """More *values*, of which the first one's number is *row*."""
-        there = pc.invert(is_missing(values))
-        if not pc.any(there).as_py():
+        if self.has_values and not self.candidates:
+            return
+        rows, present = there(values)
+        if not len(present):
             return
         self.has_values = True
-        if not self.candidates:
-            return
-        for kind in self.candidates:
-            if not takes(kind, values.filter(there)):
-                self.lost[kind] = _first(kind, values, row)
+        for kind, at in self._misfits(present):
+            self.lost[kind] = Place(row + rows[at].as_py(), present[at].as_py())
         self.candidates = tuple(kind for kind in self.candidates if kind not in self.lost)
         if self.large is None and pa.float64() in self.candidates:
             self.large = _large(values, row)
 
+    def _misfits(self, present: pa.StringArray) -> Iterator[tuple[pa.DataType, int]]:
+        """The candidates that do not take all that is *present*, and the first value of each."""
+        zero = -1
+        if any(kind in NUMBERS for kind in self.candidates):
+            zero = pc.index(pc.match_substring_regex(present, _LEADING_ZERO), True).as_py()
+        for kind in self.candidates:
+            part = present.slice(0, zero) if zero >= 0 and kind in NUMBERS else present
+            at = first_misfit(kind, part)
+            if at is not None:
+                yield kind, at
+            elif len(part) < len(present):
+                yield kind, zero
 
-def is_missing(values: pa.StringArray) -> pa.BooleanArray:
-    """Which of them are no value for anything but text: empty, ``NA``, ``null`` and the like."""
-    return pc.is_in(pc.utf8_trim_whitespace(values), _MISSING)
 
-
-def takes(kind: pa.DataType, values: pa.StringArray) -> bool:
-    """Whether all *values*, of which none is missing, are of *kind*."""
-    if kind in NUMBERS and pc.any(pc.match_substring_regex(values, _LEADING_ZERO)).as_py():
-        return False
-    return converts(kind, values)
-
-
-def converts(kind: pa.DataType, values: pa.StringArray) -> bool:
-    """Whether all *values* can be read as *kind*, as a user may ask for."""
+def there(values: pa.StringArray) -> tuple[pa.Array, pa.StringArray]:
+    """Numbers and texts, without white space around, of those that are there in any type: not
+    empty, ``NA``, ``null`` and the like."""
     trimmed = pc.utf8_trim_whitespace(values)
+    rows = pc.indices_nonzero(pc.invert(pc.is_in(trimmed, _MISSING)))
+    return rows, trimmed if len(rows) == len(trimmed) else trimmed.take(rows)
+
+
+def first_misfit(kind: pa.DataType, values: pa.StringArray) -> int | None:
+    """The first of *values* that cannot be read as *kind*; None: all can.
+
+    What cannot be read costs Arrow a hundred times what can, so it is looked for in ever larger
+    pieces: a column of another type shows with the first.
+    """
+    start, size = 0, FIRST_VALUES
+    while _reads(kind, values.slice(start, size)):
+        start, size = start + size, 2 * size
+        if start >= len(values):
+            return None
+    low, high = 0, size  # the first so many of the piece can be read; so many cannot
+    while high - low > 1:
+        middle = (low + high) // 2
+        can = _reads(kind, values.slice(start + low, middle - low))
+        low, high = (middle, high) if can else (low, middle)
+    return start + low
+
+
+def _reads(kind: pa.DataType, values: pa.StringArray) -> bool:
     if pa.types.is_time32(kind):
-        return bool(pc.all(pc.match_substring_regex(trimmed, _TIME)).as_py())
+        return pc.all(pc.match_substring_regex(values, _TIME), min_count=0).as_py() is True
     try:
-        trimmed.cast(kind)
+        values.cast(kind)
     except pa.ArrowException:
         return False
     return True
-
-
-def _first(
-    kind: pa.DataType,
-    values: pa.StringArray,
-    row: int,
-    takes: Callable[[pa.DataType, pa.StringArray], bool] = takes,
-) -> Place:
-    """The first value that is not of *kind*; there is one."""
-    there = pc.invert(is_missing(values))
-    rows = pc.indices_nonzero(there)
-    values = values.filter(there)
-    low, high = 0, len(values)  # the first so many are of that kind; so many are not
-    while high - low > 1:
-        middle = (low + high) // 2
-        part = values.slice(low, middle - low)
-        low, high = (middle, high) if takes(kind, part) else (low, middle)
-    return Place(row + rows[low].as_py(), values[low].as_py())
 
 
 def _large(values: pa.StringArray, row: int) -> Place | None:
@@ -233,11 +241,11 @@ def _check_alike(column: str, files: Sequence[Scanned]) -> None:
             )
 
 
-def misfit(column: str, kind: pa.DataType, rows: Rows) -> Place | None:
+def misfit(column: str, kind: pa.DataType, batches: Rows) -> Place | None:
     """The first value of *column* that cannot be read as *kind*; None: all can."""
-    for row, batch in rows:
-        values = batch.column(column)
-        there = values.filter(pc.invert(is_missing(values)))
-        if len(there) and not converts(kind, there):
-            return _first(kind, values, row, converts)
+    for row, batch in batches:
+        rows, present = there(batch.column(column))
+        at = first_misfit(kind, present)
+        if at is not None:
+            return Place(row + rows[at].as_py(), present[at].as_py())
     return None

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import forebay
 from forebay.importers import csv_files
+from forebay.importers.csv_types import first_misfit
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire.errors import InvalidRequest, SchemaMismatch
 
@@ -197,3 +200,12 @@ def test_compressed_files_are_looked_through_as_well(
     path.write_bytes(gzip.compress(column(*FILLER, "word").encode()))
     with pytest.raises(SchemaMismatch, match=r"t.csv.gz, line 102, column 'x': 'word' is no d"):
         client.import_dataset("compressed", path, append=True)
+
+
+@given(st.integers(0, 600), st.lists(st.integers(0, 600), max_size=3))
+def test_the_first_misfit_is_found(count: int, places: list[int]) -> None:
+    values = ["7"] * count
+    for place in places:
+        values[place:] = ["x", *values[place + 1 :]]
+    found = first_misfit(pa.int64(), pa.array(values, pa.string()))
+    assert found == (values.index("x") if "x" in values else None)
