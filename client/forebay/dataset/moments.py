@@ -68,8 +68,9 @@ class IntegerMoments:
         self._low = list(map(min, self._low, low)) if self._count else low
         self._high = list(map(max, self._high, high)) if self._count else high
         self._count += values.shape[1]
-        for start in range(0, values.shape[1], PIECE_NUMBERS):
-            sums, squares = _exact_sums(values[:, start : start + PIECE_NUMBERS])
+        step = max(1, PIECE_NUMBERS // len(values))
+        for start in range(0, values.shape[1], step):
+            sums, squares = _exact_sums(values[:, start : start + step])
             self._sums = list(map(int.__add__, self._sums, sums))
             self._squares = list(map(int.__add__, self._squares, squares))
 

@@ -237,6 +237,12 @@ def test_without_a_training_split_a_test_split_is_refused(plain, made, name):
     forebay.DataLoader(test, batch_size=2, transform=fold)
     assert fold.source == f"{other.name} v1 split fold1-train"
     first = plain.dataset(other.name, split="first")
+    first.define_folds(2)
+    nested = transforms.standardize("x")
+    forebay.DataLoader(
+        plain.dataset(other.name, split="first-fold0-test"), batch_size=2, transform=nested
+    )
+    assert nested.source == f"{other.name} v1 split first-fold0-train"
     with pytest.raises(forebay.InvalidRequest, match="no split 'train'"):
         forebay.DataLoader(first, batch_size=2, transform=transforms.standardize("x"))
     with pytest.raises(forebay.InvalidRequest, match="whose it shall have"):
