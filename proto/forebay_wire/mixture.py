@@ -174,7 +174,7 @@ class Recipe:
 
 def until_first_ends(sizes: Sequence[int], shares: Sequence[int]) -> Recipe:
     """Epochs that end before any dataset would come a second time."""
-    longest = _last_where(
+    longest = last_where(
         lambda length: all(
             own <= size for own, size in zip(counts(shares, length), sizes, strict=True)
         ),
@@ -192,7 +192,7 @@ def until_all_end(sizes: Sequence[int], shares: Sequence[int]) -> Recipe:
         for size, share in zip(sizes, shares, strict=True)
         if share
     )
-    shortest = 1 + _last_where(
+    shortest = 1 + last_where(
         lambda length: any(
             own < size for own, size in zip(counts(shares, length), sizes, strict=True)
         ),
@@ -215,7 +215,7 @@ def of_fixed_sizes(sizes: Sequence[int], wanted: Sequence[int]) -> Recipe:
     return Recipe(tuple(sizes), (Stage(0, tuple(wanted)),), sum(wanted), tuple(wanted))
 
 
-def _last_where(holds: Callable[[int], bool], high: int) -> int:
+def last_where(holds: Callable[[int], bool], high: int) -> int:
     """The last number up to *high* where *holds*, which does so at 0 and, once it fails, never
     again."""
     low = 0

@@ -23,10 +23,10 @@ from forebay.dataset.reading import (
     no_drop_of_all,
 )
 from forebay.dataset.schema import Column
-from forebay.dataset.states import check_state, whole_numbers
+from forebay.dataset.states import check_is_state, check_state, whole_numbers
 from forebay.transfer.wanted import current_plan, reading_for
 from forebay_wire.errors import InvalidRequest
-from forebay_wire.mixture import MixtureOrder
+from forebay_wire.mixture_lanes import LanedOrder
 from forebay_wire.order import Cut, LastBatch
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class MixtureReading:
     """A mixture in an order."""
 
     def __init__(self, mixture: Mixture, options: OrderOptions) -> None:
-        if options.lanes not in (None, 1):
-            raise InvalidRequest("a mixture has no lanes: leave lanes= out")
+        if options.lanes is not None and options.shuffle != "block":
+            raise InvalidRequest(f'lanes belong to shuffle="block", not to {options.shuffle!r}')
         mixture.columns(options.columns)  # raises where they differ
         self.mixture = mixture
         self._options = replace(options, lanes=None)
@@ -53,7 +53,7 @@ class MixtureReading:
 
     @property
     def has_lanes(self) -> bool:
-        return False
+        return self._options.shuffle == "block"
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -82,34 +82,39 @@ class MixtureReading:
         no_drop_of_all(self.mixture.num_samples, global_batch_size, last_batch)
 
     def epoch(self, epoch: int, lanes: int) -> MixtureSamples:
-        del lanes
-        recipe, seed = self.mixture.recipe, self._options.seed
-        order = MixtureOrder(recipe, self.mixture.identity, seed, epoch)
-        return MixtureSamples(self.mixture, order, self._readings)
+        mixture, seed = self.mixture, self._options.seed
+        order = LanedOrder(mixture.in_lanes(lanes), mixture.identity_in(lanes), seed, epoch)
+        return MixtureSamples(mixture, order, self._readings)
 
     def cut(
         self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int
     ) -> Cut:
-        del epoch, lanes
-        return Cut(self.mixture.num_samples, global_batch_size, last_batch, position)
+        del epoch
+        num_samples = self.mixture.in_lanes(lanes).num_samples
+        return Cut(num_samples, global_batch_size, last_batch, position, lanes)
 
     # Where reading stands.
 
     def state(self, epoch: int, position: int, lanes: int) -> dict[str, Any]:
-        del lanes
-        return {"epoch": epoch, "position": position, **self._own_state()}
+        return {"epoch": epoch, "position": position, **self._own_state(lanes)}
 
     def restored(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
-        del lanes
-        check_state(state, self._own_state())
-        epoch, position = whole_numbers(state, "epoch", "position")
-        if position > self.mixture.num_samples:
+        check_is_state(state)
+        found = _lanes_in(state) if lanes is None else lanes
+        own = self._own_state(found)
+        if _lanes_in(state) != found:
             raise InvalidRequest(
-                f"the state stands at sample {position} of {self.mixture.num_samples}"
+                f"the state was taken with lanes={_lanes_in(state)}, this loader has {found}: make "
+                "it with the same ones, or leave lanes= out"
             )
-        return epoch, position, 1
+        check_state(state, own)
+        epoch, position = whole_numbers(state, "epoch", "position")
+        num_samples = self.mixture.in_lanes(found).num_samples
+        if position > num_samples:
+            raise InvalidRequest(f"the state stands at sample {position} of {num_samples}")
+        return epoch, position, found
 
-    def _own_state(self) -> dict[str, Any]:
+    def _own_state(self, lanes: int) -> dict[str, Any]:
         options = self._options
         blocks = self._readings[0].state(0, 0, 1)
         return {
@@ -119,11 +124,12 @@ class MixtureReading:
                 name: [dataset.name, dataset.version, dataset.identity]
                 for name, dataset in self.mixture.datasets.items()
             },
-            "mixture": self.mixture.identity,
+            "mixture": self.mixture.identity_in(lanes),
             "seed": options.seed,
             "shuffle": options.shuffle,
             "window_blocks": blocks["window_blocks"],
             "block_rows": blocks["block_rows"],
+            **({"lanes": lanes} if lanes > 1 else {}),
         }
 
     # The plan.
@@ -132,25 +138,30 @@ class MixtureReading:
         return MixtureReporter(self, loader, parameters)
 
     def component_reporters(self, loader: str, parameters: PlanParameters) -> list[Reporter]:
-        """A plan for each dataset. Which of its samples fall to which rank is known only to the
-        mixture, so each rank's plan is about all of them."""
+        """A plan for each dataset."""
+        return [
+            reading.reporter(f"{reading.title} of {loader}", own)
+            for reading, own in zip(self._readings, self.component_plans(parameters), strict=True)
+        ]
+
+    def component_plans(self, parameters: PlanParameters) -> list[PlanParameters]:
+        """What the plan of each dataset says. In lanes, those of the rank; without, which samples
+        fall to which rank is known only to the mixture, so each rank's plan is about all."""
         recipe = self.mixture.recipe
         shares = np.sum([stage.shares for stage in recipe.stages], axis=0)
-        found: list[Reporter] = []
-        for reading, share in zip(self._readings, shares / shares.sum(), strict=True):
-            size = max(1, round(parameters.global_batch_size * float(share)))
-            own = PlanParameters(size, "keep", 0, 1, 1)
-            found.append(reading.reporter(f"{reading.title} of {loader}", own))
+        lanes, found = parameters.lanes, []
+        for share in (shares / shares.sum()).tolist():
+            size = max(1, round(parameters.global_batch_size * share / lanes)) * lanes
+            if lanes > 1:
+                rank, num_ranks = parameters.rank, parameters.num_ranks
+                found.append(PlanParameters(size, "keep", rank, num_ranks, lanes))
+            else:
+                found.append(PlanParameters(size, "keep", 0, 1, 1))
         return found
 
-    def places(self, epoch: int, position: int) -> list[tuple[int, int] | None]:
+    def places(self, epoch: int, position: int, lanes: int) -> list[tuple[int, int] | None]:
         """(pass, sample) of each dataset at *position* of *epoch*; None for an empty one."""
-        order = self.epoch(epoch, 1).order
-        ordinals = order.next_ordinals(position)
-        return [
-            divmod(ordinal, size) if size else None
-            for ordinal, size in zip(ordinals, self.mixture.recipe.sizes, strict=True)
-        ]
+        return self.epoch(epoch, lanes).order.next_places(position)
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ class MixtureSamples:
     """One epoch of a mixture. Rows are those of all datasets' versions, counted through."""
 
     mixture: Mixture
-    order: MixtureOrder
+    order: LanedOrder
     readings: Sequence[DatasetReading]
 
     def __post_init__(self) -> None:
@@ -166,23 +177,20 @@ class MixtureSamples:
 
     @property
     def num_samples(self) -> int:
-        return self.mixture.num_samples
+        return self.order.mixture.num_samples
 
     @property
     def epoch(self) -> int:
         return self.order.epoch
 
     def rows(self, positions: Numbers) -> Numbers:
-        numbers, ordinals = self.order.at(positions)
+        numbers, turns, places = self.order.at(positions)
         rows = np.empty(len(positions), dtype=np.int64)
-        for number, size in enumerate(self.mixture.recipe.sizes):
+        for number in np.unique(numbers).tolist():
             target = np.flatnonzero(numbers == number)
-            if not len(target):
-                continue
-            turns, places = np.divmod(ordinals[target], size)
-            for turn in np.unique(turns).tolist():
-                now = target[turns == turn]
-                own = self._pass(number, turn).rows(places[turns == turn])
+            for turn in np.unique(turns[target]).tolist():
+                now = target[turns[target] == turn]
+                own = self._pass(number, turn).rows(places[now])
                 rows[now] = self.mixture.joined_rows(number, own)
         return rows
 
@@ -191,7 +199,7 @@ class MixtureSamples:
         kept: dict[int, DatasetSamples] = self.__dict__["_passes"][number]
         found = kept.get(turn)
         if found is None:
-            found = self.readings[number].epoch(turn, 1)
+            found = self.readings[number].epoch(turn, self.order.mixture.lanes)
             recent = sorted(kept.items())[-KEPT_PASSES + 1 :]
             self.__dict__["_passes"][number] = {**dict(recent), turn: found}
         return found
@@ -252,6 +260,13 @@ class MixtureSamples:
         return found
 
 
+def _lanes_in(state: Mapping[str, Any]) -> int:
+    lanes = state.get("lanes", 1)
+    if type(lanes) is not int or lanes < 1:
+        raise InvalidRequest(f"loader state: lanes={lanes!r} is no number from 1 on")
+    return lanes
+
+
 def scatter(
     parts: Sequence[tuple[Numbers, Mapping[str, Any]]],
     columns: Sequence[Column],
@@ -290,6 +305,7 @@ class MixtureReporter:
 
     def __init__(self, reading: MixtureReading, loader: str, parameters: PlanParameters) -> None:
         self._reading = reading
+        self._lanes = parameters.lanes
         self._reporters = reading.component_reporters(loader, parameters)
 
     @property
@@ -319,7 +335,7 @@ class MixtureReporter:
         self._reporters[0].account(account)  # once is enough: the sums are of the loader
 
     def stand(self, epoch: int, position: int) -> None:
-        places = self._reading.places(epoch, position)
+        places = self._reading.places(epoch, position, self._lanes)
         for reporter, place in zip(self._reporters, places, strict=True):
             if place is not None:
                 reporter.stand(*place)

@@ -27,6 +27,7 @@ from forebay_wire.mixture import (
     until_all_end,
     until_first_ends,
 )
+from forebay_wire.mixture_lanes import Ends, LanedMixture, in_lanes
 
 if TYPE_CHECKING:
     from forebay.dataset.reading import OrderOptions, Reading
@@ -112,6 +113,7 @@ class Mixture:
         self.datasets = dict(datasets)
         self._means = _Means(self.datasets, column, mean_tokens)
         self._recipe = self._make_recipe(weights, num_samples, stop, sizes, repeats, by)
+        self._laned: dict[int, LanedMixture] = {}
         self._made_of: dict[str, Any] = {
             "weights": weights,
             "num_samples": num_samples,
@@ -134,7 +136,8 @@ class Mixture:
 
     @property
     def num_samples(self) -> int:
-        """Of an epoch."""
+        """Of an epoch, in one lane: with more of them, ``stop=`` may end it a few samples sooner or
+        later."""
         return self._recipe.num_samples
 
     def __len__(self) -> int:
@@ -159,6 +162,20 @@ class Mixture:
             recipe.num_samples,
             recipe.strides,
         ]
+        return blake3(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+    def in_lanes(self, lanes: int) -> LanedMixture:
+        """It, dealt to *lanes*."""
+        found = self._laned.get(lanes)
+        if found is None:
+            found = self._laned[lanes] = in_lanes(self._recipe, self._ends, lanes)
+        return found
+
+    def identity_in(self, lanes: int) -> str:
+        """As :attr:`identity`, in *lanes*."""
+        if lanes == 1:
+            return self.identity
+        parts = [self.identity, lanes, self.in_lanes(lanes).num_samples]
         return blake3(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
 
     def columns(self, names: Sequence[str] | None = None) -> tuple[Column, ...]:
@@ -239,6 +256,7 @@ class Mixture:
         if sum(given is not None for given in (weights, sizes, repeats)) != 1:
             raise InvalidRequest("a mixture takes exactly one of weights, sizes and repeats")
         own = [len(dataset) for dataset in self.datasets.values()]
+        self._ends: Ends = "sizes"
         if weights is None:
             if num_samples is not None or stop is not None or by != "samples":
                 raise InvalidRequest("num_samples, stop and by belong to weights")
@@ -255,11 +273,13 @@ class Mixture:
         if num_samples is not None:
             if stop is not None or num_samples < 1:
                 raise InvalidRequest("num_samples is at least 1, and goes without stop")
+            self._ends = "endless"
             return Recipe(tuple(own), stages_of(schedule), int(num_samples))
         if len(schedule) != 1:
             raise InvalidRequest("a schedule needs num_samples, the length of an epoch")
         if stop not in (None, *STOPS):
             raise InvalidRequest(f'stop={stop!r}: "first", "all", or num_samples=...')
+        self._ends = "all" if stop == "all" else "first"
         ends = until_all_end if stop == "all" else until_first_ends
         return ends(own, apportion(schedule[0].weights, SHARE_SUM))
 

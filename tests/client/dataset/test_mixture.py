@@ -12,8 +12,12 @@ import pytest
 import torch
 
 import forebay
+from forebay.dataset.reading import DatasetReading, OrderOptions, PlanParameters
+from forebay_server.model.uses import ReadOrder, windows
 from forebay_server.testing.rpc import rpc_client
+from forebay_wire.blocks import BlockParameters
 from forebay_wire.mixture import MixtureOrder
+from forebay_wire.mixture_lanes import LanedOrder
 from forebay_wire.order import Order
 from forebay_wire.v1 import plans_pb2 as messages
 
@@ -336,9 +340,125 @@ def test_what_makes_no_mixture_is_refused(datasets, options, words):
         forebay.Mixture(datasets, **options)
 
 
-def test_lanes_are_refused_and_a_pickle_is_the_same_mixture(mixture):
-    with pytest.raises(forebay.InvalidRequest, match="no lanes"):
-        make(mixture, shuffle="block", block_rows=10, lanes=2)
+BLOCKS = {"shuffle": "block", "block_rows": 10, "window_blocks": 2}
+
+
+def in_lanes(mixture, lanes, epoch=0, seed=5):
+    """(dataset, row) of each position of a mixture in blocks and lanes, by definition."""
+    order = LanedOrder(mixture.in_lanes(lanes), mixture.identity_in(lanes), seed, epoch)
+    options = OrderOptions("block", seed, block_rows=10, window_blocks=2)
+    readings = [DatasetReading(dataset, options) for dataset in mixture.datasets.values()]
+    positions = np.arange(order.mixture.num_samples, dtype=np.int64)
+    found = []
+    for number, turn, place in zip(*order.at(positions), strict=True):
+        rows = readings[number].epoch(int(turn), lanes).rows(np.array([place]))
+        found.append((int(number), int(rows[0])))
+    return found
+
+
+@pytest.mark.parametrize("how", [{"num_samples": 250}, {"stop": "all"}])
+@pytest.mark.parametrize(("num_ranks", "lanes"), [(1, 2), (2, 2), (3, 2), (2, 4), (4, 2)])
+def test_in_lanes_all_ranks_together_read_the_same_batches(datasets, num_ranks, lanes, how):
+    mixture = forebay.Mixture(datasets, WEIGHTS, **how)
+    wanted = in_lanes(mixture, lanes, epoch=1)
+    ranks = [
+        make(mixture, rank=rank, world_size=num_ranks, lanes=lanes, **BLOCKS)
+        for rank in range(num_ranks)
+    ]
+    for one in ranks:
+        one.set_epoch(1)
+        assert len(one) == -(-len(wanted) // 24)
+    for number, parts in enumerate(zip(*ranks, strict=True)):
+        found = [sample for part in parts for sample in samples_of(part)]
+        assert sorted(found) == sorted(wanted[number * 24 : (number + 1) * 24])
+    for one in ranks:
+        one.close()
+
+
+def test_in_lanes_each_rank_reads_blocks_of_its_own_of_every_dataset(datasets):
+    mixture = forebay.Mixture(datasets, WEIGHTS, stop="first")
+    read_by: list[list[set[int]]] = []
+    for rank in range(2):
+        with make(mixture, rank=rank, world_size=2, lanes=2, **BLOCKS) as loader:
+            blocks: list[set[int]] = [set() for _ in SIZES]
+            for batch in loader:
+                for number, row in samples_of(batch):
+                    blocks[number].add(row // 10)
+            read_by.append(blocks)
+    for one, other, size in zip(*read_by, SIZES.values(), strict=True):
+        assert len(one & other) <= 1  # in which one lane ends and the other begins
+        assert max(len(one), len(other)) <= size // 10 // 2 + 2
+
+
+def test_lanes_are_kept_in_the_state_and_those_of_others_are_refused(mixture):
+    options = {"lanes": 2, **BLOCKS}
+    first, state = read(mixture, 2, steps=4, **options)
+    assert state["lanes"] == 2
+    rest, _ = read(mixture, 3, state=state, global_batch_size=14, **BLOCKS)  # takes them over
+    assert sorted(first + rest) == sorted(in_lanes(mixture, 2))
+    other = make(mixture, lanes=3, **BLOCKS)
+    with other, pytest.raises(forebay.InvalidRequest, match=r"taken with lanes=2, this .* has 3"):
+        other.load_state_dict(state)
+    with pytest.raises(forebay.InvalidRequest, match='lanes belong to shuffle="block"'):
+        make(mixture, lanes=2)
+    many = make(mixture, lanes=34, **BLOCKS)
+    with many, pytest.raises(forebay.InvalidRequest, match="has 33 samples, fewer than"):
+        next(iter(many))
+
+
+def test_lanes_are_as_many_as_nodes(mixture, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with make(mixture, rank=0, world_size=4, **BLOCKS) as loader:
+        next(iter(loader))
+        assert loader.state_dict()["lanes"] == 2
+    with make(mixture, rank=0, world_size=4) as loader:  # of a full shuffle there are none
+        next(iter(loader))
+        assert "lanes" not in loader.state_dict()
+
+
+def test_a_plan_of_a_rank_in_lanes_is_of_what_it_reads(datasets):
+    """The uses that the daemon computes of what it is told, and the rows that the rank reads."""
+    mixture = forebay.Mixture(datasets, WEIGHTS, stop="first")
+    options = OrderOptions(block_rows=10, shuffle="block", window_blocks=2, seed=5)
+    reading = mixture.arranged(options)
+    cut = reading.cut(0, 0, 24, "keep", 4)
+    samples = reading.epoch(0, 4)
+    for rank in range(2):
+        told = reading.component_plans(PlanParameters(24, "keep", rank, 2, 4))
+        parts = [cut.part(step, rank, 2) for step in cut.steps()]
+        rows = samples.rows(np.concatenate([part.positions(cut.num_samples) for part in parts]))
+        read_rows = {
+            number: set((own // 10).tolist()) for number, _, _, own in mixture.share_out(rows)
+        }
+        for number, (dataset, plan) in enumerate(zip(datasets.values(), told, strict=True)):
+            planned = planned_blocks(DatasetReading(dataset, options), plan)
+            assert read_rows[number] <= planned
+            assert len(planned) <= len(dataset) // 10 // 2 + 2
+
+
+def planned_blocks(reading, plan) -> set[int]:
+    """Blocks of 10 rows that a daemon expects to be read in the first pass."""
+    told = reading.plan_order(plan)
+    order = ReadOrder(
+        manifest=told["manifest"],
+        identity=reading.dataset.identity,
+        num_samples=len(reading.dataset),
+        num_version_rows=len(reading.dataset),
+        selection=None,
+        shuffle=told["shuffle"],
+        seed=told["seed"],
+        global_batch_size=told["global_batch_size"],
+        last_batch=told["last_batch"],
+        rank=told["rank"],
+        num_ranks=told["num_ranks"],
+        num_epochs=1,
+        blocks=BlockParameters(told["window_blocks"], told["block_rows"], told["lanes"]),
+    )
+    starts = np.array([*range(0, len(reading.dataset), 10), len(reading.dataset)])
+    return {shard for one in windows(order, starts, 0, 0) for shard in one.shards.tolist()}
+
+
+def test_a_pickle_is_the_same_mixture(mixture):
     assert pickle.loads(pickle.dumps(mixture)).identity == mixture.identity  # noqa: S301 - our own
 
 
