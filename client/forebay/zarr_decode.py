@@ -8,8 +8,8 @@ each piece of work has a loop that lives as long as the work, and whose threads 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -34,14 +34,16 @@ T = TypeVar("T")
 READ_ONLY: Final = "a version of a zarr store never changes: open a session (ForebayStore)"
 
 
-class _Here(ThreadPoolExecutor):
-    """Does what it is given at once, in the caller's thread."""
+class _Here(asyncio.SelectorEventLoop):
+    """An event loop whose threads are none: it does itself, at once, what they are to do."""
 
-    def submit(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        future: Future[T] = Future()
+    def run_in_executor(  # type: ignore[override]
+        self, executor: object, work: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = self.create_future()
         try:
-            future.set_result(work(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - whoever waits for it gets it
+            future.set_result(work(*args))
+        except Exception as error:  # noqa: BLE001 - whoever waits for it gets it
             future.set_exception(error)
         return future
 
@@ -57,9 +59,8 @@ def run_here(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    loop = asyncio.new_event_loop()
+    loop = _Here()
     try:
-        loop.set_default_executor(_Here(1))
         return loop.run_until_complete(work)
     finally:
         if rest := asyncio.all_tasks(loop):  # of work that failed
@@ -170,18 +171,23 @@ class Decoder:
             self._arrays[path] = found
         return found
 
-    def rows(self, path: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop) of an array: what was never written is its fill value.
-
-        IntegrityError for bytes that its codecs cannot read.
-        """
+    def rows(self, path: str, runs: Sequence[tuple[int, int]]) -> list[NDArray[Any]]:
+        """Rows [start, stop) of an array, for each of *runs*: what was never written is its fill
+        value. IntegrityError for bytes that its codecs cannot read."""
         array = self.array(path)
-        try:
-            return np.asarray(run_here(array.getitem(slice(start, stop))))
-        except (ForebayError, MemoryError):
-            raise
-        except Exception as error:  # as above
-            raise IntegrityError(
-                f"rows {start} to {stop} of array {path!r} of {self._store} cannot be decoded "
-                f"({type(error).__name__}: {error}): write them again"
-            ) from error
+
+        async def one(start: int, stop: int) -> NDArray[Any]:
+            try:
+                return np.asarray(await array.getitem(slice(start, stop)))
+            except (ForebayError, MemoryError):
+                raise
+            except Exception as error:  # as above
+                raise IntegrityError(
+                    f"rows {start} to {stop} of array {path!r} of {self._store} cannot be decoded "
+                    f"({type(error).__name__}: {error}): write them again"
+                ) from error
+
+        async def all_of_them() -> list[NDArray[Any]]:
+            return await asyncio.gather(*(one(*run) for run in runs))
+
+        return run_here(all_of_them())

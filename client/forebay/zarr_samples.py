@@ -29,6 +29,7 @@ from forebay.zarr_decode import Decoder
 from forebay.zarr_version import Version
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.lazy import lazy
+from forebay_wire.limits import MIB
 from forebay_wire.protocol import DataEndpoint
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ NAMED: Final = 20
 
 PORTION: Final = 4
 """Of what may be kept decoded, a read holds the fourth part at a time: other threads read, too."""
+
+AT_ONCE_BYTES: Final = MIB
+"""Bands that are decoded in one go: of small ones several, as each go has its price, and no more
+than one of large ones, so that other threads take the next."""
 
 TEXT_BYTES: Final = 64
 """About what a text takes."""
@@ -195,11 +200,13 @@ class Samples:
         return out.tolist() if is_text else out
 
     def _bands(self, array: SampleArray, numbers: list[int], limit: int) -> list[NDArray[Any]]:
-        def decode(band: Band) -> NDArray[Any]:
-            start = band[2] * array.band_rows
-            stop = min(start + array.band_rows, array.length)
-            found = self._decoder.rows(array.path, start, stop)
-            return found if array.column.dtype is not None else found.astype(object)
+        def decode(bands: Sequence[Band]) -> list[NDArray[Any]]:
+            starts = [number * array.band_rows for _, _, number in bands]
+            runs = [(start, min(start + array.band_rows, array.length)) for start in starts]
+            found = self._decoder.rows(array.path, runs)
+            if array.column.dtype is not None:
+                return found
+            return [values.astype(object) for values in found]
 
         def prepare(missing: Sequence[Band]) -> None:
             per = array.band_rows
@@ -207,7 +214,8 @@ class Samples:
             self._version.open(key for one in sorted(stored) for key in self.keys(array, one))
 
         bands = [(self.manifest_id, array.path, number) for number in numbers]
-        return process_bands().take(bands, decode, prepare, limit)
+        at_once = max(1, AT_ONCE_BYTES // (array.band_rows * array.row_bytes))
+        return process_bands().take(bands, decode, prepare, limit, at_once)
 
     def keys(self, array: SampleArray, stored: int) -> list[str]:
         """The keys that hold run number *stored* of an array's samples."""

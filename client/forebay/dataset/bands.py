@@ -32,24 +32,25 @@ class Bands:
     def take(
         self,
         bands: Sequence[Band],
-        decode: Callable[[Band], NDArray[Any]],
+        decode: Callable[[Sequence[Band]], list[NDArray[Any]]],
         prepare: Callable[[Sequence[Band]], object],
         limit_bytes: int,
+        at_once: int = 1,
     ) -> list[NDArray[Any]]:
         """The *bands*; those that nobody has yet are decoded here, others waited for.
 
-        *prepare* is told which of them are missing, before. *limit_bytes*: what may be kept; the
-        ones used last are kept in any case.
+        *prepare* is told which of them are missing, before; *decode* gets so many of them
+        *at_once*. *limit_bytes*: what may be kept; the ones used last are kept in any case.
         """
         found: dict[Band, NDArray[Any]] = {}
         if missing := self._look(bands, found):
             prepare(missing)
-        for band in missing:  # who comes later takes what is left
-            if (future := self._claim(band)) is not None:
-                found[band] = self._decode(band, future, decode, limit_bytes)
+        while missing:  # who comes later takes what is left
+            mine = self._claim(missing, at_once)
+            self._decode(mine, decode, limit_bytes, found)
         for band in bands:
             while band not in found:
-                found[band] = self._await(band, decode, limit_bytes)
+                self._await(band, decode, limit_bytes, found)
         return [found[band] for band in bands]
 
     def _look(self, bands: Sequence[Band], found: dict[Band, NDArray[Any]]) -> list[Band]:
@@ -65,52 +66,62 @@ class Bands:
                     missing.append(band)
         return missing
 
-    def _claim(self, band: Band) -> Future[NDArray[Any]] | None:
-        """What the others will wait for; None if this thread need not decode it."""
+    def _claim(self, missing: list[Band], at_once: int) -> dict[Band, Future[NDArray[Any]]]:
+        """Take from *missing* what this thread is to decode, and what others wait for meanwhile."""
+        mine: dict[Band, Future[NDArray[Any]]] = {}
         with self._lock:
-            if band in self._held or band in self._decoding:
-                return None
-            future = self._decoding[band] = Future()
-            return future
+            while missing and len(mine) < at_once:
+                band = missing.pop(0)
+                if band not in self._held and band not in self._decoding:
+                    mine[band] = self._decoding[band] = Future()
+        return mine
 
     def _decode(
         self,
-        band: Band,
-        future: Future[NDArray[Any]],
-        decode: Callable[[Band], NDArray[Any]],
+        mine: dict[Band, Future[NDArray[Any]]],
+        decode: Callable[[Sequence[Band]], list[NDArray[Any]]],
         limit_bytes: int,
-    ) -> NDArray[Any]:
+        found: dict[Band, NDArray[Any]],
+    ) -> None:
+        if not mine:
+            return
         try:
-            made = decode(band)
-            made.flags.writeable = False
+            made = dict(zip(mine, decode(list(mine)), strict=True))
         except BaseException as error:
             with self._lock:
-                del self._decoding[band]
-            future.set_exception(error)
+                for band in mine:
+                    del self._decoding[band]
+            for future in mine.values():
+                future.set_exception(error)
             raise
         with self._lock:
-            del self._decoding[band]
-            self._held[band] = (made, _bytes_of(made))
-            self.held_bytes += self._held[band][1]
+            for band, values in made.items():
+                values.flags.writeable = False
+                del self._decoding[band]
+                self._held[band] = (values, _bytes_of(values))
+                self.held_bytes += self._held[band][1]
             while self.held_bytes > limit_bytes and len(self._held) > 1:
                 self.held_bytes -= self._held.popitem(last=False)[1][1]
-        future.set_result(made)
-        return made
+        for band, future in mine.items():
+            future.set_result(made[band])
+        found.update(made)
 
     def _await(
-        self, band: Band, decode: Callable[[Band], NDArray[Any]], limit_bytes: int
-    ) -> NDArray[Any]:
-        """Of a band that another thread decodes, or did."""
+        self,
+        band: Band,
+        decode: Callable[[Sequence[Band]], list[NDArray[Any]]],
+        limit_bytes: int,
+        found: dict[Band, NDArray[Any]],
+    ) -> None:
+        """For a band that another thread decodes, or did."""
         with self._lock:
             held, future = self._held.get(band), self._decoding.get(band)
         if held is not None:
-            return held[0]
-        if future is not None:
-            return future.result()
-        own = self._claim(band)  # it fell out again
-        if own is None:
-            return self._await(band, decode, limit_bytes)
-        return self._decode(band, own, decode, limit_bytes)
+            found[band] = held[0]
+        elif future is not None:
+            found[band] = future.result()
+        else:  # it fell out again
+            self._decode(self._claim([band], 1), decode, limit_bytes, found)
 
 
 def _bytes_of(values: NDArray[Any]) -> int:
