@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -216,17 +217,15 @@ class Dataset:
         return lists.pieces(self._reader.of(found), rows, starts, sizes, found)
 
     def total_length(self, column: str) -> int:
-        """Elements of all lists of *column*, of the selection if there is one. Reads all of them
-        once, and remembers the sum in this process."""
+        """Elements of all lists of *column*, of the selection if there is one: by
+        :meth:`statistics`, so all of them are read once. Of 2^52 and more it is rounded."""
         from forebay.dataset import lists
 
+        lists.check_list(self.schema[column])
         found = self._totals.get(column)
         if found is None:
-            found = 0
-            for start in range(0, len(self), lists.CHUNK_ROWS):
-                stop = min(start + lists.CHUNK_ROWS, len(self))
-                rows = self.rows_at(np.arange(start, stop, dtype=np.int64))
-                found += int(self.list_lengths(rows, column).sum())
+            lengths = self.statistics([column])[column]
+            found = round(Fraction(lengths.mean or 0) * lengths.num_values)
             self._totals[column] = found
         return found
 
@@ -272,15 +271,20 @@ class Dataset:
             for position in range(len(indices))
         ]
 
-    def iter_batches(self) -> Iterator[pa.RecordBatch]:
-        """The version's record batches in order, over mapped memory; not for a split."""
+    def iter_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The version's record batches in order, over mapped memory; not for a split. Of *columns*
+        only the shards that hold them are read."""
         if self.selection is not None:
             raise InvalidRequest(
                 f"split {self.selection.name!r} is no sequence of record batches: use table()"
             )
-        reader = self._reader
+        reader, manifest = self._reader, self.manifest
+        if columns is not None and (manifest.layers or manifest.shard_schemas):
+            own = Schema(self.columns(columns))
+            reader = reader_of(manifest, own, shard_cache(self.endpoint))
         for number in range(reader.num_batches):
-            yield reader.record_batch(number)
+            batch = reader.record_batch(number)
+            yield batch if columns is None else batch.select(list(columns))
 
     def table(self) -> pa.Table:
         """All rows as an Arrow table, in order; without a copy for a whole version."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from forebay.dataset.dataset import Dataset
 
 Progress = Callable[[int, int], object]
-"""Told how many rows are done, and of how many."""
+"""Told how much is done, and of how much: rows, of each set of shards that is read."""
 
 
 @dataclass(frozen=True)
@@ -131,27 +131,30 @@ def compute(
 ) -> dict[str, Found]:
     """Figures by key, of all rows of a version or split, a record batch at a time in order."""
     takers = {one.key: _Taker(one) for one in wanted}
-    names = list(dict.fromkeys(one.column.name for one in wanted))
-    done = 0
-    for batch in _batches(dataset, names):
-        for taker in takers.values():
-            taker.take(batch.column(taker.wanted.column.name))
-        done += batch.num_rows
-        progress(done, len(dataset))
+    by_layer: dict[int | None, list[Wanted]] = {}
+    for one in wanted:
+        by_layer.setdefault(dataset.manifest.layer_of(one.column.name), []).append(one)
+    done, total = 0, len(dataset) * len(by_layer)
+    for own in by_layer.values():  # each in its own record batches, whatever is asked for beside it
+        for batch in _batches(dataset, list(dict.fromkeys(one.column.name for one in own))):
+            for one in own:
+                takers[one.key].take(batch.column(one.column.name))
+            done += batch.num_rows
+            progress(done, total)
     return {key: taker.found() for key, taker in takers.items()}
 
 
 def _batches(dataset: Dataset, names: list[str]) -> Iterator[Any]:
     if dataset.selection is None:
-        yield from (batch.select(names) for batch in dataset.iter_batches())
+        yield from dataset.iter_batches(names)
         return
     rows = dataset.rows_at(np.arange(len(dataset), dtype=np.int64))
     rows = np.sort(rows)
     start = 0
-    for batch in dataset.whole().iter_batches():
+    for batch in dataset.whole().iter_batches(names):
         first, last = np.searchsorted(rows, [start, start + batch.num_rows])
         if last > first:
-            yield batch.select(names).take(pa.array(rows[first:last] - start))
+            yield batch.take(pa.array(rows[first:last] - start))
         start += batch.num_rows
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import forebay
+from forebay.dataset.cache import shard_cache
 from forebay.testing.numbered import NUM_SAMPLES
 
 ROWS = 3000
@@ -257,6 +258,26 @@ def test_statistics_are_those_of_the_version(client, made):
     made.add_columns(lambda rows: {"double": rows["x"] * 2}, columns=["x"])
     found = client.dataset(made.name).statistics(["double", "x"])
     assert (found["double"].max, found["x"].max) == (2.0 * (ROWS - 1), ROWS - 1)
+
+
+def test_statistics_of_an_added_column_read_its_shards_alone(client, made):
+    made.add_columns(lambda rows: {"half": rows["x"] / 2}, columns=["x"])
+    found = client.dataset(made.name)
+    (layer,) = found.manifest.layers
+    added = {shard.blob for shard in layer.shards}
+    read = set()
+    cache = shard_cache(found.endpoint)
+    original = type(cache).open
+
+    def spy(self, places):
+        read.update(place.ref.blob for place in places)
+        return original(self, places)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(cache), "open", spy)
+        alone = found.statistics(["half"])
+        assert read == added
+        assert found.recompute_statistics(["x", "half"])["half"] == alone["half"]
 
 
 def test_workers_and_pickles_read_it(client, made):
