@@ -95,7 +95,11 @@ class DaemonEnvironment(ForebayEnvironment):
 
 @contextmanager
 def daemon_environment(
-    folder: Path, num_samples: int = 211, *, is_remote: bool = True
+    folder: Path,
+    num_samples: int = 211,
+    *,
+    is_remote: bool = True,
+    kind: type[DaemonEnvironment] = DaemonEnvironment,
 ) -> Iterator[DaemonEnvironment]:
     """An environment of its own in *folder*, with an object tier if *is_remote*."""
     limits = ["--ssd-bytes", str(SSD_BYTES), "--hdd-path", "none", "--reserve-bytes", "0"]
@@ -105,6 +109,6 @@ def daemon_environment(
         DaemonProcess(folder / "data", *limits) as daemon,
         forebay.connect(daemon.data) as client,
     ):
-        environment = DaemonEnvironment(client, daemon, num_samples, is_remote=is_remote)
+        environment = kind(client, daemon, num_samples, is_remote=is_remote)
         with environment.fresh():
             yield environment

@@ -27,7 +27,7 @@ class Exact:
         self.children = [self.start_worker() for _ in range(self.shape.num_workers)]
 
     def start_worker(self):
-        return subprocess.Popen(["sleep", "600"])
+        return subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # it ends with its parent
 
     def order(self, epoch):
         return random.Random(epoch).sample(range(NUM_SAMPLES), NUM_SAMPLES)
@@ -52,8 +52,13 @@ class Exact:
 
     def close(self):
         for child in self.children:
-            child.kill()
-            child.wait()
+            end(child)
+
+
+def end(child):
+    child.kill()
+    child.stdin.close()
+    child.wait()
 
 
 class Steady(Environment):
@@ -187,6 +192,11 @@ class LeavesWorkers(Exact):
         self.left += self.children
 
 
+class LeavesWorkersWhenKilled(Exact):
+    def start_worker(self):
+        return subprocess.Popen(["sleep", "3"], stdin=subprocess.PIPE)
+
+
 class EndsWhenAWorkerDies(Exact):
     """The epoch is over without a word."""
 
@@ -250,6 +260,7 @@ class HasAnObjectForAState(Exact):
         (MovesWhenAsked, "asking_for_the_state_changes_nothing"),
         (LeavesWorkers, "left_early_it_ends"),
         (EndsWhenAWorkerDies, "a_killed_worker_is_not_silent"),
+        (RepeatsAtResume, "a_killed_trainer_loses_nothing"),
         (SharesAPlace, "two_at_once"),
         (HasAnObjectForAState, "resumes_at_every_step"),
     ],
@@ -259,8 +270,7 @@ def test_a_bad_loader_is_found_out_by_name(adapter, promise):
         assert broken(adapter, only=[promise]) == [promise]
     finally:
         for child in LeavesWorkers.left:
-            child.kill()
-            child.wait()
+            end(child)
         LeavesWorkers.left.clear()
 
 
@@ -278,6 +288,13 @@ def test_a_hang_is_a_broken_promise():
     subject = Subject(HangsWhenAWorkerDies, Steady(), deadline_seconds=0.3)
     [outcome] = check_loader(subject, only=["a_killed_worker_is_not_silent"]).outcomes
     assert (outcome.verdict, outcome.detail) == ("broken", "next() did not return in 0.3 s")
+
+
+def test_workers_that_outlive_their_trainer_are_found():
+    subject = Subject(LeavesWorkersWhenKilled, Steady(), deadline_seconds=0.5)
+    [outcome] = check_loader(subject, only=["a_killed_trainer_loses_nothing"]).outcomes
+    assert outcome.verdict == "broken"
+    assert "workers outlive their trainer" in outcome.detail
 
 
 class Faulty(Steady):

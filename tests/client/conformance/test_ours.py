@@ -48,6 +48,20 @@ def test_workers_in_another_loader_keep_promises(environment):
     assert check(environment, loader, only=BETWEEN_PROCESSES) == set()
 
 
+@pytest.mark.parametrize(
+    ("loader", "promise"),
+    [
+        ("torch spawn", "workers_do_not_matter"),
+        ("torch forkserver persistent", "further_epochs_are_whole"),
+        ("torchdata forkserver", "resumes_with_other_workers"),
+    ],
+)
+def test_workers_of_new_processes_keep_promises(environment, loader, promise):
+    """One of each, since each worker imports torch; all of all are slow tests."""
+    small = {"world_sizes": (1,), "num_workers": (0, 1)}
+    assert check(environment, loader, only=[promise], shapes=small) == set()
+
+
 def test_the_command_checks_a_daemon(environment, capsys):
     assert main(["--data", str(environment.client.address), "--only", "epoch_is_whole"]) == 0
     assert "1 kept, 0 broken" in capsys.readouterr().out

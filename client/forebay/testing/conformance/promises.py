@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 from forebay.testing.conformance.subject import NotSupported, Shape, Subject
@@ -20,6 +20,7 @@ from forebay.testing.conformance.team import (
     check_exactly_once,
     joined,
 )
+from forebay.testing.conformance.trainer import Trainer
 
 Promise = Callable[[Subject, random.Random], None]
 
@@ -296,6 +297,39 @@ def _kill(pid: int, seconds: float) -> None:
         time.sleep(0.001)
 
 
+def a_killed_trainer_loses_nothing(subject: Subject, chance: random.Random) -> None:
+    """After a SIGKILL of the whole process that reads, its workers end, and from the last state it
+    goes on."""
+    num_samples = subject.environment.num_samples
+    for workers in {subject.num_workers[0], subject.num_workers[-1]}:
+        shape = _some_shape(subject, chance, num_workers=workers)
+        steps = chance.randint(1, max(1, num_samples // shape.global_batch_size // 2))
+        found: list[GlobalBatch] = []
+        states: list[Any] | None = None
+        pids: set[int] = set()
+        with Trainer(subject, shape) as trainer:
+            while (told := trainer.told()) is not None:
+                states = told.states
+                pids.update(told.workers)
+                found += [told.batch] if told.batch else []
+                if len(found) == steps:
+                    break
+            trainer.kill()
+        left = _alive_after(pids, subject.deadline_seconds)
+        if left:
+            raise Broken(f"{len(left)} of {len(pids)} workers outlive their trainer, {shape}")
+        what = f"{steps} steps of {shape}, then SIGKILL"
+        _check_both(found, _resumed(subject, chance, states), num_samples, what)
+
+
+def _alive_after(pids: Collection[int], seconds: float) -> list[int]:
+    """Those that still run *seconds* later; sooner if none does."""
+    limit = time.monotonic() + seconds
+    while (alive := [pid for pid in pids if _is_alive(pid)]) and time.monotonic() < limit:
+        time.sleep(0.01)
+    return alive
+
+
 def damage_is_noticed(subject: Subject, chance: random.Random) -> None:
     """Bytes that are flipped in the store before they are read are healed or end in an error; they
     never reach the trainer."""
@@ -440,6 +474,7 @@ PROMISES: Final[tuple[Promise, ...]] = (
     left_early_it_ends,
     two_at_once,
     a_killed_worker_is_not_silent,
+    a_killed_trainer_loses_nothing,
     damage_is_noticed,
     a_slow_store_only_takes_longer,
     a_full_store_loses_nothing,
