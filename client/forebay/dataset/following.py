@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 LATEST: Final = "latest"
 
-KEPT_EPOCHS: Final = 4
-"""Whose versions are remembered: iterations of two may run at once."""
+KEPT_EPOCHS: Final = 2
+"""Whose manifests are kept: iterations of two may run at once."""
 
 
 class Followable(Readable, Protocol):
@@ -108,6 +108,8 @@ class FollowingReading:
         self._newest = Versions(given, arrange(given, options))
         """What was decided or restored last; at first what was given."""
         self._epochs: dict[int, _Decided] = {}
+        self._restored: dict[int, list[str]] = {}
+        """Versions of the epochs of which states said so: the daemon was not asked."""
         self._tried: Versions | None = None
         """What was looked at to be proposed."""
         self._told: set[str] = set()
@@ -133,6 +135,8 @@ class FollowingReading:
     def of(self, epoch: int) -> Versions:
         """What *epoch* reads: decided now, if it was not."""
         found = self._epochs.get(epoch)
+        if found is None and epoch in self._restored:
+            return self._known(self._restored[epoch])
         if found is None:
             before = self._newest
             found = _Decided(self._moved(before, epoch), before, self._reader)
@@ -156,6 +160,7 @@ class FollowingReading:
     def go_on_with(self, epoch: int, identities: Sequence[str]) -> None:
         """*epoch* has begun, on these versions."""
         found = self._known(identities)
+        self._restored[epoch] = list(identities)
         self._remember(epoch, _Decided(found, found))
 
     def _remember(self, epoch: int, found: _Decided) -> None:
@@ -300,7 +305,7 @@ class FollowingReading:
     def restored(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
         place = self.resumed(state, lanes)
         if place[1] == 0:  # nothing of it was read: it begins anew
-            del self._epochs[place[0]]
+            del self._epochs[place[0]], self._restored[place[0]]
         return place
 
     def resumed(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
@@ -313,6 +318,7 @@ class FollowingReading:
                 "restore it from the trash, or begin an epoch of what there is with set_epoch()"
             ) from error
         place = versions.reading.restored(state, lanes)
+        self._restored[place[0]] = versions.identities
         self._remember(place[0], _Decided(versions, versions))
         return place
 

@@ -369,7 +369,8 @@ class DescriptorServer:
             if operation == DECIDE:
                 return Answer(await answer_decision(self._following, request))
             data = await self._following.manifest(asked_text(request, "manifest"))
-            return Answer({"num_bytes": len(data)}, [as_memory_file(data)])
+            handed = await asyncio.to_thread(as_memory_file, data)
+            return Answer({"num_bytes": len(data)}, [handed])
         if operation == "report":
             blob = check_id("blob", _text(request, "blob"))
             healthy = await self._opener.report(

@@ -392,6 +392,21 @@ def test_workers_move_on_together(client, name, dataset, num_workers, method, pe
     assert numbers(loader) == expected(client, name, 4, 3)
 
 
+def test_a_restored_epoch_is_known_however_many_came_since(client, name, dataset):
+    first = stream(dataset)
+    state = first.state_dict(after=next(iter(first)))
+    append(client, name)
+    streaming = stream(client.dataset(name))
+    streaming.load_state_dict(state)
+    batches = {}
+    for epoch in range(5):
+        for batch in streaming:
+            batches[epoch] = batch
+        append(client, name)
+    versions = [streaming.state_dict(after=batches[epoch])["version"] for epoch in range(5)]
+    assert versions == [1, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(("num_workers", "steps"), [(0, 2), (2, 1), (2, 2)])
 def test_the_state_of_a_stateful_loader_stays_on_the_version(
     client, name, dataset, num_workers, steps
