@@ -272,24 +272,17 @@ class Dataset:
         ]
 
     def iter_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The version's record batches in order, over mapped memory; not for a split. Of *columns*
-        only the shards that hold them are read."""
+        """All rows of the version in order, a record batch at a time, over mapped memory; not for
+        a split. Of *columns* only the shards that hold them are read."""
         if self.selection is not None:
             raise InvalidRequest(
                 f"split {self.selection.name!r} is no sequence of record batches: use table()"
             )
-        reader, manifest = self._reader, self.manifest
-        if columns is not None and (manifest.layers or manifest.shard_schemas):
-            own = Schema(self.columns(columns))
-            reader = reader_of(manifest, own, shard_cache(self.endpoint))
-        for number in range(reader.num_batches):
-            batch = reader.record_batch(number)
-            yield batch if columns is None else batch.select(list(columns))
+        return self._reader.iterate(self.columns(columns))
 
     def table(self) -> pa.Table:
         """All rows as an Arrow table, in order; without a copy for a whole version."""
-        reader = self._reader
-        batches = [reader.record_batch(number) for number in range(reader.num_batches)]
+        batches = self._reader.iterate(self.schema.columns)
         table = pa.Table.from_batches(batches, schema=self.schema.arrow)
         if self.selection is None:
             return table

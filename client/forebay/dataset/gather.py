@@ -8,6 +8,7 @@ from itertools import chain, pairwise
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay.dataset.addresses import AddressTable, gather
@@ -148,6 +149,20 @@ class RowReader:
         """Record batch *number* of the version as a ``pyarrow.RecordBatch`` over mapped memory."""
         shard, index = self._index.place(number)
         return self._cache.open([self._place(shard)])[0].record_batch(index)
+
+    def iterate(self, columns: Sequence[Column]) -> Iterator[pa.RecordBatch]:
+        """All rows in order, a record batch at a time over mapped memory; *columns* alone."""
+        schema = Schema(tuple(columns)).arrow
+        names = frozenset(schema.names)
+        for number in range(self.num_batches):
+            shard, _ = self._index.place(number)
+            if names == frozenset(self._schema_of(shard).names):  # decoded at once, if it has to be
+                batch = self.record_batch(number)
+                arrays = [batch.column(column.name) for column in columns]
+            else:
+                (found,) = self.batches([Group(number, slice(0), slice(0))])
+                arrays = [found.arrow(column) for column in columns]
+            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     def value(self, row: int, column: Column) -> memoryview | None:
         """One value of a column of bytes or text, over mapped memory."""

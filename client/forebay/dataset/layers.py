@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -23,20 +23,12 @@ Rows = NDArray[np.int64]
 class Reader(Protocol):
     """What reads the rows of a version. Thread-safe."""
 
-    @property
-    def starts(self) -> Rows:
-        """The first row of each record batch, and the number of rows last."""
-        ...
-
-    @property
-    def num_batches(self) -> int: ...
-
     def of(self, column: Column) -> RowReader:
         """The reader of the shards that *column* is read from."""
         ...
 
-    def record_batch(self, number: int) -> Any:
-        """Rows ``starts[number]`` to ``starts[number + 1]``, over mapped memory."""
+    def iterate(self, columns: Sequence[Column]) -> Iterator[pa.RecordBatch]:
+        """All rows in order, some at a time, over mapped memory; *columns* alone."""
         ...
 
     def sample(self, row: int, columns: Sequence[Column]) -> dict[str, Any]:
@@ -102,35 +94,18 @@ class LayeredReader:
     ) -> None:
         self._schema = schema
         self._readers = {name: readers[manifest.layer_of(name)] for name in schema.names}
-        self.starts = _cells([reader.starts for reader in readers.values()])
-        self._last: dict[RowReader, tuple[int, pa.RecordBatch]] = {}
-        """The record batch of each reader that was asked for last: several cells lie in one, and
-        of some formats it has to be decoded."""
-
-    @property
-    def num_batches(self) -> int:
-        return len(self.starts) - 1
 
     def of(self, column: Column) -> RowReader:
         """The reader of the shards that *column* is read from."""
         return self._readers[column.name]
 
-    def record_batch(self, number: int) -> pa.RecordBatch:
-        """Rows ``starts[number]`` to ``starts[number + 1]``, over mapped memory."""
-        start, stop = self.starts[number : number + 2].tolist()
-        arrays = []
-        for column in self._schema.columns:
-            reader = self.of(column)
-            batch = int(np.searchsorted(reader.starts, start, side="right")) - 1
-            values = self._record_batch(reader, batch).column(column.name)
-            arrays.append(values.slice(start - int(reader.starts[batch]), stop - start))
-        return pa.RecordBatch.from_arrays(arrays, schema=self._schema.arrow)
-
-    def _record_batch(self, reader: RowReader, number: int) -> pa.RecordBatch:
-        last = self._last.get(reader)
-        if last is None or last[0] != number:
-            last = self._last[reader] = (number, reader.record_batch(number))
-        return last[1]
+    def iterate(self, columns: Sequence[Column]) -> Iterator[pa.RecordBatch]:
+        """All rows in order, some at a time, over mapped memory; *columns* alone."""
+        schema = Schema(tuple(columns)).arrow
+        sides = [reader.iterate(own) for reader, own in self._shared_out(columns)]
+        for batches in _side_by_side(sides):
+            found = {name: batch.column(name) for batch in batches for name in batch.schema.names}
+            yield pa.RecordBatch.from_arrays([found[name] for name in schema.names], schema=schema)
 
     def sample(self, row: int, columns: Sequence[Column]) -> dict[str, Any]:
         """The *columns* of one row."""
@@ -146,10 +121,31 @@ class LayeredReader:
         read: Callable[[RowReader, list[Column]], dict[str, Any]],
     ) -> dict[str, Any]:
         """What *read* gives of each reader's columns, in the order of *columns*."""
+        found: dict[str, Any] = {}
+        for reader, own in self._shared_out(columns):
+            found |= read(reader, own)
+        return {column.name: found[column.name] for column in columns}
+
+    def _shared_out(self, columns: Sequence[Column]) -> Iterable[tuple[RowReader, list[Column]]]:
+        """*columns* by the reader that has them."""
         by_reader: dict[RowReader, list[Column]] = {}
         for column in columns:
             by_reader.setdefault(self.of(column), []).append(column)
-        found: dict[str, Any] = {}
-        for reader, own in by_reader.items():
-            found |= read(reader, own)
-        return {column.name: found[column.name] for column in columns}
+        return by_reader.items()
+
+
+def _side_by_side(
+    sides: Sequence[Iterator[pa.RecordBatch]],
+) -> Iterator[list[pa.RecordBatch]]:
+    """The same rows of each of *sides*, as many at a time as lie in one record batch of each."""
+    heads: list[pa.RecordBatch] = []
+    while True:
+        for number, side in enumerate(sides):
+            while number >= len(heads) or not heads[number].num_rows:
+                fresh = next(side, None)
+                if fresh is None:
+                    return  # all have as many rows
+                heads[number : number + 1] = [fresh]
+        rows = min(head.num_rows for head in heads)
+        yield [head.slice(0, rows) for head in heads]
+        heads = [head.slice(rows) for head in heads]

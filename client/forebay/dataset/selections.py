@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -15,10 +16,11 @@ import pyarrow.compute as pc
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from forebay.dataset.layers import cell_starts
 from forebay.dataset.members import Members
 from forebay.dataset.select import BLOCK_ROWS, Chosen, RowsBuilder
 from forebay.methods import Datasets
-from forebay_wire.errors import AlreadyExists, InvalidRequest
+from forebay_wire.errors import AlreadyExists, IntegrityError, InvalidRequest
 from forebay_wire.ids import check_name
 from forebay_wire.manifest import SelectionManifest, parse
 from forebay_wire.selection import STORED, describe_definition, describe_rule, stored_rule
@@ -142,13 +144,12 @@ def _define(
     builders = {name: RowsBuilder(control, whole, name) for name in wanted}
     try:
         start = looked = 0
-        for table in _tables(whole):
+        for table in _tables(whole, columns or of.schema.names[:1]):
             num_rows = table.num_rows
             rows = np.arange(start, start + num_rows, dtype=np.int64)
             if of.selection is not None:
-                few = table.select(columns or table.column_names[:1])
                 own = members.among(rows)
-                rows, table = rows[own], few.take(pa.array(own))
+                rows, table = rows[own], table.take(pa.array(own))
             chosen = choose(_evaluate(table, expression, of, what))
             for builder, places in zip(builders.values(), chosen, strict=True):
                 builder.add(rows[places])
@@ -156,6 +157,8 @@ def _define(
             looked += len(rows)
             if progress is not None:
                 progress(looked, of.num_rows)
+        if (start, looked) != (whole.num_rows, of.num_rows):
+            raise IntegrityError(f"{what}: {looked} of {of.num_rows} rows were found")
         _check_not_empty(builders, wanted, of)
         made = [builders[name].finish(json.dumps(wanted[name])) for name in wanted]
         return _commit(of, control, made)
@@ -177,16 +180,18 @@ def _commit(of: Dataset, control: Control, made: Sequence[Chosen]) -> dict[str, 
     }
 
 
-def _tables(of: Dataset) -> Iterator[pa.Table]:
-    """The version's record batches; the daemon knows which shards come next."""
-    shards = [shard for shard in of.manifest.shards if shard.num_rows]
-    starts = np.cumsum([0, *(shard.num_rows for shard in shards)])[:-1]
-    batches = of.iter_batches()
-    with of.plan(starts.tolist(), name=f"{of.name} v{of.version}, selection") as plan:
-        for number, shard in enumerate(shards):
-            for _ in shard.batch_rows:
-                yield pa.Table.from_batches([next(batches)])
-            plan.advance(number + 1)
+def _tables(of: Dataset, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The version's rows, some at a time; the daemon knows which shards come next."""
+    starts = cell_starts(of.manifest, columns)[:-1].tolist()
+    name = f"{of.name} v{of.version}, selection"
+    with of.plan(starts, name=name, columns=columns) as plan:
+        done = place = 0
+        for batch in of.iter_batches(columns):
+            yield pa.Table.from_batches([batch])
+            done += batch.num_rows
+            while place < len(starts) and starts[place] < done:
+                place += 1
+            plan.advance(place)
 
 
 def _evaluate(
@@ -215,6 +220,11 @@ def _projected(table: pa.Table, expression: pc.Expression) -> pa.ChunkedArray:
 
 def _columns_of(expression: pc.Expression, of: Dataset) -> list[str]:
     """The columns that *expression* names: those without which it cannot be computed."""
+    if "FieldPath(" in re.sub(r'"([^"\\]|\\.)*"', "", str(expression)):
+        raise InvalidRequest(
+            f"{_text_of(expression)} names columns by number, which may be others in the next "
+            "version: name them, as in pc.field('length')"
+        )
     found = []
     for name in of.schema.names:
         others = of.schema.arrow.empty_table().drop_columns([name])

@@ -407,3 +407,56 @@ def test_whoever_plans_rows_of_added_columns_alone_reads_nothing_else(client, nu
     finally:
         transfer.open = original
     assert set(opened) <= own
+
+
+def test_filters_and_buckets_look_at_every_row(client, name):
+    """However the shards of the columns that they name are cut."""
+    with client.create_dataset(name, {"x": "int64"}, shard_bytes=1 << 16) as writer:
+        writer.write_table(pa.table({"x": range(ROWS)}))
+    client.dataset(name).define_splits({"train": 0.5, "test": 0.5}, seed=2)
+    with client.write_columns(name, {"label": "int64"}, **SMALL) as writer:
+        writer.write_table(pa.table({"label": [n % 10 for n in range(ROWS)]}))
+    found = client.dataset(name)
+    assert found.define_selection("ones", filter=pc.field("label") == 1) == ROWS // 10
+    assert (
+        found.define_selection("last", filter=pc.field("label") * 0 + pc.field("x") >= 2990) == 10
+    )
+    assert found.define_buckets("label", [5]) == {"bucket0": ROWS // 2, "bucket1": ROWS // 2}
+    ones = client.dataset(name, split="ones").take(range(ROWS // 10), ["x"])["x"]
+    assert ones.tolist() == list(range(1, ROWS, 10))
+    train = client.dataset(name, split="train")
+    rows = train.take(range(ROWS // 2), ["x"])["x"]
+    few = train.define_selection("train-ones", filter=pc.field("label") == 1)
+    assert few == int((rows % 10 == 1).sum())
+
+
+def test_a_filter_names_its_columns(client, made):
+    with pytest.raises(forebay.InvalidRequest, match="by number"):
+        made.define_selection("second", filter=pc.field(1) >= 50)
+    assert made.define_selection("odd", filter=pc.field("text") != "FieldPath(1)") == ROWS
+
+
+def test_whatever_names_added_columns_alone_reads_nothing_else(client, made):
+    """Not a byte of the others' shards: they may be far away."""
+    made.add_columns(lambda rows: {"m": rows["x"]}, columns=["x"])
+    found = client.dataset(made.name)
+    own = {shard.blob for shard in found.manifest.layers[0].shards}
+    transfer, opened = type(client.transfer), []
+    original = transfer.open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            transfer,
+            "open",
+            lambda self, ids, context="": opened.extend(ids) or original(self, ids, context),
+        )
+        assert found.define_selection("few", filter=pc.field("m") < 3) == 3
+        assert found.define_buckets("m", [10], prefix="by") == {"by0": 10, "by1": ROWS - 10}
+        assert sum(len(batch) for batch in found.iter_batches(["m"])) == ROWS
+    chosen = {
+        s.blob for one in ("few", "by0", "by1") for s in selection_of(client, made, one).shards
+    }
+    assert set(opened) <= own | chosen
+
+
+def selection_of(client, made, split):
+    return client.dataset(made.name, split=split).selection
