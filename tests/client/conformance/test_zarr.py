@@ -41,10 +41,14 @@ class ZarrEnvironment(DaemonEnvironment):
         yield
         self._write_again()
 
+    @property
+    def _address(self) -> str:
+        return str(self._daemon.address()["rpc"])
+
     def _write(self, start: int, stop: int) -> None:
         rows = np.array([np.frombuffer(payload(n), np.uint8) for n in range(start, stop)])
         with tempfile.TemporaryDirectory() as session:
-            store = ForebayStore(self.name, address=str(self.client.address), session=session)
+            store = ForebayStore(self.name, address=self._address, session=session)
             root = zarr.open_group(store, mode="a")
             for name, values, chunk in (
                 ("number", np.arange(start, stop), 7),
