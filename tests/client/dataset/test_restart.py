@@ -3,7 +3,7 @@
 import pytest
 
 import forebay
-from forebay.testing.numbered import NUM_SAMPLES, write_numbered
+from forebay.testing.numbered import NUM_SAMPLES, numbered_sample, write_numbered
 from forebay_server.testing.daemon import DaemonProcess
 
 
@@ -29,6 +29,32 @@ def test_a_killed_and_restarted_daemon_is_found_again_in_mid_epoch(own_daemon, d
                 own_daemon.restart()
             seen += batch["number"].tolist()
     assert seen == list(range(NUM_SAMPLES))
+
+
+@pytest.mark.slow
+def test_ranks_read_the_same_version_though_the_daemon_was_killed_in_between(own_daemon, dataset):
+    def append():
+        with (
+            forebay.connect(own_daemon.data) as client,
+            client.append_dataset("numbered") as writer,
+        ):
+            writer.write(**numbered_sample(NUM_SAMPLES))
+
+    options = {"global_batch_size": 10, "shuffle": "full", "columns": ["number"]}
+    ranks = [
+        forebay.DataLoader(dataset, rank=rank, world_size=2, follow="latest", run="r", **options)
+        for rank in range(2)
+    ]
+    append()
+    first = [batch["number"].tolist() for batch in ranks[0]]
+    own_daemon.restart()
+    append()
+    second = [batch["number"].tolist() for batch in ranks[1]]
+    found = [one + other for one, other in zip(first, second, strict=True)]
+    assert sorted(sum(found, [])) == list(range(NUM_SAMPLES + 1))  # noqa: RUF017 - a few batches
+    assert {one.dataset.version for one in ranks} == {2}
+    for one in ranks:
+        one.close()
 
 
 def test_what_is_mapped_stays_readable_while_the_daemon_is_gone(own_daemon, dataset, way):
