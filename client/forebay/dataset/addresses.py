@@ -103,7 +103,7 @@ def gather(addresses: Addresses, num_bytes: int) -> NDArray[np.uint8]:
         return np.empty((count, num_bytes), dtype=np.uint8)
     offsets = addresses - FIRST_ADDRESS
     shift = WORDS.get(num_bytes)
-    if shift is not None and not (offsets & (num_bytes - 1)).any():
+    if shift is not None and not np.bitwise_or.reduce(offsets) & (num_bytes - 1):
         words: NDArray[Any] = _aligned(num_bytes).take(offsets >> shift)
         return words.view(np.uint8).reshape(count, num_bytes)
     piece = _piece(num_bytes)
@@ -200,7 +200,7 @@ class AddressTable:
             origins = [table[batches] for table in tables]
         self.used[batches] = now
         for column, table, found in zip(columns, tables, origins, strict=True):
-            is_new = len(found) > 0 and found.min() == UNKNOWN
+            is_new = len(found) > 0 and np.minimum.reduce(found) == UNKNOWN
             if is_new and not self._learn(column, table, batches, held, found):
                 return None
         if not columns and None in held:
