@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 from harness import Options, Report, parse_options
-from loader_cold import CountingStore, measure_cold
+from loader_cold import CountingStore, measure_cold, publish
 from loader_start import ImmenseDataset, measure_start
 
 from forebay_server.testing.s3 import missing_s3
@@ -274,14 +274,17 @@ def run(options: Options, folder: Path) -> Report:
         made = helpers.submit(immense.make)
         for name in found:
             found[name].prepared()
-        started.result(), made.result()
+        readers = {name: found[name] for name in (OURS, *PEERS)}
+        started.result()
+        publish(store, readers)
+        made.result()
         phases.ended("set-up")
         for race in races(quick=options.quick):
             measure(found, race, options, rates)
             phases.ended(f"{race.case}, {race.workers} workers")
         measure_items(found, options, rates)
         phases.ended("single samples")
-        measure_cold(report, store, {name: found[name] for name in (OURS, *PEERS)})
+        measure_cold(report, store, readers)
         phases.ended("from an S3 server")
         measure_start(report, immense, options)
         phases.ended("starts among 1e10 samples")

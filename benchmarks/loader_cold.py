@@ -31,8 +31,6 @@ SETTLED_SECONDS = 0.1
 class Contender(Protocol):
     """A process that answers questions; see ``loader_child.py``."""
 
-    also: list[int]
-
     def send(self, do: str, **what: Any) -> None: ...
 
     def answer(self) -> dict[str, Any]: ...
@@ -75,12 +73,16 @@ class CountingStore:
         return gets, num_bytes
 
 
-def measure_cold(report: Report, store: CountingStore, found: Mapping[str, Contender]) -> None:
-    """The figures of a first and a second epoch, of each contender by itself."""
+def publish(store: CountingStore, found: Mapping[str, Contender]) -> None:
+    """Have each contender bring its samples into the store, all at once."""
     for name, contender in found.items():
         contender.send("publish", case=CASE, place=asdict(store.places[name]))
     for contender in found.values():
-        contender.also = contender.answer()["also"]
+        contender.answer()
+
+
+def measure_cold(report: Report, store: CountingStore, found: Mapping[str, Contender]) -> None:
+    """The figures of a first and a second epoch, of each contender by itself."""
     for name, contender in found.items():
         before = store.counts(name)
         ran = contender.ask("open", case=CASE, workers=WORKERS, cold=True)

@@ -60,7 +60,7 @@ def cases(*, quick: bool) -> dict[str, Case]:
     run has fewer of all."""
     made = (
         Case("tensor3k", 16_384 if quick else 131_072, "x", (TENSOR_BYTES,), "uint8"),
-        Case("peers3k", 8_192 if quick else 32_768, "x", (TENSOR_BYTES,), "uint8"),
+        Case("peers3k", 6_144 if quick else 32_768, "x", (TENSOR_BYTES,), "uint8"),
         Case("tokens", 4_096 if quick else 16_384, "tokens", (NUM_TOKENS,), "int32"),
         Case("jpeg115k", 512 if quick else 1_024, "jpeg", JPEG_SHAPE, "uint8"),
     )

@@ -32,6 +32,7 @@ class Forebay:
         self.client = forebay.connect(folder / "data")
         self.folder = folder
         self._also = [daemon_of(folder / "data")]
+        self._cold: forebay.Client | None = None
 
     def prepare(self, case: Case) -> None:
         write(self.client, case)
@@ -56,17 +57,19 @@ class Forebay:
         daemon = DaemonProcess(cold, *tiers, environment=place.environment)
         atexit.register(daemon.kill)
         daemon.start().wait_ready()
-        self.client.close()
-        self.client = forebay.connect(cold)
-        self._also.append(daemon.pid)
+        self._cold = forebay.connect(cold)
 
     def open_cold(self, case: Case, workers: int) -> Any:
-        return self.open(case, workers)
+        assert self._cold is not None, "publish first"
+        return self._loader(self._cold, case, workers)
 
     def open(self, case: Case, workers: int) -> Any:
+        return self._loader(self.client, case, workers)
+
+    def _loader(self, client: forebay.Client, case: Case, workers: int) -> Any:
         pictures = case.name == "jpeg115k"
         return forebay.DataLoader(
-            self.client.dataset(case.name),
+            client.dataset(case.name),
             global_batch_size=BATCH,
             shuffle="full",
             num_threads=workers,
