@@ -143,6 +143,16 @@ def test_each_block_of_a_lane_has_the_shares(weights, lanes, num_samples):
             assert np.abs(counted - exact).max() < 3
 
 
+@given(lane_numbers, st.integers(1, 200), st.integers(1, 500))
+def test_a_schedule_changes_the_shares_at_its_very_sample(lanes, num_samples, change):
+    recipe = Recipe(
+        (1000, 1000), (Stage(0, (SHARE_SUM, 0)), Stage(change, (0, SHARE_SUM))), num_samples
+    )
+    mixture = in_lanes(recipe, "endless", lanes)
+    found = [one[0] for epoch in range(EPOCHS) for one in read(mixture, epoch)]
+    assert found == [int(position >= change) for position in range(EPOCHS * num_samples)]
+
+
 @given(sizes_and_weights, lane_numbers, st.sampled_from(["endless", "first", "all", "sizes"]))
 def test_the_next_places_never_fall_and_are_never_far_ahead(given_, lanes, ends):
     mixture = laned(given_, ends, lanes)
