@@ -21,6 +21,7 @@ from zarr.core.buffer import cpu
 
 import forebay
 from forebay.dataset import bands
+from forebay.dataset.cache import shard_cache
 from forebay.dataset.reading import OrderOptions, PlanParameters
 from forebay.dataset.schema import Array, Schema
 from forebay.zarr import ForebayStore, samples
@@ -234,6 +235,29 @@ def test_each_chunk_is_decoded_once_however_little_is_kept(
             assert 0 <= int(batch["x"].sum()) <= 16
             assert bands.process_bands().held_bytes <= 8 << 20
     assert names == {"forebay-load": 64}, "in the loader's own threads"
+
+
+def test_over_http_what_came_and_what_was_decoded_share_the_budget(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FOREBAY_NO_LOCAL", "1")
+    one = ForebayStore(
+        f"zarr-{new_random_name()}", address=store.address, session=tmp_path / "session"
+    )
+    given = np.random.default_rng(0).integers(0, 256, (256, 64, 1024), "u1")
+    zarr.create_array(one, name="x", data=given, chunks=(4, 64, 1024))
+    one.commit()
+    found = samples(one)
+    cache = shard_cache(found.endpoint)
+    most = [0, 0]
+    with forebay.DataLoader(
+        found, batch_size=16, shuffle="full", include_ids=True, memory_budget=16 << 20
+    ) as loader:
+        for batch in loader:
+            assert (batch["x"].numpy() == given[batch["_ids"].numpy()]).all()
+            held = bands.process_bands().held_bytes, cache.held_bytes
+            most = [max(*both) for both in zip(most, held, strict=True)]
+    assert all(1 << 20 <= num_bytes <= 4 << 20 for num_bytes in most), most
 
 
 def global_batches(

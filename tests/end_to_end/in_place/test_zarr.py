@@ -188,6 +188,7 @@ def test_the_daemon_reads_ahead_what_the_loader_will_want(
         found, global_batch_size=10, shuffle="block", block_rows=100, window_blocks=1, num_threads=0
     ) as loader:
         assert len(next(iter(loader))["image"]) == 10
+        assert loader.report().reading["origin"] > 0, "what it waited for"
         deadline = time.monotonic() + 60
         while not all(one.blob for one in client.origins(name) if "deep" not in one.url):
             assert time.monotonic() < deadline
