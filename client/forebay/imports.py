@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from forebay.dataset.dataset import Dataset
     from forebay.dataset.parallel import Connection, WriteSession
     from forebay.dataset.schema import Schema
-    from forebay.importers.piece import Source
+    from forebay.importers.piece import Options, Source
     from forebay.importers.run import Progress
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class ImportCalls(ABC):
         its commit it is that version, and writes nothing.
         """
         from forebay.dataset.parallel import Target, WriteSession, parsed, serialized
-        from forebay.dataset.write_columns import check_columns
+        from forebay.dataset.write_columns import check_columns, refuse_store
 
         target = Target(
             dataset=check_name("dataset", name),
@@ -85,6 +85,8 @@ class ImportCalls(ABC):
             raise InvalidRequest("a session appends rows or writes columns, not both")
         if append or columns:
             base = self.dataset(name) if base is None else base
+            if columns:
+                refuse_store(base)
             target = changed(
                 target,
                 base_version=base.version,
@@ -102,6 +104,10 @@ class ImportCalls(ABC):
             new = parsed(target.schema)
             check_columns(parsed(target.base_schema), new, name, replace=replace)
         return session
+
+    def _committed_as(self, name: str, write: str) -> int | None:
+        """The version of dataset *name* that the session *write* was committed as, if it was."""
+        return self.write_session(name, write=write).version
 
     def import_dataset(
         self,
@@ -155,17 +161,32 @@ class ImportCalls(ABC):
         options = Options(dict(types or {}), delimiter, has_header)
         found = source_of(source, format)
         base = self.dataset(name) if append or columns else None
+        if base is not None and columns:
+            options = _with_types_of(base.schema, found.schema(options), options)
         schema = base.schema if base is not None and append else found.schema(options)
+        told = repr((Options(dict(types or {}), delimiter, has_header), shard_bytes, batch_bytes))
+        if base is not None and columns and base.manifest.parent and not again:
+            # What the newest version was made of is there; what an older one was may be gone again.
+            before = _write_name(found, name, f"columns {base.manifest.parent}", told)
+            if self._committed_as(name, before) == base.version:
+                logger.warning(
+                    "dataset %r: nothing is written, version %d has these columns of these files "
+                    "already; again=True writes them once more",
+                    name,
+                    base.version,
+                )
+                return base
         # An append of files that were appended before is the same one, whatever came between.
-        verb = "append" if append else "columns"
-        how = "create" if base is None else f"again {base.manifest_id}" if again else verb
+        how = "create" if base is None else "append"
+        if base is not None and (columns or again):
+            how = f"{'columns' if columns else 'again'} {base.manifest_id}"
         session = self.write_session(
             name,
             schema,
             append=append,
             columns=columns,
             replace=replace,
-            write=_write_name(found, name, how, repr((options, shard_bytes, batch_bytes))),
+            write=_write_name(found, name, how, told),
             shard_bytes=shard_bytes,
             batch_bytes=batch_bytes,
             metadata=_metadata(found, metadata, base),
@@ -199,6 +220,13 @@ class ImportCalls(ABC):
             session.abort()
             raise
         return self.dataset(name, version)
+
+
+def _with_types_of(base: Schema, found: Schema, options: Options) -> Options:
+    """*options* under which columns that are replaced keep the type that they have in *base*."""
+    there = [c for c in base.columns if c.name in found.names and c.kind != "arrow"]
+    types = {c.name: c.spec() for c in there}
+    return changed(options, types={**types, **options.types})
 
 
 def _write_name(found: Source, name: str, how: str, options: str) -> str:

@@ -126,19 +126,20 @@ class OriginCalls(ABC):
         from forebay.importers.piece import Options, Source
 
         placed = list(place(paths, kind))
-        if schema is None and kind == "zarr":
+        if kind == "zarr":
             from forebay.dataset.schema import Schema
             from forebay.zarr_version import SCHEMA
 
-            schema = Schema.of(SCHEMA)
-        elif schema is None:
+            schema = Schema.of(SCHEMA) if schema is None else schema
+        else:
             pieces = [one.piece for one in placed if one.piece is not None]
-            schema = Source.of(kind, pieces).schema(Options())
+            found = Source.of(kind, pieces).schema(Options())
+            schema = found if schema is None else _checked(found, schema, paths[0])
         shards: list[datasets_pb2.ShardCommit] = []
         for start in range(0, len(placed), URLS_AT_ONCE):
             some = placed[start : start + URLS_AT_ONCE]
-            found = self._look([one.url for one in some], kind)
-            for one, origin in zip(some, found, strict=True):
+            origins = self._look([one.url for one in some], kind)
+            for one, origin in zip(some, origins, strict=True):
                 if origin.num_bytes != one.num_bytes:
                     raise InvalidRequest(
                         f"{one.url} has {origin.num_bytes} bytes for the daemon, {one.num_bytes} "
@@ -293,6 +294,31 @@ def _shard(found: datasets_pb2.Origin) -> datasets_pb2.ShardCommit:
         num_rows=sum(found.batch_rows),
         batch_rows=found.batch_rows,
     )
+
+
+def _checked(found: Schema, wanted: Schema, path: str) -> Schema:
+    """*wanted* if samples of *found* can be read with it: what they lack may be missing.
+
+    SchemaMismatch. Only the first sample was looked at.
+    """
+    there = {column.name: column for column in wanted.columns}
+    for column in found.columns:
+        own = there.pop(column.name, None)
+        if own is not None and own.kind == column.kind == "arrow":
+            continue  # nested: of what the first sample has one cannot tell
+        if own is None or own.spec() != column.spec():
+            is_now = "no such column" if own is None else f"{own.text} there"
+            raise SchemaMismatch(
+                f"{path}: column {column.name!r} is {column.text}, and the dataset has {is_now}: "
+                "register it as a dataset of its own, or import it with append=True"
+            )
+    lacking = [name for name, column in there.items() if not column.nullable]
+    if lacking:
+        raise SchemaMismatch(
+            f"{path} has no {', '.join(map(repr, lacking))}, which the dataset has: import it with "
+            "these columns, or drop them from the dataset first"
+        )
+    return wanted
 
 
 def _fitting(found: datasets_pb2.Origin, wanted: Schema | None) -> Schema:

@@ -238,6 +238,9 @@ class DatasetManifest:
     its number, which stays the same in later versions."""
     layers: tuple[LayerRef, ...] = ()
     """Columns that lie in shards of their own; the others lie in ``shards``."""
+    rows_of: str = ""
+    """Manifest id of the first version that had these rows; empty: this one. Splits and folds are
+    shares of that one's order, so that they choose the same rows in all such versions."""
 
     @property
     def num_rows(self) -> int:
@@ -290,7 +293,7 @@ class DatasetManifest:
         )
         payload = {**vars(self), "shards": [shard.payload() for shard in self.shards]}
         payload["layers"] = [layer.payload() for layer in self.layers]
-        for name in ("shard_schemas", "layers"):
+        for name in ("shard_schemas", "layers", "rows_of"):
             if not payload[name]:
                 del payload[name]
         return encode(KIND_DATASET, payload)
@@ -307,6 +310,7 @@ class DatasetManifest:
             payload["metadata"],
             tuple(payload.get("shard_schemas", ())),
             tuple(LayerRef.from_payload(layer) for layer in payload.get("layers", ())),
+            payload.get("rows_of", ""),
         )
 
 

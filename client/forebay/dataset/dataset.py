@@ -457,7 +457,12 @@ class Dataset:
         """
         from forebay.dataset.write_columns import compute_columns
 
-        control = self._whole("add_columns")
+        if self.selection is not None:
+            raise InvalidRequest(
+                f"columns have a value for every row of a version, and this is its split "
+                f"{self.selection.name!r}: call add_columns on client.dataset({self.name!r})"
+            )
+        control = self._client()
         return compute_columns(
             control,
             self,

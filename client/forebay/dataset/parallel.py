@@ -22,7 +22,7 @@ from forebay.dataset.write import (
 from forebay.dataset.write_columns import check_columns, with_columns
 from forebay.methods import Datasets
 from forebay.transfer import Transfer
-from forebay_wire.errors import InvalidRequest, NotFound
+from forebay_wire.errors import Conflict, InvalidRequest, NotFound
 from forebay_wire.ids import check_name, new_random_name
 from forebay_wire.limits import MAX_COMMIT_BYTES, MAX_SHARDS_PER_VERSION, MIB, check_limit
 from forebay_wire.v1 import datasets_pb2
@@ -31,6 +31,9 @@ KEEP_SECONDS: Final = 6 * 3600.0
 """How long sealed parts live after the last call of their session."""
 
 PAGE_PARTS: Final = 50
+
+BESIDE_KEY: Final = b"forebay.beside"
+"""In the schema of a part: manifest id of the version that its columns are written beside."""
 
 
 class Connection(Protocol):
@@ -65,6 +68,27 @@ class Target:
     keep_seconds: float = KEEP_SECONDS
     committed_version: int = 0
     """What the write was committed as before this session was made; 0: not yet."""
+
+    def marked(self, schema: Schema) -> bytes:
+        """*schema* of a part. Of columns that are written beside those of a version it says of
+        which: the daemon refuses parts of unequal schemas in one write, and these belong to rows
+        that nobody may exchange meanwhile."""
+        if not self.base_schema:
+            return serialized(schema)
+        mark = {**(schema.arrow.metadata or {}), BESIDE_KEY: self.base_manifest.encode()}
+        marked: bytes = schema.arrow.with_metadata(mark).serialize().to_pybytes()
+        return marked
+
+    def check_marked(self, schema: bytes) -> None:
+        """Conflict if a part of *schema* was written beside another version."""
+        found = pa.ipc.read_schema(pa.py_buffer(schema)).metadata or {}
+        beside = found.get(BESIDE_KEY, b"").decode()
+        if beside != (self.base_manifest if self.base_schema else ""):
+            raise Conflict(
+                f"the parts of write {self.write!r} were written beside another version of dataset "
+                f"{self.dataset!r} than v{self.base_version}, the newest: begin anew under another "
+                "name, or go on with write_session(base=...) if that is the newest again"
+            )
 
 
 class PartWriter(DatasetWriter):
@@ -109,7 +133,7 @@ class PartWriter(DatasetWriter):
             write=self._target.write,
             part=self.part,
             dataset=self.name,
-            schema=self._schema.arrow.serialize().to_pybytes(),
+            schema=self._target.marked(self._schema),
             shards=self._commits,
             keep_seconds=self._target.keep_seconds,
         )
@@ -244,6 +268,8 @@ class WriteSession:
             write=self.write, limit=1, dataset=self.target.dataset
         )
         page = self._connected().channel.call(Datasets.ListParts, request)
+        if page.schema and not page.version:
+            self.target.check_marked(page.schema)
         if page.version:
             self.target = replace(self.target, committed_version=page.version)
             self.version = page.version

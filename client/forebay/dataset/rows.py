@@ -27,7 +27,7 @@ class RowBuffer:
         self._names = frozenset(schema.names)
         row_bytes = sum(column.fixed_bytes for column in schema.columns)
         rows = min(MAX_ROWS_AHEAD, batch_bytes // max(row_bytes, 1) + 1)
-        self._stores = [_make_store(column, rows) for column in schema.columns]
+        self._stores = [make_store(column, rows) for column in schema.columns]
         self.num_rows = 0
         self.num_bytes = 0
 
@@ -232,7 +232,8 @@ class _ListStore(_ObjectStore):
         )
 
 
-def _make_store(column: Column, rows: int) -> _NumberStore | _ObjectStore:
+def make_store(column: Column, rows: int) -> _NumberStore | _ObjectStore:
+    """Where the values of *column* are collected: *rows* of them at first."""
     if column.kind in ("scalar", "array"):
         return _NumberStore(column, rows)
     kinds = {"string": _TextStore, "binary": _BytesStore, "list": _ListStore}

@@ -163,8 +163,7 @@ def infer(name: str, value: Any) -> Any:
         if isinstance(inner, str) and inner in SCALARS:
             return f"list[{inner}]"
     raise SchemaMismatch(
-        f"column {name!r}: no type can be inferred from {describe(value)}; give "
-        f"create_dataset(schema=...): {ADVICE}"
+        f"column {name!r}: no type can be inferred from {describe(value)}; give schema=: {ADVICE}"
     )
 
 

@@ -153,7 +153,7 @@ class DatasetWriter:
         if not isinstance(table, pa.Table):
             raise SchemaMismatch(f"write_table takes a pyarrow.Table, not {type(table).__name__}")
         if self._schema is None:
-            self._schema = self._checked(Schema.from_arrow(table.schema))
+            self._schema = self._checked(self._inferred(Schema.from_arrow(table.schema)))
         fitting = conform(table, self._schema)
         self._flush_rows()
         self._tables.append(fitting)
@@ -216,6 +216,14 @@ class DatasetWriter:
             base_manifest=self._base_manifest,
         )
 
+    def _infer(self, sample: Mapping[str, Any]) -> Schema:
+        """The schema of the first sample, where none was given."""
+        return Schema.infer(sample)
+
+    def _inferred(self, schema: Schema) -> Schema:
+        """The schema to write tables of *schema* with, where none was given."""
+        return schema
+
     def _checked(self, schema: Schema) -> Schema:
         """*schema* if samples of it can be written here."""
         return schema
@@ -224,7 +232,7 @@ class DatasetWriter:
 
     def _make_row_buffer(self, sample: Mapping[str, Any]) -> RowBuffer:
         if self._schema is None:
-            self._schema = self._checked(Schema.infer(sample))
+            self._schema = self._checked(self._infer(sample))
         return RowBuffer(self._schema, self._batch_bytes)
 
     def _flush_rows(self) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pyarrow as pa
 
+from forebay.dataset.rows import make_store
 from forebay.dataset.schema import Column, Schema, as_numpy
 from forebay.dataset.write import BATCH_BYTES, COMMIT_SECONDS, SHARD_BYTES, DatasetWriter
 from forebay.methods import Datasets
@@ -48,6 +49,7 @@ class ColumnsWriter(DatasetWriter):
     ) -> None:
         """*schema*: of the written columns alone; *replace*: some of them may be there already,
         and are replaced."""
+        refuse_store(base)
         self._base = base
         self._may_replace = replace
         super().__init__(
@@ -80,6 +82,14 @@ class ColumnsWriter(DatasetWriter):
                 f"{base.num_rows} rows, in order; {num_rows} were written"
             )
 
+    def _infer(self, sample: Mapping[str, Any]) -> Schema:
+        return inferred(self._base.schema, sample)
+
+    def _inferred(self, schema: Schema) -> Schema:
+        there = self._base.schema
+        names = there.names
+        return Schema(tuple(there[c.name] if c.name in names else c for c in schema.columns))
+
     def _checked(self, schema: Schema) -> Schema:
         check_columns(self._base.schema, schema, self.name, replace=self._may_replace)
         return schema
@@ -90,6 +100,23 @@ class ColumnsWriter(DatasetWriter):
         request.columns.columns.extend(schema.names)
         request.columns.schema = schema.arrow.serialize().to_pybytes()
         return request
+
+
+def refuse_store(base: Dataset) -> None:
+    """InvalidRequest for a zarr store, whose keys and values are no samples."""
+    if base.manifest.metadata.get("zarr") and base.schema.names == ["key", "value"]:
+        raise InvalidRequest(
+            f"dataset {base.name!r} is a zarr store: set its arrays in a session of "
+            "forebay.zarr.ForebayStore"
+        )
+
+
+def inferred(base: Schema, sample: Mapping[str, Any]) -> Schema:
+    """The columns of a *sample* for which no schema was given: the type that a column has in *base*
+    stays."""
+    fresh = {name: value for name, value in sample.items() if name not in base.names}
+    found = Schema.infer(fresh) if fresh else Schema(())
+    return Schema(tuple(base[name] if name in base.names else found[name] for name in sample))
 
 
 def check_columns(base: Schema, new: Schema, dataset: str, *, replace: bool) -> None:
@@ -111,6 +138,8 @@ def with_columns(base: Schema, new: Schema) -> Schema:
 
 def drop_columns(control: Control, base: Dataset, names: Sequence[str]) -> int:
     """See :meth:`forebay.Client.drop_columns`."""
+    refuse_store(base)
+    names = [names] if isinstance(names, str) else list(names)
     gone = {base.schema[name].name for name in names}
     kept = tuple(column for column in base.schema.columns if column.name not in gone)
     if not kept:
@@ -144,6 +173,13 @@ def compute_columns(
 ) -> int:
     """See :meth:`forebay.Dataset.add_columns`."""
     total = base.num_rows
+    if batch_rows < 1:
+        raise InvalidRequest(f"batch_rows={batch_rows}: at least 1")
+    if not total and schema is None:
+        raise InvalidRequest(
+            f"dataset {base.name!r} v{base.version} has no rows to tell types by: "
+            "add_columns(schema=...)"
+        )
     with ColumnsWriter(
         control.channel, control.transfer, base, schema=schema, replace=replace
     ) as writer:
@@ -153,7 +189,7 @@ def compute_columns(
             for start in range(0, total, batch_rows):
                 rows = np.arange(start, min(start + batch_rows, total), dtype=np.int64)
                 made = function(base.read(rows, columns))
-                writer.write_table(_table(made, len(rows), writer.schema))
+                writer.write_table(_table(made, len(rows), writer.schema, base.schema))
                 if plan is not None:
                     plan.advance(int(rows[-1]) + 1)
                 progress(int(rows[-1]) + 1, total)
@@ -161,25 +197,25 @@ def compute_columns(
     return writer.version
 
 
-def _table(made: Mapping[str, Any], num_rows: int, schema: Schema | None) -> pa.Table:
+def _table(made: Mapping[str, Any], num_rows: int, schema: Schema | None, base: Schema) -> pa.Table:
     """What a function gave for *num_rows* rows, as a table."""
     if not isinstance(made, Mapping) or not made:
         raise SchemaMismatch(
             f"the function gave {type(made).__name__}: a dict of column names to values is expected"
         )
-    wrong = [name for name, values in made.items() if len(values) != num_rows]
-    if wrong:
+    for name, values in made.items():
+        count = len(values) if hasattr(values, "__len__") and not isinstance(values, str) else "no"
+        if count != num_rows:
+            raise SchemaMismatch(
+                f"column {name!r}: the function gave {count} values for {num_rows} rows"
+            )
+    wanted = schema or inferred(base, {name: values[0] for name, values in made.items()})
+    if set(made) != set(wanted.names):
         raise SchemaMismatch(
-            f"column {wrong[0]!r}: the function gave {len(made[wrong[0]])} values for {num_rows} "
-            "rows"
+            f"the function gave columns {', '.join(made)}; expected: {', '.join(wanted.names)}"
         )
-    inferred = schema or Schema.infer({name: values[0] for name, values in made.items()})
-    if set(made) != set(inferred.names):
-        raise SchemaMismatch(
-            f"the function gave columns {', '.join(made)}; expected: {', '.join(inferred.names)}"
-        )
-    arrays = [_array(made[column.name], column) for column in inferred.columns]
-    return pa.Table.from_arrays(arrays, schema=inferred.arrow)
+    arrays = [_array(made[column.name], column) for column in wanted.columns]
+    return pa.Table.from_arrays(arrays, schema=wanted.arrow)
 
 
 def _array(values: Any, column: Column) -> pa.Array:
@@ -187,14 +223,16 @@ def _array(values: Any, column: Column) -> pa.Array:
     try:
         if column.dtype is None or column.kind == "list":
             return pa.array([as_numpy(value) for value in values], type=column.arrow_type)
+        if isinstance(values, (list, tuple)):
+            return _array_of_values(values, column)
         found = np.asarray(as_numpy(values))
         if found.shape[1:] != column.shape or not np.can_cast(found.dtype, column.dtype, "safe"):
             raise TypeError(f"{found.dtype} of shape {found.shape[1:]}")
         elements = pa.array(found.astype(column.dtype, copy=False).reshape(-1))
-    except (TypeError, ValueError, pa.ArrowException) as error:
+    except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         raise SchemaMismatch(
             f"column {column.name!r}: the function's values are not {column.text} ({error}): "
-            "convert them there, or give add_columns(schema=...)"
+            "convert them there, or give the column another type, add_columns(schema=...)"
         ) from error
     if column.kind == "scalar":
         return elements
@@ -202,3 +240,11 @@ def _array(values: Any, column: Column) -> pa.Array:
     return pa.ExtensionArray.from_storage(
         column.arrow_type, pa.FixedSizeListArray.from_arrays(elements, size)
     )
+
+
+def _array_of_values(values: Sequence[Any], column: Column) -> pa.Array:
+    """Python's numbers, or arrays, one by one: as a writer takes them."""
+    store = make_store(column, len(values))
+    for row, value in enumerate(values):
+        store.put(row, store.convert(value)[0])
+    return store.arrow(len(values))

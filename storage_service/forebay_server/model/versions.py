@@ -35,7 +35,7 @@ def appended(base: DatasetManifest, shards: Sequence[ShardRef], schema: str) -> 
         schemas = (*schemas, schema)
     number = schemas.index(schema) if schemas else 0
     added = tuple(replace(shard, schema=number) for shard in shards)
-    return replace(base, shards=base.shards + added, shard_schemas=schemas)
+    return replace(base, shards=base.shards + added, shard_schemas=schemas, rows_of="")
 
 
 def with_columns(
@@ -65,6 +65,7 @@ def with_columns(
         schema=schema,
         shard_schemas=base.shard_schemas or (base.schema,),
         layers=tuple(layers),
+        rows_of=base.rows_of or base.encode()[0],
     )
 
 

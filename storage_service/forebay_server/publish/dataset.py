@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -257,7 +258,9 @@ class Datasets:
         the same version are refused (:class:`AlreadyExists`).
         """
         of = await self._version(name, version)
-        return await self._define(of, selections.splits(of, fractions, seed))
+        return await self._define(
+            of, selections.splits(of, fractions, seed, await self._rows_of(of))
+        )
 
     async def define_folds(
         self, name: str, version: int, num_folds: int, seed: int, prefix: str, within: str = ""
@@ -280,7 +283,16 @@ class Datasets:
                 )
             made = selections.folds_within(of, parents[0], num_folds, seed, prefix)
             return await self._define(of, made)
-        return await self._define(of, selections.folds(of, num_folds, seed, prefix))
+        made = selections.folds(of, num_folds, seed, prefix, await self._rows_of(of))
+        return await self._define(of, made)
+
+    async def _rows_of(self, of: VersionInfo) -> str:
+        """Manifest of the first version that had the rows of *of*; empty: it is that itself."""
+        data = await self._catalog.read(lambda one: read_manifest(one, of.manifest))
+        if data is None:
+            raise _no_dataset(of.dataset)
+        manifest = await asyncio.to_thread(_parse_dataset, data, of.dataset, of.manifest)
+        return manifest.rows_of
 
     async def define_selections(
         self, name: str, version: int, wanted: Sequence[NewSelection], uid: int
@@ -490,11 +502,14 @@ def _check_base(connection: Connection, commit: VersionCommit, parent: str | Non
     if newest is None:
         raise _no_dataset(commit.dataset)
     if newest.version != commit.base_version or parent not in (None, newest.manifest):
+        does, again = "appends to", "the append"
+        if commit.columns is not None:
+            does, again = "changes columns of", "this"
         is_anew = newest.version == commit.base_version
         same = " of a dataset that was deleted since" if is_anew else ""
         raise Conflict(
-            f"dataset {commit.dataset} has version {newest.version} by now, this commit appends to "
-            f"{commit.base_version}{same}: begin the append again from the newest version"
+            f"dataset {commit.dataset} has version {newest.version} by now, this commit {does} "
+            f"{commit.base_version}{same}: begin {again} again from the newest version"
         )
 
 

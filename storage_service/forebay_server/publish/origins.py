@@ -196,7 +196,11 @@ class OriginDatasets:
     ) -> VersionInfo | None:
         """The new version; None if a copy has gone again."""
         manifest = replace(
-            below, version=base.version + 1, parent=base.manifest, shards=tuple(shards)
+            below,
+            version=base.version + 1,
+            parent=base.manifest,
+            shards=tuple(shards),
+            rows_of=below.rows_of or base.manifest,
         )
         manifest_id, data = manifest.encode()
         names = [tier.name for tier in self._tiers.all if tier.keeps]

@@ -58,22 +58,29 @@ class NewSelection:
     definition_json: str
 
 
-def splits(of: VersionInfo, fractions: Mapping[str, float], seed: int) -> list[SelectionManifest]:
-    """The manifests of splits of a version: name to fraction."""
+def splits(
+    of: VersionInfo, fractions: Mapping[str, float], seed: int, rows_of: str
+) -> list[SelectionManifest]:
+    """The manifests of splits of a version, whose rows are those of *rows_of*: name to fraction."""
     for name in fractions:
         check_name("split", name)
     check_limit("splits", len(fractions), MAX_SELECTIONS, "define fewer")
     _check_seed(seed)
     return [
         _selection(
-            of, name, stop - start, {"kind": SPLIT, "seed": seed, "start": start, "stop": stop}
+            of,
+            name,
+            stop - start,
+            {"kind": SPLIT, "seed": seed, "start": start, "stop": stop, **_rows_of(rows_of)},
         )
         for name, (start, stop) in model.split_bounds(of.num_rows, fractions).items()
     ]
 
 
-def folds(of: VersionInfo, num_folds: int, seed: int, prefix: str) -> list[SelectionManifest]:
-    """The manifests of both parts of each fold of a version."""
+def folds(
+    of: VersionInfo, num_folds: int, seed: int, prefix: str, rows_of: str
+) -> list[SelectionManifest]:
+    """The manifests of both parts of each fold of a version, whose rows are those of *rows_of*."""
     check_name("fold", prefix)
     check_limit("folds", num_folds, MAX_SELECTIONS // 2, "define fewer")
     _check_seed(seed)
@@ -82,10 +89,15 @@ def folds(of: VersionInfo, num_folds: int, seed: int, prefix: str) -> list[Selec
             of,
             check_name("fold", f"{prefix}{one.fold}-{one.part}"),
             one.stop - one.start,
-            {"kind": FOLD, "seed": seed, "num_folds": num_folds, **vars(one)},
+            {"kind": FOLD, "seed": seed, "num_folds": num_folds, **vars(one), **_rows_of(rows_of)},
         )
         for one in model.folds(of.num_rows, num_folds)
     ]
+
+
+def _rows_of(manifest: str) -> dict[str, str]:
+    """What a rule says of an earlier version with the same rows; nothing if there is none."""
+    return {"of": manifest} if manifest else {}
 
 
 def folds_within(

@@ -54,7 +54,9 @@ def test_what_is_there_is_replaced_only_if_that_is_said(run, name: str, tmp_path
     assert failed.status == ExitCode.EXISTS
     assert "'y' already" in failed.err
     assert "--replace" in failed.err
-    assert run(path, "--replace").json["columns"] == {"x": "int64", "y": "int64"}
+    assert run(path, "--replace").json["columns"] == {"x": "int64", "y": "float64"}
+    found = run(path, "--replace", "--type", "y=int8").json
+    assert found["columns"] == {"x": "int64", "y": "int8"}
 
 
 def test_files_with_other_numbers_of_rows_change_nothing(

@@ -460,3 +460,75 @@ def test_whatever_names_added_columns_alone_reads_nothing_else(client, made):
 
 def selection_of(client, made, split):
     return client.dataset(made.name, split=split).selection
+
+
+def test_equal_rows_have_equal_splits_whenever_they_are_defined(client, made):
+    """What is held out of one version is in no training split of another one of the same rows."""
+    client.drop_columns(made.name, ["y"])
+    made.define_splits({"train": 0.8, "test": 0.2}, seed=7)
+    client.dataset(made.name, 2).define_splits({"train": 0.8, "test": 0.2}, seed=7)
+    client.dataset(made.name, 2).define_folds(4, seed=2)
+    client.drop_columns(made.name, ["text"])
+    made.define_folds(4, seed=2)
+    both = [client.dataset(made.name, v, split="test").take(range(600), ["x"])["x"] for v in (1, 3)]
+    assert np.array_equal(*both)
+    both = [client.dataset(made.name, v, split="fold2-test").take(range(750))["x"] for v in (1, 3)]
+    assert np.array_equal(*both)
+
+
+def test_a_column_keeps_its_type_unless_another_one_is_given(client, name):
+    with client.create_dataset(name, {"a": "int8", "t": "string", "b": "float32"}) as writer:
+        writer.write_table(
+            pa.table(
+                {
+                    "a": pa.array([1, 2], pa.int8()),
+                    "t": ["x", "y"],
+                    "b": pa.array([1, 2], pa.float32()),
+                }
+            )
+        )
+    client.dataset(name).add_columns(
+        lambda rows: {"a": [3, 4], "b": np.float32([5, 6])}, replace=True
+    )
+    with client.write_columns(name, replace=True) as writer:
+        writer.write(t="z", a=5)
+        writer.write(t="w", a=6)
+    found = client.dataset(name)
+    assert [found.schema[one].text for one in ("a", "t", "b")] == ["int8", "string", "float32"]
+    with pytest.raises(forebay.SchemaMismatch, match=r"are not int8 .*add_columns\(schema="):
+        found.add_columns(lambda rows: {"a": [300, 4]}, replace=True)
+    found.add_columns(lambda rows: {"a": [300, 4]}, {"a": "int64"}, replace=True)
+    assert client.dataset(name).take([0])["a"].tolist() == [300]
+
+
+def test_what_cannot_be_asked_for_is_said(client, made, name):
+    assert client.dataset(made.name, client.drop_columns(made.name, "text")).version == 2
+    for wrong, message in ((0, "batch_rows=0"), (-1, "batch_rows=-1")):
+        with pytest.raises(forebay.InvalidRequest, match=message):
+            made.add_columns(lambda rows: {}, batch_rows=wrong)
+    with pytest.raises(forebay.SchemaMismatch, match=r"'u': the function gave no values"):
+        client.dataset(made.name).add_columns(lambda rows: {"u": 5})
+    made.define_splits({"a": 0.5, "b": 0.5})
+    with pytest.raises(forebay.InvalidRequest, match="a value for every row of a version"):
+        client.dataset(made.name, split="a").add_columns(lambda rows: {})
+    other = f"{made.name}-empty"
+    with client.create_dataset(other, {"x": "int8"}):
+        pass
+    with pytest.raises(forebay.InvalidRequest, match="no rows to tell types by"):
+        client.dataset(other).add_columns(lambda rows: {})
+    client.dataset(other).add_columns(lambda rows: {}, {"y": "string"})
+    assert client.dataset(other).table().column_names == ["x", "y"]
+
+
+def test_a_zarr_store_has_no_columns_to_change(client, name):
+    with client.create_dataset(
+        name, {"key": "string", "value": "binary"}, metadata={"zarr": 3}
+    ) as writer:
+        writer.write(key="zarr.json", value=b"{}")
+    for change in (
+        lambda: client.write_columns(name),
+        lambda: client.drop_columns(name, ["value"]),
+        lambda: client.write_session(name, columns=True),
+    ):
+        with pytest.raises(forebay.InvalidRequest, match="is a zarr store"):
+            change()

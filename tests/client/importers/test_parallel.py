@@ -319,3 +319,40 @@ def test_columns_are_written_in_parts_of_any_processes(client, name):
         client.write_session(name, {"y": "int64"}, columns=True)
     with pytest.raises(forebay.InvalidRequest, match="not both"):
         client.write_session(name, columns=True, append=True)
+
+
+def test_parts_of_columns_belong_to_the_version_that_they_were_computed_of(client, name):
+    with client.create_dataset(name, {"x": "int64"}) as writer:
+        writer.write_table(pa.table({"x": range(4)}))
+    session = client.write_session(name, {"y": "int64"}, columns=True, write="nightly")
+    with session.part("a") as writer:
+        writer.write_table(pa.table({"y": [0, 1]}))
+    with client.write_columns(name, {"x": "int64"}, replace=True) as writer:
+        writer.write_table(pa.table({"x": [9, 9, 9, 9]}))
+    with pytest.raises(Conflict, match="beside another version"):
+        client.write_session(name, {"y": "int64"}, columns=True, write="nightly")
+    with session.part("b") as writer:
+        writer.write_table(pa.table({"y": [2, 3]}))
+    with pytest.raises(Conflict, match="has version 2 by now"):
+        session.commit()
+    assert client.dataset(name).schema.names == ["x"]
+
+
+def test_columns_of_files_that_were_replaced_since_are_written_again(client, name, tmp_path):
+    with client.create_dataset(name, {"x": "int64"}) as writer:
+        writer.write_table(pa.table({"x": range(3)}))
+    for file, values in (("a", [1, 2, 3]), ("b", [4, 5, 6])):
+        pq.write_table(pa.table({"y": values}), tmp_path / f"{file}.parquet")
+
+    def put(file):
+        dataset = client.import_dataset(
+            name, tmp_path / f"{file}.parquet", columns=True, replace=True
+        )
+        return dataset.version, client.dataset(name).take(range(3))["y"].tolist()
+
+    assert put("a") == (2, [1, 2, 3])
+    assert put("a") == (2, [1, 2, 3])  # they are there
+    assert put("b") == (3, [4, 5, 6])
+    assert put("a") == (4, [1, 2, 3])
+    client.drop_columns(name, ["y"])
+    assert put("a") == (6, [1, 2, 3])

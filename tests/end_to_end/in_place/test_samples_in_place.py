@@ -130,3 +130,21 @@ def test_compressed_shards_are_to_be_imported(
     write_mds(folder / name, [("id", "int", 8)], [[[bytes(8)]]], "gz", gzip.compress)
     with pytest.raises(InvalidRequest, match="is compressed"):
         client.register_dataset(name, [folder / name])
+
+
+def test_files_without_the_columns_of_the_dataset_are_not_appended(
+    client: forebay.Client, folder: Path, name: str
+) -> None:
+    """Whoever registered them would have a version that nobody can read."""
+    client.register_dataset(name, [folder / "0.tar"])
+    client.dataset(name).add_columns(lambda rows: {"n": rows["cls"]}, columns=["cls"])
+    with pytest.raises(SchemaMismatch, match="has no 'n', which the dataset has"):
+        client.register_dataset(name, [folder / "1.tar"], append=True)
+    client.drop_columns(name, ["n", "cls"])
+    with pytest.raises(SchemaMismatch, match="column 'cls' is int64, and the dataset has no such"):
+        client.register_dataset(name, [folder / "1.tar"], append=True)
+    client.register_dataset(f"{name}-mds", [folder / "mds"])
+    client.drop_columns(f"{name}-mds", ["raw"])
+    with pytest.raises(SchemaMismatch, match="column 'raw' is binary"):
+        client.register_dataset(f"{name}-mds", [folder / "mds"], append=True)
+    assert client.dataset(name).verify().damaged == {}
