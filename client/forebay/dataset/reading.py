@@ -241,8 +241,8 @@ def arrange(given: Any, options: OrderOptions) -> Reading:
     arranged = getattr(given, "arranged", None)
     if arranged is None:
         raise InvalidRequest(
-            f"expected a dataset from client.dataset(...), a forebay.Mixture or a forebay.Packed, "
-            f"got {type(given).__name__}"
+            f"expected a dataset from client.dataset(...), a forebay.Mixture, a forebay.Packed or "
+            f"forebay.zarr.samples(...), got {type(given).__name__}"
         )
     reading: Reading = arranged(options)
     return reading
