@@ -105,9 +105,21 @@ class ImportCalls(ABC):
             check_columns(parsed(target.base_schema), new, name, replace=replace)
         return session
 
-    def _committed_as(self, name: str, write: str) -> int | None:
-        """The version of dataset *name* that the session *write* was committed as, if it was."""
-        return self.write_session(name, write=write).version
+    def _has_columns(self, base: Dataset, found: Source, told: str) -> bool:
+        """Whether the newest version was made of these columns: what an older one was made of may
+        have been replaced since."""
+        if not base.manifest.parent:
+            return False
+        write = _write_name(found, base.name, f"columns {base.manifest.parent}", told)
+        if self.write_session(base.name, write=write).version != base.version:
+            return False
+        logger.warning(
+            "dataset %r: nothing is written, version %d has these columns of these files already; "
+            "again=True writes them once more",
+            base.name,
+            base.version,
+        )
+        return True
 
     def import_dataset(
         self,
@@ -151,7 +163,6 @@ class ImportCalls(ABC):
         """
         from forebay.importers.objects import source_of
         from forebay.importers.piece import Options
-        from forebay.importers.run import write_parts
 
         if not (append or columns) and name in self.datasets():
             raise AlreadyExists(
@@ -165,17 +176,8 @@ class ImportCalls(ABC):
             options = _with_types_of(base.schema, found.schema(options), options)
         schema = base.schema if base is not None and append else found.schema(options)
         told = repr((Options(dict(types or {}), delimiter, has_header), shard_bytes, batch_bytes))
-        if base is not None and columns and base.manifest.parent and not again:
-            # What the newest version was made of is there; what an older one was may be gone again.
-            before = _write_name(found, name, f"columns {base.manifest.parent}", told)
-            if self._committed_as(name, before) == base.version:
-                logger.warning(
-                    "dataset %r: nothing is written, version %d has these columns of these files "
-                    "already; again=True writes them once more",
-                    name,
-                    base.version,
-                )
-                return base
+        if base is not None and columns and not again and self._has_columns(base, found, told):
+            return base
         # An append of files that were appended before is the same one, whatever came between.
         how = "create" if base is None else "append"
         if base is not None and (columns or again):
@@ -193,33 +195,51 @@ class ImportCalls(ABC):
             base=base,
         )
         if session.version is not None:
-            logger.warning(
-                "dataset %r: nothing is added, version %d has these files already; again=True "
-                "appends them once more",
-                name,
-                session.version,
-            )
+            _tell_appended(name, session.version)
             return self.dataset(name, session.version)
-        parts = found.parts(shard_bytes)
         workers = jobs(found.num_bytes) if callable(jobs) else jobs
-        if workers < 1:
-            raise InvalidRequest(f"{workers} jobs: at least 1")
-        try:
-            write_parts(
-                session,
-                parts,
-                schema,
-                options,
-                jobs=workers if found.can_travel else 1,
-                progress=progress,
-            )
-            version = session.commit([part.name for part in parts])
-        except (DaemonUnavailable, KeyboardInterrupt):
-            raise  # what is sealed stays for the next try
-        except BaseException:
-            session.abort()
-            raise
+        version = _write(session, found, schema, options, workers, progress)
         return self.dataset(name, version)
+
+
+def _tell_appended(name: str, version: int) -> None:
+    logger.warning(
+        "dataset %r: nothing is added, version %d has these files already; again=True appends them "
+        "once more",
+        name,
+        version,
+    )
+
+
+def _write(
+    session: WriteSession,
+    found: Source,
+    schema: Schema,
+    options: Options,
+    jobs: int,
+    progress: Progress | None,
+) -> int:
+    """Write and commit all parts of *found*; the version."""
+    from forebay.importers.run import write_parts
+
+    if jobs < 1:
+        raise InvalidRequest(f"{jobs} jobs: at least 1")
+    parts = found.parts(session.target.shard_bytes)
+    try:
+        write_parts(
+            session,
+            parts,
+            schema,
+            options,
+            jobs=jobs if found.can_travel else 1,
+            progress=progress,
+        )
+        return session.commit([part.name for part in parts])
+    except (DaemonUnavailable, KeyboardInterrupt):
+        raise  # what is sealed stays for the next try
+    except BaseException:
+        session.abort()
+        raise
 
 
 def _with_types_of(base: Schema, found: Schema, options: Options) -> Options:
