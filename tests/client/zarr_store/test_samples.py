@@ -24,6 +24,7 @@ from forebay.dataset import bands
 from forebay.dataset.cache import shard_cache
 from forebay.dataset.reading import OrderOptions, PlanParameters
 from forebay.dataset.schema import Array, Schema
+from forebay.transfer import make_transfer
 from forebay.zarr import ForebayStore, samples
 from forebay.zarr_reading import ZarrCourse, ZarrReading, block_parameters, unit_rows
 from forebay.zarr_samples import SampleArray, Samples
@@ -438,6 +439,20 @@ def test_the_plan_tells_what_each_step_reads(
         start = turn.stop
     assert start in (2 * NUM, position)
     assert start == 2 * NUM or not wanted
+
+
+def test_turns_that_make_no_plan_are_refused(both: Samples, way: str) -> None:
+    transfer = make_transfer(both.endpoint)
+    body = {"plan": new_random_name(), "epoch": 0, "position": 0, "loader": "a test"}
+    transfer.plan("plan", {**body, "manifest": both.manifest_id, "plan_bytes": 1})
+    for turns in ([[1, [99]]], [[1, [-1]]], [[0, [0]]], [[1, ["0"]]], [[1]], {}, None):
+        told = {"plan": body["plan"], "page": 0, "turns": turns}
+        with pytest.raises(forebay.InvalidRequest, match=r"shards|a range is read|a list 'turns'"):
+            transfer.plan("turns", told)
+    transfer.plan("turns", {"plan": body["plan"], "page": 0, "turns": [[5, [0]], [1, []]]})
+    assert transfer.plan("end_plan", {"plan": body["plan"]}) == {"existed": True}
+    with pytest.raises(forebay.NotFound):
+        transfer.plan("turns", {"plan": body["plan"], "page": 1, "turns": []})
 
 
 @pytest.fixture(scope="module")
