@@ -1,7 +1,10 @@
 """The same batches through torch's own DataLoader: any workers, any start method, any resume."""
 
 import itertools
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +248,14 @@ def test_workers_read_beside_a_busy_client(client, train, method):
 def test_1000_workers_read_beside_a_busy_client(client, train, method):
     """In waves of four: a thousand live at once do not fit into 24 GiB."""
     check_workers(client, train, method, num_workers=4, rounds=250)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_1000_workers_of_a_forkserver_that_has_torch_loaded(daemon, train):
+    """Forty at a time, each a child of fork of a process that has no thread and no connection."""
+    many = [str(Path(__file__).with_name("many_workers.py")), str(daemon.data), train.name]
+    done = subprocess.run(
+        [sys.executable, *many, "40", "25"], capture_output=True, text=True, timeout=1700
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "1000"), done.stderr
