@@ -63,7 +63,7 @@ def test_workers_of_new_processes_keep_promises(environment, loader, promise):
 
 
 def test_the_command_checks_a_daemon(environment, capsys):
-    assert main(["--data", str(environment.client.address), "--only", "epoch_is_whole"]) == 0
+    assert main(["--data", str(environment.client.address.folder), "--only", "epoch_is_whole"]) == 0
     assert "1 kept, 0 broken" in capsys.readouterr().out
     assert "conformance-of-loaders" not in environment.client.datasets()
 
