@@ -32,7 +32,7 @@ def lane_length(length: int, lane: int, lanes: int) -> int:
 
 def in_lanes(recipe: Recipe, ends: Ends, lanes: int) -> LanedMixture:
     """The mixture that *recipe* is in one lane, in *lanes*. InvalidRequest for more of them than a
-    dataset has samples."""
+    dataset has samples, and for fixed sizes."""
     if lanes == ONE:
         return LanedMixture((recipe,), recipe.num_samples)
     for number, size in enumerate(recipe.sizes):
@@ -44,7 +44,10 @@ def in_lanes(recipe: Recipe, ends: Ends, lanes: int) -> LanedMixture:
     if ends == "endless":
         return _endless(recipe, lanes)
     if ends == "sizes":
-        return _of_fixed_sizes(recipe, lanes)
+        raise InvalidRequest(
+            f"{lanes} lanes of a mixture with sizes= or repeats=, which has each sample as often "
+            "as that says: in lanes, which share them out anew in each pass, it would not: lanes=1"
+        )
     return _until(recipe, ends, lanes)
 
 
@@ -58,19 +61,6 @@ def _endless(recipe: Recipe, lanes: int) -> LanedMixture:
             start = epochs * own + lane_length(rest, lane, lanes)
             stages.append(Stage(start, stage.shares))
         recipes.append(Recipe(_lane_sizes(recipe, lane, lanes), tuple(stages), own))
-    return LanedMixture(tuple(recipes), recipe.num_samples)
-
-
-def _of_fixed_sizes(recipe: Recipe, lanes: int) -> LanedMixture:
-    wanted, recipes, stop = recipe.stages[0].shares, [], 0
-    before = counts(wanted, 0)
-    for lane in range(lanes):
-        stop += lane_length(recipe.num_samples, lane, lanes)
-        after = counts(wanted, stop)
-        own = tuple(new - old for new, old in zip(after, before, strict=True))
-        sizes = _lane_sizes(recipe, lane, lanes)
-        recipes.append(Recipe(sizes, (Stage(0, own),), sum(own), own))
-        before = after
     return LanedMixture(tuple(recipes), recipe.num_samples)
 
 

@@ -44,6 +44,8 @@ class MixtureReading:
     def __init__(self, mixture: Mixture, options: OrderOptions) -> None:
         if options.lanes is not None and options.shuffle != "block":
             raise InvalidRequest(f'lanes belong to shuffle="block", not to {options.shuffle!r}')
+        if options.lanes not in (None, 1) and not mixture.has_lanes:
+            mixture.in_lanes(options.lanes)  # raises
         mixture.columns(options.columns)  # raises where they differ
         self.mixture = mixture
         self._options = replace(options, lanes=None)
@@ -53,7 +55,7 @@ class MixtureReading:
 
     @property
     def has_lanes(self) -> bool:
-        return self._options.shuffle == "block"
+        return self._options.shuffle == "block" and self.mixture.has_lanes
 
     @property
     def columns(self) -> tuple[Column, ...]:

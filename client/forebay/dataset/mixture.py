@@ -164,6 +164,11 @@ class Mixture:
         ]
         return blake3(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
 
+    @property
+    def has_lanes(self) -> bool:
+        """Whether it can be dealt to several lanes."""
+        return self._ends != "sizes"
+
     def in_lanes(self, lanes: int) -> LanedMixture:
         """It, dealt to *lanes*."""
         found = self._laned.get(lanes)

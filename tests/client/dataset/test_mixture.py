@@ -476,3 +476,16 @@ def test_the_daemon_has_a_plan_for_each_dataset(daemon, mixture):
                 time.sleep(0.05)
         assert {name.partition("@")[0] for name in plans} == set(SIZES)
         assert loader.report().plan_problem == ""
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_fixed_sizes_have_one_lane_on_any_nodes(datasets, monkeypatch, repeats):
+    """As many times as is said, each sample: also where another mixture would have lanes."""
+    how = {"repeats": dict.fromkeys(SIZES, 1)} if repeats else {"sizes": SIZES}
+    mixture = forebay.Mixture(datasets, **how)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with make(mixture, rank=0, world_size=4, **BLOCKS) as loader:
+        next(iter(loader))
+        assert "lanes" not in loader.state_dict()
+    with pytest.raises(forebay.InvalidRequest, match="lanes=1"):
+        make(mixture, lanes=3, **BLOCKS)
