@@ -26,6 +26,7 @@ from zarr.core.array import AsyncArray
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.buffer.core import default_buffer_prototype
 
+from forebay.zarr_codecs import METADATA_NAMES, check_metadata
 from forebay.zarr_version import Version
 from forebay_wire.errors import ForebayError, IntegrityError, InvalidRequest
 
@@ -157,9 +158,11 @@ class Decoder:
         self._arrays: dict[str, AsyncArray[Any]] = {}
 
     def array(self, path: str) -> AsyncArray[Any]:
-        """The array at *path*. InvalidRequest if there is none that zarr can read."""
+        """The array at *path*. InvalidRequest if there is none that zarr can read, or it takes
+        unpickling."""
         found = self._arrays.get(path)
         if found is None:
+            self._check_codecs(path)
             try:
                 found = run_here(open_array(store=self._store, path=path, mode="r"))
             except ForebayError:
@@ -170,6 +173,13 @@ class Decoder:
                 ) from error
             self._arrays[path] = found
         return found
+
+    def _check_codecs(self, path: str) -> None:
+        version = self._store.version
+        for name in METADATA_NAMES:
+            key = f"{path}/{name}" if path else name
+            if (value := version.read(key)) is not None:
+                check_metadata(key, bytes(value), str(self._store))
 
     def rows(self, path: str, runs: Sequence[tuple[int, int]]) -> list[NDArray[Any]]:
         """Rows [start, stop) of an array, for each of *runs*: what was never written is its fill

@@ -12,8 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay.dataset.schema import Schema
-from forebay.importers.files import File, WholeFile, open_file
+from forebay.importers.files import File, WholeFile, list_all, open_file, read_file
 from forebay.importers.piece import Block, Options
+from forebay.zarr_codecs import METADATA_NAMES, check_codecs, check_metadata
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import MIB
 
@@ -223,7 +224,8 @@ def _zarr_step(arrays: Sequence[Any], wanted_bytes: int) -> int:
 
 
 def open_zarr(path: str) -> Any:
-    """An array or a group. InvalidRequest without the package, or for what zarr cannot open."""
+    """An array or a group. InvalidRequest without the package, for what zarr cannot open, and for
+    arrays that take unpickling."""
     try:
         import zarr
     except ImportError as error:
@@ -231,6 +233,13 @@ def open_zarr(path: str) -> Any:
             f"{path} is in zarr's format: pip install 'forebay[zarr]' to read it"
         ) from error
     try:
-        return zarr.open(path, mode="r")
+        found = zarr.open(path, mode="r")
+        arrays = [("", found)] if hasattr(found, "shape") else list(found.arrays())
     except Exception as error:
+        for key, file in list_all(path):  # zarr may say that it has no such kind of data
+            if key.rpartition("/")[2] in METADATA_NAMES:
+                check_metadata(key, read_file(file.path), path)
         raise InvalidRequest(f"{path} cannot be read as zarr: {error}") from error
+    for name, array in arrays:  # as consolidated metadata has them, or its own
+        check_codecs(array.metadata.to_dict(), f"array {name!r} of {path}")
+    return found

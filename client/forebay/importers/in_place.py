@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
 from forebay.dataset.tar_layout import sample_starts
-from forebay.importers.files import File, exists, join, list_all, look, open_file
+from forebay.importers.files import File, exists, join, list_all, look, open_file, read_file
 from forebay.importers.mds import INDEX, MdsPiece, mds_pieces
 from forebay.importers.piece import Piece
 from forebay.importers.tar import TarPiece
+from forebay.zarr_codecs import METADATA_NAMES, check_metadata
 from forebay.zarr_version import format_of
 from forebay_wire.errors import InvalidRequest, OriginChanged
 from forebay_wire.limits import MAX_SHARDS_PER_VERSION, MIB, check_limit
@@ -19,6 +21,9 @@ from forebay_wire.zarr_keys import is_key
 
 BATCH_BYTES: Final = 2 * MIB
 MAX_BATCH_ROWS: Final = 65_536
+
+READERS: Final = 16
+"""Files of metadata that are read at a time, before a store is taken in."""
 
 ROOT_NAMES: Final = ("zarr.json", ".zgroup", ".zarray")
 """One of which the root of a zarr store has."""
@@ -82,7 +87,9 @@ def is_zarr(path: str) -> bool:
 
 
 def place_zarr(root: str) -> list[Placed]:
-    """The files of a zarr store, by key; those that are none of its are left out."""
+    """The files of a zarr store, by key; those that are none of its are left out.
+
+    InvalidRequest if there is no store, or an array of it takes unpickling."""
     files = {key: file for key, file in list_all(root) if is_key(key)}
     if not any(name in files for name in ROOT_NAMES):
         raise InvalidRequest(
@@ -94,6 +101,11 @@ def place_zarr(root: str) -> list[Placed]:
         MAX_SHARDS_PER_VERSION,
         "write it with shards of zarr, or larger chunks, or import it (forebay dataset import)",
     )
+    told = [key for key in files if key.rpartition("/")[2] in METADATA_NAMES]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="forebay-zarr") as pool:
+        values = pool.map(read_file, [files[key].path for key in told])
+        for key, value in zip(told, values, strict=True):
+            check_metadata(key, value, root)
     return [
         Placed(file.path, file.num_bytes, (1,), format_of(key), None) for key, file in files.items()
     ]
