@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from forebay.dataset.statistics import (
     ColumnStatistics,
@@ -25,6 +25,7 @@ from forebay_wire.errors import (
     NotFound,
 )
 from forebay_wire.manifest import SelectionManifest, StatisticsManifest, parse
+from forebay_wire.selection import SPLIT, STORED
 from forebay_wire.v1 import datasets_pb2
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 TRAIN: Final = "train"
 """The split that is trained on."""
+TEST: Final = "test"
+"""What is held out: the split, and the part of each fold."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,37 +77,90 @@ def recompute(
 
 
 def training_part(dataset: Dataset) -> Dataset:
-    """What of *dataset*'s version is trained on: its split ``train``; of a fold its training part;
-    else the whole version, if that is what is read. InvalidRequest for other splits: figures of
-    what a model is tested on must not find their way into its training."""
-    selection = dataset.selection
-    names = {TRAIN}
-    if selection is not None and "part" in selection.rule:  # of a fold, also within a split
-        names = {selection.name.removesuffix(f"-{selection.rule['part']}") + "-train"}
-    if dataset.split in names:
-        return dataset
-    control = dataset.control
-    for one in control.describe_dataset(dataset.name).selections:
-        if one.version == dataset.version and one.name in names:
-            return _split(dataset, control, one)
+    """What of *dataset*'s version is trained on, so that its figures may find their way into
+    training: the innermost training part that what is read belongs to.
+
+    Of a fold its training part, of a selection within another one that one's; else the split
+    ``train``; of a version without it the whole version, if that is what is read. InvalidRequest
+    where none is known, and where that part itself lies in what is held out.
+    """
+    control, selection = dataset.control, dataset.selection
+    there = {
+        one.name: one
+        for one in control.describe_dataset(dataset.name).selections
+        if one.version == dataset.version
+    }
     if selection is None:
+        return _split(dataset, control, there[TRAIN]) if TRAIN in there else dataset
+    rules = {selection.name: selection.rule}
+
+    def rule_of(name: str) -> Mapping[str, Any] | None:
+        if name not in rules and name in there:
+            rules[name] = _selection(dataset, control, there[name]).rule
+        return rules.get(name)
+
+    name = _training_name(selection.name, rule_of)
+    if name == dataset.split:
         return dataset
+    if name in there:
+        return _split(dataset, control, there[name])
     raise InvalidRequest(
         f"split {selection.name!r} of dataset {dataset.name!r} v{dataset.version}: there is no "
-        f"split {min(names)!r} beside it, whose statistics are those of what is trained on; give "
-        "the split to take them of"
+        f"split {name or TRAIN!r} {'that it lies in or' if name is None else ''} beside it, whose "
+        "statistics are those of what is trained on; give the split to take them of"
     )
 
 
-def _split(dataset: Dataset, control: Control, one: datasets_pb2.Selection) -> Dataset:
+def _training_name(name: str, rule_of: Callable[[str], Mapping[str, Any] | None]) -> str | None:
+    """The innermost training part that the selection *name* belongs to; None: it is not known."""
+    chain: list[tuple[str, Mapping[str, Any]]] = []
+    at: str | None = name
+    while at is not None:
+        rule = rule_of(at)
+        if rule is None or any(at == own for own, _ in chain):
+            return None
+        chain.append((at, rule))
+        at = _within(rule)
+    train = rule_of(TRAIN)
+    for place, (own, rule) in enumerate(chain):
+        if "part" in rule:  # of a fold
+            found = own.removesuffix(f"-{rule['part']}") + "-train"
+        elif train is not None and _within(train) == _within(rule):
+            found = TRAIN
+        else:
+            continue
+        around = chain[place + 1 :]
+        return None if any(_is_held_out(*one, train is not None) for one in around) else found
+    return None
+
+
+def _within(rule: Mapping[str, Any]) -> str | None:
+    """The selection that one of this rule was made of; None: of the whole version."""
+    of = rule["definition"] if rule.get("kind") == STORED else rule
+    within: str | None = of.get("within")
+    return within
+
+
+def _is_held_out(name: str, rule: Mapping[str, Any], has_train: bool) -> bool:
+    is_other_share = has_train and rule.get("kind") == SPLIT and name != TRAIN
+    return is_other_share or name == TEST or rule.get("part") == TEST
+
+
+def _selection(
+    dataset: Dataset, control: Control, one: datasets_pb2.Selection
+) -> SelectionManifest:
     where = f"split {one.name} of {dataset.name} v{dataset.version}"
     selection = parse(control.read_manifest(one.manifest), where, one.manifest)
     assert isinstance(selection, SelectionManifest), "its row names it"
+    return selection
+
+
+def _split(dataset: Dataset, control: Control, one: datasets_pb2.Selection) -> Dataset:
     return type(dataset)(
         dataset.manifest,
         dataset.manifest_id,
         dataset.endpoint,
-        selection=selection,
+        selection=_selection(dataset, control, one),
         selection_id=one.manifest,
         control=control,
     )

@@ -77,6 +77,121 @@ def test_statistics_are_those_of_the_split(client, dataset):
     assert own.mean != pytest.approx(float(NUMBERS.mean()), rel=1e-6)
 
 
+@pytest.fixture(scope="module")
+def chain(client):
+    """Folds within ``train``, and selections within their parts."""
+    with client.create_dataset("chain", {"x": "float64"}) as writer:
+        for x in range(200):
+            writer.write(x=float(x))
+    whole = client.dataset("chain")
+    whole.define_selection("low", filter=[("x", "<", 150.0)])
+    whole.define_splits({"train": 0.8, "test": 0.2}, seed=0)
+    client.dataset("chain", split="train").define_folds(2)
+    for part in ("train", "test"):
+        fold = client.dataset("chain", split=f"train-fold0-{part}")
+        fold.define_buckets("x", [100.0], prefix=f"{part}-part")
+    client.dataset("chain", split="train-part0").define_folds(2)
+    client.dataset("chain", split="train-part0").define_selection("few", filter=[("x", "<", 50.0)])
+    client.dataset("chain", split="test").define_folds(2)
+    client.dataset("chain", split="test-part0").define_selection("tiny", filter=[("x", "<", 50.0)])
+    return client
+
+
+@pytest.mark.parametrize(
+    ("split", "trained"),
+    [
+        ("train", "train"),
+        ("test", "train"),
+        ("low", "train"),
+        ("train-fold0-train", "train-fold0-train"),
+        ("train-fold0-test", "train-fold0-train"),
+        ("train-part0", "train-fold0-train"),
+        ("train-part1", "train-fold0-train"),
+        ("few", "train-fold0-train"),
+        ("test-part0", "train-fold0-train"),
+        ("tiny", "train-fold0-train"),
+        ("train-part0-fold1-test", "train-part0-fold1-train"),
+    ],
+)
+def test_figures_are_of_the_innermost_training_part(chain, split, trained):
+    step = transforms.standardize("x")
+    read = chain.dataset("chain", split=split)
+    forebay.DataLoader(read, global_batch_size=4, transform=step).close()
+    assert step.source == f"chain v1 split {trained}"
+    if split.startswith("train-"):
+        held_out = chain.dataset("chain", split="train-fold0-test")
+        tests = held_out.rows_at(np.arange(len(held_out)))
+        part = chain.dataset("chain", split=trained)
+        assert not np.isin(part.rows_at(np.arange(len(part))), tests).any()
+
+
+@pytest.mark.parametrize("split", ["test-fold0-train", "test-fold1-test"])
+def test_a_training_part_of_what_is_held_out_is_refused(chain, split):
+    read = chain.dataset("chain", split=split)
+    with pytest.raises(forebay.InvalidRequest, match="give the split to take them of"):
+        forebay.DataLoader(read, global_batch_size=4, transform=transforms.standardize("x"))
+
+
+def test_one_transform_is_not_of_two_folds(chain):
+    step = transforms.standardize("x")
+    first, second, whole = (
+        chain.dataset("chain", split=split)
+        for split in ("train-fold0-train", "train-fold1-train", None)
+    )
+    forebay.DataLoader(first, global_batch_size=4, transform=step).close()
+    for other in (second, whole, chain.dataset("chain", split="test")):
+        with pytest.raises(forebay.InvalidRequest, match="make one for each fold"):
+            forebay.DataLoader(other, global_batch_size=4, transform=step)
+    for same in ("train-fold0-test", "train-part1"):
+        read = chain.dataset("chain", split=same)
+        forebay.DataLoader(read, global_batch_size=4, transform=step).close()
+    whole.add_columns(lambda rows: {"y": rows["x"]}, columns=["x"])
+    newer = chain.dataset("chain", split="train-fold0-train")
+    assert newer.version == 2
+    forebay.DataLoader(newer, global_batch_size=4, transform=step).close()
+    assert step.source == "chain v1 split train-fold0-train"
+    read = chain.dataset("chain", split="train-fold1-train")
+    with pytest.raises(forebay.InvalidRequest, match="make one for each fold"):
+        forebay.DataLoader(read, global_batch_size=4, transform=step)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shift"),
+    [
+        (torch.int32, 1_700_000_000),
+        (torch.int64, 1_700_000_000),
+        (torch.float64, 1e9),
+        (torch.float32, 1_600_000.0),
+        (torch.uint16, 60_000),
+        (torch.uint8, 200),
+    ],
+)
+@pytest.mark.parametrize("shape", [(50,), (10, 5)])
+def test_what_is_far_from_0_keeps_its_distances(dtype, shift, shape):
+    values = (torch.arange(50, dtype=torch.float64) + shift).to(dtype).reshape(shape)
+    numbers = values.double().numpy()
+    step = transforms.standardize("x", mean=numbers.mean(), std=numbers.std())
+    found = step({"x": values})["x"]
+    assert found.dtype == torch.float32
+    expected = (numbers - numbers.mean()) / numbers.std()
+    assert np.abs(found.numpy() - expected).max() < 1e-5
+    found = transforms.normalize("x", low=numbers.min(), high=numbers.max())({"x": values})["x"]
+    assert np.abs(found.numpy().ravel() - np.arange(50) / 49).max() < 1e-5
+    assert (found.min().item(), found.max().item()) == (0.0, 1.0)
+
+
+def test_numbers_too_large_for_a_mean_are_not_called_infinite(client):
+    with client.create_dataset("huge", {"x": "float64", "wide": "float64"}) as writer:
+        for sign in (1, 1, -1):
+            writer.write(x=1e308, wide=sign * 1e308)
+    huge = client.dataset("huge")
+    for make, column in ((transforms.standardize, "x"), (transforms.normalize, "wide")):
+        with pytest.raises(forebay.InvalidRequest, match="too large for float64 to scale by"):
+            make(column, huge)
+    same = torch.full((4,), 1e308, dtype=torch.float64)
+    assert transforms.normalize("x", huge)({"x": same})["x"].tolist() == [0.0] * 4
+
+
 def test_statistics_are_read_once(dataset, monkeypatch):
     transforms.standardize("x", dataset)
     reads = []
