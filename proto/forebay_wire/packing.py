@@ -34,6 +34,10 @@ MAX_GROUPS: Final = 1 << 30
 MAX_WIDTH: Final = 1 << 24
 
 
+NO_WINDOW: Final = -1
+"""The place of an empty window: one that pads a batch."""
+
+
 def place_of(group: int, offset: int) -> int:
     """A place as one number."""
     return group << OFFSET_BITS | offset
@@ -228,7 +232,7 @@ class WindowPiece:
     num_samples: int
 
     def positions(self, num_samples: int) -> Numbers:
-        """The places, padding (which repeats the step's last one) included."""
+        """The places, padding (:data:`NO_WINDOW`) included."""
         del num_samples
         return self.places
 
@@ -301,4 +305,5 @@ class WindowCut:
         if self.last_batch != "pad":
             return WindowPiece(own, len(own))
         padding = -(-self.global_batch_size // num_ranks) - len(own)
-        return WindowPiece(np.concatenate((own, np.repeat(step.places[-1:], padding))), len(own))
+        empty = np.full(padding, NO_WINDOW, dtype=np.int64)
+        return WindowPiece(np.concatenate((own, empty)), len(own))

@@ -177,10 +177,9 @@ def _carried_rule(
     if rule.get("kind") in (SPLIT, FOLD):
         return {"of": before, **rule}
     if rule.get("kind") == STORED:
-        columns = rule["definition"].get("columns")
-        if rule["definition"]["kind"] != "rows" and (
-            columns is None or any(name in changed for name in columns)
-        ):
+        definition = rule["definition"]
+        columns = definition.get("columns", [] if definition["kind"] == "rows" else None)
+        if columns is None or any(name in changed for name in columns):
             return None
         return dict(rule)
     if rule.get("kind") == FOLD_WITHIN:

@@ -27,6 +27,7 @@ from forebay_wire.errors import InvalidRequest, SchemaMismatch
 from forebay_wire.order import LastBatch
 from forebay_wire.packing import (
     MAX_GROUPS,
+    NO_WINDOW,
     OFFSET_BITS,
     WindowCut,
     best_fit,
@@ -300,10 +301,10 @@ class PackedSamples:
 
     def _pieces(self, places: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
         """Of each piece, window by window: its row, its first token there, its tokens, and its
-        window."""
+        window. An empty window has none."""
         groups, offsets = places >> OFFSET_BITS, places & ((1 << OFFSET_BITS) - 1)
         parts = []
-        for group in np.unique(groups).tolist():
+        for group in np.unique(groups[places != NO_WINDOW]).tolist():
             target = np.flatnonzero(groups == group)
             made = self._group(group)
             starts = offsets[target]

@@ -64,7 +64,8 @@ def define_rows(of: Dataset, control: Control, name: str, rows: Any) -> int:
     """See :meth:`forebay.Dataset.define_selection`; the number of rows."""
     what = f"selection {name!r} of dataset {of.name!r} v{of.version}"
     ordered = _ordered(rows, of, what)
-    definition = {"kind": "rows", **_within(of)}
+    among = _among(of, ())
+    definition = {"kind": "rows", **(among if among["columns"] else _within(of))}
     digest = blake3()
     for start in range(0, len(ordered), BLOCK_ROWS):
         digest.update(ordered[start : start + BLOCK_ROWS].astype("<u8").tobytes())

@@ -467,3 +467,24 @@ def test_a_state_of_best_fit_is_one_of_its_layout(documents):
 def test_what_cannot_be_packed_beside_is_refused(documents, beside, error, words):
     with pytest.raises(error, match=words):
         make(pack(documents, beside=beside))
+
+
+def test_windows_that_pad_a_batch_are_empty(client, name):
+    """A loss that leaves out what `beside` fills in counts nothing twice."""
+    lists = pa.array([[1, 2, 3, 4, 5], [6, 7, 8]], pa.list_(pa.int32()))
+    with client.create_dataset(name) as writer:
+        writer.write_table(pa.table({"tokens": lists, "labels": lists}))
+    packed = forebay.Packed(client.dataset(name), "tokens", 4, beside={"labels": -100}, pad=9)
+
+    def shift(sample, rng):
+        return {**sample, "moved": sample["labels"] + int(rng.integers(1, 2))}
+
+    options = {"global_batch_size": 3, "last_batch": "pad", "include_ids": True}
+    with forebay.DataLoader(packed, **options, transform=forebay.per_sample(shift)) as loader:
+        (batch,) = loader
+    assert batch["labels"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [-100] * 4]
+    assert batch["tokens"][2].tolist() == [9] * 4
+    assert batch["_documents"].tolist() == [[0] * 4, [0, 1, 1, 1], [-1] * 4]
+    assert batch["_positions"][2].tolist() == [0] * 4
+    assert not batch["_mask"][2].any()
+    assert batch["_mask"][:2].all()

@@ -400,3 +400,31 @@ def test_what_is_chosen_within_splits_stays_with_rows_whose_other_columns_change
     assert there == {"train", "n", *(f"train-fold{n}-{part}" for n in (0, 1) for part in PARTS)}
     assert {one: rows_of(client, name, one).tolist() for one in stays} == before
     client.dataset(name, split="train").define_folds(2)  # again
+
+
+def test_a_list_within_a_filter_goes_with_it(client, name):
+    """Where the filter's column changes, the list may hold what is held out then."""
+    with client.create_dataset(name, {"part": "string", "x": "int64"}) as writer:
+        parts = ["train"] * 15 + ["test"] * 5
+        writer.write_table(pa.table({"part": parts, "x": range(20)}))
+    client.dataset(name).define_selection("train", filter=[("part", "==", "train")])
+    train = client.dataset(name, split="train")
+    train.define_selection("core", rows=range(10))
+    client.dataset(name, split="core").define_folds(2)
+    client.dataset(name).define_selection("own", rows=range(3))
+    client.dataset(name).add_columns(lambda rows: {"y": rows["x"]}, columns=["x"])
+    names = {one.name for one in client.describe_dataset(name).selections if one.version == 2}
+    assert {"train", "core", "core-fold0-train", "own"} <= names
+    with client.write_columns(name, {"part": "string"}, replace=True) as writer:
+        writer.write_table(pa.table({"part": parts[::-1]}))
+    names = {one.name for one in client.describe_dataset(name).selections if one.version == 3}
+    assert names == {"own"}
+
+
+def test_a_split_is_shared_out_by_folds(client, name):
+    with client.create_dataset(name, {"x": "int64"}) as writer:
+        writer.write_table(pa.table({"x": range(20)}))
+    client.dataset(name).define_folds(4)
+    part = client.dataset(name, split="fold0-train")
+    with pytest.raises(forebay.InvalidRequest, match=r"define_folds\(k\) shares out the rows"):
+        part.define_splits({"fit": 0.9, "val": 0.1})
