@@ -306,12 +306,18 @@ class BatchSource:
         """The JSON object that says: go on with *position* of *epoch*. O(1)."""
         return self._reading.state(epoch, position, self.lanes)
 
-    def state_of_begun(self, epoch: int, position: int) -> dict[str, Any]:
+    def state_of_begun(
+        self, epoch: int, position: int, identities: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """As :meth:`state`, of an epoch that has begun: one that is followed stays on its version
-        even if nothing of it was read."""
+        even if nothing of it was read, on those of *identities* if there are some."""
         if self.following is None:
             return self.state(epoch, position)
-        return self.following.state_of_begun(epoch, position, self.lanes)
+        return self.following.state_of_begun(epoch, position, self.lanes, identities)
+
+    def identities_of(self, epoch: int) -> list[str]:
+        """By which the versions are known that *epoch* reads; none if nothing is followed."""
+        return [] if self.following is None else self.following.identities_of(epoch)
 
     def resumed(self, state: Mapping[str, Any]) -> tuple[int, int]:
         """As :meth:`restored`, of what :meth:`state_of_begun` said."""

@@ -157,11 +157,23 @@ class FollowingReading:
         """By which :meth:`go_on_with` knows what *epoch* reads."""
         return self.of(epoch).identities
 
+    def title_of(self, identities: Sequence[str]) -> str:
+        """What is read of these versions, for people."""
+        return self._known(identities).reading.title
+
     def go_on_with(self, epoch: int, identities: Sequence[str]) -> None:
-        """*epoch* has begun, on these versions."""
+        """*epoch* has begun, on these versions; on none: it begins anew."""
+        if not identities:
+            self._forget(epoch)
+            return
         found = self._known(identities)
         self._restored[epoch] = list(identities)
         self._remember(epoch, _Decided(found, found))
+
+    def _forget(self, epoch: int) -> None:
+        """*epoch* is to be decided, if it was a state that said what it reads."""
+        self._epochs.pop(epoch, None)
+        self._restored.pop(epoch, None)
 
     def _remember(self, epoch: int, found: _Decided) -> None:
         self._newest, self._tried = found.now, None
@@ -240,8 +252,9 @@ class FollowingReading:
 
     def _known(self, identities: Sequence[str]) -> Versions:
         """The versions that have these identities."""
-        for known in (self._newest, *(decided.now for decided in self._epochs.values())):
-            if known.identities == list(identities):
+        kept = (self._newest, self._tried, *(decided.now for decided in self._epochs.values()))
+        for known in kept:
+            if known is not None and known.identities == list(identities):
                 return known
         num_datasets = len(self._newest.identities)
         if num_datasets != len(identities):
@@ -298,14 +311,20 @@ class FollowingReading:
         before = self._newest if found is None else found.before
         return before.reading.state(epoch, position, lanes)
 
-    def state_of_begun(self, epoch: int, position: int, lanes: int) -> dict[str, Any]:
-        """As :meth:`state`, of an epoch that has begun: it names what that reads from its start."""
-        return self.of(epoch).reading.state(epoch, position, lanes)
+    def state_of_begun(
+        self, epoch: int, position: int, lanes: int, identities: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """As :meth:`state`, of an epoch that has begun: it names what that reads from its start.
+
+        *identities*: what a batch says that it was read from, whatever is known here.
+        """
+        versions = self._known(identities) if identities else self.of(epoch)
+        return versions.reading.state(epoch, position, lanes)
 
     def restored(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
         place = self.resumed(state, lanes)
         if place[1] == 0:  # nothing of it was read: it begins anew
-            del self._epochs[place[0]], self._restored[place[0]]
+            self._forget(place[0])
         return place
 
     def resumed(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from forebay.dataset.batches import BatchSource
@@ -19,7 +19,7 @@ class Passed(Protocol):
         self, place: tuple[int, int], first: int, every: int
     ) -> Iterator[tuple[Batch, tuple[int, int]]]: ...
 
-    def _went(self, epoch: int) -> None: ...
+    def _went(self, epoch: int, identities: Sequence[str]) -> None: ...
 
 
 class Pass(Iterator[Batch]):
@@ -37,6 +37,8 @@ class Pass(Iterator[Batch]):
         self._worker = (worker, num_workers)
         self._num_read = 0
         self._reached = place
+        self._identities = passed._source.identities_of(place[0])
+        """Of the versions that it reads, whatever becomes of the epoch elsewhere."""
         self._batches: Iterator[tuple[Batch, tuple[int, int]]] | None = None
 
     def __iter__(self) -> Self:
@@ -46,6 +48,11 @@ class Pass(Iterator[Batch]):
         if self._batches is None:
             worker, num_workers = self._worker
             first = worker + self._num_read * num_workers
+            if self._identities != self._passed._source.identities_of(self._place[0]):
+                raise InvalidRequest(
+                    f"epoch {self._place[0]} was begun anew, on another version, before this "
+                    "iteration of it read anything: iterate anew"
+                )
             self._batches = self._passed._read(self._place, first, num_workers)
         batch, self._reached = next(self._batches)
         self._num_read += 1
@@ -56,8 +63,8 @@ class Pass(Iterator[Batch]):
         source = self._passed._source
         worker, num_workers = self._worker
         return {
-            "began": source.state_of_begun(*self._place),
-            "reached": source.state_of_begun(*self._reached),
+            "began": source.state_of_begun(*self._place, self._identities),
+            "reached": source.state_of_begun(*self._reached, self._identities),
             "num_read": self._num_read,
             "worker": worker,
             "num_workers": num_workers,
@@ -83,7 +90,8 @@ class Pass(Iterator[Batch]):
         self._reached = source.resumed(state["reached"])
         self._num_read = state["num_read"]
         self._batches = None
-        self._passed._went(self._place[0])
+        self._identities = source.identities_of(self._place[0])
+        self._passed._went(self._place[0], self._identities)
 
 
 def torchdata_state(state: Mapping[str, Any]) -> dict[str, Any] | None:

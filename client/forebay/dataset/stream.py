@@ -18,7 +18,7 @@ import torch
 import torch.utils.data
 
 from forebay.dataset.batches import BatchSource
-from forebay.dataset.begun import Begun
+from forebay.dataset.begun import NUMBERS_EACH, Begun, as_numbers, identities_of
 from forebay.dataset.ledger import habits_of
 from forebay.dataset.passes import Pass, refuse_accelerate, torchdata_state
 from forebay.dataset.reading import Readable, Reading, Reporter, some_steps
@@ -38,12 +38,13 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
 
     Give it to a loader with ``batch_size=None``. Workers (fork, forkserver, spawn) open their own
     connection for bytes and use no gRPC. Each batch carries ``_position``, an int64 tensor
-    ``[epoch, samples consumed after it]``: so ``state_dict(after=batch)`` is right whatever the
-    workers read ahead. Each iteration is an epoch of its own: the first one what is left of the
-    epoch where :meth:`load_state_dict` or :meth:`set_epoch` made it stand, each further one the
-    next whole epoch, even if one was left early. Several may run at once. In torchdata's
-    StatefulDataLoader the loader's own state is exact, too; on other workers or batch sizes,
-    give that state to :meth:`load_state_dict` instead.
+    ``[epoch, samples consumed after it]`` (and, of one that follows, ids of the versions it was
+    read from): so ``state_dict(after=batch)`` is right whatever the workers read ahead. Each
+    iteration is an epoch of its own: the first one what is left of the epoch where
+    :meth:`load_state_dict` or :meth:`set_epoch` made it stand, each further one the next whole
+    epoch, even if one was left early. Several may run at once. In torchdata's StatefulDataLoader
+    the loader's own state is exact, too; on other workers or batch sizes, give that state to
+    :meth:`load_state_dict` instead.
     """
 
     def __init__(
@@ -100,12 +101,16 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         # reaches persistent workers.
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._turns = Turns()
-        self._reached: tuple[int, int] | None = None
-        """(epoch, position) of the batch that this process handed out last, without workers."""
+        self._reached: list[int] | None = None
+        """``_position`` of the batch that this process handed out last, without workers."""
         self._plan: Reporter | None = None
         self._planned_for: Reading | None = None
         following = self._source.following
-        self._begun = None if following is None else Begun(following.num_datasets)
+        num_datasets = 0 if following is None else following.num_datasets
+        self._begun = Begun(num_datasets)
+        """What the parent restored, for workers."""
+        self._taken = Begun(num_datasets)
+        """What an iteration reads, for the parent to report."""
         self._include_times = include_times
         habits = habits_of(dataset, columns, shuffle)
         self._sums = SharedSums(self._source.name, self._source.max_errors, habits)
@@ -126,7 +131,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         else:
             self._shared[_WORKERS_READ] = 1
             place = self._turns.agree(worker.id, worker.seed - worker.id, self._has_rest)
-        self._source.reading_of(place[0])  # decided here, if it follows: the pass has begun
+        identities = self._source.identities_of(place[0])  # decided here: the pass has begun
+        if worker is not None and worker.id == 0:
+            self._taken.tell(place[0], identities)
         return Pass(self, place, *((0, 1) if worker is None else (worker.id, worker.num_workers)))
 
     def _has_rest(self, position: int) -> bool:
@@ -142,6 +149,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         cut, order = self._source.cut(position, epoch), self._source.order(epoch)
         worker = torch.utils.data.get_worker_info()
         number = None if worker is None else worker.id
+        versions = as_numbers(self._source.identities_of(epoch))
         plan = self._planned(epoch) if not number else None
         is_planned = False
         for step in some_steps(cut, first, every):
@@ -154,9 +162,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             if self._include_times:
                 batch["_times"] = read.times
             after = cut.bounds(step)[1]
-            batch["_position"] = torch.tensor([epoch, after])
+            batch["_position"] = torch.tensor([epoch, after, *versions])
             if worker is None:
-                self._reached = (epoch, after)
+                self._reached = [epoch, after, *versions]
             if plan is not None:
                 plan.stand(epoch, after)
             handed_out = time.perf_counter()
@@ -165,14 +173,17 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         if plan is not None:
             plan.stand(epoch + 1, 0)
 
-    def _went(self, epoch: int) -> None:
+    def _went(self, epoch: int, identities: Sequence[str]) -> None:
         self._turns.went(epoch)
+        if torch.utils.data.get_worker_info() is not None:
+            self._taken.tell(epoch, identities)
 
     def _take_versions(self) -> None:
         """Those of the state that the parent restored, if it did since."""
-        news = None if self._begun is None else self._begun.news()
-        if news is not None and self._source.following is not None:
-            self._source.following.go_on_with(*news)
+        following = self._source.following
+        news = None if following is None else self._begun.news()
+        if following is not None and news is not None:
+            following.go_on_with(*news)
 
     def _take_lanes(self, lanes: int) -> None:
         """The lanes of the state that the parent restored, if it did: 0 says no."""
@@ -210,10 +221,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         this dataset by fork, or with torch's workers.
         """
         epoch, _ = self._turns.place
-        with contextlib.suppress(ForebayError):
-            if self._turns.has_begun:  # so it is decided, maybe by workers
-                self._source.reading_of(epoch)
-        return replace(self._sums.report(), reads=self._source.standing_on(epoch)[1])
+        told, identities = self._taken.last
+        reads = self._source.standing_on(epoch)[1]
+        if told == epoch and identities and self._source.following is not None:
+            with contextlib.suppress(ForebayError):  # it was deleted, or is being told just now
+                reads = self._source.following.title_of(identities)
+        return replace(self._sums.report(), reads=reads)
 
     def state_dict(self, after: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A few integers and names (JSON) that say: go on with the batch that follows *after*.
@@ -222,7 +235,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         workers read, because they run ahead of the training loop.
         """
         if after is not None:
-            return self._source.state(*_position_of(after))
+            return self._state_after(_position_of(after))
         if torch.utils.data.get_worker_info() is not None:
             return {}  # torchdata asks the worker's copy: its pass knows
         if int(self._shared[_WORKERS_READ]):
@@ -230,7 +243,21 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
                 "workers read ahead of the training loop, so this process does not know what it "
                 "consumed: pass the last batch, state_dict(after=batch)"
             )
-        return self._source.state(*(self._reached or self._turns.place))
+        if self._reached is not None:
+            return self._state_after(self._reached)
+        return self._source.state(*self._turns.place)
+
+    def _state_after(self, position: Sequence[int]) -> dict[str, Any]:
+        """That of a batch's ``_position``."""
+        epoch, after, *versions = position
+        following = self._source.following
+        num_versions = 0 if following is None else NUMBERS_EACH * following.num_datasets
+        if len(versions) != num_versions:
+            raise InvalidRequest(
+                f"the batch's _position has {len(position)} numbers, this dataset's have "
+                f"{2 + num_versions}: pass a batch that came from this dataset"
+            )
+        return self._source.state_of_begun(epoch, after, identities_of(versions))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Stand where *state* was taken, on any ranks, workers and batch size. The state of a
@@ -243,8 +270,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         check_is_state(state)
         place = self._source.restored(torchdata_state(state) or state)
         self._shared[_LANES] = self._source.lanes
-        if self._begun is not None and self._source.following is not None and place[1]:
-            self._begun.tell(place[0], self._source.following.identities_of(place[0]))
+        self._begun.tell(place[0], self._source.identities_of(place[0]) if place[1] else [])
         self._stand_at(*place)
 
     def _stand_at(self, epoch: int, position: int) -> None:
@@ -257,12 +283,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         return {**self.__dict__, "_plan": None, "_planned_for": None}
 
 
-def _position_of(batch: Mapping[str, Any]) -> tuple[int, int]:
+def _position_of(batch: Mapping[str, Any]) -> list[int]:
     position = batch.get("_position")
-    if not isinstance(position, torch.Tensor) or position.shape != (2,):
+    if not isinstance(position, torch.Tensor) or position.ndim != 1 or len(position) < 2:
         raise InvalidRequest(
             "the batch carries no _position: pass one as it came from this dataset, read by a "
             "loader with batch_size=None"
         )
-    epoch, after = position.tolist()
-    return epoch, after
+    numbers: list[int] = position.tolist()
+    return numbers

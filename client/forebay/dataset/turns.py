@@ -50,11 +50,6 @@ class Turns:
         """(epoch, position) that the dataset was told, or where the last iteration began."""
         return int(self._shared[_EPOCH]), int(self._shared[_POSITION])
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether an iteration reads, or read, the epoch of that place."""
-        return bool(self._shared[_IS_TAKEN])
-
     def went(self, epoch: int) -> None:
         """An iteration that has begun reads *epoch*."""
         self._shared[_EPOCH] = epoch

@@ -12,9 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-import torch.utils.data
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 import forebay
 from forebay.testing import numbered
@@ -339,111 +336,6 @@ def test_processes_with_threads_and_workers_agree_by_their_process_group(
         loader.load_state_dict(state)
         assert numbers(loader) == expected(client, name, 2, 1, position=3 * GLOBAL)
         assert numbers(loader) == expected(client, name, 4, 2)
-
-
-# Workers.
-
-
-def torch_loader(streaming, num_workers: int, method: str = "fork", **options):
-    return torch.utils.data.DataLoader(
-        streaming,
-        batch_size=None,
-        num_workers=num_workers,
-        multiprocessing_context=method if num_workers else None,
-        **options,
-    )
-
-
-@pytest.mark.parametrize(
-    ("num_workers", "method", "persistent"),
-    [
-        (0, "fork", False),
-        (2, "fork", True),
-        pytest.param(2, "fork", False, marks=pytest.mark.slow),
-        pytest.param(2, "spawn", False, marks=pytest.mark.slow),
-        pytest.param(1, "spawn", True, marks=pytest.mark.slow),
-        pytest.param(2, "spawn", True, marks=pytest.mark.slow),
-        pytest.param(3, "forkserver", True, marks=pytest.mark.slow),
-        pytest.param(2, "forkserver", False, marks=pytest.mark.slow),
-    ],
-)
-def test_workers_move_on_together(client, name, dataset, num_workers, method, persistent):
-    streaming = stream(dataset)
-    loader = torch_loader(streaming, num_workers, method, persistent_workers=persistent)
-    saved = None
-    for epoch in range(3):
-        version = epoch + 1
-        wanted, found = expected(client, name, version, epoch), []
-        for batch in loader:
-            found.append(batch["number"].tolist())
-            state = streaming.state_dict(after=batch)
-            assert state["version"] == version
-            if len(found) == 1:
-                append(client, name)
-            if (epoch, len(found)) == (1, 2):
-                saved = state
-        assert found == wanted
-        assert streaming.report().reads == f"{name} v{version}"
-    # Restored in the same loader: workers that live already have to go back to version 2.
-    streaming.load_state_dict(saved)
-    assert numbers(loader) == expected(client, name, 2, 1, position=2 * GLOBAL)
-    # Epoch 2 of this loader has been read before, on version 3: it stays what it was.
-    assert numbers(loader) == expected(client, name, 3, 2)
-    assert numbers(loader) == expected(client, name, 4, 3)
-
-
-def test_a_restored_epoch_is_known_however_many_came_since(client, name, dataset):
-    first = stream(dataset)
-    state = first.state_dict(after=next(iter(first)))
-    append(client, name)
-    streaming = stream(client.dataset(name))
-    streaming.load_state_dict(state)
-    batches = {}
-    for epoch in range(5):
-        for batch in streaming:
-            batches[epoch] = batch
-        append(client, name)
-    versions = [streaming.state_dict(after=batches[epoch])["version"] for epoch in range(5)]
-    assert versions == [1, 3, 4, 5, 6]
-
-
-@pytest.mark.parametrize(("num_workers", "steps"), [(0, 2), (2, 1), (2, 2)])
-def test_the_state_of_a_stateful_loader_stays_on_the_version(
-    client, name, dataset, num_workers, steps
-):
-    def loader(dataset):
-        return StatefulDataLoader(
-            stream(dataset),
-            batch_size=None,
-            num_workers=num_workers,
-            multiprocessing_context="fork" if num_workers else None,
-        )
-
-    made = loader(dataset)
-    assert numbers(made) == expected(client, name, 1, 0)
-    append(client, name)
-    batches = iter(made)
-    head = numbers(itertools.islice(batches, steps))
-    state = made.state_dict()
-    append(client, name)
-    again = loader(client.dataset(name))
-    again.load_state_dict(state)
-    assert head + numbers(again) == expected(client, name, 2, 1)
-    assert numbers(again) == expected(client, name, 3, 2)
-    other = stream(client.dataset(name))
-    other.load_state_dict(state)
-    assert numbers(other) == expected(client, name, 2, 1, position=steps * GLOBAL)
-    assert numbers(other) == expected(client, name, 3, 2)
-
-
-def test_workers_of_several_ranks_agree_by_the_name_of_their_run(client, name, dataset):
-    ranks = [stream(dataset, rank=rank, world_size=2, run=name) for rank in range(2)]
-    for epoch in range(2):
-        parts = []
-        for one in ranks:
-            parts.append(numbers(torch_loader(one, 1)))
-            append(client, name)
-        assert joined(parts) == expected(client, name, 1 + 2 * epoch, epoch)
 
 
 # Mixtures and packed windows.
