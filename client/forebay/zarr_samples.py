@@ -53,7 +53,7 @@ AT_ONCE_BYTES: Final = MIB
 than one of large ones, so that other threads take the next."""
 
 TEXT_BYTES: Final = 64
-"""About what a text takes."""
+"""About what a short text takes."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,16 @@ class SampleArray:
     """Samples that share their keys: as many, or those of a shard of zarr."""
     cells: tuple[int, ...]
     """How many keys there are along each of the other axes."""
+    stored_bytes: int
+    """Of all its keys' values, as they are encoded."""
 
     @property
     def row_bytes(self) -> int:
-        """Of a sample, decoded."""
-        return self.column.fixed_bytes or TEXT_BYTES
+        """Of a sample, decoded; of text about, and the same to all that read the version: whoever
+        must not take more counts the texts themselves."""
+        if self.column.dtype is not None:
+            return self.column.fixed_bytes
+        return max(TEXT_BYTES, self.stored_bytes // self.length)
 
     @property
     def num_stored(self) -> int:
@@ -191,6 +196,9 @@ class Samples:
         borders = np.searchsorted(which[targets], np.arange(len(numbers) + 1))
         limit = decoded_bytes(self.endpoint)
         some = max(1, limit // PORTION // (array.band_rows * array.row_bytes))
+        if is_text:  # which may take anything, so that one band is held beside those that are kept
+            self._prepare(array, process_bands().missing(self._named(array, numbers.tolist())))
+            some = 1
         for start in range(0, len(numbers), some):
             portion = numbers[start : start + some].tolist()
             for place, values in enumerate(self._bands(array, portion, limit), start):
@@ -209,13 +217,20 @@ class Samples:
             return [values.astype(object) for values in found]
 
         def prepare(missing: Sequence[Band]) -> None:
-            per = array.band_rows
-            stored = {number * per // array.stored_rows for _, _, number in missing}
-            self._version.open(key for one in sorted(stored) for key in self.keys(array, one))
+            self._prepare(array, missing)
 
-        bands = [(self.manifest_id, array.path, number) for number in numbers]
         at_once = max(1, AT_ONCE_BYTES // (array.band_rows * array.row_bytes))
+        bands = self._named(array, numbers)
         return process_bands().take(bands, decode, prepare, limit, at_once)
+
+    def _named(self, array: SampleArray, numbers: list[int]) -> list[Band]:
+        return [(self.manifest_id, array.path, number) for number in numbers]
+
+    def _prepare(self, array: SampleArray, missing: Sequence[Band]) -> None:
+        """Open what holds these bands, many at a time."""
+        per = array.band_rows
+        stored = {number * per // array.stored_rows for _, _, number in missing}
+        self._version.open(key for one in sorted(stored) for key in self.keys(array, one))
 
     def keys(self, array: SampleArray, stored: int) -> list[str]:
         """The keys that hold run number *stored* of an array's samples."""
@@ -269,7 +284,7 @@ class Samples:
     def _array(self, name: str, path: str) -> SampleArray:
         array = self._decoder.array(path)
         where = f"array {path!r} of {self.title}"
-        if not array.shape or not array.shape[0]:
+        if not array.shape or 0 in array.shape:
             raise InvalidRequest(
                 f"{where} has the shape {array.shape}, so no samples: leave it out"
             )
@@ -284,7 +299,13 @@ class Samples:
             array.chunks[0],
             stored[0],
             tuple(-(-size // part) for size, part in zip(array.shape[1:], stored[1:], strict=True)),
+            self._stored_bytes(path) if array.ndim == 1 else 0,
         )
+
+    def _stored_bytes(self, path: str) -> int:
+        start = f"{path}/" if path else ""
+        places = self._version.places
+        return sum(place.size for key, place in places.items() if key.startswith(start))
 
 
 def _column(name: str, array: AsyncArray[Any], where: str) -> Column:

@@ -4,6 +4,7 @@ one thread however many want it."""
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 Band = tuple[str, str, int]
 """Manifest id, path of an array, number: a run of samples whose chunks are decoded together."""
 
-OBJECT_BYTES = 64
-"""About what a text takes beside its letters."""
+POINTER_BYTES = 8
+"""What an element takes beside its object."""
 
 
 class Bands:
@@ -28,6 +29,10 @@ class Bands:
         self._decoding: dict[Band, Future[NDArray[Any]]] = {}
         self.held_bytes = 0
         """Of the bands that are kept."""
+
+    def missing(self, bands: Sequence[Band]) -> list[Band]:
+        """Those that nobody has or decodes; the others are used now, and fall out later."""
+        return self._look(bands, {})
 
     def take(
         self,
@@ -127,7 +132,7 @@ class Bands:
 def _bytes_of(values: NDArray[Any]) -> int:
     if values.dtype.kind != "O":
         return int(values.nbytes)
-    return sum(len(one) + OBJECT_BYTES for one in values.reshape(-1).tolist())
+    return sum(sys.getsizeof(one) + POINTER_BYTES for one in values.reshape(-1).tolist())
 
 
 _bands = Bands()

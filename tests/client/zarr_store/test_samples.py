@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import threading
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from zarr.codecs import BytesCodec, ZstdCodec
 from zarr.core.buffer import cpu
 
 import forebay
-from forebay.dataset import bands
+from forebay.dataset import bands, cache
 from forebay.dataset.cache import shard_cache
 from forebay.dataset.reading import OrderOptions, PlanParameters
 from forebay.dataset.schema import Array, Schema
@@ -188,7 +189,7 @@ def test_blocks_are_whole_chunks(both: Samples) -> None:
 
 def array_of(band_rows: int, row_bytes: int) -> SampleArray:
     column = Schema.of({"x": Array("uint8", (row_bytes,))})["x"]
-    return SampleArray("x", column, 10**6, band_rows, band_rows, (1,))
+    return SampleArray("x", column, 10**6, band_rows, band_rows, (1,), 0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 1 << 22)), min_size=1, max_size=4))
@@ -236,6 +237,30 @@ def test_each_chunk_is_decoded_once_however_little_is_kept(
             assert 0 <= int(batch["x"].sum()) <= 16
             assert bands.process_bands().held_bytes <= 8 << 20
     assert names == {"forebay-load": 64}, "in the loader's own threads"
+
+
+def test_of_long_texts_no_more_is_held_than_was_given(
+    store: ForebayStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = ForebayStore(
+        f"zarr-{new_random_name()}", address=store.address, session=tmp_path / "session"
+    )
+    texts = np.array([chr(97 + n % 26) * 20_000 for n in range(1000)], dtype=object)
+    array = zarr.create_array(one, name="x", shape=(1000,), chunks=(25,), dtype="str")
+    array[:] = texts  # 20 MB, of which a few kilobytes are stored
+    one.commit()
+    monkeypatch.setattr(cache, "_fetched_bytes", 4 << 20)
+    found = samples(one)
+    rows = np.arange(0, 1000, 25)
+    tracemalloc.start()
+    try:
+        read = found.read(rows)["x"]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read == texts[rows].tolist()
+    assert peak < 8 << 20
+    assert 1 << 20 < bands.process_bands().held_bytes <= 4 << 20
 
 
 def test_over_http_what_came_and_what_was_decoded_share_the_budget(
