@@ -8,9 +8,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as changed
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from forebay_wire.errors import AlreadyExists, DaemonUnavailable, InvalidRequest
+from forebay_wire.errors import AlreadyExists, Conflict, DaemonUnavailable, InvalidRequest
 from forebay_wire.ids import check_name, new_random_name
 from forebay_wire.limits import MIB
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from forebay.importers.run import Progress
 
 logger = logging.getLogger(__name__)
+
+APPEND_TRIES = 16
+"""Versions that others may make while one append looks for its base."""
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -198,8 +202,34 @@ class ImportCalls(ABC):
             _tell_appended(name, session.version)
             return self.dataset(name, session.version)
         workers = jobs(found.num_bytes) if callable(jobs) else jobs
-        version = _write(session, found, schema, options, workers, progress)
+        work = partial(_write, session, found, schema, options, workers, progress)
+        version = work() if base is None or columns else self._appended(session, base, work)
         return self.dataset(name, version)
+
+    def _appended(self, session: WriteSession, base: Dataset, work: Callable[[], int]) -> int:
+        """What *work* appends to *base*, or to what others have made of it meanwhile; a version
+        that another process made of the same files is that."""
+        for _ in range(APPEND_TRIES):
+            try:
+                return work()
+            except Conflict as error:
+                session.look_for_commit()
+                if session.version is not None:
+                    _tell_appended(base.name, session.version)
+                    return session.version
+                newest = self.dataset(base.name)
+                if newest.version <= base.version or newest.schema != base.schema:
+                    raise
+                if self.dataset(base.name, base.version).manifest_id != base.manifest_id:
+                    raise  # of another dataset of that name
+                logger.info("%s: appending to version %d instead", error, newest.version)
+                session.target = changed(
+                    session.target,
+                    base_version=newest.version,
+                    base_shards=newest.manifest.num_shards,
+                    base_manifest=newest.manifest_id,
+                )
+        return work()
 
 
 def _tell_appended(name: str, version: int) -> None:
@@ -235,7 +265,7 @@ def _write(
             progress=progress,
         )
         return session.commit([part.name for part in parts])
-    except (DaemonUnavailable, KeyboardInterrupt):
+    except (DaemonUnavailable, Conflict, KeyboardInterrupt):
         raise  # what is sealed stays for the next try
     except BaseException:
         session.abort()

@@ -2,10 +2,14 @@
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import forebay
@@ -151,3 +155,22 @@ def test_files_in_place_are_not_added_to_another_dataset(
     with pytest.raises(Conflict, match="deleted since"):
         client.register_dataset(name, [path], append=True)
     assert numbers(client, name) == [999]
+
+
+def test_appends_at_the_same_time_come_one_after_the_other(client, name, tmp_path):
+    """Of the same files once, of others each: nobody has to try again."""
+    for number in range(3):
+        pq.write_table(pa.table({"x": [number] * 100}), tmp_path / f"{number}.parquet")
+    client.import_dataset(name, tmp_path / "0.parquet")
+    together = threading.Barrier(5)
+
+    def append(number):
+        together.wait(timeout=60)
+        return client.import_dataset(name, tmp_path / f"{number}.parquet", append=True).version
+
+    with ThreadPoolExecutor(5) as pool:
+        versions = list(pool.map(append, [1, 1, 1, 2, 2]))
+    assert sorted(set(versions)) == [2, 3]
+    assert len(set(versions[:3])) == len(set(versions[3:])) == 1
+    found = client.dataset(name).take(range(300))["x"]
+    assert np.bincount(found).tolist() == [100, 100, 100]
