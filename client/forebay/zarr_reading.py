@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -188,6 +189,29 @@ class ZarrReading:
         return Cut(len(self.samples), global_batch_size, last_batch, position, lanes)
 
     # Where reading stands.
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        blocks = self._blocks
+        return (0, 0) if blocks is None else (blocks.window_blocks, blocks.block_rows)
+
+    def blocks_of(self, state: Mapping[str, Any]) -> tuple[int, int]:
+        """What was left to chance depends on the arrays that are read, and may be others now."""
+        found, options = OrderState.from_json(state), self._options
+        if self._blocks is None or found.blocks is None or not found.block_rows:
+            return self.blocks
+        return (
+            found.window_blocks if options.window_blocks is None else self._blocks.window_blocks,
+            found.block_rows if options.block_rows is None else self._blocks.block_rows,
+        )
+
+    def in_blocks(self, window_blocks: int, block_rows: int) -> ZarrReading:
+        blocks = self._blocks
+        if blocks is None or (window_blocks, block_rows) == self.blocks:
+            return self
+        same = copy(self)
+        same._blocks = BlockParameters(window_blocks, block_rows, blocks.lanes)
+        return same
 
     def state(self, epoch: int, position: int, lanes: int) -> dict[str, Any]:
         return {**self._state(epoch, position, lanes).to_json(), "num_samples": len(self.samples)}

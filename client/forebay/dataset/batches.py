@@ -19,6 +19,7 @@ from forebay.dataset.lists import Lists
 from forebay.dataset.ragged import Ragged
 from forebay.dataset.ranks import find_nodes, find_rank
 from forebay.dataset.reading import (
+    InBlocksOfState,
     OrderOptions,
     Piece,
     PlanParameters,
@@ -159,6 +160,16 @@ class BatchSource:
     def take_lanes(self, lanes: int) -> None:
         """Have the order these *lanes*, which another process chose."""
         self._lanes = lanes
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Of the order, where a state may decide them; zeros otherwise."""
+        return self._reading.blocks if isinstance(self._reading, InBlocksOfState) else (0, 0)
+
+    def take_blocks(self, window_blocks: int, block_rows: int) -> None:
+        """Have the order these blocks, which another process found in a state; zeros: as it has."""
+        if window_blocks and isinstance(self._reading, InBlocksOfState):
+            self._reading = self._reading.in_blocks(window_blocks, block_rows)
 
     @property
     def average_batch_bytes(self) -> int:
@@ -329,9 +340,13 @@ class BatchSource:
     def restored(self, state: Mapping[str, Any]) -> tuple[int, int]:
         """(epoch, position) of a *state*; InvalidRequest if it is of other samples or order.
 
-        The order has the state's lanes from now on.
+        The order has the state's lanes from now on, and its blocks if nobody chose others.
         """
-        epoch, position, self._lanes = self._reading.restored(state, self._fixed_lanes)
+        reading = self._reading
+        if isinstance(reading, InBlocksOfState):
+            reading = reading.in_blocks(*reading.blocks_of(state))
+        epoch, position, self._lanes = reading.restored(state, self._fixed_lanes)
+        self._reading = reading
         return epoch, position
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -225,6 +225,24 @@ class Reading(Protocol):
 
     def reporter(self, loader: str, parameters: PlanParameters) -> Reporter:
         """The plan of a loader that has the name *loader* for people; to be started."""
+        ...
+
+
+@runtime_checkable
+class InBlocksOfState(Protocol):
+    """A reading whose order has blocks that a state decides, where nobody chose them."""
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Blocks of a window and rows of a block; zeros without blocks."""
+        ...
+
+    def blocks_of(self, state: Mapping[str, Any]) -> tuple[int, int]:
+        """Those that go on with *state*."""
+        ...
+
+    def in_blocks(self, window_blocks: int, block_rows: int) -> Reading:
+        """The same in these, itself if it has them."""
         ...
 
 

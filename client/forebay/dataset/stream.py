@@ -30,7 +30,7 @@ from forebay.dataset.turns import Turns
 from forebay_wire.errors import ForebayError, InvalidRequest
 
 # Slots of the memory that parent and workers share.
-_WORKERS_READ, _LANES = range(2)
+_WORKERS_READ, _LANES, _WINDOW_BLOCKS, _BLOCK_ROWS = range(4)
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
@@ -99,7 +99,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         self.dataset = dataset
         # Both are read at the start of each iteration, so that a new epoch or a restored position
         # reaches persistent workers.
-        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(4, dtype=torch.int64).share_memory_()
         self._turns = Turns()
         self._reached: list[int] | None = None
         """``_position`` of the batch that this process handed out last, without workers."""
@@ -144,6 +144,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
     ) -> Iterator[tuple[Batch, tuple[int, int]]]:
         """The batches of the steps *first*, *first* + *every*, … of the pass that began at *place*,
         and where each one ends."""
+        self._source.take_blocks(*self._shared[[_WINDOW_BLOCKS, _BLOCK_ROWS]].tolist())
         self._take_lanes(int(self._shared[_LANES]))
         epoch, position = place
         cut, order = self._source.cut(position, epoch), self._source.order(epoch)
@@ -270,6 +271,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         check_is_state(state)
         place = self._source.restored(torchdata_state(state) or state)
         self._shared[_LANES] = self._source.lanes
+        self._shared[_WINDOW_BLOCKS], self._shared[_BLOCK_ROWS] = self._source.blocks
         self._begun.tell(place[0], self._source.identities_of(place[0]) if place[1] else [])
         self._stand_at(*place)
 

@@ -78,7 +78,7 @@ def both(store: ForebayStore) -> Samples:
     return samples(store, ["image", "label"])
 
 
-def ids_of(loader: forebay.DataLoader) -> list[list[int]]:
+def ids_of(loader: Any) -> list[list[int]]:
     return [batch["_ids"].tolist() for batch in loader]
 
 
@@ -340,6 +340,80 @@ def test_a_state_of_other_samples_is_refused(both: Samples, store: ForebayStore)
             other.load_state_dict(loader.state_dict())
         same.load_state_dict(loader.state_dict())
         assert next(iter(same))["label"].tolist() == list(range(7, 16))
+
+
+@pytest.fixture(scope="module")
+def unlike(store: ForebayStore, tmp_path_factory: pytest.TempPathFactory) -> ForebayStore:
+    """A store of two arrays that would be dealt in different blocks: of 10 samples, and of 15."""
+    one = ForebayStore(
+        f"zarr-{new_random_name()}",
+        address=store.address,
+        session=tmp_path_factory.mktemp("session"),
+    )
+    zarr.create_array(one, name="x", shape=(600,), chunks=(10,), dtype="i4")[:] = np.arange(600)
+    zarr.create_array(one, name="big", shape=(600, 2**16), chunks=(15, 2**16), dtype="u1")
+    one.commit()
+    return one
+
+
+SETS = [(["x"], ["x", "big"]), (["x", "big"], ["x"])]
+
+
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+@pytest.mark.parametrize(("before", "after"), SETS)
+def test_a_state_goes_on_with_other_arrays(
+    unlike: ForebayStore, before: list[str], after: list[str], shuffle: Any
+) -> None:
+    def make(arrays: list[str], block_rows: int | None = None) -> forebay.DataLoader:
+        return forebay.DataLoader(
+            samples(unlike, arrays),
+            global_batch_size=30,
+            shuffle=shuffle,
+            block_rows=block_rows,
+            include_ids=True,
+        )
+
+    with make(before) as loader:
+        whole = ids_of(loader)
+    with make(before) as loader:
+        assert [batch["_ids"].tolist() for batch in itertools.islice(loader, 3)] == whole[:3]
+        state = loader.state_dict()
+    with make(after) as loader:
+        own = loader.state_dict()
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
+        assert ids_of(loader) == whole[3:]
+    if shuffle == "block":
+        blocks = ("window_blocks", "block_rows")
+        assert [own[name] for name in blocks] != [state[name] for name in blocks]
+        with (
+            make(after, block_rows=30) as chosen,
+            pytest.raises(forebay.InvalidRequest, match="block"),
+        ):
+            chosen.load_state_dict(state)
+
+
+def test_workers_that_live_on_take_the_blocks_of_a_state(unlike: ForebayStore) -> None:
+    def make(arrays: list[str]) -> forebay.StreamingDataset:
+        return forebay.StreamingDataset(
+            samples(unlike, arrays),
+            global_batch_size=30,
+            shuffle="block",
+            include_ids=True,
+            rank=0,
+            world_size=1,
+        )
+
+    before = make(["x", "big"])
+    whole = [batch["_ids"].tolist() for batch in before]
+    given = make(["x"])
+    loader = torch.utils.data.DataLoader(
+        given, batch_size=None, num_workers=1, persistent_workers=True
+    )
+    assert ids_of(loader) != whole
+    before.set_epoch(0)
+    given.load_state_dict(before.state_dict())
+    assert ids_of(loader) == whole
 
 
 # Workers.
