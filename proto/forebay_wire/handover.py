@@ -26,11 +26,12 @@ Operations (request -> answer):
              is in ``plans.proto``. A plan ends with the connection that registered it
 ``end_plan`` {plan} -> {existed}; this, ``plan`` and ``position`` may carry {times}, the sums of
              the loader
-``decide_version`` {reader, dataset, selection, epoch, base, proposed} -> {version, manifest,
-             selection, newest, is_decided}: what the *reader* (all its ranks and workers) reads of
-             a dataset in an epoch. As long as nobody decided, it is the newest version that has the
-             selection of that name (empty: the whole version), for the reader to propose that or
-             another one: {proposed: {manifest, selection}}, of which the first one counts. *base*:
+``decide_version`` {reader, epoch, datasets: [{dataset, selection, base}], proposed} ->
+             {is_decided, datasets: [{version, manifest, selection, newest}]}: what the *reader*
+             (all its ranks and workers) reads of its datasets in an epoch. As long as nobody
+             decided, it is the newest version of each that has the selection of that name (empty:
+             the whole version), for the reader to propose these or others, of all datasets
+             together: {proposed: [{manifest, selection}]}, of which the first one counts. *base*:
              manifest of the version that it read before
 ``manifest`` {manifest} -> {num_bytes} and one descriptor of a file with the manifest's bytes
 The answers to ``open`` and to the operations of plans may also carry {wanted_back: [id]}: blobs

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 from forebay.dataset.dataset import Dataset
 from forebay.dataset.followed_by import ReaderName
+from forebay.dataset.mixture import Mixture
 from forebay.dataset.packing import Packed
 from forebay.dataset.ranks import find_rank
 from forebay.dataset.reading import (
@@ -184,27 +185,21 @@ class FollowingReading:
         """What *epoch* reads: as was decided, or else decided now, as the newest versions if all
         that is read fits, and as what was read before if not."""
         olds = before.given.followed()
-        answers = [self._ask(old, epoch) for old in olds]
-        if not all(answer["is_decided"] for answer in answers):
-            wanted = self._proposed(before, answers, epoch)
-            answers = [
-                answer
-                if answer["is_decided"]
-                else self._ask(old, epoch, proposed={"manifest": one[0], "selection": one[1]})
-                for old, answer, one in zip(olds, answers, wanted, strict=True)
-            ]
-        return self._at(before, [(answer["manifest"], answer["selection"]) for answer in answers])
+        answer = self._ask(olds, epoch)
+        if not answer["is_decided"]:
+            wanted = self._proposed(before, answer["datasets"], epoch)
+            proposed = [{"manifest": one, "selection": selection} for one, selection in wanted]
+            answer = self._ask(olds, epoch, proposed=proposed)
+        return self._at(before, [(one["manifest"], one["selection"]) for one in answer["datasets"]])
 
-    def _ask(self, old: Dataset, epoch: int, **proposed: Any) -> dict[str, Any]:
-        """What the daemon says of one dataset in *epoch*."""
-        question = {
-            "reader": self._reader,
-            "dataset": old.name,
-            "selection": old.split or "",
-            "epoch": epoch,
-            "base": old.manifest_id,
-        }
-        transfer = make_transfer(current_endpoint(old.endpoint))
+    def _ask(self, olds: Sequence[Dataset], epoch: int, **proposed: Any) -> dict[str, Any]:
+        """What the daemon says of all datasets in *epoch*."""
+        datasets = [
+            {"dataset": old.name, "selection": old.split or "", "base": old.manifest_id}
+            for old in olds
+        ]
+        question = {"reader": self._reader, "epoch": epoch, "datasets": datasets}
+        transfer = make_transfer(current_endpoint(olds[0].endpoint))
         return transfer.decide_version({**question, **proposed})
 
     def _proposed(
@@ -263,6 +258,16 @@ class FollowingReading:
             )
         pairs = [identity.partition("/") for identity in identities]
         return self._at(self._newest, [(version, selection) for version, _, selection in pairs])
+
+    def _in_order(self, identities: Mapping[str, str]) -> list[str]:
+        """Those of a state, whose JSON may have had its names sorted, as this loader has them."""
+        names = _names_in(self._newest.given)
+        if set(names) != set(identities):
+            raise InvalidRequest(
+                f"the state is of {len(identities)} datasets {sorted(identities)}, this loader "
+                f"reads {len(names)}, {sorted(names)}"
+            )
+        return [identities[name] for name in names]
 
     # A reading.
 
@@ -330,7 +335,7 @@ class FollowingReading:
     def resumed(self, state: Mapping[str, Any], lanes: int | None) -> tuple[int, int, int]:
         """As :meth:`restored`, of an epoch that has begun even if it stands at its start."""
         try:
-            versions = self._known(identities_in(state))
+            versions = self._known(self._in_order(_identities_in(state)))
         except NotFound as error:
             raise NotFound(
                 f"the state goes on in a version of {self.name!r} that was deleted ({error}): "
@@ -372,17 +377,24 @@ def version_of(old: Dataset, manifest_id: str, selection_id: str) -> Dataset:
     return old.of_version(manifest, manifest_id, selection, selection_id)
 
 
-def identities_in(state: Mapping[str, Any]) -> list[str]:
-    """What the *state* of a loader says of the versions that it read."""
+def _identities_in(state: Mapping[str, Any]) -> dict[str, str]:
+    """What the *state* of a loader says of the versions that it read: of a mixture by the names
+    that its datasets have there."""
     check_is_state(state)
     try:
         if isinstance(state.get("samples"), Mapping):  # of packed windows
-            return identities_in(state["samples"])
+            return _identities_in(state["samples"])
         if isinstance(state.get("datasets"), Mapping):  # of a mixture
-            return [str(entry[2]) for entry in state["datasets"].values()]
-        return [f"{state['manifest']}/{state['selection']}"]
+            return {name: str(entry[2]) for name, entry in state["datasets"].items()}
+        return {"": f"{state['manifest']}/{state['selection']}"}
     except (KeyError, IndexError, TypeError) as error:
         raise InvalidRequest(f"loader state lacks {error}: it is not complete") from error
+
+
+def _names_in(given: Any) -> tuple[str, ...]:
+    """What a state calls the datasets of what was *given*; the only one: nothing."""
+    samples = given.samples if isinstance(given, Packed) else given
+    return tuple(samples.datasets) if isinstance(samples, Mixture) else ("",)
 
 
 def _column_names(given: Followable, options: OrderOptions) -> tuple[str, ...] | None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict
 from typing import Any, Final
 
-from forebay_server.catalog.queries_decisions import Choice, Question
+from forebay_server.catalog.queries_decisions import Choice, Followed, Question
 from forebay_server.publish.following import Following
 from forebay_wire.errors import InvalidRequest
 
@@ -16,20 +16,31 @@ FOLLOW_OPERATIONS: Final = frozenset({DECIDE, MANIFEST})
 
 
 async def answer_decision(following: Following, body: dict[str, Any]) -> dict[str, Any]:
-    """{reader, dataset, selection, epoch, base, proposed} -> {version, manifest, selection,
-    newest, is_decided}"""
+    """{reader, epoch, datasets: [{dataset, selection, base}], proposed: [{manifest, selection}]}
+    -> {is_decided, datasets: [{version, manifest, selection, newest}]}"""
     epoch = body.get("epoch")
     if type(epoch) is not int:
         raise InvalidRequest("a decision needs a number 'epoch'")
-    texts = {key: asked_text(body, key) for key in ("reader", "dataset", "selection", "base")}
-    asked = Question(epoch=epoch, **texts)
-    proposed = body.get("proposed")
-    if proposed is None:
+    followed = [
+        Followed(*(asked_text(one, key) for key in ("dataset", "selection", "base")))
+        for one in _asked_objects(body, "datasets")
+    ]
+    asked = Question(asked_text(body, "reader"), epoch, tuple(followed))
+    if body.get("proposed") is None:
         return asdict(await following.look(asked))
-    if not isinstance(proposed, dict):
-        raise InvalidRequest("what is proposed has a 'manifest' and a 'selection'")
-    choice = Choice(asked_text(proposed, "manifest"), asked_text(proposed, "selection"))
-    return asdict(await following.decide(asked, choice))
+    proposed = [
+        Choice(asked_text(one, "manifest"), asked_text(one, "selection"))
+        for one in _asked_objects(body, "proposed")
+    ]
+    return asdict(await following.decide(asked, proposed))
+
+
+def _asked_objects(body: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The list *key* of objects of a request."""
+    found = body.get(key)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise InvalidRequest(f"a decision needs a list of objects {key!r}")
+    return found
 
 
 def asked_text(body: dict[str, Any], key: str) -> str:

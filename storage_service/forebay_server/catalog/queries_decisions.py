@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
@@ -12,17 +14,24 @@ from forebay_wire.errors import Conflict, NotFound
 
 
 @dataclass(frozen=True)
-class Question:
-    """What *reader* is to read of a dataset in *epoch*."""
+class Followed:
+    """One of the datasets that a reader follows."""
 
-    reader: str
-    """The same on all ranks, and in all workers."""
     dataset: str
     selection: str
     """Name; empty: the whole version."""
-    epoch: int
     base: str
     """Manifest of the version that it read until now."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What *reader* is to read of all its datasets in *epoch*."""
+
+    reader: str
+    """The same on all ranks, and in all workers."""
+    epoch: int
+    datasets: tuple[Followed, ...]
 
 
 @dataclass(frozen=True)
@@ -34,39 +43,62 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What an epoch reads, or might."""
+class Chosen:
+    """What an epoch reads of one dataset, or might."""
 
     version: int
     manifest: str
     selection: str
     newest: int
     """The dataset's newest version by now; one above *version* may lack the selection."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What an epoch reads, or might."""
+
     is_decided: bool
     """Else it is what the reader may propose."""
+    datasets: tuple[Chosen, ...]
+    """As they were asked for."""
 
 
 def look(connection: Connection, asked: Question) -> Decision:
-    """What was decided; else the newest version that has the selection, not decided.
+    """What was decided; else the newest versions that have the selections, not decided.
 
     :class:`NotFound` for a dataset, a selection or a decided version that is not there (any more),
-    :class:`Conflict` if the base is of another dataset of that name.
+    :class:`Conflict` if a base is of another dataset of that name, or other datasets were decided.
     """
-    newest = _newest_number(connection, asked.dataset)
-    row = connection.execute(
-        select(decisions.c.manifest, decisions.c.selection_manifest).where(
-            *_key(asked), decisions.c.expires > now()
+    text = connection.scalar(
+        select(decisions.c.choices).where(*_key(asked), decisions.c.expires > now())
+    )
+    if text is None:
+        return Decision(False, tuple(_newest(connection, asked, one) for one in asked.datasets))
+    choices = json.loads(text)
+    if [choice[:2] for choice in choices] != [
+        [one.dataset, one.selection] for one in asked.datasets
+    ]:
+        raise Conflict(
+            f"epoch {asked.epoch} of {asked.reader!r} was decided for other datasets or splits: "
+            "these are another run"
         )
-    ).one_or_none()
-    if row is None:
-        return _newest_with_selection(connection, asked, newest)
-    version = _version_of(connection, asked.dataset, row.manifest)
+    return Decision(True, tuple(_decided(connection, asked, choice) for choice in choices))
+
+
+def _decided(
+    connection: Connection,
+    asked: Question,
+    choice: Sequence[str],
+) -> Chosen:
+    """What was decided of one dataset."""
+    dataset, _, manifest, selection = choice
+    version = _version_of(connection, dataset, manifest)
     if version is None:
         raise NotFound(
-            f"epoch {asked.epoch} of {asked.reader!r} reads a version of dataset {asked.dataset} "
+            f"epoch {asked.epoch} of {asked.reader!r} reads a version of dataset {dataset} "
             "that was deleted since: restore it from the trash, or begin anew as another run"
         )
-    return Decision(version, row.manifest, row.selection_manifest, newest, is_decided=True)
+    return Chosen(version, manifest, selection, _newest_number(connection, dataset))
 
 
 def needs_renewal(connection: Connection, asked: Question, keep_seconds: float) -> bool:
@@ -85,9 +117,9 @@ def renew(connection: Connection, asked: Question, keep_seconds: float) -> None:
 
 
 def decide(
-    connection: Connection, asked: Question, proposed: Choice, keep_seconds: float
+    connection: Connection, asked: Question, proposed: Sequence[Choice], keep_seconds: float
 ) -> Decision:
-    """What was decided before; else *proposed* is, from now on.
+    """What was decided before; else all that is *proposed* is, from now on: one for each dataset.
 
     :class:`NotFound` if that is no version (or no such selection of it) any more.
     """
@@ -95,72 +127,79 @@ def decide(
     before = look(connection, asked)
     if before.is_decided:
         return before
-    version = _version_of(connection, asked.dataset, proposed.manifest)
+    pairs = list(zip(asked.datasets, proposed, strict=True))
+    chosen = tuple(_proposed(connection, asked, one, choice) for one, choice in pairs)
+    choices = [
+        [one.dataset, one.selection, choice.manifest, choice.selection] for one, choice in pairs
+    ]
+    connection.execute(
+        insert(decisions).values(
+            reader=asked.reader,
+            epoch=asked.epoch,
+            choices=json.dumps(choices),
+            expires=now() + keep_seconds,
+        )
+    )
+    return Decision(True, chosen)
+
+
+def _proposed(
+    connection: Connection, asked: Question, followed: Followed, proposed: Choice
+) -> Chosen:
+    """What is proposed of one dataset, which is there."""
+    version = _version_of(connection, followed.dataset, proposed.manifest)
     named = connection.scalar(
         select(selections.c.manifest).where(
-            selections.c.dataset == asked.dataset,
+            selections.c.dataset == followed.dataset,
             selections.c.version == version,
-            selections.c.name == asked.selection,
+            selections.c.name == followed.selection,
         )
     )
     if version is None or (named or "") != proposed.selection:
         raise NotFound(
             f"what was proposed for epoch {asked.epoch} of {asked.reader!r} is no version of "
-            f"dataset {asked.dataset}, or none with that split (any more)"
+            f"dataset {followed.dataset}, or none with that split (any more)"
         )
-    connection.execute(
-        insert(decisions).values(
-            reader=asked.reader,
-            dataset=asked.dataset,
-            selection=asked.selection,
-            epoch=asked.epoch,
-            manifest=proposed.manifest,
-            selection_manifest=proposed.selection,
-            expires=now() + keep_seconds,
-        )
-    )
-    return Decision(version, proposed.manifest, proposed.selection, before.newest, is_decided=True)
+    newest = _newest_number(connection, followed.dataset)
+    return Chosen(version, proposed.manifest, proposed.selection, newest)
 
 
-def _newest_with_selection(connection: Connection, asked: Question, newest: int) -> Decision:
+def _newest(connection: Connection, asked: Question, followed: Followed) -> Chosen:
+    """The newest version of one dataset that has the selection."""
+    newest = _newest_number(connection, followed.dataset)
     rows = select(versions.c.version, versions.c.manifest).where(
-        versions.c.dataset == asked.dataset
+        versions.c.dataset == followed.dataset
     )
     if not newest:
         raise NotFound(
-            f"there is no dataset {asked.dataset} any more, of which epoch {asked.epoch} was to "
+            f"there is no dataset {followed.dataset} any more, of which epoch {asked.epoch} was to "
             "follow the newest version: restore it from the trash"
         )
-    if _version_of(connection, asked.dataset, asked.base) is None:
+    if _version_of(connection, followed.dataset, followed.base) is None:
         raise Conflict(
-            f"dataset {asked.dataset} is another one than that which was read until now: it was "
+            f"dataset {followed.dataset} is another one than that which was read until now: it was "
             "deleted, and made anew under this name; open it again and begin a new run"
         )
-    if not asked.selection:
+    if not followed.selection:
         row = connection.execute(rows.where(versions.c.version == newest)).one()
-        return Decision(newest, row.manifest, "", newest, is_decided=False)
+        return Chosen(newest, row.manifest, "", newest)
     named = connection.execute(
         select(selections.c.version, selections.c.manifest)
-        .where(selections.c.dataset == asked.dataset, selections.c.name == asked.selection)
+        .where(selections.c.dataset == followed.dataset, selections.c.name == followed.selection)
         .order_by(selections.c.version.desc())
         .limit(1)
     ).one_or_none()
     if named is None:
         raise NotFound(
-            f"no version of dataset {asked.dataset} has a split {asked.selection!r}: define it "
-            "with client.dataset(...).define_splits({...})"
+            f"no version of dataset {followed.dataset} has a split {followed.selection!r}: define "
+            "it with client.dataset(...).define_splits({...})"
         )
     row = connection.execute(rows.where(versions.c.version == named.version)).one()
-    return Decision(row.version, row.manifest, named.manifest, newest, is_decided=False)
+    return Chosen(row.version, row.manifest, named.manifest, newest)
 
 
 def _key(asked: Question) -> tuple[ColumnElement[bool], ...]:
-    return (
-        decisions.c.reader == asked.reader,
-        decisions.c.dataset == asked.dataset,
-        decisions.c.selection == asked.selection,
-        decisions.c.epoch == asked.epoch,
-    )
+    return decisions.c.reader == asked.reader, decisions.c.epoch == asked.epoch
 
 
 def _newest_number(connection: Connection, dataset: str) -> int:

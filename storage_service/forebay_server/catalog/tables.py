@@ -312,15 +312,12 @@ parts = Table(
 decisions = Table(
     "decisions",
     metadata,
-    # Who follows the dataset: all ranks and workers of one loader.
+    # Who follows datasets: all ranks and workers of one loader.
     Column("reader", _name(256), primary_key=True),
-    Column("dataset", _name(128), primary_key=True),
-    # Name of the selection that is followed; empty: whole versions.
-    Column("selection", _name(128), primary_key=True),
     Column("epoch", BigInteger, primary_key=True),
-    # No foreign keys: a decision does not keep what was deleted, and is not taken back by it.
-    Column("manifest", _name(64), nullable=False),
-    Column("selection_manifest", _name(64), nullable=False),
+    # JSON: of each dataset its name, that of the selection (empty: whole versions), and both
+    # manifests. A decision does not keep what was deleted, and is not taken back by it.
+    Column("choices", Text, nullable=False),
     Column("expires", Double, nullable=False),
     _created(),
     Index("decisions_by_expiry", "expires"),

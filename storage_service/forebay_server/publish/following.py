@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog
@@ -23,6 +24,9 @@ KEEP_SECONDS: Final = 90 * 86400.0
 
 MAX_READER_CHARACTERS: Final = 256
 
+MAX_DATASETS: Final = 1024
+"""Of a mixture that is followed."""
+
 
 class Following:
     """Use cases of readers that have no gRPC, such as workers. Belongs to the event loop."""
@@ -43,11 +47,14 @@ class Following:
             await self._catalog.write(lambda one: renew(one, asked, KEEP_SECONDS))
         return found
 
-    async def decide(self, asked: Question, proposed: Choice) -> Decision:
-        """What the reader reads in that epoch: what the first one proposed, for whoever asks later,
-        on any node, after any restart."""
+    async def decide(self, asked: Question, proposed: Sequence[Choice]) -> Decision:
+        """What the reader reads in that epoch: what the first one proposed for all its datasets,
+        for whoever asks later, on any node, after any restart."""
         _check(asked)
-        check_id("manifest", proposed.manifest)
+        if len(proposed) != len(asked.datasets):
+            raise InvalidRequest("what is proposed is one choice for each dataset")
+        for one in proposed:
+            check_id("manifest", one.manifest)
         return await self._catalog.write(lambda one: decide(one, asked, proposed, KEEP_SECONDS))
 
     async def manifest(self, manifest: str) -> bytes:
@@ -65,9 +72,12 @@ class Following:
 def _check(asked: Question) -> None:
     if not 0 < len(asked.reader) <= MAX_READER_CHARACTERS:
         raise InvalidRequest(f"a reader has a name of 1 to {MAX_READER_CHARACTERS} characters")
-    check_name("dataset", asked.dataset)
-    if asked.selection:
-        check_name("selection", asked.selection)
-    check_id("manifest", asked.base)
+    if not 0 < len(asked.datasets) <= MAX_DATASETS:
+        raise InvalidRequest(f"a reader follows 1 to {MAX_DATASETS} datasets")
+    for one in asked.datasets:
+        check_name("dataset", one.dataset)
+        if one.selection:
+            check_name("selection", one.selection)
+        check_id("manifest", one.base)
     if not 0 <= asked.epoch < 1 << 62:
         raise InvalidRequest(f"epoch {asked.epoch} is no number from 0 to 2^62")

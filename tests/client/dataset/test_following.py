@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import forebay
 from forebay.testing import numbered
+from forebay.transfer.local import LocalTransfer
 
 GLOBAL = 8
 START = 21
@@ -245,29 +247,13 @@ def test_ranks_agree_though_they_opened_different_versions(client, name, dataset
 
 def test_threads_that_begin_an_epoch_while_versions_come_agree(client, name, dataset):
     ranks = [make(dataset, rank=rank, world_size=3, run=name, num_threads=0) for rank in range(3)]
-    over = threading.Event()
-
-    def append_on() -> None:
-        while not over.is_set():
-            append(client, name, 1)
-
-    appending = threading.Thread(target=append_on)
-    appending.start()
     found: list[dict[int, list]] = [{} for _ in ranks]
 
     def read(rank: int) -> None:
         for epoch in ranks[rank].epochs(4):
             found[rank][epoch.number] = numbers(epoch)
 
-    readers = [threading.Thread(target=read, args=(rank,)) for rank in range(3)]
-    try:
-        for one in readers:
-            one.start()
-        for one in readers:
-            one.join(60)
-    finally:
-        over.set()
-        appending.join(60)
+    run_beside(lambda: append(client, name, 1), [partial(read, rank) for rank in range(3)])
     sizes = {
         version.num_rows: version.version for version in client.describe_dataset(name).versions
     }
@@ -277,6 +263,27 @@ def test_threads_that_begin_an_epoch_while_versions_come_agree(client, name, dat
         assert joined(parts) == expected(client, name, version, epoch)
     for one in ranks:
         one.close()
+
+
+def run_beside(grow, jobs) -> None:
+    """All *jobs* at once, while something calls *grow* again and again."""
+    over = threading.Event()
+
+    def grow_on() -> None:
+        while not over.is_set():
+            grow()
+
+    growing = threading.Thread(target=grow_on)
+    readers = [threading.Thread(target=job) for job in jobs]
+    growing.start()
+    try:
+        for one in readers:
+            one.start()
+        for one in readers:
+            one.join(60)
+    finally:
+        over.set()
+        growing.join(60)
 
 
 def run_ranks(daemon, client, name, folder: Path, workers: list[int], num_epochs: int) -> list:
@@ -342,7 +349,7 @@ def test_processes_with_threads_and_workers_agree_by_their_process_group(
 
 
 def test_a_mixture_moves_on_with_all_its_datasets(client, name):
-    names = [f"{name}-a", f"{name}-b"]
+    names = [f"{name}-b", f"{name}-a"]
     for one in names:
         append(client, one, 20)
 
@@ -369,7 +376,8 @@ def test_a_mixture_moves_on_with_all_its_datasets(client, name):
         assert numbers(loader) == by_hand((2, 2), 2)
         assert loader.report().reads == f"{names[0]} v2 + {names[1]} v2"
     with make(mixture()) as loader:
-        loader.load_state_dict(state)
+        assert list(state["datasets"]) != sorted(names)
+        loader.load_state_dict(json.loads(json.dumps(state, sort_keys=True)))
         assert head + numbers(loader) == by_hand((1, 2), 1)
         assert numbers(loader) == by_hand((2, 2), 2)
     going_on = forebay.Mixture(
@@ -377,6 +385,43 @@ def test_a_mixture_moves_on_with_all_its_datasets(client, name):
     )
     with pytest.raises(forebay.InvalidRequest, match=r"a mixture with num_samples=.*stop="):
         make(going_on)
+
+
+def test_the_datasets_of_a_mixture_are_decided_together(client, name, monkeypatch):
+    names = [f"{name}-a", f"{name}-b"]
+    for one in names:
+        append(client, one, 12)
+
+    def rank(number):
+        datasets = {one: client.dataset(one, 1) for one in names}
+        mixture = forebay.Mixture(datasets, dict.fromkeys(names, 0.5), stop="first")
+        return make(mixture, rank=number, world_size=2, run=name, num_threads=0)
+
+    first, second = rank(0), rank(1)
+    ask, late, answers, parts = LocalTransfer.decide_version, [], [], []
+
+    def ask_in_turns(self, question):
+        if question.get("proposed") and not late:  # rank 0 looked. Before it says what it found ...
+            late.append(question)
+            for one in names:  # ... versions come, one of which does not go with the other's old
+                with client.write_columns(one, {"more": "int64"}) as writer:
+                    for number in range(12):
+                        writer.write(more=number)
+            parts.append(numbers(second))
+            return answers[0]
+        if question.get("proposed") and not answers:  # ... and rank 1 looked, but is overtaken
+            answers.append(ask(self, late[0]))
+        return ask(self, question)
+
+    monkeypatch.setattr(LocalTransfer, "decide_version", ask_in_turns)
+    parts.append(numbers(first))
+    assert first.report().reads == second.report().reads == f"{names[0]} v1 + {names[1]} v1"
+    assert len(parts[0]) == len(parts[1])
+    monkeypatch.undo()
+    assert len(numbers(second)) == len(numbers(first))
+    assert first.report().reads == second.report().reads == f"{names[0]} v2 + {names[1]} v2"
+    first.close()
+    second.close()
 
 
 def test_packed_windows_move_on(client, name):
