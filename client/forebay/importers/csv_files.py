@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +11,20 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from forebay.dataset.schema import Schema
-from forebay.importers.csv_types import Rows, Scanned, common_schema, misfit, scan
+from forebay.importers.csv_lines import Record, Watched, records
+from forebay.importers.csv_types import (
+    Place,
+    Rows,
+    Scanned,
+    common_schema,
+    first_hexadecimal,
+    has_infinity,
+    misfit,
+    scan,
+)
 from forebay.importers.files import WholeFile, open_file
 from forebay.importers.piece import Block, Options
-from forebay_wire.errors import InvalidRequest, SchemaMismatch
+from forebay_wire.errors import ForebayError, InvalidRequest, SchemaMismatch, StorageError
 from forebay_wire.limits import MIB
 
 BLOCK_BYTES: Final = 4 * MIB
@@ -30,18 +39,25 @@ class CsvPiece(WholeFile):
         if schema is None:
             schema = csv_schema([self], options)
         types = {column.name: column.type for column in schema.arrow}
+        is_looked_at = False
+        floats = {name for name, kind in types.items() if pa.types.is_floating(kind)}
         with open_file(self.file.path) as file:
-            try:
-                for batch in self._open(file, types, options):
-                    done = self.num_bytes if file.closed else file.tell()
-                    yield Block(batch, done)
-            except pa.ArrowInvalid as error:
-                raise self._blamed(types, options, error) from error
+            watched = self._watched(file, options)
+            for batch in self._batches(watched, types, options):
+                if watched.has_hex and not is_looked_at:
+                    self._check_hexadecimal(types, options)
+                    is_looked_at = True  # to the end of the file
+                infinite = {name for name in floats if has_infinity(batch.column(name))}
+                for name in infinite:
+                    self._check(name, types, options)
+                floats -= infinite
+                done = self.num_bytes if file.closed else file.tell()
+                yield Block(batch, done)
 
     def scan(self, options: Options) -> Scanned:
         """All rows, for the types of the columns that the user has not given."""
         with open_file(self.file.path) as file:
-            names = self._open(file, {}, options).schema.names
+            names = self._open(self._watched(file, options), {}, options).schema.names
         if len(set(names)) != len(names):
             raise InvalidRequest(f"{self.name}: two columns have the same name: {', '.join(names)}")
         wanted = [name for name in names if name not in options.types]
@@ -59,28 +75,29 @@ class CsvPiece(WholeFile):
 
     def _line_of(self, row: int, options: Options) -> int:
         """Number, from 1, of the line that a row begins on."""
+        line = 1
+        for number, record in enumerate(self._records(options), -1 if options.has_header else 0):
+            line = record.line
+            if number == row:
+                break
+        return line
+
+    def _records(self, options: Options) -> Iterator[Record]:
         with open_file(self.file.path) as file, self._plain(file) as plain:
-            text = io.TextIOWrapper(plain, encoding="utf-8", errors="replace", newline="")
-            reader = csv.reader(text, delimiter=options.delimiter)
-            left = row + (1 if options.has_header else 0)
-            before = 0
-            for fields in reader:
-                if fields:  # lines without anything are no rows
-                    if not left:
-                        break
-                    left -= 1
-                before = reader.line_num
-        return before + 1
+            yield from records(plain, options.delimiter)
 
     def _plain(self, file: IO[bytes]) -> pa.NativeFile:
         return pa.input_stream(file, compression="gzip" if self.name.endswith(".gz") else None)
 
+    def _watched(self, file: IO[bytes], options: Options) -> Watched:
+        return Watched(self._plain(file), options.delimiter)
+
     def _open(
-        self, file: IO[bytes], types: Mapping[str, pa.DataType], options: Options
+        self, plain: Watched, types: Mapping[str, pa.DataType], options: Options
     ) -> pa_csv.CSVStreamingReader:
         try:
             return pa_csv.open_csv(
-                self._plain(file),
+                plain,
                 read_options=pa_csv.ReadOptions(
                     block_size=BLOCK_BYTES, autogenerate_column_names=not options.has_header
                 ),
@@ -90,37 +107,129 @@ class CsvPiece(WholeFile):
                 convert_options=pa_csv.ConvertOptions(column_types=dict(types)),
             )
         except (pa.ArrowException, OSError) as error:
-            found = self._blamed(types, options, error) if types else None
-            if isinstance(found, SchemaMismatch):
-                raise found from error
-            raise InvalidRequest(f"{self.name} cannot be read as csv: {error}") from error
+            raise self._blamed(types, options, error) from error
+
+    def _batches(
+        self, plain: Watched, types: Mapping[str, pa.DataType], options: Options
+    ) -> Iterator[pa.RecordBatch]:
+        """All rows; what is wrong with the file is named with its line."""
+        reader = self._open(plain, types, options)
+        while True:
+            try:
+                batch = reader.read_next_batch()
+            except StopIteration:
+                break
+            except (pa.ArrowException, OSError) as error:
+                raise self._blamed(types, options, error) from error
+            yield batch
+        if plain.may_be_open:
+            for record in self._records(options):
+                if record.open_quote is not None:
+                    raise InvalidRequest(self._never_closed(record.open_quote))
 
     def _rows(self, names: Sequence[str], options: Options) -> Rows:
         """All rows as text."""
         row = 0
         with open_file(self.file.path) as file:
-            try:
-                for batch in self._open(file, dict.fromkeys(names, pa.string()), options):
-                    yield row, batch
-                    row += batch.num_rows
-            except pa.ArrowInvalid as error:
-                raise InvalidRequest(f"{self.name} cannot be read as csv: {error}") from error
+            plain = self._watched(file, options)
+            for batch in self._batches(plain, dict.fromkeys(names, pa.string()), options):
+                yield row, batch
+                row += batch.num_rows
+
+    def _check(self, name: str, types: Mapping[str, pa.DataType], options: Options) -> None:
+        """SchemaMismatch for the first value of a column that is not of its type."""
+        place = misfit(name, types[name], self._rows(list(types), options))
+        if place is not None:
+            raise self._no(name, types[name], place, options)
+
+    def _check_hexadecimal(self, types: Mapping[str, pa.DataType], options: Options) -> None:
+        """SchemaMismatch for the first ``0x10`` in a column of whole numbers, which Arrow reads."""
+        integers = [name for name, kind in types.items() if pa.types.is_integer(kind)]
+        found = first_hexadecimal(integers, self._rows(list(types), options))
+        if found is not None:
+            name, place = found
+            raise self._no(name, types[name], place, options)
+
+    def _no(self, name: str, kind: pa.DataType, place: Place, options: Options) -> SchemaMismatch:
+        return SchemaMismatch(
+            f"{self.where(place.row, options)}, column {name!r}: {place.shown} is no {kind}: name "
+            f"the right type with --type {name}=TYPE"
+        )
 
     def _blamed(
         self, types: Mapping[str, pa.DataType], options: Options, error: Exception
-    ) -> InvalidRequest:
-        """The first value that is not of its column's type; else what *error* says."""
+    ) -> ForebayError:
+        """What is wrong with the file, or the first value that is not of its column's type; else
+        what *error* says."""
+        text = str(error)
+        if "Empty CSV file" in text:
+            return InvalidRequest(
+                f"{self.name} is empty: a CSV file has at least the names of its columns; leave it "
+                "out, or write them"
+            )
+        if "ompress" in text or "inflate" in text:
+            return InvalidRequest(
+                f"{self.name} is cut off or damaged ({text}): copy it again, or compress it anew"
+            )
+        if not isinstance(error, pa.ArrowException):
+            return StorageError(f"{self.name} cannot be read: {text}")
+        if "conversion error to" not in text or "UTF8" in text:
+            return self._malformed(options, text)
+        try:
+            for name, kind in types.items():
+                if kind != pa.string():
+                    self._check(name, types, options)
+        except InvalidRequest as found:
+            return found
+        return self._malformed(options, text)
 
-        for name, kind in types.items():
-            if kind == pa.string():
-                continue
-            place = misfit(name, kind, self._rows(list(types), options))
-            if place is not None:
-                return SchemaMismatch(
-                    f"{self.where(place.row, options)}, column {name!r}: {place.value!r} is no "
-                    f"{kind}: name the right type with --type {name}=TYPE"
+    def _malformed(self, options: Options, text: str) -> InvalidRequest:
+        """The first row that is none, by its line; else what *text* says."""
+        expected: int | None = None
+        for record in self._records(options):
+            if record.open_quote is not None:
+                return InvalidRequest(self._never_closed(record.open_quote))
+            where = f"{self.name}, line {record.line}"
+            if record.undecodable is not None:
+                line, field = record.undecodable
+                return InvalidRequest(
+                    f"{self.name}, line {line}, column {self._column(field, options)}: the text is "
+                    "not UTF-8: convert the file, as with iconv -f LATIN1 -t UTF-8"
                 )
-        return InvalidRequest(f"{self.name} cannot be read as csv: {error}")
+            if record.num_fields != (expected or record.num_fields):
+                return InvalidRequest(
+                    f"{where}: expected {expected} columns, found {record.num_fields}: write "
+                    f"fields with {options.delimiter!r} or line breaks within quotes, and missing "
+                    "values as empty fields; another delimiter is named with --delimiter"
+                )
+            if record.num_bytes > BLOCK_BYTES and "straddling" in text:
+                return InvalidRequest(
+                    f"{where}: the row has {record.num_bytes} bytes, and rows of up to "
+                    f"{BLOCK_BYTES} are read: write such values as Parquet"
+                )
+            expected = record.num_fields
+        return InvalidRequest(f"{self.name} cannot be read as csv: {text}")
+
+    def _column(self, field: int, options: Options) -> str:
+        """Name of a field, or its number where the names cannot be read."""
+        try:
+            with open_file(self.file.path) as file, self._plain(file) as plain:
+                head = pa_csv.open_csv(
+                    io.BytesIO(plain.read(BLOCK_BYTES).partition(b"\n")[0] + b"\n"),
+                    read_options=pa_csv.ReadOptions(
+                        autogenerate_column_names=not options.has_header
+                    ),
+                    parse_options=pa_csv.ParseOptions(delimiter=options.delimiter),
+                )
+                return repr(head.schema.names[field])
+        except (pa.ArrowException, OSError, IndexError, UnicodeDecodeError):
+            return str(field + 1)
+
+    def _never_closed(self, line: int) -> str:
+        return (
+            f"{self.name}, line {line}: the quote that opens there is never closed: close it, or "
+            'write a quote within quotes twice ("")'
+        )
 
 
 def csv_schema(pieces: Sequence[CsvPiece], options: Options) -> Schema:

@@ -2,7 +2,9 @@
 
 The types are those that pyarrow infers, looked for in all rows of all files instead of the first
 block of one; and there are none for what they would change: whole numbers beyond int64 are uint64
-or refused, and digits behind a leading zero (``007``) are text, as for readr.
+or refused; digits behind a leading zero (``007``) are text, as for readr, and so are hexadecimal
+numbers (``0x10``) and columns with numbers that float64 has no room for (``1e400``). What a type
+takes is what Arrow's reader of CSV takes then, also with white space around.
 """
 
 from __future__ import annotations
@@ -32,9 +34,18 @@ CANDIDATES: Final = (
 """The first one that takes all values is a column's type; text if none does."""
 
 _MISSING: Final = pa.array(pa_csv.ConvertOptions().null_values)
-_LEADING_ZERO: Final = r"^[+-]?0[0-9]"
-_LONG_INTEGER: Final = r"^\s*[+-]?[0-9]{16,}\s*$"
+_BLANK: Final = " \t"
+"""What Arrow's reader leaves out around numbers, dates and times, and nowhere else."""
+_LEADING_ZERO: Final = r"^[ \t]*[+-]?0[0-9xX]"
+_HEX: Final = r"^[ \t]*[+-]?0[xX]"
+_LONG_INTEGER: Final = r"^[ \t]*[+-]?[0-9]{16,}[ \t]*$"
+_INFINITY: Final = r"(?i)^[+-]?inf"
+_TRUTHS: Final = pa.array(
+    [*pa_csv.ConvertOptions().true_values, *pa_csv.ConvertOptions().false_values]
+)
 FIRST_VALUES: Final = 64
+SHOWN: Final = 80
+"""Characters of a value in a message."""
 _TIME: Final = r"^([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9])?$"
 
 Rows = Iterator[tuple[int, pa.RecordBatch]]
@@ -47,6 +58,11 @@ class Place:
 
     row: int
     value: str
+
+    @property
+    def shown(self) -> str:
+        """For messages."""
+        return repr(self.value if len(self.value) <= SHOWN else self.value[:SHOWN] + "…")
 
 
 @dataclass
@@ -96,11 +112,10 @@ class ColumnTypes:
 
 
 def there(values: pa.StringArray) -> tuple[pa.Array, pa.StringArray]:
-    """Numbers and texts, without white space around, of those that are there in any type: not
-    empty, ``NA``, ``null`` and the like."""
-    trimmed = pc.utf8_trim_whitespace(values)
-    rows = pc.indices_nonzero(pc.invert(pc.is_in(trimmed, _MISSING)))
-    return rows, trimmed if len(rows) == len(trimmed) else trimmed.take(rows)
+    """Numbers and texts of those that are there in any type: not empty, ``NA``, ``null`` and the
+    like."""
+    rows = pc.indices_nonzero(pc.invert(pc.is_in(values, _MISSING)))
+    return rows, values if len(rows) == len(values) else values.take(rows)
 
 
 def first_misfit(kind: pa.DataType, values: pa.StringArray) -> int | None:
@@ -123,13 +138,26 @@ def first_misfit(kind: pa.DataType, values: pa.StringArray) -> int | None:
 
 
 def _reads(kind: pa.DataType, values: pa.StringArray) -> bool:
+    """Whether Arrow's reader of CSV takes all *values*, and changes none beyond rounding."""
+    if pa.types.is_boolean(kind):
+        return pc.all(pc.is_in(values, _TRUTHS), min_count=0).as_py() is True
+    if not pa.types.is_timestamp(kind):
+        values = pc.utf8_trim(values, characters=_BLANK)
     if pa.types.is_time32(kind):
         return pc.all(pc.match_substring_regex(values, _TIME), min_count=0).as_py() is True
     try:
-        values.cast(kind)
+        found = values.cast(kind)
     except pa.ArrowException:
         return False
+    if pa.types.is_floating(kind) and has_infinity(found):
+        made = values.filter(pc.is_inf(found))
+        return pc.all(pc.match_substring_regex(made, _INFINITY)).as_py() is True
     return True
+
+
+def has_infinity(values: pa.Array) -> bool:
+    """Whether there is one among these floats."""
+    return pc.any(pc.is_inf(values)).as_py() is True
 
 
 def _large(values: pa.StringArray, row: int) -> Place | None:
@@ -210,9 +238,9 @@ def _warn(file: Scanned, column: str) -> None:
     kind, place = max(lost, key=lambda one: one[1].row)
     if place.row > min(other.row for _, other in lost):
         logger.warning(
-            "%s: %r is no %s, as the values before it are: the column becomes text",
+            "%s: %s is no %s, as the values before it are: the column becomes text",
             file.where(place, column),
-            place.value,
+            place.shown,
             kind,
         )
 
@@ -236,7 +264,7 @@ def _check_alike(column: str, files: Sequence[Scanned]) -> None:
         place = file.columns[column].lost.get(kind)
         if file is not first and place is not None:
             raise SchemaMismatch(
-                f"{file.where(place, column)}: {place.value!r} is no {kind}, which the column is "
+                f"{file.where(place, column)}: {place.shown} is no {kind}, which the column is "
                 f"in {first.name}: give one type for all with --type {column}=TYPE, such as string"
             )
 
@@ -248,4 +276,14 @@ def misfit(column: str, kind: pa.DataType, batches: Rows) -> Place | None:
         at = first_misfit(kind, present)
         if at is not None:
             return Place(row + rows[at].as_py(), present[at].as_py())
+    return None
+
+
+def first_hexadecimal(columns: Sequence[str], batches: Rows) -> tuple[str, Place] | None:
+    """The first value of *columns* that Arrow takes for a hexadecimal number, and its column."""
+    for row, batch in batches:
+        for column in columns:
+            at = pc.index(pc.match_substring_regex(batch.column(column), _HEX), True).as_py()
+            if at >= 0:
+                return column, Place(row + at, batch.column(column)[at].as_py())
     return None

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import forebay
 from forebay.importers import csv_files
 from forebay.importers.csv_types import first_misfit
+from forebay.importers.files import look
+from forebay.importers.piece import Options
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire.errors import InvalidRequest, SchemaMismatch
 
@@ -71,6 +73,16 @@ FILLER = ["1"] * 100
         (["007"], pa.string(), "007"),
         (["00.5"], pa.string(), "00.5"),
         (["0"], pa.int64(), 0),
+        (["0x10"], pa.string(), "0x10"),
+        ([" 0XFF "], pa.string(), " 0XFF "),
+        (["1e400"], pa.string(), "1e400"),
+        (["0.5", "-1e999"], pa.string(), "-1e999"),
+        (["-inf"], pa.float64(), -np.inf),
+        (["Infinity"], pa.float64(), np.inf),
+        ([" "], pa.string(), " "),
+        ([" NA"], pa.string(), " NA"),
+        (["\t7 "], pa.int64(), 7),
+        (["7\u00a0"], pa.string(), "7\u00a0"),
         (["x1"], pa.string(), "x1"),
     ],
 )
@@ -88,6 +100,9 @@ def test_a_type_is_that_of_all_values(
     [
         (["true"] * 50 + ["FALSE"], "bool", False),
         (["0"] * 50 + ["true"], "bool", True),
+        (["true"] * 50 + ["tRUE"], "text", "tRUE"),
+        (["true"] * 50 + [" false"], "text", " false"),
+        (["2024-02-29 10:00:00"] * 50 + ["2024-02-29 10:00:00 "], "text", "2024-02-29 10:00:00 "),
         (["2024-02-29"] * 50, "date32", datetime.date(2024, 2, 29)),
         (["2024-02-29"] * 50 + ["2024-02-29 10:00:00"], "ts", datetime.datetime(2024, 2, 29, 10)),  # noqa: DTZ001  the type has no zone
         (["10:30"] * 50 + ["10:30:05"], "time", datetime.time(10, 30, 5)),
@@ -176,10 +191,136 @@ def test_a_value_that_is_not_of_the_given_type_is_named(load: Load) -> None:
         load("t,x\n" + head + "t,0.5\n", append=True)
     with pytest.raises(SchemaMismatch, match=r"line 121, column 'f1': the value is missing"):
         load(head + "t,NA\n", types={"f1": "int64"}, has_header=False)
-    with pytest.raises(InvalidRequest, match=r"0.csv cannot be read as csv: .*Expected 2 columns"):
+    with pytest.raises(InvalidRequest, match=r"0.csv, line 122: expected 2 columns, found 3"):
         load("t,x\n" + head + "1,2,3\n")
     with pytest.raises(InvalidRequest, match="same name"):
         load("t,t\n1,2\n")
+
+
+def test_arrow_reads_no_number_that_is_none(load: Load) -> None:
+    load("i,f,t\n" + "1,0.5,0x1\n" * 50)
+    assert load("i,f,t\n" + "1,inf,0x1\n" * 50, append=True).num_rows == 100
+    for row, column, value, kind in (
+        ("0x10,1,a", "i", "0x10", "int64"),
+        (" 0X10,1,a", "i", " 0X10", "int64"),
+        ("1,1e400,a", "f", "1e400", "double"),
+    ):
+        text = "i,f,t\n" + "1,inf,0x1\n" * 50 + row + "\n"
+        message = f"0.csv, line 52, column '{column}': '{value}' is no {kind}"
+        with pytest.raises(SchemaMismatch, match=message):
+            load(text, append=True)
+    with pytest.raises(SchemaMismatch, match="line 2, column 'i': '0x7' is no int8"):
+        load("i\n0x7\n", types={"i": "int8"})
+    with pytest.raises(SchemaMismatch, match="line 2, column 'f': '1e39' is no float"):
+        load("f\n1e39\n", types={"f": "float32"})
+
+
+def test_long_fields_have_lines_too(
+    client: forebay.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text('n,t\n1,"' + "q\n" * 150_000 + '"\nx,"' + "y" * 200_000 + '"\n')
+    message = "line 150003, column 'n': 'x' is no int64"
+    with pytest.raises(SchemaMismatch, match=message):
+        client.import_dataset("long", path, types={"n": "int64"})
+    with caplog.at_level(logging.WARNING):
+        made = client.import_dataset("long", path)
+    assert message in caplog.text
+    assert made.table().column("t")[1].as_py() == "y" * 200_000
+
+
+ROW = "1,a\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ROW * 40 + '2,"open\n' + ROW * 40, "line 42: the quote that opens there is never closed"),
+        (ROW * 40 + '2,"open', "line 42: the quote that opens"),
+        (ROW * 40 + '"2\n' + "\n" * 9, "line 42: the quote that opens"),
+        ('1,5" wide\n' * 41 + '2,"5\n' + ROW * 40, "line 43: the quote that opens"),
+        ('1,"a\nb\n"\n1,"""c\n' + ROW * 40, "line 5: the quote that opens"),
+        ('1,"a\nb", x"y\n' + ROW, "line 2: expected 2 columns, found 3"),
+        (ROW * 40 + "1\n" + ROW, "line 42: expected 2 columns, found 1"),
+        ('1,"\na,b"\n\n' * 40 + "1,2,3\n", "line 122: expected 2 columns, found 3"),
+        (ROW * 40 + "1,caf\udce9\n", "line 42, column 'b': the text is not UTF-8"),
+        (ROW * 40 + '1,"\n\n\udce9"\n', "line 44, column 'b': the text is not UTF-8"),
+        (ROW * 40 + "1\udce9,a\n", "line 42, column 'a': the text is not UTF-8"),
+    ],
+)
+def test_what_is_no_csv_is_named_by_its_line(
+    client: forebay.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.setattr(csv_files, "BLOCK_BYTES", 400)
+    path = tmp_path / "f.csv"
+    path.write_bytes(("a,b\n" + text).encode("utf-8", "surrogateescape"))
+    with pytest.raises(InvalidRequest, match=f"f.csv, {message}"):
+        client.import_dataset("broken", path)
+
+
+@pytest.mark.parametrize(
+    "text", ['1,5" wide\n2,"5"" wide"\n', '1,""\n2,""""\n', '1,"a\nb"\n2,"c"\n\n\n', '1,"a"b"\n']
+)
+def test_quotes_that_are_closed_are_taken(load: Load, text: str) -> None:
+    assert load("a,b\n" + text * 50).num_rows == 50 * text.count(
+        "\n" if "\nb" not in text else ',"'
+    )
+
+
+def test_what_cannot_be_read_says_what_to_do(client: forebay.Client, tmp_path: Path) -> None:
+    good, empty, cut = (tmp_path / name for name in ("good.csv", "none.csv", "cut.csv.gz"))
+    good.write_text("a\n1\n")
+    empty.write_text("")
+    with pytest.raises(InvalidRequest, match=r"none.csv is empty: .* leave it out"):
+        client.import_dataset("broken", [good, empty])
+    packed = gzip.compress(np.random.default_rng(0).bytes(1 << 20).hex("\n", 8).encode())
+    cut.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(InvalidRequest, match=r"cut.csv.gz is cut off or damaged .*: copy it again"):
+        client.import_dataset("broken", cut)
+
+
+PARTS = [
+    "1",
+    "0",
+    "7",
+    "-",
+    "+",
+    " ",
+    "\t",
+    "\u00a0",
+    "NA",
+    "0x",
+    "e4",
+    "00",
+    ".",
+    "inf",
+    "nan",
+    "true",
+]
+PARTS += ["False", "tRUE", "2024-02-29", "10:30", ":05", "T", "Z", '""', "+0530", "24:00"]
+FIELDS = st.lists(st.sampled_from(PARTS), max_size=4).map("".join)
+
+
+@given(st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=5), st.booleans())
+def test_the_reader_takes_what_the_scan_allows(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], are_quoted: bool
+) -> None:
+    path = tmp_path_factory.mktemp("agree") / "f.csv"
+    quote = '"' if are_quoted else ""
+    path.write_text("a,b\n" + "".join(f"{quote}{a}{quote},{quote}{b}{quote}\n" for a, b in rows))
+    piece = csv_files.CsvPiece(look(str(path)))
+    try:
+        schema = csv_files.csv_schema([piece], Options())
+    except InvalidRequest as refused:
+        if "rounds numbers" in str(refused) or "never closed" in str(refused):
+            return
+        raise
+    blocks = list(piece.read(schema, Options()))
+    assert sum(block.batch.num_rows for block in blocks) == len(rows)
+    for name, texts in zip("ab", zip(*rows, strict=True), strict=True):
+        found = [one for block in blocks for one in block.batch.column(name).to_pylist()]
+        if schema[name].kind == "string":
+            assert are_quoted or '"' in "".join(texts) or found == list(texts)
 
 
 def test_text_beside_numbers_is_said(load: Load, caplog: pytest.LogCaptureFixture) -> None:
