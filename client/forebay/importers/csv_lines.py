@@ -101,7 +101,8 @@ class Watched:
 
     def __init__(self, plain: Any, delimiter: str) -> None:
         self._plain = plain
-        self._openers = np.frombuffer(f'{delimiter}\r\n"'.encode(), dtype=np.uint8)
+        self._opens = np.zeros(256, dtype=bool)  # by the byte before a quote
+        self._opens[np.frombuffer(f'{delimiter}\r\n"'.encode(), dtype=np.uint8)] = True
         self._last = b"\n"
         self._is_open = False
         self._has_odd_quotes = False
@@ -131,14 +132,17 @@ class Watched:
         return data
 
     def _look(self, data: bytes) -> None:
-        edge = self._last + data[:1]
+        found = np.frombuffer(data, dtype=np.uint8)
         if not self.has_hex:
-            self.has_hex = any(one in data or one in edge for one in (b"0x", b"0X"))
+            places = np.flatnonzero((found | ord(" ")) == ord("x"))  # of either case
+            if len(places) and places[0] == 0:
+                places, self.has_hex = places[1:], self._last == b"0"
+            self.has_hex |= bool((found[places - 1] == ord("0")).any())
         if b'"' in data and not self._has_odd_quotes:
-            found = np.frombuffer(data, dtype=np.uint8)
             quotes = np.flatnonzero(found == ord('"'))
             opening = quotes[1 if self._is_open else 0 :: 2]
-            before = np.where(opening > 0, found[opening - 1], self._last[0])
-            self._has_odd_quotes = not bool(np.isin(before, self._openers).all())
+            if len(opening) and opening[0] == 0:
+                opening, self._has_odd_quotes = opening[1:], not bool(self._opens[self._last[0]])
+            self._has_odd_quotes |= not bool(self._opens[found[opening - 1]].all())
             self._is_open ^= len(quotes) % 2 == 1
         self._last = data[-1:]

@@ -154,7 +154,7 @@ def test_second_file_that_does_not_fit_leaves_nothing(
         ("t.xyz", b"", ExitCode.USAGE, "--format"),
         ("t.parquet", b"no parquet", ExitCode.USAGE, "cannot be read as parquet"),
         ("t.npz", b"no zip", ExitCode.USAGE, "cannot be read as npz"),
-        ("t.csv", b"", ExitCode.USAGE, "cannot be read as csv"),
+        ("t.csv", b"", ExitCode.USAGE, "t.csv is empty: a CSV file has"),
         ("missing.csv", None, ExitCode.NOT_FOUND, "there is no file"),
     ],
 )

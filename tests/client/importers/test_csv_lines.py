@@ -59,6 +59,14 @@ def test_rows_and_fields_are_those_of_arrow(text: str) -> None:
     assert table.num_rows == counts.count(2)
 
 
+@given(st.text("0xX1,", max_size=9), st.integers(1, 4))
+def test_hexadecimal_numbers_are_noticed(text: str, size: int) -> None:
+    watched = Watched(io.BytesIO(text.encode()), ",")
+    while watched.read(size):
+        pass
+    assert watched.has_hex == ("0x" in text.lower())
+
+
 def test_lines_of_what_is_not_utf8() -> None:
     text = '\ufeffa,b\n\n1,"x\ny'.encode() + b'\xe9",2\n"\n\xff'
     found = list(records(io.BytesIO(text), ","))
