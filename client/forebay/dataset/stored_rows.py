@@ -35,10 +35,11 @@ class StoredRows:
     ) -> None:
         name = f"dataset {selection.dataset} v{selection.version}, selection {selection.name}"
         encoding = stored_rule(selection.rule)["encoding"]
-        self._schema = schema_of(encoding, num_version_rows)
+        schema = schema_of(encoding, num_version_rows)
+        self._schema = schema
         self._is_plain = encoding == ROWS
         self._num_entries = sum(shard.num_rows for shard in selection.shards)
-        self._reader = RowReader(selection.shards, lambda shard: self._schema, cache, name)
+        self._reader = RowReader(selection.shards, lambda shard: schema, cache, name)
 
     def at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of the version at these places of what is stored."""
