@@ -33,7 +33,7 @@ from forebay.dataset.shard import largest_sample
 from forebay.dataset.write import SHARD_BYTES
 from forebay.zarr_decode import bounds
 from forebay.zarr_samples import Samples
-from forebay.zarr_session import Session, State, is_key, read_value
+from forebay.zarr_session import MAX_KEY_BYTES, MAX_NAME_BYTES, Session, State, is_key, read_value
 from forebay.zarr_version import INDEX_KEY, METADATA, SCHEMA, Place, Version, index_of
 from forebay_wire.errors import AlreadyExists, Conflict, InvalidRequest, NotFound
 from forebay_wire.ids import new_random_name
@@ -456,7 +456,8 @@ def _found_by(state: State) -> str:
 def _check_key(key: str) -> None:
     if not is_key(key):
         raise InvalidRequest(
-            f"key {key!r}: a key has parts with / between them, none of them empty, . or .."
+            f"key {key!r}: a key has parts with / between them, none of them empty, . or .., and "
+            f"of at most {MAX_NAME_BYTES} bytes in UTF-8, {MAX_KEY_BYTES} in all"
         )
 
 

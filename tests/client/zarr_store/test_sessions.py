@@ -1,6 +1,7 @@
 """What becomes of what was set: sessions that collide, are shared, cut off, or given nonsense."""
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import forebay
 from forebay import zarr_session
 from forebay.dataset.parallel import WriteSession
 from forebay.zarr import MAX_ROW_BYTES, ForebayStore
+from forebay.zarr_journal import Journal
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire.ids import new_random_name
 
@@ -321,11 +323,109 @@ def test_what_was_not_on_disk_when_the_machine_stopped_is_refused(store: Forebay
     for key in "ab":
         with pytest.raises(forebay.IntegrityError, match=f"set/{key} is incomplete"):
             store.get_sync(key)
-    with pytest.raises(forebay.IntegrityError, match=r"set/a is incomplete: .* set it again"):
+    with pytest.raises(forebay.IntegrityError, match=r"set/a, .*set/b is incomplete.* again"):
         store.commit()
     put(store, a="4", b="5")
     assert store.commit() == 1
     assert published(store) == {"a": "4", "b": "5", "c": "3"}
+
+
+def value_of(store: ForebayStore, key: str) -> Path:
+    """The file of a value that was set."""
+    found = [path / "set" / key for path in (store.session / "layers").iterdir()]
+    (path,) = [path for path in found if path.is_file()]
+    return path
+
+
+@pytest.mark.parametrize("again", ["set", "deleted"])
+@pytest.mark.parametrize("lost", ["set", "overwritten", "deleted", "deleted below"])
+def test_what_a_power_cut_took_is_named(store: ForebayStore, lost: str, again: str) -> None:
+    """As after a rename, or the removal of a name, that was not on disk yet."""
+    put(store, **{"x/0": "below", "kept": "yes"})
+    store.commit()
+    put(store, other="1")
+    if lost == "set":
+        put(store, **{"x/0": "1"})
+        value_of(store, "x/0").unlink()
+    elif lost == "overwritten":
+        put(store, **{"x/0": "1"})
+        before = value_of(store, "x/0").read_bytes()
+        put(store, **{"x/0": "2"})
+        value_of(store, "x/0").write_bytes(before)
+    elif lost == "deleted":
+        put(store, **{"x/0": "1"})
+        path = value_of(store, "x/0")
+        before = path.read_bytes()
+        store.delete_sync("x/0")
+        path.write_bytes(before)
+    else:
+        store.delete_sync("x/0")
+        (tombstone,) = store.session.glob("layers/*/deleted/*")
+        tombstone.unlink()
+    for one in (sharing(store), sharing(store)):
+        assert one._keys("") == ["kept", "other", "x/0"]
+        for use in (one.get_sync, one._size):
+            with pytest.raises(forebay.IntegrityError, match="set/x/0 is incomplete, missing"):
+                use("x/0")
+        with pytest.raises(forebay.IntegrityError, match="set/x/0 is incomplete, missing"):
+            one.commit()
+        assert content_of(one, "other") == "1"
+    later = sharing(store)
+    wanted = {"kept": "yes", "other": "1"}
+    if again == "set":
+        put(later, **{"x/0": "3"})
+        wanted["x/0"] = "3"
+    else:
+        later.delete_sync("x/0")
+    assert content(later) == content(one) == wanted
+    assert one.commit() == 2
+    assert published(store) == wanted
+
+
+def content_of(store: ForebayStore, key: str) -> str:
+    found = store.get_sync(key)
+    assert found is not None
+    return str(found.to_bytes().decode())
+
+
+def test_what_was_lost_in_the_midst_of_a_commit_is_named(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was set while a commit was under way that was cut off after its version."""
+    put(store, a="1")
+    around(monkeypatch, WriteSession, "commit", before=lambda: put(store, b="2"), after=cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        store.commit()
+    value_of(store, "b").unlink()
+    with pytest.raises(forebay.IntegrityError, match="set/b is incomplete, missing"):
+        sharing(store).commit()
+    assert published(store) == {"a": "1"}
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("before", [{}, {"a": "0"}])
+def test_a_change_that_was_cut_off_is_not_lost(
+    store: ForebayStore, monkeypatch: pytest.MonkeyPatch, step: int, before: dict[str, str]
+) -> None:
+    put(store, b="1", **before)
+    real, steps = Journal._append, itertools.count(1)
+
+    def appends(*given: Any) -> None:
+        if step == next(steps):
+            os.write(given[0]._file, b'\n["a", "1234')
+            cut_off()
+        real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_append", appends)
+        with pytest.raises(KeyboardInterrupt):
+            put(store, a="2")
+    wanted = {"b": "1", **(before if step == 1 else {"a": "2"})}
+    later = sharing(store)
+    assert content(later) == wanted
+    put(later, c="3")
+    assert later.commit() == 1
+    assert published(store) == {**wanted, "c": "3"}
 
 
 def test_a_commit_counts_on_nothing_that_cannot_be_synced(
@@ -365,6 +465,10 @@ def test_sessions_of_older_builds_are_named(store: ForebayStore) -> None:
     (store.session / "state").write_text("{")
     with pytest.raises(forebay.IntegrityError, match="state is no JSON"):
         store.get_sync("a")
+    for fields in ({}, {"layers": [], "attempts": {}, "more": 1}, {"layers": 1, "attempts": {}}):
+        (store.session / "state").write_text(json.dumps({"format": zarr_session.FORMAT, **fields}))
+        with pytest.raises(forebay.IntegrityError, match="state is not complete"):
+            store.get_sync("a")
 
 
 # Keys, values and datasets that are none.
@@ -393,6 +497,31 @@ def test_a_key_that_leads_elsewhere_is_refused(
     assert store.get_sync(key) is None
     assert (tmp_path / "outside").read_text() == "not yours"
     assert content(store) == {"a": "1"}
+
+
+def test_a_key_and_one_below_it_are_not_both_kept(store: ForebayStore) -> None:
+    put(store, **{"a": "1", "x/y/z": "1"})
+    for key in ("a/b", "a/b/c", "x/y", "x"):
+        with pytest.raises(forebay.InvalidRequest, match="both of a key and of one below it"):
+            put(store, **{key: "2"})
+    assert content(store) == {"a": "1", "x/y/z": "1"}
+    for key in ("a", "x/y/z"):
+        store.delete_sync(key)
+    put(store, **{"a/b": "2", "x": "2"})
+    assert store.commit() == 1
+    assert published(store) == {"a/b": "2", "x": "2"}
+
+
+@pytest.mark.parametrize("key", ["k" * 256, "é" * 128, "bad\udcff", "/".join(["k"] * 3000)])
+def test_a_key_that_names_no_file_is_refused(store: ForebayStore, key: str) -> None:
+    for one in (store, another(store, "begun")):
+        put(one, a="1")
+        with pytest.raises(forebay.InvalidRequest, match=r"at most 255 bytes in UTF-8"):
+            put(one, **{key: "1"})
+        with pytest.raises(forebay.InvalidRequest, match=r"at most 255 bytes in UTF-8"):
+            one.delete_sync(key)
+        assert one.get_sync(key) is None
+    put(store, **{"k" * 255: "1"})
 
 
 def test_a_value_that_fits_no_shard_is_refused_when_it_is_set(store: ForebayStore) -> None:
