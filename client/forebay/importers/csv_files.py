@@ -47,7 +47,8 @@ class CsvPiece(WholeFile):
                 if watched.has_hex and not is_looked_at:
                     self._check_hexadecimal(types, options)
                     is_looked_at = True  # to the end of the file
-                infinite = {name for name in floats if has_infinity(batch.column(name))}
+                there = floats.intersection(batch.schema.names)
+                infinite = {name for name in there if has_infinity(batch.column(name))}
                 for name in infinite:
                     self._check(name, types, options)
                 floats -= infinite
@@ -96,7 +97,7 @@ class CsvPiece(WholeFile):
         self, plain: Watched, types: Mapping[str, pa.DataType], options: Options
     ) -> pa_csv.CSVStreamingReader:
         try:
-            return pa_csv.open_csv(
+            reader = pa_csv.open_csv(
                 plain,
                 read_options=pa_csv.ReadOptions(
                     block_size=BLOCK_BYTES, autogenerate_column_names=not options.has_header
@@ -106,8 +107,12 @@ class CsvPiece(WholeFile):
                 ),
                 convert_options=pa_csv.ConvertOptions(column_types=dict(types)),
             )
+            _ = reader.schema.names  # decoded
+        except UnicodeDecodeError as error:
+            raise self._malformed(options, str(error)) from error
         except (pa.ArrowException, OSError) as error:
             raise self._blamed(types, options, error) from error
+        return reader
 
     def _batches(
         self, plain: Watched, types: Mapping[str, pa.DataType], options: Options

@@ -272,6 +272,8 @@ def _check_alike(column: str, files: Sequence[Scanned]) -> None:
 def misfit(column: str, kind: pa.DataType, batches: Rows) -> Place | None:
     """The first value of *column* that cannot be read as *kind*; None: all can."""
     for row, batch in batches:
+        if column not in batch.schema.names:
+            return None  # which is said elsewhere
         rows, present = there(batch.column(column))
         at = first_misfit(kind, present)
         if at is not None:
@@ -282,7 +284,7 @@ def misfit(column: str, kind: pa.DataType, batches: Rows) -> Place | None:
 def first_hexadecimal(columns: Sequence[str], batches: Rows) -> tuple[str, Place] | None:
     """The first value of *columns* that Arrow takes for a hexadecimal number, and its column."""
     for row, batch in batches:
-        for column in columns:
+        for column in [name for name in columns if name in batch.schema.names]:
             at = pc.index(pc.match_substring_regex(batch.column(column), _HEX), True).as_py()
             if at >= 0:
                 return column, Place(row + at, batch.column(column)[at].as_py())

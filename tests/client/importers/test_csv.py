@@ -215,6 +215,13 @@ def test_arrow_reads_no_number_that_is_none(load: Load) -> None:
         load("f\n1e39\n", types={"f": "float32"})
 
 
+def test_columns_that_an_appended_file_lacks_are_named(load: Load) -> None:
+    load("i,j,f,t\n1,2,0.5,a\n")
+    for row in ("i,f,t\n0x1,0.5,a\n", "i,f,t\n1,inf,0x1\n", "i,j,t\nx,1,a\n", "i,j,t\n1,1,a\n"):
+        with pytest.raises(SchemaMismatch, match=r"column '[ifj]'|columns"):
+            load(row, append=True)
+
+
 def test_long_fields_have_lines_too(
     client: forebay.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,6 +280,13 @@ def test_what_cannot_be_read_says_what_to_do(client: forebay.Client, tmp_path: P
     empty.write_text("")
     with pytest.raises(InvalidRequest, match=r"none.csv is empty: .* leave it out"):
         client.import_dataset("broken", [good, empty])
+    for text in (b"a\xe9,b\n1,2\n", b"b,a\xe9\n1,2\n"):
+        empty.write_bytes(text)
+        number = 1 + (text[0:1] == b"b")
+        for types in ({}, {"a": "int64", "b": "int64"}):
+            message = f"none.csv, line 1, column {number}: the text is not UTF-8"
+            with pytest.raises(InvalidRequest, match=message):
+                client.import_dataset("unread", empty, types=types)
     packed = gzip.compress(np.random.default_rng(0).bytes(1 << 20).hex("\n", 8).encode())
     cut.write_bytes(packed[: len(packed) // 2])
     with pytest.raises(InvalidRequest, match=r"cut.csv.gz is cut off or damaged .*: copy it again"):
