@@ -128,6 +128,15 @@ class BatchSource:
         """Name of the plan that the daemon knows this reading by."""
         if min(size for size in self._sizes if size is not None) < 1:
             raise InvalidRequest("a batch holds at least one sample")
+        if self.following is not None:
+            self.following.check_batches = self._check_batches
+
+    def _check_batches(self, reading: Reading) -> None:
+        """Raise InvalidRequest if what might be read next could not come in such batches."""
+        columns = reading.columns
+        lists = [column for column in columns if column.kind == "list"]
+        self._ragged.check(lists, [column.name for column in columns])
+        reading.check(self.global_batch_size, self.last_batch)
 
     def bind(self) -> tuple[int, int]:
         """(rank, number of ranks), found at the first call and kept."""
@@ -180,6 +189,21 @@ class BatchSource:
     def reading_of(self, epoch: int) -> Reading:
         """What *epoch* is read from; of a loader that follows, of its version."""
         return self._reading if self.following is None else self.following.of(epoch).reading
+
+    def goes_on_with(self, reading: Reading | None, epoch: int) -> bool:
+        """Whether *epoch* is read from *reading* for certain."""
+        if self.following is None or reading is None:
+            return self.following is None
+        return self.following.reads(epoch, reading)
+
+    def check_length(self) -> None:
+        """Raise TypeError, by which Python and frameworks know that there is no length."""
+        if self.following is not None:
+            raise TypeError(
+                'a loader with follow="latest" has no len(): each epoch may have another one, and '
+                "who asks once (such as Lightning) would cut later ones short. forebay.DataLoader "
+                "says it epoch by epoch: len(epoch) of epochs(n), and remaining_steps()"
+            )
 
     def standing_on(self, epoch: int) -> tuple[Readable, str]:
         """What *epoch* is read from, and its title, if that is decided; else what was last."""

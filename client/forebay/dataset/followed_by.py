@@ -1,35 +1,32 @@
 """The name under which the ranks and workers of one loader agree on what an epoch reads.
 
-The daemon decides once for each name and epoch. So all of them need the same name, and a loader
+The daemon decides once for each name and epoch. So all of them need the same name, and a training
 that starts anew needs another one. One rank alone makes one up. Several take the name of their run
-if the user gives it; else one of them makes it up and puts it into the store of torch.distributed,
-where nobody waits for anybody: who comes first, wins.
+if the user gives it; else one of them makes it up for the job and puts it into the store of
+torch.distributed, where nobody waits for anybody: who comes first, wins. Either way loaders of one
+kind share a name, however many of them a rank makes: so no rank can count otherwise than another.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
-from typing import Any
+from typing import Any, Final
 
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.ids import new_random_name
 
-_made: Counter[tuple[str, int | None]] = Counter()
-"""How many loaders of the same kind this process made for a rank: alike on all ranks."""
+_KEY: Final = "forebay/follow/run"
 
 
 class ReaderName:
     """Found when the number of ranks is known, or before. Picklable."""
 
-    def __init__(self, run: str | None, kind: str, rank: int | None) -> None:
-        """*kind*: what tells the loaders of a run from one another, alike on all ranks; *rank*: as
-        it was given, if it was."""
-        if run is not None and not 0 < len(run) <= 128:
-            raise InvalidRequest("run= is a name of 1 to 128 characters")
+    def __init__(self, run: str | None, kind: str) -> None:
+        """*kind*: what tells the loaders of a run from one another, alike on all ranks."""
+        if run is not None and (not isinstance(run, str) or not 0 < len(run) <= 128):
+            raise InvalidRequest(f"run={run!r}: it is a name of 1 to 128 characters")
         self._kind = kind
-        self._rank = rank
         self._own = new_random_name()
         self._name = "" if run is None else f"run {run}, loader {kind}"
         self._pid = os.getpid()
@@ -58,11 +55,8 @@ class ReaderName:
         store = _store_of_torch() if self._pid == os.getpid() else None
         if store is None:
             return False
-        number = _made[self._kind, self._rank]
-        _made[self._kind, self._rank] += 1
-        key = f"forebay/follow/{self._kind}/{number}"
-        agreed = store.compare_set(key, "", self._own)
-        self._name = f"loader {agreed.decode()}"
+        agreed = store.compare_set(_KEY, "", self._own)
+        self._name = f"job {agreed.decode()}, loader {self._kind}"
         return True
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -113,13 +113,16 @@ class FollowingReading:
         """Versions of the epochs of which states said so: the daemon was not asked."""
         self._tried: Versions | None = None
         """What was looked at to be proposed."""
+        self.check_batches: Callable[[Reading], None] = nothing_to_check
+        """Raises InvalidRequest if the loader could not make batches of what might be read."""
         self._told: set[str] = set()
         kind = _kind_of(given.followed(), options)
-        self._name = ReaderName(run, kind, rank[0])
+        self._name = ReaderName(run, kind)
         self._rank = rank
         self._num_ranks = 0
         """0: not bound yet."""
-        self._name.look_early()
+        if rank[1] != 1:  # else it is alone, whatever there is of torch.distributed
+            self._name.look_early()
 
     def bind(self, num_ranks: int) -> None:
         """How many ranks read together. InvalidRequest if they cannot agree."""
@@ -220,6 +223,7 @@ class FollowingReading:
             names = _column_names(before.given, self._options)
             for old, new in zip(olds, moved.given.followed(), strict=True):
                 _check_columns(old, new, names)
+            self.check_batches(moved.reading)
         except (SchemaMismatch, InvalidRequest) as error:
             versions = ", ".join(f"{old.name} version {old.version}" for old in olds)
             self._warn(epoch, f"{versions} is read as before: {error}")
@@ -268,6 +272,11 @@ class FollowingReading:
                 f"reads {len(names)}, {sorted(names)}"
             )
         return [identities[name] for name in names]
+
+    def reads(self, epoch: int, reading: Reading) -> bool:
+        """Whether *epoch* is decided, and read from *reading*."""
+        found = self._epochs.get(epoch)
+        return found is not None and found.now.reading is reading
 
     # A reading.
 
@@ -348,6 +357,10 @@ class FollowingReading:
 
     def reporter(self, loader: str, parameters: PlanParameters) -> Reporter:
         return self._newest.reading.reporter(loader, parameters)
+
+
+def nothing_to_check(_: Reading) -> None:
+    """Any batches will do."""
 
 
 def version_of(old: Dataset, manifest_id: str, selection_id: str) -> Dataset:

@@ -166,7 +166,8 @@ class DataLoader:
         return self._source.standing_on(self._epoch)[0]
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, on every rank: of the current one, with ``follow="latest"``."""
+        """Steps of a whole epoch, on every rank. TypeError with ``follow="latest"``."""
+        self._source.check_length()
         return self._source.cut(0, self._epoch).num_steps
 
     def epochs(self, num_epochs: int) -> Iterator[Epoch]:
@@ -236,7 +237,7 @@ class DataLoader:
 
     def _stand(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position
-        if self._plan is not None:
+        if self._plan is not None and self._source.goes_on_with(self._planned_for, epoch):
             self._plan.stand(epoch, position)
 
     def remaining_steps(self) -> int:

@@ -116,8 +116,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         self._sums = SharedSums(self._source.name, self._source.max_errors, habits)
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, on every rank: of the one that began last, with
-        ``follow="latest"``."""
+        """Steps of a whole epoch, on every rank. TypeError with ``follow="latest"``."""
+        self._source.check_length()
         return self._source.cut(0, self._turns.place[0]).num_steps
 
     def __iter__(self) -> Pass:
@@ -171,7 +171,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             handed_out = time.perf_counter()
             yield batch, (epoch, after)
             self._sums.idle(time.perf_counter() - handed_out, number)
-        if plan is not None:
+        if plan is not None and self._source.goes_on_with(self._planned_for, epoch + 1):
             plan.stand(epoch + 1, 0)
 
     def _went(self, epoch: int, identities: Sequence[str]) -> None:

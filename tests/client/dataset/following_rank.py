@@ -96,6 +96,10 @@ def main() -> None:
     with forebay.connect(folder) as client:
         if dist.get_rank() == 0:  # evaluates, and makes loaders that the others do not make
             forebay.DataLoader(client.dataset(name), **OPTIONS, columns=["number"]).close()
+            # And some of the same kind, one of which it reads from.
+            forebay.DataLoader(client.dataset(name), **OPTIONS).close()
+            with forebay.DataLoader(client.dataset(name), **OPTIONS) as peek:
+                assert peek.remaining_steps() == 3
         rank = Rank(client.dataset(name), Path(scratch), dist.get_rank(), int(num_workers))
         found = [rank.read(number) for number in range(int(num_epochs))]
         sys.stdout.write(json.dumps(found) + "\n")

@@ -25,8 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata's
-    # Who asks for the length of an iterable gets that of the epoch before.
-    pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning"),
 ]
 
 
@@ -97,7 +95,7 @@ def test_each_epoch_reads_the_newest_version_and_stays_on_it(
         for epoch in loader.epochs(3):
             version = epoch.number + 1
             wanted = expected(client, name, version, epoch.number)
-            assert len(epoch) == len(loader) == len(wanted)
+            assert len(epoch) == loader.remaining_steps() == len(wanted)
             found = []
             for batch in epoch:
                 if not found:
@@ -166,7 +164,7 @@ def test_between_two_epochs_all_ranks_have_the_same_state_whoever_began_first(
     for one in ranks:
         list(one)
     append(client, name)
-    assert len(ranks[0]) == len(expected(client, name, 2, 1))  # decides the epoch
+    assert ranks[0].remaining_steps() == len(expected(client, name, 2, 1))  # decides the epoch
     assert ranks[0].state_dict() == ranks[1].state_dict()
     assert ranks[0].state_dict()["version"] == 1
     for one in ranks:
@@ -204,6 +202,10 @@ def test_the_daemons_plan_moves_on_too(client, name, dataset):
                 if number == 1:
                     wait_for({f"{name}@{epoch.number + 1}"})
             append(client, name)
+            # Which version the next epoch has is not known: nothing is planned of the old one.
+            assert {
+                plan.epoch for plan in client.status().plans if plan.dataset.startswith(name)
+            } == {epoch.number}
     wait_for(set())
     streaming = stream(dataset)
     for epoch in range(2):
@@ -504,6 +506,34 @@ def test_batches_have_the_columns_of_their_version(client, name, dataset):
             assert batch["twice"].tolist() == [[n, n] for n in batch["number"].tolist()]
 
 
+def test_a_version_that_does_not_fit_the_batches_is_not_moved_on_to(client, name, caplog):
+    writer = client.create_dataset(name, {"number": "int64", "tokens": "list[int32]"})
+    with writer:
+        for number in range(START):
+            writer.write(number=number, tokens=[number] * (number % 3))
+    client.dataset(name).define_splits({"train": 0.9, "test": 0.1}, seed=1)
+    whole, train = client.dataset(name), client.dataset(name, split="train")
+    with make(whole, ragged="pad") as padded, make(train, last_batch="drop") as dropping:
+        list(padded)
+        list(dropping)
+        with client.append_dataset(name) as writer:
+            writer.write(number=START, tokens=[])
+        client.dataset(name).define_splits({"train": 0.1, "test": 0.9}, seed=1)
+        with client.write_columns(name, {"tokens_lengths": "int64"}) as writer:
+            for _ in range(START + 1):
+                writer.write(tokens_lengths=-1)
+        with caplog.at_level(logging.WARNING):
+            for epoch in (1, 2):
+                for batch in (batches := list(padded)):
+                    assert (batch["tokens_lengths"] == batch["number"] % 3).all()
+                assert numbers(batches) == expected(client, name, 1, epoch)
+                assert dropping.remaining_steps() == len(numbers(dropping)) == 2
+                assert dropping.dataset.version == 1
+        in_the_way, too_small = caplog.messages
+        assert "'tokens_lengths' is in the way of the lengths of 'tokens'" in in_the_way
+        assert 'last_batch="drop" with a global batch of 8 would drop all 2 samples' in too_small
+
+
 def test_a_deleted_dataset_and_one_made_anew_are_refused(client, name, dataset):
     with make(dataset) as loader:
         batches = iter(loader)
@@ -526,6 +556,12 @@ def test_what_cannot_be_followed_is_refused_by_name(client, name, dataset):
         forebay.DataLoader(dataset, batch_size=1, follow="newest")
     with pytest.raises(forebay.InvalidRequest, match="run= belongs to follow"):
         forebay.DataLoader(dataset, batch_size=1, run="x")
+    for run in (5, "", "x" * 129):
+        with pytest.raises(forebay.InvalidRequest, match="name of 1 to 128 characters"):
+            make(dataset, run=run)
+    for following in (make(dataset), stream(dataset)):
+        with pytest.raises(TypeError, match='follow="latest" has no len'):
+            len(following)
     nameless = make(dataset, rank=0, world_size=2)
     with nameless, pytest.raises(forebay.InvalidRequest, match="give all of them the same run="):
         next(iter(nameless))

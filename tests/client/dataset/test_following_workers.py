@@ -18,8 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),  # torchdata's
-    # Who asks for the length of an iterable gets that of the epoch before.
-    pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning"),
 ]
 
 

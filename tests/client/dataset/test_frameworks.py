@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import forebay
 from forebay.testing import numbered
 
 NUM_RANKS = 2
@@ -90,6 +91,69 @@ def test_accelerate_reads_each_sample_once_or_is_refused_by_name(train, tmp_path
         assert all(answer != "it read" and setting in answer for answer in answers), (key, answers)
     seen = [number for one in found for batch in one["map style"] for number in batch]
     assert sorted(seen) == sorted(number for batch in expected_batches(train) for number in batch)
+
+
+class Grown:
+    """What Lightning read of a dataset that grows after each of its epochs."""
+
+    def __init__(self, client, name: str, make) -> None:
+        from lightning.pytorch import LightningModule, Trainer
+
+        read: list[list[int]] = [[], [], []]
+
+        class Reader(LightningModule):
+            def training_step(self, batch, _):
+                read[self.current_epoch] += batch["x"].tolist()
+
+            def configure_optimizers(self):
+                return None
+
+            def on_train_epoch_end(self):
+                grow(client, name)
+
+        grow(client, name)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=3,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Reader(), make(client.dataset(name)))
+        self.read = read
+
+
+def grow(client, name: str) -> None:
+    exists = name in client.datasets()
+    start = len(client.dataset(name)) if exists else 0
+    with (
+        client.append_dataset(name)
+        if exists
+        else client.create_dataset(name, {"x": "int64"}) as writer
+    ):
+        for number in range(start, start + 16):
+            writer.write(x=number)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["loader", "torch", "torchdata"])
+def test_lightning_reads_all_of_each_version_that_is_followed(client, name, kind):
+    from torch.utils.data import DataLoader
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    options = {"global_batch_size": 4, "shuffle": "full", "follow": "latest"}
+
+    def make(dataset):
+        if kind == "loader":
+            return forebay.DataLoader(dataset, **options)
+        wrap = DataLoader if kind == "torch" else StatefulDataLoader
+        return wrap(forebay.StreamingDataset(dataset, **options), batch_size=None)
+
+    found = Grown(client, name, make).read
+    assert [sorted(epoch) for epoch in found] == [list(range(16 * n)) for n in (1, 2, 3)]
 
 
 @pytest.mark.slow
