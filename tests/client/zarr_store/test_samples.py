@@ -351,7 +351,7 @@ def unlike(store: ForebayStore, tmp_path_factory: pytest.TempPathFactory) -> For
         session=tmp_path_factory.mktemp("session"),
     )
     zarr.create_array(one, name="x", shape=(600,), chunks=(10,), dtype="i4")[:] = np.arange(600)
-    zarr.create_array(one, name="big", shape=(600, 2**16), chunks=(15, 2**16), dtype="u1")
+    zarr.create_array(one, name="big", shape=(600, 2**18), chunks=(15, 2**18), dtype="u1")
     one.commit()
     return one
 
