@@ -94,6 +94,13 @@ class _Rows:
     def columns(self, names: Sequence[str] | None = None) -> tuple[Column, ...]:
         return self.samples.columns(names)
 
+    def part_at(self, row: int) -> str:
+        return "the chunks of " + ", ".join(
+            f"array {one.path!r} at rows {start} to {min(start + one.band_rows, one.length)}"
+            for one in self.arrays
+            for start in [row // one.band_rows * one.band_rows]
+        )
+
     def read(self, rows: Numbers, columns: Sequence[str] | None) -> dict[str, Any]:
         return self.samples.read(rows, columns)
 

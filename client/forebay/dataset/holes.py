@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +60,15 @@ class Hole(NamedTuple):
     reason: str
 
 
+@runtime_checkable
+class NamesParts(Protocol):
+    """Rows whose parts are not shards."""
+
+    def part_at(self, row: int) -> str:
+        """Where *row* lies, for people; parts that were warned of are known by it."""
+        ...
+
+
 class Readable(Protocol):
     """What rows are read from: a dataset."""
 
@@ -96,7 +105,7 @@ class HoleReader:
         self._epoch = -1
         self._bad: dict[int, str] = {}
         self._starts: NDArray[np.int64] | None = None
-        self._warned: set[int] = set()
+        self._warned: set[str] = set()
         self._lock = threading.Lock()
         watch(self)
 
@@ -167,14 +176,18 @@ class HoleReader:
     def _warn(self, dataset: Readable, batch: int, error: Exception) -> None:
         """Once for each shard."""
         assert self._starts is not None, "it was asked for the record batch"
-        shard = _shard_at(dataset.manifest, int(self._starts[batch]))
+        row = int(self._starts[batch])
+        if isinstance(dataset, NamesParts):
+            part = dataset.part_at(row)
+        else:
+            part = f"shard {_shard_at(dataset.manifest, row)}"
         with self._lock:
-            is_known = shard in self._warned
-            self._warned.add(shard)
+            is_known = part in self._warned
+            self._warned.add(part)
         if not is_known:
             logger.warning(
-                "samples of shard %d of dataset %s v%d cannot be read and are masked: %s",
-                shard,
+                "samples of %s of dataset %s v%d cannot be read and are masked: %s",
+                part,
                 dataset.manifest.dataset,
                 dataset.manifest.version,
                 error,

@@ -58,6 +58,7 @@ def store(daemon: DaemonProcess, tmp_path_factory: pytest.TempPathFactory) -> Fo
     big = root.create_array("deep/big-endian", shape=(NUM, 3), chunks=(50, 2), dtype=">u2")
     big[:] = np.arange(NUM * 3).reshape(NUM, 3)
     root.create_array("short", shape=(NUM - 1,), chunks=(50,), dtype="i4")
+    root.create_array("deep/empty", shape=(4, 0), dtype="i4", chunks=(4, 1))
     root.create_array("scalar", shape=(), dtype="i4")
     store.commit()
     return store
@@ -150,6 +151,8 @@ def test_what_cannot_be_samples_is_named(store: ForebayStore) -> None:
         samples(store, ["label", "none"])
     with pytest.raises(forebay.InvalidRequest, match=r"'scalar' of zarr-.* has the shape"):
         samples(store)
+    with pytest.raises(forebay.InvalidRequest, match=r"'deep/empty' of zarr-.* \(4, 0\), so no"):
+        samples(store, ["deep/empty"])
     with pytest.raises(forebay.InvalidRequest, match="give a list of paths"):
         samples(store, "label")
     with pytest.raises(forebay.InvalidRequest, match="no column 'other'"):
@@ -463,7 +466,9 @@ def test_after_a_worker_was_killed_nothing_is_lost(both: Samples) -> None:
 # Bad samples, and the plan.
 
 
-def test_bad_chunks_are_masked(store: ForebayStore, tmp_path: Path) -> None:
+def test_bad_chunks_are_masked(
+    store: ForebayStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     one = ForebayStore(
         f"zarr-{new_random_name()}", address=store.address, session=tmp_path / "session"
     )
@@ -485,9 +490,12 @@ def test_bad_chunks_are_masked(store: ForebayStore, tmp_path: Path) -> None:
         pytest.raises(forebay.IntegrityError, match="rows 30 to 40 of array 'x'"),
     ):
         list(loader)
+    caplog.clear()
     with forebay.DataLoader(found, batch_size=25, on_error="mask") as loader:
         batches = list(loader)
         assert loader.report().bad_samples == tuple(range(30, 40))
+    (said,) = (one.getMessage() for one in caplog.records if "masked" in one.getMessage())
+    assert "samples of the chunks of array 'x' at rows 30 to 40 of dataset" in said
     mask = torch.cat([batch["_mask"] for batch in batches])
     assert (~mask).nonzero().reshape(-1).tolist() == list(range(30, 40))
     assert torch.cat([batch["x"] for batch in batches])[mask].tolist() == [
