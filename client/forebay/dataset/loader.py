@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 import weakref
 from collections import deque
@@ -18,6 +19,7 @@ import torch
 from forebay.dataset.batches import BatchSource, ReadBatch, bytes_of
 from forebay.dataset.cache import limit_fetched_bytes
 from forebay.dataset.ledger import Ledger, batch_times, habits_of
+from forebay.dataset.passes import refuse_lightning
 from forebay.dataset.reading import Readable, Reading, Reporter, Steps
 from forebay.dataset.report import BatchTimes, LoaderReport
 from forebay.dataset.states import check_is_state
@@ -215,6 +217,9 @@ class DataLoader:
 
         O(1), the same on all ranks; batches that were only prefetched do not count.
         """
+        if self._source.following is not None and self._position:
+            is_over = self._source.cut(self._position, self._epoch).is_over
+            refuse_lightning(sys._getframe(1).f_globals.get("__name__", ""), is_over)
         return self._source.state(self._epoch, self._position)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

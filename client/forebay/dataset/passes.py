@@ -153,3 +153,16 @@ def refuse_accelerate(dataset: object, modules: Mapping[str, Any]) -> None:
 
 
 _DISPATCHES = {"DataLoaderDispatcher": True, "DataLoaderShard": False}
+
+
+def refuse_lightning(caller: str, is_over: bool) -> None:
+    """Raise if Lightning (module *caller*) asks where a loader without length stands in an epoch.
+
+    It takes a batch more than it trains on from those: that one would be lost.
+    """
+    if caller.startswith(("lightning.", "pytorch_lightning.")) and not is_over:
+        raise InvalidRequest(
+            'a checkpoint of Lightning within an epoch, of a loader with follow="latest": it has '
+            "no length, so Lightning has taken a batch from it that was not trained on and would "
+            "be lost. Save at the end of epochs, or leave follow= out"
+        )

@@ -96,14 +96,21 @@ def test_accelerate_reads_each_sample_once_or_is_refused_by_name(train, tmp_path
 class Grown:
     """What Lightning read of a dataset that grows after each of its epochs."""
 
-    def __init__(self, client, name: str, make) -> None:
+    def __init__(self, client, name: str, make, save_to=None) -> None:
         from lightning.pytorch import LightningModule, Trainer
 
         read: list[list[int]] = [[], [], []]
+        refused = []
 
         class Reader(LightningModule):
             def training_step(self, batch, _):
                 read[self.current_epoch] += batch["x"].tolist()
+
+            def on_train_batch_end(self, _, __, number):
+                if number == 1 and save_to is not None:
+                    with pytest.raises(forebay.InvalidRequest, match="Save at the end of epochs"):
+                        self.trainer.save_checkpoint(save_to)
+                    refused.append(number)
 
             def configure_optimizers(self):
                 return None
@@ -123,6 +130,7 @@ class Grown:
         )
         trainer.fit(Reader(), make(client.dataset(name)))
         self.read = read
+        self.num_refused = len(refused)
 
 
 def grow(client, name: str) -> None:
@@ -140,7 +148,7 @@ def grow(client, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["loader", "torch", "torchdata"])
-def test_lightning_reads_all_of_each_version_that_is_followed(client, name, kind):
+def test_lightning_reads_all_of_each_version_that_is_followed(client, name, kind, tmp_path):
     from torch.utils.data import DataLoader
     from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -152,8 +160,9 @@ def test_lightning_reads_all_of_each_version_that_is_followed(client, name, kind
         wrap = DataLoader if kind == "torch" else StatefulDataLoader
         return wrap(forebay.StreamingDataset(dataset, **options), batch_size=None)
 
-    found = Grown(client, name, make).read
-    assert [sorted(epoch) for epoch in found] == [list(range(16 * n)) for n in (1, 2, 3)]
+    grown = Grown(client, name, make, tmp_path / "mid.ckpt" if kind == "loader" else None)
+    assert grown.num_refused == (3 if kind == "loader" else 0)
+    assert [sorted(epoch) for epoch in grown.read] == [list(range(16 * n)) for n in (1, 2, 3)]
 
 
 @pytest.mark.slow
