@@ -144,8 +144,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
     ) -> Iterator[tuple[Batch, tuple[int, int]]]:
         """The batches of the steps *first*, *first* + *every*, … of the pass that began at *place*,
         and where each one ends."""
-        self._source.take_blocks(*self._shared[[_WINDOW_BLOCKS, _BLOCK_ROWS]].tolist())
-        self._take_lanes(int(self._shared[_LANES]))
+        self._take_order()
         epoch, position = place
         cut, order = self._source.cut(position, epoch), self._source.order(epoch)
         worker = torch.utils.data.get_worker_info()
@@ -176,6 +175,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
 
     def _went(self, epoch: int, identities: Sequence[str]) -> None:
         self._turns.went(epoch)
+        self._tell_order()
         if torch.utils.data.get_worker_info() is not None:
             self._taken.tell(epoch, identities)
 
@@ -186,8 +186,15 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
         if following is not None and news is not None:
             following.go_on_with(*news)
 
-    def _take_lanes(self, lanes: int) -> None:
-        """The lanes of the state that the parent restored, if it did: 0 says no."""
+    def _tell_order(self) -> None:
+        """Lanes and blocks of a state that was restored, to the parent and all workers."""
+        self._shared[_LANES] = self._source.lanes
+        self._shared[_WINDOW_BLOCKS], self._shared[_BLOCK_ROWS] = self._source.blocks
+
+    def _take_order(self) -> None:
+        """Those that were told, if they were: 0 says no."""
+        self._source.take_blocks(*self._shared[[_WINDOW_BLOCKS, _BLOCK_ROWS]].tolist())
+        lanes = int(self._shared[_LANES])
         if lanes and lanes != self._source.lanes:
             self._source.take_lanes(lanes)
             if self._plan is not None:
@@ -258,6 +265,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
                 f"the batch's _position has {len(position)} numbers, this dataset's have "
                 f"{2 + num_versions}: pass a batch that came from this dataset"
             )
+        self._take_order()
         return self._source.state_of_begun(epoch, after, identities_of(versions))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -270,8 +278,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[Batch]):
             return  # likewise
         check_is_state(state)
         place = self._source.restored(torchdata_state(state) or state)
-        self._shared[_LANES] = self._source.lanes
-        self._shared[_WINDOW_BLOCKS], self._shared[_BLOCK_ROWS] = self._source.blocks
+        self._tell_order()
         self._begun.tell(place[0], self._source.identities_of(place[0]) if place[1] else [])
         self._stand_at(*place)
 

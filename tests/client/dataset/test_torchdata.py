@@ -105,3 +105,30 @@ def test_the_state_of_a_loader_over_something_else_is_refused(train):
     next(iter(other))
     with pytest.raises(forebay.InvalidRequest, match="not of one around a StreamingDataset"):
         stream(train).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_the_lanes_of_its_state_are_those_of_the_batches_after_it(train, num_workers, persistent):
+    """Also where the parent's part of the dataset would have chosen others by itself."""
+    blocks = {"shuffle": "block", "block_rows": 10, "window_blocks": 3, "seed": 5}
+
+    def made(**more):
+        return forebay.StreamingDataset(
+            train, columns=["number"], global_batch_size=GLOBAL, **blocks, **more
+        )
+
+    wanted = numbers(loader(made(lanes=4), num_workers))
+    first = loader(made(lanes=4), num_workers)
+    list(itertools.islice(first, 2))
+    state = first.state_dict()
+    dataset = made()  # one node: one lane
+    assert dataset.state_dict()["lanes"] == 1
+    second = loader(dataset, num_workers, persistent_workers=persistent)
+    second.load_state_dict(state)
+    batches = list(itertools.islice(second, 2))
+    assert numbers(batches) == wanted[2:4]
+    after = json.loads(json.dumps(dataset.state_dict(after=batches[-1])))
+    assert after["lanes"] == 4
+    third = made()
+    third.load_state_dict(after)
+    assert numbers(loader(third, num_workers)) == wanted[4:]
