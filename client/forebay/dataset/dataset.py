@@ -480,12 +480,13 @@ class Dataset:
         Repeating the call is a no-op; shares that select other rows raise AlreadyExists. Not for a
         split: :meth:`define_folds` shares that out.
         """
+        control = self._client()
         if self.selection is not None:
             raise InvalidRequest(
                 f"define_splits shares out all rows of a version, and this is its split "
                 f"{self.split!r}: define_folds(k) shares out the rows of a split"
             )
-        self._client().define_splits(self.name, self.version, shares, seed)
+        control.define_splits(self.name, self.version, shares, seed)
 
     def wait(self, durability: str = "remote", timeout: float = 60.0) -> None:
         """Wait until this version is *durability* ("local", "remote"), or DeadlineExceeded."""

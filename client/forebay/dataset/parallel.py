@@ -220,6 +220,10 @@ class WriteSession:
             found.update((one.part, one) for one in page.parts)
         wanted = list(found) if parts is None else list(parts)
         missing = [name for name in wanted if name not in found]
+        if missing:
+            self.look_for_commit()  # by somebody else, and the parts have gone with it
+            if self.version is not None:
+                return self.version
         if missing or len(set(wanted)) != len(wanted):
             raise NotFound(
                 f"dataset {self.target.dataset!r}: {len(missing)} of {len(wanted)} parts are not "

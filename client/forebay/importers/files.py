@@ -54,8 +54,10 @@ def look(path: str) -> File:
 
 
 def is_folder(path: str) -> bool:
+    """Whether *path* is a folder now, whatever was listed before."""
     with _explained(path):
         filesystem, inner = fsspec.core.url_to_fs(path)
+        filesystem.invalidate_cache()
         return bool(filesystem.isdir(inner))
 
 

@@ -53,6 +53,7 @@ def test_the_smallest_budget_bounds_what_came_over_http(numbered, monkeypatch, w
     if way == "local":
         pytest.skip("what is mapped is the page cache's")
     monkeypatch.setattr("forebay.dataset.cache._fetched_bytes", 512 * MIB)
+    monkeypatch.setattr("forebay.dataset.cache._has_decoded", False)  # nor has it decoded anything
     numbered.take(range(len(numbered)))
     cache = shard_cache(numbered.endpoint)
     cache.limit(512 * MIB)  # other tests of this process may have given it less

@@ -222,6 +222,7 @@ def test_objects_of_s3_in_place(
 ) -> None:
     for variable, value in s3.environment.items():  # this process lists the store
         monkeypatch.setenv(variable, value)
+    s3.file_system().clear_instance_cache()  # those of other tests have other keys
     fill(tmp_path / "made.zarr")
     place = s3.url("zarr-corpus")
     s3.file_system().put(str(tmp_path / "made.zarr"), f"{place}/made.zarr", recursive=True)
