@@ -151,12 +151,12 @@ class LitData(Peer):
         from litdata.streaming.cache import Cache
         from litdata.streaming.item_loader import TokensLoader
 
-        loader = TokensLoader(block_size=case.shape[0]) if case.name == "tokens" else None
+        loader = TokensLoader(block_size=case.shape[0]) if case.column == "tokens" else None
         place = self.place(case)
         place.mkdir(parents=True)
         cache = Cache(str(place), chunk_bytes=SHARD_BYTES, item_loader=loader)
         for number, sample in enumerate(samples(case)):
-            if case.name == "tokens":
+            if case.column == "tokens":
                 cache._add_item(number, torch.from_numpy(sample["tokens"]))
             elif case.column == "x":
                 cache._add_item(number, {"x": torch.from_numpy(sample["x"]), "y": sample["y"]})
@@ -179,7 +179,7 @@ class LitData(Peer):
     def _loader(self, case: Case, workers: int, place: str, **more: Any) -> Any:
         from litdata.streaming.item_loader import TokensLoader
 
-        loader = TokensLoader(block_size=case.shape[0]) if case.name == "tokens" else None
+        loader = TokensLoader(block_size=case.shape[0]) if case.column == "tokens" else None
         kind = self._pictures if case.name == "jpeg115k" else self._litdata.StreamingDataset
         dataset = kind(place, shuffle=True, item_loader=loader, **more)
         return self._litdata.StreamingDataLoader(
