@@ -44,7 +44,7 @@ class Options:
 def parse_options(description: str, argv: Sequence[str] | None = None) -> Options:
     """The options that every benchmark script has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, under 50 s")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, about a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result here")
     parser.add_argument("--repeats", type=int, help="interleaved repeats (default 5 quick, 15)")
     parser.add_argument("--work", type=Path, help="folder for scratch data (default: a new one)")
