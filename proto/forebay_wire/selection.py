@@ -77,12 +77,13 @@ class Stored:
     counts: tuple[int, ...]
 
     @lazy
-    def _ends(self) -> NDArray[np.int64]:
+    def ends(self) -> NDArray[np.int64]:
+        """The place after the last one of each shard."""
         return np.cumsum(np.array(self.counts, dtype=np.int64))
 
     def shards(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shards in which the rows at these places of the selection lie."""
-        return np.searchsorted(self._ends, places, side="right")
+        return np.searchsorted(self.ends, places, side="right")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from forebay_wire.selection import Nested, Ring, Rule, Stored, rule_of
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from forebay.dataset.dataset import Dataset
 
 Numbers = NDArray[np.int64]
+Batch = TypeVar("Batch", pa.RecordBatch, pa.Table)
 
 
 class Members:
@@ -51,10 +54,9 @@ class Members:
     def _stored_places(self, rule: Stored, rows: Numbers) -> tuple[Numbers, Numbers]:
         starts = self._of.shard_starts
         shards = np.searchsorted(starts, rows, side="right") - 1
-        ends = np.cumsum(np.array(rule.counts, dtype=np.int64))
         found = [np.empty((2, 0), dtype=np.int64)]
         for shard in np.unique(shards).tolist():
-            first = int(ends[shard]) - rule.counts[shard]
+            first = int(rule.ends[shard]) - rule.counts[shard]
             stored = self._stored_rows(shard, first, rule.counts[shard])
             within = np.flatnonzero(shards == shard)
             at = np.searchsorted(stored, rows[within])
@@ -70,3 +72,17 @@ class Members:
             places = np.arange(first, first + count, dtype=np.int64)
             self._held = (shard, self._of.stored_rows_at(places))
         return self._held[1]
+
+
+def chosen(of: Dataset, batches: Iterable[Batch]) -> Iterator[tuple[Numbers, Batch]]:
+    """Of *batches*, which are all rows of the version in order, what the split *of* has: rows of
+    the version, and what is in them. As many as came, also where none is left."""
+    members, start = Members(of), 0
+    for batch in batches:
+        rows = np.arange(start, start + batch.num_rows, dtype=np.int64)
+        start += batch.num_rows
+        if of.selection is None:
+            yield rows, batch
+        else:
+            own = members.among(rows)
+            yield rows[own], batch.take(pa.array(own))

@@ -17,7 +17,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from forebay.dataset.layers import cell_starts
-from forebay.dataset.members import Members
+from forebay.dataset.members import Members, chosen
 from forebay.dataset.select import BLOCK_ROWS, Chosen, RowsBuilder
 from forebay.methods import Datasets
 from forebay_wire.errors import AlreadyExists, IntegrityError, InvalidRequest
@@ -140,25 +140,19 @@ def _define(
     if len(known) == len(wanted) and not any(map(_is_shortened, wanted.values())):
         return {name: known[name].num_rows for name in wanted}
     what = f"{'selection' if len(wanted) == 1 else 'buckets'} of dataset {of.name!r} v{of.version}"
-    whole, members = of.whole(), Members(of)
+    whole = of.whole()
     columns = _columns_of(expression, of)
     builders = {name: RowsBuilder(control, whole, name) for name in wanted}
     try:
-        start = looked = 0
-        for table in _tables(whole, columns or of.schema.names[:1]):
-            num_rows = table.num_rows
-            rows = np.arange(start, start + num_rows, dtype=np.int64)
-            if of.selection is not None:
-                own = members.among(rows)
-                rows, table = rows[own], table.take(pa.array(own))
-            chosen = choose(_evaluate(table, expression, of, what))
-            for builder, places in zip(builders.values(), chosen, strict=True):
+        looked = 0
+        for rows, table in chosen(of, _tables(whole, columns or of.schema.names[:1])):
+            found = choose(_evaluate(table, expression, of, what))
+            for builder, places in zip(builders.values(), found, strict=True):
                 builder.add(rows[places])
-            start += num_rows
             looked += len(rows)
             if progress is not None:
                 progress(looked, of.num_rows)
-        if (start, looked) != (whole.num_rows, of.num_rows):
+        if looked != of.num_rows:
             raise IntegrityError(f"{what}: {looked} of {of.num_rows} rows were found")
         _check_not_empty(builders, wanted, of)
         made = [builders[name].finish(json.dumps(wanted[name])) for name in wanted]

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from forebay.dataset.members import chosen
 from forebay.dataset.moments import Figures, Moments, moments
 from forebay.dataset.schema import Column
 from forebay_wire.errors import InvalidRequest
@@ -145,17 +146,9 @@ def compute(
 
 
 def _batches(dataset: Dataset, names: list[str]) -> Iterator[Any]:
-    if dataset.selection is None:
-        yield from dataset.iter_batches(names)
-        return
-    rows = dataset.rows_at(np.arange(len(dataset), dtype=np.int64))
-    rows = np.sort(rows)
-    start = 0
-    for batch in dataset.whole().iter_batches(names):
-        first, last = np.searchsorted(rows, [start, start + batch.num_rows])
-        if last > first:
-            yield batch.take(pa.array(rows[first:last] - start))
-        start += batch.num_rows
+    for _, batch in chosen(dataset, dataset.whole().iter_batches(names)):
+        if batch.num_rows:
+            yield batch
 
 
 class _Taker:

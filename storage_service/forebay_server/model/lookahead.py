@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from forebay_server.model.tracks import Tracks
 from forebay_server.model.uses import ONE_TRACK, ReadOrder, Window, windows
+from forebay_wire.blocks import starts_of
 from forebay_wire.errors import InvalidRequest, LimitExceeded
 
 MAX_USES: Final = 1 << 17
@@ -51,8 +51,7 @@ class OrderView:
         self._order = order
         self._blobs = list(blobs)
         self._numbers = {blob: number for number, blob in enumerate(blobs)}
-        starts: NDArray[np.int64] = np.zeros(len(shard_rows) + 1, dtype=np.int64)
-        np.cumsum(np.array(shard_rows, dtype=np.int64), out=starts[1:])
+        starts = starts_of(shard_rows)
         epoch, position = divmod(start, max(1, order.num_samples))
         self._source: Iterator[Window] = windows(order, starts, epoch, position, tracks=tracks)
         self._windows: deque[Window] = deque()

@@ -192,8 +192,9 @@ def _estimated(
 ) -> NDArray[np.int64]:
     """About which rows of the version stored *samples* are, which lie in *shards*: as if those of
     a shard lay evenly in it. Rows ascend, so that no other shard beside it is missed by much."""
-    counts = np.array(stored.counts, dtype=np.int64)
-    before = np.cumsum(counts) - counts
-    sizes = np.diff(shard_starts)
-    within = (samples - before[shards]) * sizes[shards] // counts[shards]
+    ends, last = stored.ends, np.maximum(shards - 1, 0)
+    before = np.where(shards > 0, ends[last], 0)
+    counts = ends[shards] - before
+    sizes = shard_starts[shards + 1] - shard_starts[shards]
+    within: NDArray[np.int64] = (samples - before) * sizes // counts
     return shard_starts[shards] + within
