@@ -176,9 +176,10 @@ class ImportCalls(ABC):
         options = Options(dict(types or {}), delimiter, has_header)
         found = source_of(source, format)
         base = self.dataset(name) if append or columns else None
-        if base is not None and columns:
-            options = _with_types_of(base.schema, found.schema(options), options)
         schema = base.schema if base is not None and append else found.schema(options)
+        if base is not None and columns:
+            options = _with_types_of(base.schema, schema, options)
+            schema = options.schema(schema.arrow)
         told = repr((Options(dict(types or {}), delimiter, has_header), shard_bytes, batch_bytes))
         if base is not None and columns and not again and self._has_columns(base, found, told):
             return base

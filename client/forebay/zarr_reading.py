@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from forebay.dataset.holes import Hole, HoleReader
+from forebay.dataset.holes import HoleReader
 from forebay.dataset.reading import (
     WINDOW_BLOCKS,
     Numbers,
+    OrderedSamples,
     OrderOptions,
     PlanParameters,
     Reporter,
     no_drop_of_all,
+    refuse_blocks,
 )
 from forebay.dataset.schema import Column
 from forebay.dataset.turn_plan import Turn, TurnReporter
@@ -105,37 +107,6 @@ class _Rows:
         return self.samples.read(rows, columns)
 
 
-@dataclass(frozen=True)
-class ZarrEpoch:
-    """One epoch."""
-
-    rows_read: _Rows
-    order: Order
-    holes: HoleReader
-
-    @property
-    def num_samples(self) -> int:
-        return self.order.num_samples
-
-    @property
-    def epoch(self) -> int:
-        return self.order.epoch
-
-    def rows(self, positions: Numbers) -> Numbers:
-        return self.order.at(positions)
-
-    def read(self, rows: Numbers, columns: Sequence[str] | None) -> dict[str, Any]:
-        return self.rows_read.read(rows, columns)
-
-    def read_masked(
-        self, rows: Numbers, columns: Sequence[str] | None
-    ) -> tuple[dict[str, Any], list[Hole]]:
-        return self.holes.read(self.rows_read, rows, columns, self.epoch)
-
-    def ids(self, rows: Numbers) -> dict[str, Numbers]:
-        return {"_ids": np.array(rows)}
-
-
 class ZarrReading:
     """Samples of zarr arrays in an order."""
 
@@ -146,11 +117,8 @@ class ZarrReading:
         self._blocks: BlockParameters | None = None
         if options.shuffle == "block":
             self._blocks = block_parameters(self._arrays, options)
-        elif (options.window_blocks, options.block_rows, options.lanes) != (None, None, None):
-            raise InvalidRequest(
-                'window_blocks, block_rows and lanes belong to shuffle="block", not to '
-                f"{options.shuffle!r}"
-            )
+        else:
+            refuse_blocks(options)
         self._holes = HoleReader()
 
     can_mask = True
@@ -186,9 +154,9 @@ class ZarrReading:
         identity = f"{samples.manifest_id}/"
         return Order(len(samples), options.shuffle, options.seed, epoch, identity, layout)
 
-    def epoch(self, epoch: int, lanes: int) -> ZarrEpoch:
+    def epoch(self, epoch: int, lanes: int) -> OrderedSamples:
         rows = _Rows(self.samples, self._arrays)
-        return ZarrEpoch(rows, self.order(epoch, lanes), self._holes)
+        return OrderedSamples(self.order(epoch, lanes), self._holes, rows)
 
     def cut(
         self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int

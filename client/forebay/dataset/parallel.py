@@ -19,7 +19,7 @@ from forebay.dataset.write import (
     SHARD_COMMIT_BYTES,
     DatasetWriter,
 )
-from forebay.dataset.write_columns import check_columns, with_columns
+from forebay.dataset.write_columns import check_columns, put_beside
 from forebay.methods import Datasets
 from forebay.transfer import Transfer
 from forebay_wire.errors import Conflict, InvalidRequest, NotFound
@@ -256,9 +256,7 @@ class WriteSession:
     def _write_beside(self, request: datasets_pb2.CommitVersionRequest, new: Schema) -> None:
         base = parsed(self.target.base_schema)
         check_columns(base, new, self.target.dataset, replace=self.target.replace)
-        request.schema = serialized(with_columns(base, new))
-        request.columns.columns.extend(new.names)
-        request.columns.schema = serialized(new)
+        put_beside(request, base, new)
 
     def abort(self) -> None:
         """Drop all parts. Nothing after a commit."""

@@ -276,14 +276,13 @@ def no_drop_of_all(num_samples: int, global_batch_size: int, last_batch: LastBat
 
 
 @dataclass(frozen=True)
-class DatasetSamples:
-    """One epoch of a dataset."""
+class OrderedSamples:
+    """One epoch of rows in an order."""
 
-    dataset: Dataset
     order: Order
     holes: HoleReader
     source: RowSource
-    """The dataset, as its rows are read."""
+    """What they are read from."""
 
     @property
     def num_samples(self) -> int:
@@ -294,7 +293,7 @@ class DatasetSamples:
         return self.order.epoch
 
     def rows(self, positions: Numbers) -> Numbers:
-        return self.dataset.rows_at(self.order.at(positions))
+        return self.order.at(positions)
 
     def read(self, rows: Numbers, columns: Sequence[str] | None) -> dict[str, Any]:
         return self.source.read(rows, columns)
@@ -306,6 +305,16 @@ class DatasetSamples:
 
     def ids(self, rows: Numbers) -> dict[str, Numbers]:
         return {"_ids": np.array(rows)}
+
+
+@dataclass(frozen=True)
+class DatasetSamples(OrderedSamples):
+    """One epoch of a dataset, which is read as *source*."""
+
+    dataset: Dataset
+
+    def rows(self, positions: Numbers) -> Numbers:
+        return self.dataset.rows_at(self.order.at(positions))
 
     def list_lengths(self, rows: Numbers, column: str) -> Numbers:
         return self.dataset.list_lengths(rows, column)
@@ -366,7 +375,7 @@ class DatasetReading:
         )
 
     def epoch(self, epoch: int, lanes: int) -> DatasetSamples:
-        return DatasetSamples(self.dataset, self.order(epoch, lanes), self._holes, self.source)
+        return DatasetSamples(self.order(epoch, lanes), self._holes, self.source, self.dataset)
 
     def cut(
         self, epoch: int, position: int, global_batch_size: int, last_batch: LastBatch, lanes: int
@@ -427,15 +436,20 @@ class DatasetReading:
         }
 
 
+def refuse_blocks(options: OrderOptions) -> None:
+    """InvalidRequest for blocks that were given for another shuffle."""
+    if (options.window_blocks, options.block_rows, options.lanes) != (None, None, None):
+        raise InvalidRequest(
+            'window_blocks, block_rows and lanes belong to shuffle="block", not to '
+            f"{options.shuffle!r}"
+        )
+
+
 def block_layout(dataset: Dataset, options: OrderOptions) -> BlockLayout | None:
     """The blocks of a block shuffle, of which only the lanes may not be known yet."""
     lanes, block_rows, window_blocks = options.lanes, options.block_rows, options.window_blocks
     if options.shuffle != "block":
-        if (window_blocks, block_rows, lanes) != (None, None, None):
-            raise InvalidRequest(
-                'window_blocks, block_rows and lanes belong to shuffle="block", not to '
-                f"{options.shuffle!r}"
-            )
+        refuse_blocks(options)
         return None
     if block_rows is not None and block_rows < 1:
         raise InvalidRequest(f"block_rows={block_rows}: at least 1, or None for whole shards")

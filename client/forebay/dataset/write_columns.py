@@ -96,9 +96,8 @@ class ColumnsWriter(DatasetWriter):
 
     def _commit_request(self, schema: Schema) -> datasets_pb2.CommitVersionRequest:
         self._check_rows(self.num_rows, self._base.manifest.num_rows)
-        request = super()._commit_request(with_columns(self._base.schema, schema))
-        request.columns.columns.extend(schema.names)
-        request.columns.schema = schema.arrow.serialize().to_pybytes()
+        request = super()._commit_request(schema)
+        put_beside(request, self._base.schema, schema)
         return request
 
 
@@ -129,11 +128,15 @@ def check_columns(base: Schema, new: Schema, dataset: str, *, replace: bool) -> 
         )
 
 
-def with_columns(base: Schema, new: Schema) -> Schema:
-    """*base* with *new* columns: in the place of those of the same name, else at the end."""
+def put_beside(request: datasets_pb2.CommitVersionRequest, base: Schema, new: Schema) -> None:
+    """Have *request*, whose shards have *new* columns, make a version that has those of *base* too:
+    new ones in the place of those of the same name, else at the end."""
     added = {column.name: column for column in new.columns}
     kept = [added.pop(column.name, column) for column in base.columns]
-    return Schema((*kept, *added.values()))
+    both = Schema((*kept, *added.values()))
+    request.schema = both.arrow.serialize().to_pybytes()
+    request.columns.columns.extend(new.names)
+    request.columns.schema = new.arrow.serialize().to_pybytes()
 
 
 def drop_columns(control: Control, base: Dataset, names: Sequence[str]) -> int:
