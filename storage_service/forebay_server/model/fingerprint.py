@@ -8,7 +8,7 @@ chance of about 1/m that two values share a bucket, the squared norm of the m nu
 squared norm of the values as its mean and a variance of at most 2/(m - 1) of that squared. Being
 linear, the sketch of a difference is the difference of the sketches, so that ‖B - A‖ follows from
 two of them: to 8.8 % (one standard deviation) with m = 64. Sketches are kept as float32, so what is
-below a millionth of the norm or so drown in rounding.
+below a millionth of the norm or so drowns in rounding.
 
 Signs: the bits of BLAKE3's output stream under :data:`SIGN_KEY`, the first value's first, low bits
 of a byte first; 1 is minus. Buckets: the values are rows of 64, the rows groups of 64. Each row is

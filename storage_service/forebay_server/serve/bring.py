@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_history import record
@@ -11,9 +12,12 @@ from forebay_server.model.landing import reading_order
 from forebay_server.quarantine import Quarantine
 from forebay_server.serve.promote import Place, Promoter, places_of
 from forebay_server.tier.registry import Tiers
+from forebay_server.tier.store import TierReader
 from forebay_wire.errors import ForebayError, IntegrityError, InvalidRequest, NotFound, StorageError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Bringer:
@@ -90,6 +94,36 @@ class Bringer:
             else:
                 return True
         return False
+
+    async def read(self, blob: str, use: Callable[[str, TierReader], T]) -> T | None:
+        """What *use* makes, on a thread that moves bytes, of the tier and the raw image of the best
+        good copy of *blob*; None if the blob is no longer known.
+
+        *use* reads with every byte checked: a copy that it finds bad is quarantined, and the next
+        one taken. :class:`IntegrityError` if no good one is left.
+        """
+        located = (await self._catalog.locate([blob])).get(blob)
+        if located is None:
+            return None
+        problems: list[ForebayError] = []
+        for source in self._in_order(places_of(located)):
+            tier = self._tiers.get(source.tier)
+            try:
+                return await self._tiers.run_moving(tier, self._use, source, use)
+            except (IntegrityError, NotFound) as error:
+                if not await self._still_there(source):
+                    return await self.read(blob, use)  # it moved, or went, meanwhile
+                problems.append(error)
+                await self._quarantine.condemn(
+                    blob, source.replica_id, source.tier, source.file, error
+                )
+        if problems:
+            raise problems[-1]
+        raise StorageError(f"blob {blob} has no copy in a tier that this daemon has")
+
+    def _use(self, source: Place, use: Callable[[str, TierReader], T]) -> T:
+        with self._promoter.open_told(source) as reader:
+            return use(source.tier, reader)
 
     async def _copy(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
@@ -90,24 +90,37 @@ def copy_bytes(table: SegmentTable) -> int:
     return file_bytes_for(table.total_bytes, table.num_segments)
 
 
-def _checked_pieces(reader: TierReader, table: SegmentTable) -> Iterator[memoryview]:
-    """The blob's data in order, each piece valid until the next is asked for: where the reader has
-    it, else in a pooled buffer."""
+def checked_ranges(
+    reader: TierReader, table: SegmentTable, wanted: Iterable[range]
+) -> Iterator[tuple[int, memoryview]]:
+    """Blob offset and bytes of the segments *wanted*, in pieces of whole ones, each checked by
+    BLAKE3 and valid until the next is asked for: where the reader has it, else in a pooled buffer.
+
+    *wanted*: ranges of segment numbers, in order, without overlaps.
+    """
     offsets = table.offsets.tolist()
     with ExitStack() as stack:
         buffer: memoryview | None = None
-        for group in segment_groups(offsets, SEGMENT_BUFFERS.buffer_bytes):
-            start, end = offsets[group.start], offsets[group.stop]
-            piece = reader.view(start, end - start)
-            if piece is None:
-                if buffer is None:
-                    buffer = stack.enter_context(SEGMENT_BUFFERS.borrow())
-                piece = buffer[: end - start]
-                reader.read_into(start, piece)
-            for index in group:
-                view = piece[offsets[index] - start : offsets[index + 1] - start]
-                table.check_identity(index, view, reader.where)
-            yield piece
+        for segments in wanted:
+            borders = offsets[segments.start : segments.stop + 1]
+            for group in segment_groups(borders, SEGMENT_BUFFERS.buffer_bytes):
+                start, end = borders[group.start], borders[group.stop]
+                piece = reader.view(start, end - start)
+                if piece is None:
+                    if buffer is None:
+                        buffer = stack.enter_context(SEGMENT_BUFFERS.borrow())
+                    piece = buffer[: end - start]
+                    reader.read_into(start, piece)
+                for index in group:
+                    view = piece[borders[index] - start : borders[index + 1] - start]
+                    table.check_identity(segments.start + index, view, reader.where)
+                yield start, piece
+
+
+def _checked_pieces(reader: TierReader, table: SegmentTable) -> Iterator[memoryview]:
+    """The blob's data in order, as :func:`checked_ranges` has it."""
+    for _, piece in checked_ranges(reader, table, [range(table.num_segments)]):
+        yield piece
 
 
 def segment_groups(offsets: list[int], limit: int) -> Iterator[range]:
