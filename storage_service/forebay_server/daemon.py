@@ -31,8 +31,10 @@ from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import (
     ENDLESS_KINDS,
     FLUSH,
+    RETAIN,
     SLOW_KINDS,
 )
+from forebay_server.catalog.queries_managing import queue_all_retention
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_status import count_below_local
 from forebay_server.config import Config
@@ -66,6 +68,7 @@ from forebay_server.publish.manifests import ObjectPublisher
 from forebay_server.publish.origins import OriginDatasets
 from forebay_server.publish.parts import Parts
 from forebay_server.publish.reconcile import claim_objects, reconcile
+from forebay_server.publish.retention import Retention
 from forebay_server.publish.statistics import KeptStatistics
 from forebay_server.rpc.admin import AdminService, Attached, Identity
 from forebay_server.rpc.blobs import BlobsService
@@ -229,6 +232,12 @@ class Daemon:
             "why_not_remote": self._tiers.why_not_remote,
         }
         self._checkpoints = Checkpoints(self._catalog, self._uploads, self._jobs, **rules)
+        self._retention = Retention(
+            self._catalog,
+            self._checkpoints.readers,
+            is_open=self._opener.is_open,
+            wake=self._jobs.wake,
+        )
         self._uploads.listen(self._checkpoints.session_ended)
         stack.push_async_callback(self._checkpoints.close)
         self._datasets = Datasets(self._catalog, self._uploads, self._jobs, **rules)
@@ -262,6 +271,7 @@ class Daemon:
             scrub_interval_seconds=self._config.scrub_interval_seconds,
         )
         handlers: dict[str, Handler] = {**self._movement.handlers, **self._integrity.handlers}
+        handlers[RETAIN] = lambda progress: self._retention(progress)
         if publisher is not None:
             handlers[FLUSH] = Flush(catalog, publisher, locks, self._budget)
         return handlers
@@ -273,6 +283,7 @@ class Daemon:
         num_queued = await self._catalog.write(enqueue_missing)
         await reconcile(self._catalog, self._tiers, replaced=self._config.replaced)
         await self._catalog.write(enqueue_return)
+        await self._catalog.write(queue_all_retention)
         logger.info(
             "aborted %d generations, took over %d jobs, queued %d",
             num_aborted,
@@ -370,7 +381,9 @@ class Daemon:
                 self._auth,
                 self._checkpoints.generations.manifest_in_memory,
             ),
-            checkpoints=CheckpointsService(self._checkpoints, self._auth, self._incarnation),
+            checkpoints=CheckpointsService(
+                self._checkpoints, self._retention, self._auth, self._incarnation
+            ),
             datasets=DatasetsService(
                 self._datasets,
                 self._origins,

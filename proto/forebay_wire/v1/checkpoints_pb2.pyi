@@ -7,39 +7,47 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class BeginAttemptRequest(_message.Message):
-    __slots__ = ("run", "has_parent", "parent_attempt", "parent_step", "num_ranks", "request")
+    __slots__ = ("run", "has_parent", "parent_attempt", "parent_step", "num_ranks", "request", "parent_run", "has_keep", "keep_json")
     RUN_FIELD_NUMBER: _ClassVar[int]
     HAS_PARENT_FIELD_NUMBER: _ClassVar[int]
     PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PARENT_STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PARENT_RUN_FIELD_NUMBER: _ClassVar[int]
+    HAS_KEEP_FIELD_NUMBER: _ClassVar[int]
+    KEEP_JSON_FIELD_NUMBER: _ClassVar[int]
     run: str
     has_parent: bool
     parent_attempt: int
     parent_step: int
     num_ranks: int
     request: str
-    def __init__(self, run: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., num_ranks: _Optional[int] = ..., request: _Optional[str] = ...) -> None: ...
+    parent_run: str
+    has_keep: bool
+    keep_json: str
+    def __init__(self, run: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., num_ranks: _Optional[int] = ..., request: _Optional[str] = ..., parent_run: _Optional[str] = ..., has_keep: _Optional[bool] = ..., keep_json: _Optional[str] = ...) -> None: ...
 
 class Attempt(_message.Message):
-    __slots__ = ("run", "attempt", "has_parent", "parent_attempt", "parent_step", "created_unix")
+    __slots__ = ("run", "attempt", "has_parent", "parent_attempt", "parent_step", "created_unix", "parent_run")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     HAS_PARENT_FIELD_NUMBER: _ClassVar[int]
     PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PARENT_STEP_FIELD_NUMBER: _ClassVar[int]
     CREATED_UNIX_FIELD_NUMBER: _ClassVar[int]
+    PARENT_RUN_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     has_parent: bool
     parent_attempt: int
     parent_step: int
     created_unix: float
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., created_unix: _Optional[float] = ...) -> None: ...
+    parent_run: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., created_unix: _Optional[float] = ..., parent_run: _Optional[str] = ...) -> None: ...
 
 class BeginPackRequest(_message.Message):
-    __slots__ = ("run", "attempt", "step", "rank", "num_ranks", "total_bytes", "slot_bytes")
+    __slots__ = ("run", "attempt", "step", "rank", "num_ranks", "total_bytes", "slot_bytes", "save_number", "structure", "plan", "may_skip", "wait_seconds")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +55,11 @@ class BeginPackRequest(_message.Message):
     NUM_RANKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SAVE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    MAY_SKIP_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     step: int
@@ -54,24 +67,35 @@ class BeginPackRequest(_message.Message):
     num_ranks: int
     total_bytes: int
     slot_bytes: int
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+    save_number: int
+    structure: str
+    plan: int
+    may_skip: bool
+    wait_seconds: float
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., save_number: _Optional[int] = ..., structure: _Optional[str] = ..., plan: _Optional[int] = ..., may_skip: _Optional[bool] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
 
 class PackSession(_message.Message):
-    __slots__ = ("session", "slot_bytes", "lease_seconds", "put_ticket", "incarnation")
+    __slots__ = ("session", "slot_bytes", "lease_seconds", "put_ticket", "incarnation", "verdict", "plan", "reason")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PUT_TICKET_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     session: str
     slot_bytes: int
     lease_seconds: float
     put_ticket: str
     incarnation: str
-    def __init__(self, session: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., put_ticket: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
+    verdict: str
+    plan: int
+    reason: str
+    def __init__(self, session: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., put_ticket: _Optional[str] = ..., incarnation: _Optional[str] = ..., verdict: _Optional[str] = ..., plan: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SealPackRequest(_message.Message):
-    __slots__ = ("session", "sequence", "num_bytes", "cuts", "description_bytes", "metrics_json", "dataset_json")
+    __slots__ = ("session", "sequence", "num_bytes", "cuts", "description_bytes", "metrics_json", "dataset_json", "tags", "note_json")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +103,8 @@ class SealPackRequest(_message.Message):
     DESCRIPTION_BYTES_FIELD_NUMBER: _ClassVar[int]
     METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
     DATASET_JSON_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    NOTE_JSON_FIELD_NUMBER: _ClassVar[int]
     session: str
     sequence: int
     num_bytes: int
@@ -86,7 +112,9 @@ class SealPackRequest(_message.Message):
     description_bytes: int
     metrics_json: str
     dataset_json: str
-    def __init__(self, session: _Optional[str] = ..., sequence: _Optional[int] = ..., num_bytes: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., description_bytes: _Optional[int] = ..., metrics_json: _Optional[str] = ..., dataset_json: _Optional[str] = ...) -> None: ...
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    note_json: str
+    def __init__(self, session: _Optional[str] = ..., sequence: _Optional[int] = ..., num_bytes: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., description_bytes: _Optional[int] = ..., metrics_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., note_json: _Optional[str] = ...) -> None: ...
 
 class SealPackResponse(_message.Message):
     __slots__ = ("all_sealed",)
@@ -109,7 +137,7 @@ class WaitGenerationRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., durability: _Optional[str] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class Generation(_message.Message):
-    __slots__ = ("run", "attempt", "step", "state", "durability", "manifest", "num_ranks", "num_bytes", "created_unix", "metrics_json", "has_parent", "parent_attempt", "parent_step", "error")
+    __slots__ = ("run", "attempt", "step", "state", "durability", "manifest", "num_ranks", "num_bytes", "created_unix", "metrics_json", "has_parent", "parent_attempt", "parent_step", "error", "tags", "is_pinned", "pin_reason", "pin_expires_unix", "note_json", "dataset_json", "ram_unix", "local_unix", "remote_unix", "parent_run")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -124,6 +152,16 @@ class Generation(_message.Message):
     PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PARENT_STEP_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    IS_PINNED_FIELD_NUMBER: _ClassVar[int]
+    PIN_REASON_FIELD_NUMBER: _ClassVar[int]
+    PIN_EXPIRES_UNIX_FIELD_NUMBER: _ClassVar[int]
+    NOTE_JSON_FIELD_NUMBER: _ClassVar[int]
+    DATASET_JSON_FIELD_NUMBER: _ClassVar[int]
+    RAM_UNIX_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_UNIX_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_UNIX_FIELD_NUMBER: _ClassVar[int]
+    PARENT_RUN_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     step: int
@@ -138,7 +176,17 @@ class Generation(_message.Message):
     parent_attempt: int
     parent_step: int
     error: str
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[str] = ..., durability: _Optional[str] = ..., manifest: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., metrics_json: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    is_pinned: bool
+    pin_reason: str
+    pin_expires_unix: float
+    note_json: str
+    dataset_json: str
+    ram_unix: float
+    local_unix: float
+    remote_unix: float
+    parent_run: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[str] = ..., durability: _Optional[str] = ..., manifest: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., metrics_json: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., error: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., is_pinned: _Optional[bool] = ..., pin_reason: _Optional[str] = ..., pin_expires_unix: _Optional[float] = ..., note_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., ram_unix: _Optional[float] = ..., local_unix: _Optional[float] = ..., remote_unix: _Optional[float] = ..., parent_run: _Optional[str] = ...) -> None: ...
 
 class GetGenerationRequest(_message.Message):
     __slots__ = ("run", "attempt", "step")
@@ -239,3 +287,133 @@ class DeleteGenerationResponse(_message.Message):
     NUM_DELETED_FIELD_NUMBER: _ClassVar[int]
     num_deleted: int
     def __init__(self, num_deleted: _Optional[int] = ...) -> None: ...
+
+class GetRunRequest(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
+
+class Tag(_message.Message):
+    __slots__ = ("tag", "attempt", "step")
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    tag: str
+    attempt: int
+    step: int
+    def __init__(self, tag: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class Fork(_message.Message):
+    __slots__ = ("run", "attempt", "parent_attempt", "parent_step")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_STEP_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    parent_attempt: int
+    parent_step: int
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ...) -> None: ...
+
+class RunDetail(_message.Message):
+    __slots__ = ("run", "keep_json", "tags", "forks", "parent_run", "parent_attempt", "parent_step")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    KEEP_JSON_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    FORKS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_RUN_FIELD_NUMBER: _ClassVar[int]
+    PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_STEP_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    keep_json: str
+    tags: _containers.RepeatedCompositeFieldContainer[Tag]
+    forks: _containers.RepeatedCompositeFieldContainer[Fork]
+    parent_run: str
+    parent_attempt: int
+    parent_step: int
+    def __init__(self, run: _Optional[str] = ..., keep_json: _Optional[str] = ..., tags: _Optional[_Iterable[_Union[Tag, _Mapping]]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ..., parent_run: _Optional[str] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ...) -> None: ...
+
+class SetTagRequest(_message.Message):
+    __slots__ = ("run", "tag", "attempt", "step", "remove")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    tag: str
+    attempt: int
+    step: int
+    remove: bool
+    def __init__(self, run: _Optional[str] = ..., tag: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., remove: _Optional[bool] = ...) -> None: ...
+
+class SetPinRequest(_message.Message):
+    __slots__ = ("run", "attempt", "step", "reason", "hold_seconds", "remove")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    HOLD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    step: int
+    reason: str
+    hold_seconds: float
+    remove: bool
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ..., hold_seconds: _Optional[float] = ..., remove: _Optional[bool] = ...) -> None: ...
+
+class SetNoteRequest(_message.Message):
+    __slots__ = ("run", "attempt", "step", "note_json")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NOTE_JSON_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    step: int
+    note_json: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., note_json: _Optional[str] = ...) -> None: ...
+
+class SetKeepRequest(_message.Message):
+    __slots__ = ("run", "keep_json")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    KEEP_JSON_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    keep_json: str
+    def __init__(self, run: _Optional[str] = ..., keep_json: _Optional[str] = ...) -> None: ...
+
+class PruneRequest(_message.Message):
+    __slots__ = ("run", "dry_run", "keep_json")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    KEEP_JSON_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    dry_run: bool
+    keep_json: str
+    def __init__(self, run: _Optional[str] = ..., dry_run: _Optional[bool] = ..., keep_json: _Optional[str] = ...) -> None: ...
+
+class PruneVerdict(_message.Message):
+    __slots__ = ("attempt", "step", "is_kept", "reasons", "num_bytes")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    IS_KEPT_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    step: int
+    is_kept: bool
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    num_bytes: int
+    def __init__(self, attempt: _Optional[int] = ..., step: _Optional[int] = ..., is_kept: _Optional[bool] = ..., reasons: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class PruneResponse(_message.Message):
+    __slots__ = ("verdicts", "num_deleted", "keep_json")
+    VERDICTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DELETED_FIELD_NUMBER: _ClassVar[int]
+    KEEP_JSON_FIELD_NUMBER: _ClassVar[int]
+    verdicts: _containers.RepeatedCompositeFieldContainer[PruneVerdict]
+    num_deleted: int
+    keep_json: str
+    def __init__(self, verdicts: _Optional[_Iterable[_Union[PruneVerdict, _Mapping]]] = ..., num_deleted: _Optional[int] = ..., keep_json: _Optional[str] = ...) -> None: ...

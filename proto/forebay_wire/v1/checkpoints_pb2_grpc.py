@@ -80,6 +80,36 @@ class CheckpointsStub:
                 request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.DeleteGenerationRequest.SerializeToString,
                 response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.DeleteGenerationResponse.FromString,
                 _registered_method=True)
+        self.GetRun = channel.unary_unary(
+                '/forebay.v1.Checkpoints/GetRun',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.GetRunRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.FromString,
+                _registered_method=True)
+        self.SetTag = channel.unary_unary(
+                '/forebay.v1.Checkpoints/SetTag',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.SetTagRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.FromString,
+                _registered_method=True)
+        self.SetPin = channel.unary_unary(
+                '/forebay.v1.Checkpoints/SetPin',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.SetPinRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.FromString,
+                _registered_method=True)
+        self.SetNote = channel.unary_unary(
+                '/forebay.v1.Checkpoints/SetNote',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.SetNoteRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.FromString,
+                _registered_method=True)
+        self.SetKeep = channel.unary_unary(
+                '/forebay.v1.Checkpoints/SetKeep',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.SetKeepRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.FromString,
+                _registered_method=True)
+        self.Prune = channel.unary_unary(
+                '/forebay.v1.Checkpoints/Prune',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PruneRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PruneResponse.FromString,
+                _registered_method=True)
 
 
 class CheckpointsServicer:
@@ -100,8 +130,9 @@ class CheckpointsServicer:
         """One rank plans its pack for a step: reserves space, grants a slot. The first
         rank's call creates the generation, or reopens one that was aborted because
         the daemon ended. A second save of a step that this rank already sealed in
-        this attempt fails (ALREADY_EXISTS). A caller that dies
-        before SealPack leaves a generation that never commits and is reclaimed.
+        this attempt fails (ALREADY_EXISTS). An attempt has two slots a rank: a third
+        save waits until the first has landed. A caller that dies before SealPack
+        leaves a generation that never commits and is reclaimed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,6 +196,53 @@ class CheckpointsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRun(self, request, context):
+        """What is kept of a run beside its generations: its policy, tags, and the runs
+        that forked it. NOT_FOUND if there is none. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTag(self, request, context):
+        """Gives a committed generation a tag, which it takes from any other one of the
+        run, or takes it away. A tagged generation is kept. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPin(self, request, context):
+        """Keeps a committed generation from any retention, or lets go of it.
+        Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetNote(self, request, context):
+        """Replaces the free metadata of a generation. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetKeep(self, request, context):
+        """Sets what is kept of a run (empty: everything) and has the rest deleted, now
+        and after each commit. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prune(self, request, context):
+        """Deletes for good what a policy (the run's own without one) does not keep;
+        with dry_run it only says what would go, and why. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CheckpointsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -212,6 +290,36 @@ def add_CheckpointsServicer_to_server(servicer, server):
                     servicer.DeleteGeneration,
                     request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.DeleteGenerationRequest.FromString,
                     response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.DeleteGenerationResponse.SerializeToString,
+            ),
+            'GetRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRun,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.GetRunRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.SerializeToString,
+            ),
+            'SetTag': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTag,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.SetTagRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.SerializeToString,
+            ),
+            'SetPin': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPin,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.SetPinRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.SerializeToString,
+            ),
+            'SetNote': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetNote,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.SetNoteRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.SerializeToString,
+            ),
+            'SetKeep': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetKeep,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.SetKeepRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.SerializeToString,
+            ),
+            'Prune': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prune,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PruneRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PruneResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -458,6 +566,168 @@ class Checkpoints:
             '/forebay.v1.Checkpoints/DeleteGeneration',
             forebay__wire_dot_v1_dot_checkpoints__pb2.DeleteGenerationRequest.SerializeToString,
             forebay__wire_dot_v1_dot_checkpoints__pb2.DeleteGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/GetRun',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.GetRunRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTag(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/SetTag',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.SetTagRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/SetPin',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.SetPinRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetNote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/SetNote',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.SetNoteRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.Generation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetKeep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/SetKeep',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.SetKeepRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.RunDetail.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/Prune',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.PruneRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.PruneResponse.FromString,
             options,
             channel_credentials,
             insecure,

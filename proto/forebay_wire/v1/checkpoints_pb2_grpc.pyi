@@ -43,8 +43,9 @@ class CheckpointsStub:
     """One rank plans its pack for a step: reserves space, grants a slot. The first
     rank's call creates the generation, or reopens one that was aborted because
     the daemon ended. A second save of a step that this rank already sealed in
-    this attempt fails (ALREADY_EXISTS). A caller that dies
-    before SealPack leaves a generation that never commits and is reclaimed.
+    this attempt fails (ALREADY_EXISTS). An attempt has two slots a rank: a third
+    save waits until the first has landed. A caller that dies before SealPack
+    leaves a generation that never commits and is reclaimed.
     """
     SealPack: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.SealPackRequest, _checkpoints_pb2.SealPackResponse]
     """The rank's bytes are complete in the slot (or appended before): from here on
@@ -74,6 +75,28 @@ class CheckpointsStub:
     """Deletes one generation, or with attempt = step = 0 and all = true the whole
     run; first in the object tier. Idempotent.
     """
+    GetRun: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.GetRunRequest, _checkpoints_pb2.RunDetail]
+    """What is kept of a run beside its generations: its policy, tags, and the runs
+    that forked it. NOT_FOUND if there is none. Idempotent.
+    """
+    SetTag: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.SetTagRequest, _checkpoints_pb2.RunDetail]
+    """Gives a committed generation a tag, which it takes from any other one of the
+    run, or takes it away. A tagged generation is kept. Idempotent.
+    """
+    SetPin: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.SetPinRequest, _checkpoints_pb2.Generation]
+    """Keeps a committed generation from any retention, or lets go of it.
+    Idempotent.
+    """
+    SetNote: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.SetNoteRequest, _checkpoints_pb2.Generation]
+    """Replaces the free metadata of a generation. Idempotent."""
+    SetKeep: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.SetKeepRequest, _checkpoints_pb2.RunDetail]
+    """Sets what is kept of a run (empty: everything) and has the rest deleted, now
+    and after each commit. Idempotent.
+    """
+    Prune: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.PruneRequest, _checkpoints_pb2.PruneResponse]
+    """Deletes for good what a policy (the run's own without one) does not keep;
+    with dry_run it only says what would go, and why. Idempotent.
+    """
 
 @_typing.type_check_only
 class CheckpointsAsyncStub(CheckpointsStub):
@@ -90,8 +113,9 @@ class CheckpointsAsyncStub(CheckpointsStub):
     """One rank plans its pack for a step: reserves space, grants a slot. The first
     rank's call creates the generation, or reopens one that was aborted because
     the daemon ended. A second save of a step that this rank already sealed in
-    this attempt fails (ALREADY_EXISTS). A caller that dies
-    before SealPack leaves a generation that never commits and is reclaimed.
+    this attempt fails (ALREADY_EXISTS). An attempt has two slots a rank: a third
+    save waits until the first has landed. A caller that dies before SealPack
+    leaves a generation that never commits and is reclaimed.
     """
     SealPack: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.SealPackRequest, _checkpoints_pb2.SealPackResponse]  # type: ignore[assignment]
     """The rank's bytes are complete in the slot (or appended before): from here on
@@ -121,6 +145,28 @@ class CheckpointsAsyncStub(CheckpointsStub):
     """Deletes one generation, or with attempt = step = 0 and all = true the whole
     run; first in the object tier. Idempotent.
     """
+    GetRun: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.GetRunRequest, _checkpoints_pb2.RunDetail]  # type: ignore[assignment]
+    """What is kept of a run beside its generations: its policy, tags, and the runs
+    that forked it. NOT_FOUND if there is none. Idempotent.
+    """
+    SetTag: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.SetTagRequest, _checkpoints_pb2.RunDetail]  # type: ignore[assignment]
+    """Gives a committed generation a tag, which it takes from any other one of the
+    run, or takes it away. A tagged generation is kept. Idempotent.
+    """
+    SetPin: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.SetPinRequest, _checkpoints_pb2.Generation]  # type: ignore[assignment]
+    """Keeps a committed generation from any retention, or lets go of it.
+    Idempotent.
+    """
+    SetNote: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.SetNoteRequest, _checkpoints_pb2.Generation]  # type: ignore[assignment]
+    """Replaces the free metadata of a generation. Idempotent."""
+    SetKeep: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.SetKeepRequest, _checkpoints_pb2.RunDetail]  # type: ignore[assignment]
+    """Sets what is kept of a run (empty: everything) and has the rest deleted, now
+    and after each commit. Idempotent.
+    """
+    Prune: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.PruneRequest, _checkpoints_pb2.PruneResponse]  # type: ignore[assignment]
+    """Deletes for good what a policy (the run's own without one) does not keep;
+    with dry_run it only says what would go, and why. Idempotent.
+    """
 
 class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
     """Runs, attempts and generations. A generation = (run, attempt, step)."""
@@ -146,8 +192,9 @@ class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
         """One rank plans its pack for a step: reserves space, grants a slot. The first
         rank's call creates the generation, or reopens one that was aborted because
         the daemon ended. A second save of a step that this rank already sealed in
-        this attempt fails (ALREADY_EXISTS). A caller that dies
-        before SealPack leaves a generation that never commits and is reclaimed.
+        this attempt fails (ALREADY_EXISTS). An attempt has two slots a rank: a third
+        save waits until the first has landed. A caller that dies before SealPack
+        leaves a generation that never commits and is reclaimed.
         """
 
     @_abc_1.abstractmethod
@@ -218,6 +265,64 @@ class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_checkpoints_pb2.DeleteGenerationResponse, _abc.Awaitable[_checkpoints_pb2.DeleteGenerationResponse]]:
         """Deletes one generation, or with attempt = step = 0 and all = true the whole
         run; first in the object tier. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRun(
+        self,
+        request: _checkpoints_pb2.GetRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.RunDetail, _abc.Awaitable[_checkpoints_pb2.RunDetail]]:
+        """What is kept of a run beside its generations: its policy, tags, and the runs
+        that forked it. NOT_FOUND if there is none. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def SetTag(
+        self,
+        request: _checkpoints_pb2.SetTagRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.RunDetail, _abc.Awaitable[_checkpoints_pb2.RunDetail]]:
+        """Gives a committed generation a tag, which it takes from any other one of the
+        run, or takes it away. A tagged generation is kept. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def SetPin(
+        self,
+        request: _checkpoints_pb2.SetPinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.Generation, _abc.Awaitable[_checkpoints_pb2.Generation]]:
+        """Keeps a committed generation from any retention, or lets go of it.
+        Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def SetNote(
+        self,
+        request: _checkpoints_pb2.SetNoteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.Generation, _abc.Awaitable[_checkpoints_pb2.Generation]]:
+        """Replaces the free metadata of a generation. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def SetKeep(
+        self,
+        request: _checkpoints_pb2.SetKeepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.RunDetail, _abc.Awaitable[_checkpoints_pb2.RunDetail]]:
+        """Sets what is kept of a run (empty: everything) and has the rest deleted, now
+        and after each commit. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def Prune(
+        self,
+        request: _checkpoints_pb2.PruneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.PruneResponse, _abc.Awaitable[_checkpoints_pb2.PruneResponse]]:
+        """Deletes for good what a policy (the run's own without one) does not keep;
+        with dry_run it only says what would go, and why. Idempotent.
         """
 
 def add_CheckpointsServicer_to_server(servicer: CheckpointsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

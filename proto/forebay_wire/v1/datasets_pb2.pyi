@@ -309,18 +309,22 @@ class Statistics(_message.Message):
     def __init__(self, records: _Optional[_Iterable[_Union[StatisticsRecord, _Mapping]]] = ...) -> None: ...
 
 class DeleteDatasetRequest(_message.Message):
-    __slots__ = ("name", "now")
+    __slots__ = ("name", "now", "force")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NOW_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
     name: str
     now: bool
-    def __init__(self, name: _Optional[str] = ..., now: _Optional[bool] = ...) -> None: ...
+    force: bool
+    def __init__(self, name: _Optional[str] = ..., now: _Optional[bool] = ..., force: _Optional[bool] = ...) -> None: ...
 
 class DeleteDatasetResponse(_message.Message):
-    __slots__ = ("existed",)
+    __slots__ = ("existed", "stranded")
     EXISTED_FIELD_NUMBER: _ClassVar[int]
+    STRANDED_FIELD_NUMBER: _ClassVar[int]
     existed: bool
-    def __init__(self, existed: _Optional[bool] = ...) -> None: ...
+    stranded: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, existed: _Optional[bool] = ..., stranded: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WaitVersionRequest(_message.Message):
     __slots__ = ("dataset", "version", "durability", "timeout_seconds")

@@ -17,10 +17,22 @@ from sqlalchemy import (
     update,
 )
 
+from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
+from forebay_server.catalog.queries_managing import (
+    apply_wanted_tags,
+    queue_notes,
+    queue_retention,
+)
 from forebay_server.catalog.queries_manifests import commit_manifest
-from forebay_server.catalog.queries_runs import AttemptInfo, at, attempt_info, parent_of
+from forebay_server.catalog.queries_runs import (
+    AttemptInfo,
+    at,
+    attempt_info,
+    fork_of,
+    parent_of,
+)
 from forebay_server.catalog.queries_trash import tombstone_of, trash_generations
 from forebay_server.catalog.tables import (
     attempts,
@@ -36,7 +48,7 @@ from forebay_server.model.states import (
     advance,
     after_packs,
 )
-from forebay_wire.errors import AlreadyExists, Conflict, Fenced, NotFound
+from forebay_wire.errors import AlreadyExists, Conflict, Fenced, InvalidRequest, NotFound
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import GenerationId
 from forebay_wire.limits import MAX_GENERATION_DESCRIPTION_BYTES, check_limit
@@ -74,11 +86,18 @@ class Fencing:
 
 
 def open_attempt(
-    connection: Connection, run: str, parent: Point | None, num_ranks: int, request: str
+    connection: Connection,
+    run: str,
+    parent: Point | None,
+    num_ranks: int,
+    request: str,
+    *,
+    fork: GenerationId | None = None,
 ) -> Fencing:
     """Open the run's next attempt and abort what older ones have not sealed with all ranks.
 
-    A repeated *request* is answered with its attempt and changes nothing.
+    It stands on *parent*, or on the generation *fork* of another run. A repeated *request* is
+    answered with its attempt and changes nothing.
     """
     known = connection.execute(select(attempts).where(attempts.c.request == request)).one_or_none()
     if known is not None:
@@ -87,6 +106,9 @@ def open_attempt(
         return Fencing(attempt_info(known), False, (), ())
     if parent is not None:
         _check_parent(connection, run, parent)
+    if fork is not None:
+        _check_fork(connection, run, fork)
+    stands_on = parent if fork is None else Point(fork.attempt, fork.step)
     if connection.scalar(select(runs.c.run).where(runs.c.run == run)) is None:
         connection.execute(insert(runs).values(run=run))
     number = (newest_attempt(connection, run) or 0) + 1
@@ -100,8 +122,9 @@ def open_attempt(
         insert(attempts).values(
             run=run,
             attempt=number,
-            parent_attempt=parent.attempt if parent else None,
-            parent_step=parent.step if parent else None,
+            parent_run=fork.run if fork else "",
+            parent_attempt=stands_on.attempt if stands_on else None,
+            parent_step=stands_on.step if stands_on else None,
             num_ranks=num_ranks,
             request=request,
         )
@@ -116,6 +139,31 @@ def _check_parent(connection: Connection, run: str, parent: Point) -> None:
         raise NotFound(
             f"run {run} has no committed generation {parent} that a new attempt could stand on: "
             "restore 'latest' again and begin the attempt with what it names"
+        )
+
+
+def _check_fork(connection: Connection, run: str, fork: GenerationId) -> None:
+    """Only a committed generation of another run may be forked, and only into a run that forked
+    the same one before, or has no attempt yet."""
+    if fork.run == run:
+        raise InvalidRequest(f"run {run} cannot fork itself: restore one of its generations")
+    state = connection.scalar(select(generations.c.state).where(at(fork)))
+    if state != GenerationState.COMMITTED:
+        raise NotFound(
+            f"there is no committed generation {fork} that run {run} could fork: `forebay "
+            f"checkpoint list {fork.run}` names what there is"
+        )
+    roots = {
+        fork_of(row)
+        for row in connection.execute(select(attempts).where(attempts.c.run == run))
+        if parent_of(row) is None
+    }
+    if roots - {fork}:
+        known = next(iter(roots - {fork}))
+        raise Conflict(
+            f"run {run} exists and "
+            + (f"was forked from {known}" if known else "was not forked")
+            + f": it cannot be forked from {fork} now; give the new run a name of its own"
         )
 
 
@@ -300,12 +348,12 @@ def seal_pack(
     session: str,
     num_bytes: int,
     description: bytes,
-    metrics: str | None,
-    dataset: str | None,
+    told: Mapping[str, str],
 ) -> bool:
     """The pack's bytes are complete in the daemon's memory; whether all ranks' are now.
 
-    *metrics* and *dataset* are JSON of the rank that brings them, None from the others.
+    *told*: what this rank says about the generation, JSON by column (``metrics``, ``dataset``,
+    ``note``, ``wanted_tags``).
     """
     pack = check_sealable(connection, session)
     generation = pack.generation
@@ -316,12 +364,10 @@ def seal_pack(
             .values(state=PackState.SEALED, num_bytes=num_bytes, description=description)
         )
         _check_descriptions(connection, generation)
-    values: dict[str, str] = {}
-    if metrics is not None:
-        values["metrics"] = metrics
-    if dataset is not None:
-        values["dataset"] = dataset
+    values: dict[str, Any] = dict(told)
     state = _state_by_packs(connection, generation)
+    if state is not GenerationState.OPEN:
+        values["sealed"] = func.coalesce(generations.c.sealed, now())
     connection.execute(update(generations).where(at(generation)).values(state=state, **values))
     return state is not GenerationState.OPEN
 
@@ -367,11 +413,13 @@ def land_pack(connection: Connection, session: str, blob: str, num_bytes: int) -
     connection.execute(
         update(generations)
         .where(at(generation))
-        .values(state=GenerationState.COMMITTED, manifest=identity)
+        .values(state=GenerationState.COMMITTED, manifest=identity, committed=now())
     )
     # The manifest holds the descriptions from here on.
     connection.execute(update(packs).where(at(generation, packs)).values(description=None))
     enqueue(connection, FLUSH, identity)
+    apply_wanted_tags(connection, generation)
+    queue_retention(connection, generation.run)
     failpoint("generation.inside_commit")
     return identity
 
@@ -470,7 +518,7 @@ def _ended(generation: GenerationId, row: Row[Any]) -> Conflict:
 
 
 def delete_generations(
-    connection: Connection, doomed: Sequence[GenerationId]
+    connection: Connection, doomed: Sequence[GenerationId], reason: str = "at once"
 ) -> tuple[int, list[str]]:
     """Forget generations; ``(how many there were, sessions that have to end)``.
 
@@ -490,7 +538,9 @@ def delete_generations(
         if row.manifest is not None and tombstone_of(connection, row.manifest) is None:
             cancel_queued(connection, FLUSH, row.manifest)
             enqueue(connection, DELETE, row.manifest)
-            record(connection, f"generation {generation}", "deleted", "at once")
+            record(connection, f"generation {generation}", "deleted", reason)
+    for run in {generation.run for generation in doomed}:
+        queue_notes(connection, run)
     return number, sessions
 
 
@@ -504,6 +554,7 @@ def delete_run(
     if grace_seconds:
         trash_generations(connection, f"run {run}", doomed, grace_seconds)
     forgotten = delete_generations(connection, doomed)
+    queue_notes(connection, run)
     connection.execute(delete(attempts).where(attempts.c.run == run))
     connection.execute(delete(runs).where(runs.c.run == run))
     return forgotten

@@ -50,6 +50,10 @@ TOMBSTONE = "tombstone"
 """Have the object tier say of a manifest, the target, whether it lies in the trash."""
 PIN = "pin"
 """Bring what a pin, the target, holds into its tier, verified."""
+RETAIN = "retain"
+"""Delete what the policy of a run does not keep; the target is ``RUN NUMBER``, whatever that is."""
+NOTES = "notes"
+"""Have the object tier say what people said about a run; the target is ``RUN NUMBER``."""
 SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE, PIN, REPAIR})
 """Kinds that move many bytes for nobody who waits: they have workers of their own, so that what
 makes data safe (:data:`FLUSH`) never stands behind them."""
@@ -149,6 +153,18 @@ def schedule(connection: Connection, kind: str, target: str, delay_seconds: floa
                 job=new_random_name(), kind=kind, target=target, not_before=now() + delay_seconds
             )
         )
+
+
+def enqueue_anew(connection: Connection, kind: str, name: str, delay_seconds: float = 0.0) -> None:
+    """Queue a job of *kind* for ``NAME NUMBER`` that begins after this transaction, and take what
+    it repeats out of the queue: one that runs may have looked before. Due in *delay_seconds*."""
+    mine = jobs.c.target.startswith(f"{name} ", autoescape=True)
+    connection.execute(delete(jobs).where(jobs.c.kind == kind, mine, jobs.c.state == "queued"))
+    values: dict[str, Any] = {"not_before": now() + delay_seconds} if delay_seconds else {}
+    target = f"{name} {new_random_name()}"
+    connection.execute(
+        insert(jobs).values(job=new_random_name(), kind=kind, target=target, **values)
+    )
 
 
 def is_scheduled() -> ColumnElement[bool]:

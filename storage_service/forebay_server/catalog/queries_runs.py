@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, Select, and_, case, exists, func, select, tuple_
+from sqlalchemy import Connection, Row, Select, and_, case, func, or_, select, tuple_
 
-from forebay_server.catalog.tables import attempts, generations, manifest_remote, packs, runs
+from forebay_server.catalog.clock import now
+from forebay_server.catalog.tables import (
+    attempts,
+    generations,
+    manifest_remote,
+    packs,
+    runs,
+    tags,
+)
 from forebay_server.model.lineage import Lineage, Point
 from forebay_server.model.states import GenerationState, PackState, durability_of
 from forebay_wire.ids import GenerationId
@@ -24,8 +33,10 @@ class AttemptInfo:
     run: str
     attempt: int
     parent: Point | None
-    """The generation that it restored."""
+    """The generation of this run that it restored."""
     created_unix: float
+    fork: GenerationId | None = None
+    """The generation of another run that it stands on."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,19 @@ class GenerationInfo:
     metrics_json: str
     parent: Point | None
     error: str
+    fork: GenerationId | None = None
+    """The generation of another run that its attempt stands on."""
+    tags: tuple[str, ...] = ()
+    pin: str | None = None
+    """Why no retention takes it, empty without a reason; None: it may."""
+    pin_expires_unix: float = 0.0
+    """0: when it is unpinned."""
+    note_json: str = ""
+    dataset_json: str = ""
+    ram_unix: float = 0.0
+    """When all ranks had sealed it; 0: not yet, or not known."""
+    local_unix: float = 0.0
+    remote_unix: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,15 +93,22 @@ def at(generation: GenerationId, table: Any = generations) -> Any:
 
 
 def parent_of(row: Row[Any]) -> Point | None:
-    """The parent generation of a row that has an attempt's columns."""
-    if row.parent_attempt is None:
+    """The parent generation, in the same run, of a row that has an attempt's columns."""
+    if row.parent_attempt is None or row.parent_run:
         return None
     return Point(row.parent_attempt, row.parent_step)
 
 
+def fork_of(row: Row[Any]) -> GenerationId | None:
+    """The generation of another run that an attempt stands on, if it does."""
+    if not row.parent_run:
+        return None
+    return GenerationId(row.parent_run, row.parent_attempt, row.parent_step)
+
+
 def attempt_info(row: Row[Any]) -> AttemptInfo:
     """An attempt as it lies in its row."""
-    return AttemptInfo(row.run, row.attempt, parent_of(row), row.created)
+    return AttemptInfo(row.run, row.attempt, parent_of(row), row.created, fork_of(row))
 
 
 def _generation_rows() -> Select[Any]:
@@ -95,13 +126,17 @@ def _generation_rows() -> Select[Any]:
     )
     return select(
         generations,
+        attempts.c.parent_run,
         attempts.c.parent_attempt,
         attempts.c.parent_step,
         sums.c.num_bytes,
         sums.c.num_sealed,
-        exists().where(manifest_remote.c.manifest == generations.c.manifest).label("is_remote"),
+        manifest_remote.c.at.label("remote_at"),
+        or_(generations.c.pin_expires.is_(None), generations.c.pin_expires > now()).label("holds"),
     ).select_from(
-        generations.join(attempts).outerjoin(
+        generations.join(attempts)
+        .outerjoin(manifest_remote, manifest_remote.c.manifest == generations.c.manifest)
+        .outerjoin(
             sums,
             and_(
                 sums.c.run == generations.c.run,
@@ -112,12 +147,18 @@ def _generation_rows() -> Select[Any]:
     )
 
 
+def _with_tags(connection: Connection, row: Row[Any]) -> GenerationInfo:
+    mine = and_(tags.c.run == row.run, tags.c.attempt == row.attempt, tags.c.step == row.step)
+    named = connection.scalars(select(tags.c.tag).where(mine).order_by(tags.c.tag))
+    return replace(_generation_info(row), tags=tuple(named))
+
+
 def _generation_info(row: Row[Any]) -> GenerationInfo:
     state = GenerationState(row.state)
     return GenerationInfo(
         id=GenerationId(row.run, row.attempt, row.step),
         state=state,
-        durability=durability_of(state, row.is_remote),
+        durability=durability_of(state, row.remote_at is not None),
         manifest=row.manifest,
         num_ranks=row.num_ranks,
         num_sealed=row.num_sealed or 0,
@@ -126,13 +167,21 @@ def _generation_info(row: Row[Any]) -> GenerationInfo:
         metrics_json=row.metrics,
         parent=parent_of(row),
         error=row.error,
+        fork=fork_of(row),
+        pin=row.pinned if row.holds else None,
+        pin_expires_unix=row.pin_expires or 0.0,
+        note_json=row.note,
+        dataset_json=row.dataset,
+        ram_unix=row.sealed or 0.0,
+        local_unix=row.committed or 0.0,
+        remote_unix=row.remote_at or 0.0,
     )
 
 
 def find_generation(connection: Connection, generation: GenerationId) -> GenerationInfo | None:
     """One generation, in whatever state."""
     row = connection.execute(_generation_rows().where(at(generation))).one_or_none()
-    return _generation_info(row) if row is not None else None
+    return _with_tags(connection, row) if row is not None else None
 
 
 def load_lineage(connection: Connection, run: str) -> Lineage | None:
@@ -161,6 +210,18 @@ def remote_points(connection: Connection, run: str) -> set[Point]:
         .where(generations.c.run == run)
     )
     return {Point(row.attempt, row.step) for row in rows}
+
+
+def metrics_by_point(connection: Connection, run: str) -> dict[Point, dict[str, float]]:
+    """The metrics of a run's committed generations."""
+    rows = connection.execute(
+        select(generations.c.attempt, generations.c.step, generations.c.metrics).where(
+            generations.c.run == run, generations.c.state == GenerationState.COMMITTED
+        )
+    )
+    return {
+        Point(row.attempt, row.step): json.loads(row.metrics) if row.metrics else {} for row in rows
+    }
 
 
 def list_runs(connection: Connection, after: str, limit: int) -> list[RunInfo]:
@@ -211,6 +272,7 @@ def list_generations(
     for row in connection.execute(ordered.limit(limit + 1)):
         if len(page) == limit or num_bytes > PAGE_BYTES:
             return page, True
-        page.append(_generation_info(row))
-        num_bytes += ROW_BYTES + len((row.metrics + row.error).encode())
+        page.append(_with_tags(connection, row))
+        texts = (row.metrics, row.error, row.note, row.dataset, row.pinned or "")
+        num_bytes += ROW_BYTES + sum(len(text.encode()) for text in texts)
     return page, False

@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 
 metadata: Final = MetaData()
 
@@ -207,6 +207,8 @@ runs = Table(
     "runs",
     metadata,
     Column("run", _name(128), primary_key=True),
+    # JSON of what is kept of it (forebay_wire/keep.py); empty: everything.
+    Column("keep", Text, nullable=False, default="", server_default=""),
     _created(),
 )
 
@@ -215,12 +217,15 @@ attempts = Table(
     metadata,
     Column("run", ForeignKey("runs.run"), primary_key=True),
     Column("attempt", Integer, primary_key=True, autoincrement=False),
+    # Empty: the parent is a generation of the same run; else this attempt forked another one.
+    Column("parent_run", _name(128), nullable=False, default="", server_default=""),
     Column("parent_attempt", Integer),
     Column("parent_step", BigInteger),
     Column("num_ranks", Integer, nullable=False),
     # The opening call's random name: the same request opens one attempt.
     Column("request", _name(64), nullable=False, unique=True),
     _created(),
+    Index("attempts_by_parent", "parent_run"),
 )
 
 generations = Table(
@@ -235,6 +240,15 @@ generations = Table(
     # JSON of rank 0: {"name": number}; dataset, version, selection and position.
     Column("metrics", Text, nullable=False, default=""),
     Column("dataset", Text, nullable=False, default=""),
+    # JSON object of the user's own; and a list: the tags that it gets when it is committed.
+    Column("note", Text, nullable=False, default="", server_default=""),
+    Column("wanted_tags", Text, nullable=False, default="", server_default=""),
+    # Why no retention takes it; NULL: it may. Until then; NULL: until it is unpinned.
+    Column("pinned", Text),
+    Column("pin_expires", Double),
+    # When all ranks had sealed it, and when it was committed.
+    Column("sealed", Double),
+    Column("committed", Double),
     # Why it was aborted or failed.
     Column("error", Text, nullable=False, default=""),
     _created(),
@@ -243,6 +257,22 @@ generations = Table(
         "(state = 'committed') = (manifest IS NOT NULL)", name="committed_is_a_manifest"
     ),
     ForeignKeyConstraint(["run", "attempt"], ["attempts.run", "attempts.attempt"]),
+)
+
+tags = Table(
+    "tags",
+    metadata,
+    Column("run", _name(128), primary_key=True),
+    Column("tag", _name(128), primary_key=True),
+    Column("attempt", Integer, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    _created(),
+    ForeignKeyConstraint(
+        ["run", "attempt", "step"],
+        ["generations.run", "generations.attempt", "generations.step"],
+        ondelete="CASCADE",
+    ),
+    Index("tags_by_generation", "run", "attempt", "step"),
 )
 
 packs = Table(

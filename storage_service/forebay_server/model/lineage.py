@@ -33,8 +33,9 @@ class Lineage:
     """Attempt number to the generation it restored."""
     states: Mapping[Point, GenerationState]
 
-    def walk(self) -> Iterator[Point]:
-        """All generations that the newest attempt stands on, newest first.
+    def walk(self, start: Point | None = None) -> Iterator[Point]:
+        """All generations that the newest attempt stands on, newest first; with *start* those from
+        that one down.
 
         Those of the newest attempt from its last step down, then the generation it restored and
         what is older than that in its attempt, then what that attempt restored, and so on. A
@@ -45,6 +46,8 @@ class Lineage:
             steps[number].append(step)
         attempt: int | None = max(self.parents, default=None)
         upto: int | None = None
+        if start is not None:
+            attempt, upto = start
         while attempt is not None:
             for step in sorted(steps[attempt], reverse=True):
                 if upto is None or step <= upto:
@@ -55,14 +58,28 @@ class Lineage:
                 return
             attempt, upto = parent
 
+    def root(self, newest: int | None = None) -> int | None:
+        """The attempt where :meth:`walk` ends, from attempt *newest* (None: the newest one) down:
+        it restored nothing of this run. None without any attempt."""
+        attempt = max(self.parents, default=None) if newest is None else newest
+        while attempt is not None:
+            parent = self.parents.get(attempt)
+            if parent is None or parent.attempt >= attempt:
+                return attempt
+            attempt = parent.attempt
+        return None
+
     def candidates(
-        self, wanted: Collection[GenerationState], skip: Collection[Point] = ()
+        self,
+        wanted: Collection[GenerationState],
+        skip: Collection[Point] = (),
+        start: Point | None = None,
     ) -> Iterator[Point]:
         """The generations of :meth:`walk` that are in one of the *wanted* states, *skip* left out.
 
         A generation that is newer than a skipped one stays a candidate.
         """
-        for point in self.walk():
+        for point in self.walk(start):
             if self.states[point] in wanted and point not in skip:
                 yield point
 

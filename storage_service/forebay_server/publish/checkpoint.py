@@ -8,20 +8,27 @@ import logging
 import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from forebay_server.catalog import queries_checkpoints as queries
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_checkpoints import PackInfo, PackPlan
 from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue, enqueue_collection
+from forebay_server.catalog.queries_lineage import forks_needing, forks_needing_run
+from forebay_server.catalog.queries_managing import queue_notes, set_keep
 from forebay_server.catalog.queries_runs import AttemptInfo, find_generation, load_lineage
 from forebay_server.catalog.queries_trash import trash_generations
 from forebay_server.model.lineage import Point, needed_as_parent
+from forebay_server.model.save_rounds import Ask, Ruling
 from forebay_server.model.states import GenerationState, PackState
 from forebay_server.publish.generations import COMMITTED, Generations, check_step
 from forebay_server.publish.lease import Grant, LandedBlob, Uploads
+from forebay_server.publish.managing import Managing
+from forebay_server.publish.readers import Readers
 from forebay_server.publish.sealed import SealedGenerations
-from forebay_server.publish.session import Piece
+from forebay_server.publish.session import Piece, slot_owner
+from forebay_server.publish.verdicts import SaveVerdicts
 from forebay_wire.errors import (
     Conflict,
     ForebayError,
@@ -30,6 +37,7 @@ from forebay_wire.errors import (
 )
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import GenerationId, check_name
+from forebay_wire.keep import check_tag
 from forebay_wire.limits import (
     MAX_DESCRIPTION_BYTES,
     MAX_RANKS,
@@ -46,6 +54,13 @@ MAX_RANK_JSON_BYTES: Final = 1 << 20
 """Metrics, and dataset with position: they are O(1) in the size of model and data."""
 
 
+NUM_SLOTS: Final = 2
+"""Of one rank in one attempt: one is filled while the other's bytes land."""
+
+SLOT_SECONDS: Final = 600.0
+"""How long a rank waits for one of its own slots, unless it says so itself."""
+
+
 class JobQueue(Protocol):
     """What is needed of :class:`forebay_server.move.jobs.Jobs`."""
 
@@ -56,6 +71,15 @@ class JobQueue(Protocol):
     def listen(self, listener: Callable[[str], object]) -> None:
         """Have *listener* told the target of each try that ended, well or not."""
         ...
+
+
+@dataclass(frozen=True)
+class SaveAsk:
+    """A rank asks, before it begins its pack, whether all may save by the plan they hold."""
+
+    number: int
+    """Of the save within the attempt, from 1; the same on all ranks."""
+    ask: Ask
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,10 @@ class PackSeal:
     """``{"name": number}`` from rank 0, else empty."""
     dataset_json: str
     """Dataset version and position from rank 0, else empty."""
+    tags: tuple[str, ...] = ()
+    """From rank 0: given to the generation when it is committed."""
+    note_json: str = ""
+    """An object of the user's own from rank 0, else empty."""
 
 
 class Checkpoints:
@@ -98,12 +126,15 @@ class Checkpoints:
         self._uploads = uploads
         self._jobs = jobs
         self._sealed = SealedGenerations(catalog, uploads)
-        self.generations = Generations(catalog, self._sealed, why_not_remote)
+        self.readers = Readers()
+        self.generations = Generations(catalog, self._sealed, why_not_remote, self.readers)
+        self.managing = Managing(catalog, jobs.wake)
         jobs.listen(self.generations.announce)  # the target of a flush is a manifest
         self._tasks: set[asyncio.Task[Any]] = set()
         self._followed: set[str] = set()
         # Run to (attempt, uid, owner) of the slots that its ranks keep warm.
         self._slots: dict[str, set[tuple[int, int, str]]] = {}
+        self._verdicts = SaveVerdicts()
 
     async def close(self) -> None:
         """Wait for what still settles; after the uploads are closed. Idempotent."""
@@ -113,10 +144,20 @@ class Checkpoints:
     # ---------------------------------------------------------------------------------- attempts
 
     async def begin_attempt(
-        self, run: str, parent: Point | None, num_ranks: int, request: str
+        self,
+        run: str,
+        parent: Point | None,
+        num_ranks: int,
+        request: str,
+        *,
+        fork: GenerationId | None = None,
+        keep_json: str | None = None,
     ) -> AttemptInfo:
         """Open the run's next attempt, standing on *parent*, in one transaction; durable on return.
 
+        Or standing on the generation *fork* of another run, which is kept until the run has
+        committed one of its own. With *keep_json* that is what is kept of the run from here
+        on.
         Generations of older attempts that not all ranks have sealed are aborted and their sessions
         ended; sealed ones go on landing. Idempotent by *request*.
         """
@@ -125,17 +166,22 @@ class Checkpoints:
         check_name("request", request)
         if parent is not None:
             check_step(parent.step)
-        return await self._finish(self._begin_attempt(run, parent, num_ranks, request))
 
-    async def _begin_attempt(
-        self, run: str, parent: Point | None, num_ranks: int, request: str
-    ) -> AttemptInfo:
         def begin(connection: Connection) -> queries.Fencing:
-            fencing = queries.open_attempt(connection, run, parent, num_ranks, request)
+            fencing = queries.open_attempt(connection, run, parent, num_ranks, request, fork=fork)
+            if fencing.is_new and keep_json is not None:
+                set_keep(connection, run, keep_json)
+            if fencing.is_new and fork is not None:
+                queue_notes(connection, run)
             if fencing.aborted:
                 enqueue_collection(connection)
             return fencing
 
+        return await self._finish(self._begin_attempt(run, begin))
+
+    async def _begin_attempt(
+        self, run: str, begin: Callable[[Connection], queries.Fencing]
+    ) -> AttemptInfo:
         fencing = await self._catalog.write(begin)
         if fencing.is_new:
             await self._uploads.end(fencing.sessions)
@@ -146,6 +192,7 @@ class Checkpoints:
 
     def _drop_slots(self, run: str, newest: int) -> None:
         """Give the memory back that older attempts keep warm; slots in use follow by themselves."""
+        self._verdicts.forget(run, newest)
         kept = self._slots.pop(run, set())
         for attempt, uid, owner in kept:
             if attempt < newest:
@@ -155,29 +202,52 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------- packs
 
-    async def begin_pack(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
+    async def begin_pack(
+        self, uid: int, plan: PackPlan, slot_bytes: int, wait_seconds: float = SLOT_SECONDS
+    ) -> Grant:
         """Reserve room for one rank's pack and grant a slot; the first rank makes the generation.
 
-        The slot may be smaller than wanted where memory is short. :class:`AlreadyExists` if this
+        The slot may be smaller than wanted where memory is short. While two earlier packs of this
+        rank have not landed, this waits, *wait_seconds* at most. :class:`AlreadyExists` if this
         rank sealed this step before, :class:`Fenced` in an older attempt, :class:`Conflict` if the
         ranks disagree on their number, :class:`ResourceExhausted` if no landing tier has room:
         nothing committed is touched by that.
         """
-        check_name("run", plan.generation.run)
-        _check_num_ranks(plan.num_ranks)
-        check_step(plan.generation.step)
-        if not 0 <= plan.rank < plan.num_ranks:
-            raise InvalidRequest(
-                f"rank {plan.rank} of {plan.num_ranks}: ranks count from 0 to {plan.num_ranks - 1}"
-            )
+        _check_plan(plan)
+        owner = slot_owner(uid, _owner(plan.generation, plan.rank))
+        await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
+        await self._uploads.slots.wait_for_one_of(owner, NUM_SLOTS, wait_seconds)
         return await self._finish(self._begin_pack(uid, plan, slot_bytes))
+
+    async def ask_to_save(self, uid: int, plan: PackPlan, asked: SaveAsk) -> Ruling:
+        """How all ranks of the attempt go on with a save, once all of them have asked.
+
+        What they plan anew, or copy, they begin with :meth:`begin_pack`. Raises what that would
+        raise for the plan; then the other ranks are told to stop.
+        """
+        _check_plan(plan)
+        generation = plan.generation
+        key, ask = (generation.run, generation.attempt), asked.ask
+
+        def is_busy() -> bool:
+            owners = (_owner(generation, rank) for rank in range(plan.num_ranks))
+            slots = self._uploads.slots
+            return any(slots.num_in_use(slot_owner(uid, one)) >= NUM_SLOTS for one in owners)
+
+        try:
+            await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
+        except ForebayError:
+            ask = Ask(ask.step, "")
+            await self._verdicts.ask(key, plan.num_ranks, plan.rank, asked.number, ask, is_busy)
+            raise
+        return await self._verdicts.ask(key, plan.num_ranks, plan.rank, asked.number, ask, is_busy)
 
     async def _begin_pack(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
         replaced = await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
         if replaced is not None:
             await self._uploads.end([replaced])
         generation = plan.generation
-        owner = f"run {generation.run} attempt {generation.attempt} rank {plan.rank}"
+        owner = _owner(generation, plan.rank)
         try:
             grant = await self._uploads.begin(
                 uid,
@@ -230,11 +300,11 @@ class Checkpoints:
             info = await self.generations.look(pack.generation)
             return info.num_sealed == info.num_ranks
         description = await self._read_description(uid, seal)
-        metrics, dataset = _check_metrics(seal.metrics_json), _check_dataset(seal.dataset_json)
+        told = _told(seal)
 
         def sealed(connection: Connection) -> bool:
             num_bytes = pack.num_bytes
-            return queries.seal_pack(connection, session, num_bytes, description, metrics, dataset)
+            return queries.seal_pack(connection, session, num_bytes, description, told)
 
         def landed(connection: Connection, blob: LandedBlob) -> list[str]:
             if queries.land_pack(connection, session, blob.blob, blob.num_bytes) is None:
@@ -243,7 +313,12 @@ class Checkpoints:
 
         piece = Piece(seal.sequence, seal.num_bytes, tuple(seal.cuts))
         all_sealed, landing = await self._uploads.seal_in_background(
-            session, uid, piece, sealed=sealed, landed=landed
+            session,
+            uid,
+            piece,
+            sealed=sealed,
+            landed=landed,
+            known=partial(self._uploads.known.of, pack.generation),
         )
         failpoint("pack.after_seal")
         self._follow(pack, landing)
@@ -340,13 +415,13 @@ class Checkpoints:
         Idempotent."""
         check_name("run", run)
         grace = self._trash_seconds
-        return await self._finish(self._delete(lambda c: queries.delete_run(c, run, grace)))
+        return await self._finish(self._delete(lambda c: _delete_run(c, run, grace)))
 
     async def delete_run_now(self, run: str) -> int:
         """Delete a run with all attempts and generations for good, also unfinished ones; how many
         generations there were. Its clients are fenced off. Idempotent."""
         check_name("run", run)
-        return await self._finish(self._delete(lambda c: queries.delete_run(c, run)))
+        return await self._finish(self._delete(lambda c: _delete_run(c, run)))
 
     async def _delete(self, forget: Callable[[Connection], tuple[int, list[str]]]) -> int:
         def change(connection: Connection) -> tuple[int, list[str]]:
@@ -400,6 +475,13 @@ def _delete_one(
         raise Conflict(
             f"generation {generation} is still landing: wait until it is local, then delete it"
         )
+    if info.pin is not None:
+        raise Conflict(
+            f"generation {generation} is pinned{f' ({info.pin})' if info.pin else ''}: unpin it "
+            "first (forebay checkpoint pin --remove), then delete it"
+        )
+    if forks := forks_needing(connection, generation):
+        raise Conflict(_needed_by_fork(str(generation), forks[0]))
     point = Point(generation.attempt, generation.step)
     if (attempt := needed_as_parent(point, lineage, COMMITTED)) is not None:
         raise Conflict(
@@ -410,6 +492,36 @@ def _delete_one(
     if grace_seconds:
         trash_generations(connection, f"generation {generation}", [generation], grace_seconds)
     return queries.delete_generations(connection, [generation])
+
+
+def _owner(generation: GenerationId, rank: int) -> str:
+    """Whose slots are reused among each other."""
+    return f"run {generation.run} attempt {generation.attempt} rank {rank}"
+
+
+def _check_plan(plan: PackPlan) -> None:
+    check_name("run", plan.generation.run)
+    _check_num_ranks(plan.num_ranks)
+    check_step(plan.generation.step)
+    if not 0 <= plan.rank < plan.num_ranks:
+        raise InvalidRequest(
+            f"rank {plan.rank} of {plan.num_ranks}: ranks count from 0 to {plan.num_ranks - 1}"
+        )
+
+
+def _delete_run(
+    connection: Connection, run: str, grace_seconds: float = 0.0
+) -> tuple[int, list[str]]:
+    for fork, generation in forks_needing_run(connection, run):
+        raise Conflict(_needed_by_fork(f"run {run} with generation {generation}", fork))
+    return queries.delete_run(connection, run, grace_seconds)
+
+
+def _needed_by_fork(what: str, fork: str) -> str:
+    return (
+        f"{what} is what run {fork} was forked from, and that has committed nothing of its own "
+        f"yet: delete it after the first commit of run {fork}, or delete that run first"
+    )
 
 
 def _check_num_ranks(num_ranks: int) -> None:
@@ -448,6 +560,25 @@ def _check_dataset(text: str) -> str | None:
     if parsed is not None and not isinstance(parsed, dict):
         raise InvalidRequest("dataset and position have to be a JSON object")
     return text if parsed is not None else None
+
+
+def check_note(text: str) -> str:
+    """*text* if it is a JSON object, or empty."""
+    if text and not isinstance(_parse_rank_json("note", text), dict):
+        raise InvalidRequest("a note has to be a JSON object")
+    return text
+
+
+def _told(seal: PackSeal) -> dict[str, str]:
+    """What a rank says about its generation, checked, by column of the catalog."""
+    tags = [check_tag(tag) for tag in seal.tags]
+    told = {
+        "metrics": _check_metrics(seal.metrics_json),
+        "dataset": _check_dataset(seal.dataset_json),
+        "note": check_note(seal.note_json),
+        "wanted_tags": json.dumps(tags) if tags else "",
+    }
+    return {column: text for column, text in told.items() if text}
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_jobs import FLUSH, job_of
+from forebay_server.catalog.queries_lineage import fork_at_root
+from forebay_server.catalog.queries_managing import find_tag, list_tags, read_keep
 from forebay_server.catalog.queries_runs import (
     AttemptInfo,
     GenerationInfo,
@@ -18,11 +20,14 @@ from forebay_server.catalog.queries_runs import (
     list_generations,
     list_runs,
     load_lineage,
+    metrics_by_point,
     remote_points,
 )
 from forebay_server.model.lineage import Lineage, Point
+from forebay_server.model.retention import best_first
 from forebay_server.model.states import Durability, GenerationState, check_durability, reaches
 from forebay_server.publish.changes import Changes
+from forebay_server.publish.readers import Readers
 from forebay_server.publish.sealed import SealedGenerations
 from forebay_wire.errors import (
     Conflict,
@@ -35,6 +40,7 @@ from forebay_wire.errors import (
     StorageError,
 )
 from forebay_wire.ids import GenerationId, check_name
+from forebay_wire.keep import Keep, is_tag
 from forebay_wire.limits import MAX_PAGE_ROWS
 
 COMMITTED: Final = frozenset({GenerationState.COMMITTED})
@@ -47,9 +53,15 @@ class Generations:
     """The reading side of checkpoints. Belongs to the event loop."""
 
     def __init__(
-        self, catalog: Catalog, sealed: SealedGenerations, why_not_remote: str = ""
+        self,
+        catalog: Catalog,
+        sealed: SealedGenerations,
+        why_not_remote: str = "",
+        readers: Readers | None = None,
     ) -> None:
-        """*why_not_remote*: why nothing ever becomes remote, empty: it does."""
+        """*why_not_remote*: why nothing ever becomes remote, empty: it does; *readers* is told
+        whom a generation was named to."""
+        self._readers = readers or Readers()
         self._why_not_remote = why_not_remote
         self._catalog = catalog
         self._sealed = sealed
@@ -141,54 +153,79 @@ class Generations:
         skip: Collection[Point],
         timeout_seconds: float,
     ) -> GenerationInfo:
-        """The generation that *selector* (``latest``, ``STEP``, ``ATTEMPT/STEP``) means.
+        """The generation that *selector* (``latest``, ``best``, ``STEP``, ``ATTEMPT/STEP``, or a
+        tag) means. Retention leaves it alone for a moment: whoever asks is about to read it.
 
-        ``latest`` is the newest committed one on the newest attempt's lineage, those in *skip* left
-        out. One that all ranks have sealed is waited for first; :class:`DeadlineExceeded` if it has
-        not landed after the timeout (0: what has not landed does not count). With *durability*
-        ``ram`` it counts as it is, and its manifest is that of :meth:`SealedGenerations.offer`;
-        only where its packs do not lie in memory as a whole it is waited for all the same.
+        A run that was forked and has nothing of its own answers with what it was forked from.
+        ``best`` is that of the run's own policy. ``latest`` is the newest committed one on the
+        newest attempt's lineage, those in *skip* left out. One that all ranks have sealed is
+        waited for first; :class:`DeadlineExceeded` if it has not landed after the timeout (0: what
+        has not landed does not count). With *durability* ``ram`` it counts as it is, and its
+        manifest is that of :meth:`SealedGenerations.offer`; only where its packs do not lie in
+        memory as a whole it is waited for all the same.
         """
         wanted = check_durability(durability)
         deadline = asyncio.get_running_loop().time() + timeout_seconds
         may_wait = timeout_seconds > 0 and wanted is not Durability.REMOTE
         skipped = frozenset(skip)
         while True:
-            point = await self._pick(
+            found = await self._pick(
                 run, selector, wanted, skipped, may_wait or wanted is Durability.RAM
             )
-            found = GenerationId(run, *point)
             try:
                 info = await self._until_readable(found, wanted, deadline)
             except DeadlineExceeded:
                 if may_wait:
                     raise
-                skipped |= {point}
+                skipped |= {Point(found.attempt, found.step)}
                 continue
-            if info is not None:
+            if info is not None and await self._lend(found):
                 return info
+
+    async def _lend(self, generation: GenerationId) -> bool:
+        """Have retention leave *generation* alone for a while; False if it went meanwhile."""
+        async with self._readers.settled(generation.run):
+            found = await self._catalog.read(
+                lambda connection: find_generation(connection, generation)
+            )
+            if found is not None:
+                self._readers.lend(generation)
+            return found is not None
 
     async def _pick(
         self, run: str, selector: str, wanted: Durability, skip: frozenset[Point], sealed: bool
-    ) -> Point:
+    ) -> GenerationId:
         check_name("run", run)
 
-        def look(connection: Connection) -> tuple[Lineage | None, set[Point]]:
-            return load_lineage(connection, run), remote_points(connection, run)
+        def look(connection: Connection) -> tuple[Lineage | None, set[Point], _Named]:
+            named = _named(connection, run, selector)
+            return load_lineage(connection, run), remote_points(connection, run), named
 
-        lineage, remote = await self._catalog.read(look)
+        lineage, remote, named = await self._catalog.read(look)
         if lineage is None:
             raise NotFound(f"there is no run {run}: nothing has been saved under that name")
         if wanted is Durability.REMOTE:
             skip = skip | {point for point in lineage.states if point not in remote}
         states = COMMITTED_OR_LANDING if sealed else COMMITTED
-        point = _select(lineage, selector, states, skip)
+        point = _select(lineage, selector, states, skip, named)
+        if point is None and selector in ("", "latest") and named.fork is not None:
+            is_taken = lineage.latest(states) is not None
+            start = Point(named.fork.attempt, named.fork.step)
+            if not is_taken and start not in skip:
+                return await self._fork(named.fork, wanted)
         if point is None:
             text = _nothing_found(run, selector, lineage, wanted, skip)
             if wanted is Durability.REMOTE and self._why_not_remote:
                 raise InvalidRequest(f"{text}. Nothing becomes remote: {self._why_not_remote}")
             raise NotFound(text)
-        return point
+        return GenerationId(run, *point)
+
+    async def _fork(self, generation: GenerationId, wanted: Durability) -> GenerationId:
+        """What a run without anything of its own was forked from, if it is *wanted* enough."""
+        info = await self.look(generation)
+        if not reaches(Durability(info.durability), wanted):
+            raise NotFound(f"generation {generation}, which was forked, is not {wanted}")
+        return generation
 
     async def _until_readable(
         self, generation: GenerationId, wanted: Durability, deadline: float
@@ -265,15 +302,60 @@ def parse_point(text: str) -> Point:
     return Point(int(attempt), check_step(int(step)))
 
 
+@dataclass(frozen=True)
+class _Named:
+    """What the catalog says about the words of a selector."""
+
+    tag: Point | None = None
+    best: tuple[Point, ...] = ()
+    """By the metric of the run's policy, best first."""
+    fork: GenerationId | None = None
+    """What the lineage begins with, in another run."""
+
+
+def _named(connection: Connection, run: str, selector: str) -> _Named:
+    fork = fork_at_root(connection, run)
+    if selector == "best":
+        return _Named(best=tuple(_best(connection, run)), fork=fork)
+    if selector in ("", "latest") or selector.isdecimal() or "/" in selector:
+        return _Named(fork=fork)
+    found = find_tag(connection, run, selector)
+    if found is None:
+        names = ", ".join(one.tag for one in list_tags(connection, run)) or "none"
+        raise (NotFound if is_tag(selector) else InvalidRequest)(
+            f"run {run} has no tag {selector!r}, it has {names}; a generation is named by "
+            "'latest', 'best', STEP, ATTEMPT/STEP (as in 2/500) or a tag"
+        )
+    return _Named(Point(found.attempt, found.step), fork=fork)
+
+
+def _best(connection: Connection, run: str) -> list[Point]:
+    keep = Keep.from_json(read_keep(connection, run))
+    if keep is None or not keep.best:
+        raise InvalidRequest(
+            f"run {run} says no metric by which one of its generations is the best: give "
+            "keep=forebay.Keep(best=...), or name one by its tag or as ATTEMPT/STEP"
+        )
+    metrics = metrics_by_point(connection, run)
+    return best_first(keep.best, keep.mode, dict(sorted(metrics.items(), reverse=True)))
+
+
 def _select(
-    lineage: Lineage, selector: str, states: Collection[GenerationState], skip: Collection[Point]
+    lineage: Lineage,
+    selector: str,
+    states: Collection[GenerationState],
+    skip: Collection[Point],
+    named: _Named,
 ) -> Point | None:
     if selector in ("", "latest"):
         return lineage.latest(states, skip)
     if selector.isdecimal():
         found = lineage.at_step(check_step(int(selector)), states)
         return found if found not in skip else None
-    point = parse_point(selector)
+    if selector == "best":
+        walked = set(lineage.candidates(COMMITTED, skip))
+        return next((point for point in named.best if point in walked), None)
+    point = named.tag or parse_point(selector)
     return point if lineage.states.get(point) in states and point not in skip else None
 
 
@@ -285,7 +367,7 @@ def _nothing_found(
     where = (
         f"run {run} has no {'remote ' if wanted is Durability.REMOTE else ''}committed generation"
     )
-    if selector in ("", "latest"):
+    if selector in ("", "latest", "best"):
         newest = max(lineage.parents)
         text = f"{where} that its newest attempt {newest} stands on"
     else:

@@ -7,8 +7,17 @@ from typing import Any, Literal, Protocol
 from forebay_server.catalog.queries_checkpoints import PackPlan
 from forebay_server.catalog.queries_runs import AttemptInfo, GenerationInfo, RunInfo
 from forebay_server.model.lineage import Point
-from forebay_server.publish.checkpoint import Checkpoints, PackSeal
+from forebay_server.model.save_rounds import Ask, Ruling, Verdict
+from forebay_server.publish.checkpoint import (
+    SLOT_SECONDS,
+    Checkpoints,
+    PackSeal,
+    SaveAsk,
+    check_note,
+)
 from forebay_server.publish.generations import parse_point
+from forebay_server.publish.managing import RunDetail
+from forebay_server.publish.retention import Retention
 from forebay_server.rpc.interceptors import caller_uid
 from forebay_wire.ids import GenerationId
 from forebay_wire.v1 import checkpoints_pb2 as pb
@@ -29,17 +38,31 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
     """Converts between messages and :class:`Checkpoints`."""
 
     def __init__(
-        self, checkpoints: Checkpoints, tickets: TicketGiver, incarnation: str = ""
+        self,
+        checkpoints: Checkpoints,
+        retention: Retention,
+        tickets: TicketGiver,
+        incarnation: str = "",
     ) -> None:
         self._checkpoints = checkpoints
+        self._managing = checkpoints.managing
+        self._retention = retention
         self._incarnation = incarnation
         self._generations = checkpoints.generations
         self._tickets = tickets
 
     async def BeginAttempt(self, request: pb.BeginAttemptRequest, context: Any) -> pb.Attempt:
         parent = Point(request.parent_attempt, request.parent_step) if request.has_parent else None
+        fork = None
+        if parent is not None and request.parent_run not in ("", request.run):
+            fork, parent = GenerationId(request.parent_run, *parent), None
         attempt = await self._checkpoints.begin_attempt(
-            request.run, parent, request.num_ranks, request.request
+            request.run,
+            parent,
+            request.num_ranks,
+            request.request,
+            fork=fork,
+            keep_json=request.keep_json if request.has_keep else None,
         )
         return _attempt(attempt)
 
@@ -51,8 +74,21 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             request.total_bytes,
         )
         uid = caller_uid()
-        grant = await self._checkpoints.begin_pack(uid, plan, request.slot_bytes)
+        ruling = Ruling(Verdict.REUSE)
+        if request.save_number:
+            ruling = await self._checkpoints.ask_to_save(uid, plan, _ask(request))
+        told: dict[str, Any] = {
+            "verdict": ruling.verdict,
+            "plan": ruling.plan,
+            "reason": ruling.reason,
+        }
+        if ruling.verdict is not Verdict.REUSE:
+            return pb.PackSession(incarnation=self._incarnation, **told)
+        grant = await self._checkpoints.begin_pack(
+            uid, plan, request.slot_bytes, request.wait_seconds or SLOT_SECONDS
+        )
         return pb.PackSession(
+            **told,
             session=grant.session,
             slot_bytes=grant.slot_bytes,
             lease_seconds=grant.lease_seconds,
@@ -71,6 +107,8 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             description_bytes=request.description_bytes,
             metrics_json=request.metrics_json,
             dataset_json=request.dataset_json,
+            tags=tuple(request.tags),
+            note_json=request.note_json,
         )
         all_sealed = await self._checkpoints.seal_pack(caller_uid(), seal)
         return pb.SealPackResponse(all_sealed=all_sealed)
@@ -127,13 +165,79 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             number = await delete(GenerationId(run, request.attempt, request.step))
         return pb.DeleteGenerationResponse(num_deleted=number)
 
+    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.RunDetail:
+        return _detail(await self._managing.detail(request.run))
+
+    async def SetTag(self, request: pb.SetTagRequest, context: Any) -> pb.RunDetail:
+        if request.remove:
+            return _detail(await self._managing.untag(request.run, request.tag))
+        generation = GenerationId(request.run, request.attempt, request.step)
+        return _detail(await self._managing.tag(generation, request.tag))
+
+    async def SetPin(self, request: pb.SetPinRequest, context: Any) -> pb.Generation:
+        generation = GenerationId(request.run, request.attempt, request.step)
+        if request.remove:
+            return _generation(await self._managing.unpin(generation))
+        return _generation(
+            await self._managing.pin(generation, request.reason, request.hold_seconds)
+        )
+
+    async def SetNote(self, request: pb.SetNoteRequest, context: Any) -> pb.Generation:
+        generation = GenerationId(request.run, request.attempt, request.step)
+        return _generation(await self._managing.note(generation, check_note(request.note_json)))
+
+    async def SetKeep(self, request: pb.SetKeepRequest, context: Any) -> pb.RunDetail:
+        return _detail(await self._managing.set_keep(request.run, request.keep_json))
+
+    async def Prune(self, request: pb.PruneRequest, context: Any) -> pb.PruneResponse:
+        found = await self._retention.prune(request.run, request.keep_json, is_dry=request.dry_run)
+        verdicts = [
+            pb.PruneVerdict(
+                attempt=one.point.attempt,
+                step=one.point.step,
+                is_kept=one.is_kept,
+                reasons=one.reasons,
+                num_bytes=found.num_bytes[one.point],
+            )
+            for one in found.verdicts
+        ]
+        return pb.PruneResponse(
+            verdicts=verdicts, num_deleted=found.num_deleted, keep_json=found.keep.to_json()
+        )
+
+
+def _ask(request: pb.BeginPackRequest) -> SaveAsk:
+    ask = Ask(request.step, request.structure, request.plan, request.may_skip)
+    return SaveAsk(request.save_number, ask)
+
+
+def _detail(found: RunDetail) -> pb.RunDetail:
+    detail = pb.RunDetail(
+        run=found.run,
+        keep_json=found.keep_json,
+        tags=[pb.Tag(tag=one.tag, attempt=one.attempt, step=one.step) for one in found.tags],
+        forks=[
+            pb.Fork(
+                run=run,
+                attempt=attempt,
+                parent_attempt=parent.attempt,
+                parent_step=parent.step,
+            )
+            for run, attempt, parent in found.forks
+        ],
+    )
+    if found.fork is not None:
+        detail.parent_run = found.fork.run
+        detail.parent_attempt, detail.parent_step = found.fork.attempt, found.fork.step
+    return detail
+
 
 def _attempt(attempt: AttemptInfo) -> pb.Attempt:
     return pb.Attempt(
         run=attempt.run,
         attempt=attempt.attempt,
         created_unix=attempt.created_unix,
-        **_parent(attempt.parent),
+        **_parent(attempt.parent, attempt.fork),
     )
 
 
@@ -150,7 +254,16 @@ def _generation(found: GenerationInfo) -> pb.Generation:
         created_unix=found.created_unix,
         metrics_json=found.metrics_json,
         error=found.error,
-        **_parent(found.parent),
+        tags=found.tags,
+        is_pinned=found.pin is not None,
+        pin_reason=found.pin or "",
+        pin_expires_unix=found.pin_expires_unix if found.pin is not None else 0.0,
+        note_json=found.note_json,
+        dataset_json=found.dataset_json,
+        ram_unix=found.ram_unix,
+        local_unix=found.local_unix,
+        remote_unix=found.remote_unix,
+        **_parent(found.parent, found.fork),
     )
 
 
@@ -169,7 +282,13 @@ def _run(run: RunInfo) -> pb.RunSummary:
     return summary
 
 
-def _parent(parent: Point | None) -> dict[str, Any]:
-    if parent is None:
+def _parent(parent: Point | None, fork: GenerationId | None) -> dict[str, Any]:
+    stands_on = parent or fork
+    if stands_on is None:
         return {}
-    return {"has_parent": True, "parent_attempt": parent.attempt, "parent_step": parent.step}
+    return {
+        "has_parent": True,
+        "parent_run": "" if fork is None else fork.run,
+        "parent_attempt": stands_on.attempt,
+        "parent_step": stands_on.step,
+    }

@@ -101,8 +101,10 @@ async def test_latest_follows_the_newest_attempt(node: CheckpointNode) -> None:
         await resolve(RUN, "30", "", [], 1.0)
     with pytest.raises(NotFound, match="2 were skipped"):
         await node.latest(skip=("2/20", "1/10"))
-    with pytest.raises(InvalidRequest, match="ATTEMPT/STEP"):
+    with pytest.raises(NotFound, match="no tag 'newest'.*ATTEMPT/STEP"):
         await resolve(RUN, "newest", "", [], 1.0)
+    with pytest.raises(InvalidRequest, match="ATTEMPT/STEP"):
+        await resolve(RUN, "2:20", "", [], 1.0)
 
 
 async def test_latest_waits_for_what_is_sealed_and_landing(node: CheckpointNode) -> None:

@@ -404,7 +404,7 @@ async def test_sealed_packs_of_a_generation_that_is_given_up_are_not_dirty(
         grant = await node.plan(GenerationId(RUN, 1, 1), 10, num_ranks=2)
 
         def seal(connection: Connection) -> None:
-            seal_pack(connection, grant.session, 10, b"{}", None, None)
+            seal_pack(connection, grant.session, 10, b"{}", {})
 
         await node.storage.catalog.write(seal)  # it never lands
         assert await dirty(node) == 10

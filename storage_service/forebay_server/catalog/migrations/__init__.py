@@ -18,6 +18,7 @@ from forebay_server.catalog.migrations import (
     v0003_parts,
     v0004_statistics,
     v0005_decisions,
+    v0006_retention,
 )
 
 
@@ -35,5 +36,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(3, "parts", v0003_parts.apply),
     Migration(4, "statistics", v0004_statistics.apply),
     Migration(5, "decisions", v0005_decisions.apply),
+    Migration(6, "retention", v0006_retention.apply),
 )
 """In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""
