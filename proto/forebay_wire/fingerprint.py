@@ -97,13 +97,14 @@ def decode_fingerprints(data: bytes, where: str) -> list[Fingerprint]:
     found, at = [], HEAD.size
     try:
         for _ in range(count):
-            *fields, flags = RECORD.unpack_from(body, at)
+            key, digest, values, nan, inf, norm, least, most, flags = RECORD.unpack_from(body, at)
             at += RECORD.size
             sketch = None
             if flags & _HAS_SKETCH:
                 sketch = np.frombuffer(body, "<f4", NUM_BUCKETS, at)
                 at += sketch.nbytes
-            found.append(Fingerprint(*fields, bool(flags & _HAS_FIGURES), sketch))
+            figures = (key, digest, values, nan, inf, norm, least, most)
+            found.append(Fingerprint(*figures, bool(flags & _HAS_FIGURES), sketch))
     except (struct.error, ValueError) as error:
         raise IntegrityError(f"fingerprints are cut short ({where})") from error
     return found

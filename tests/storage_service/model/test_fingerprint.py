@@ -13,8 +13,8 @@ from forebay_server.model.fingerprint import (
     FingerprintBuilder,
     extent_key,
     fingerprint,
-    kind_of,
 )
+from forebay_wire.dtypes import kind_of
 from forebay_wire.errors import IntegrityError
 from forebay_wire.fingerprint import (
     NUM_BUCKETS,
