@@ -86,7 +86,7 @@ class Uploads:
         self._listeners: list[Callable[[str], Awaitable[None]]] = []
         self._landing_order: Callable[[str], Sequence[str]] = lambda owner: ()
         self._sessions: dict[str, Session] = {}
-        self._slots = SlotKeeper(tiers)
+        self._slots = self.slots = SlotKeeper(tiers)
         self._leftovers = Leftovers(catalog, tiers, forget)
         self._duplicates = Duplicates(catalog, tiers, Quarantine(tiers, catalog, forget=forget))
         self._calls: set[asyncio.Task[Any]] = set()

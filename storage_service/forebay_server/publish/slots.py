@@ -106,6 +106,25 @@ class SlotKeeper:
                 except TimeoutError:
                     raise ResourceExhausted(error.message) from error
 
+    def num_in_use(self, owner: str) -> int:
+        """Slots that *owner* fills, or whose bytes have not landed for good."""
+        return self._pool.num_lent_to(owner)
+
+    async def wait_for_one_of(self, owner: str, limit: int, seconds: float) -> None:
+        """Return once *owner* has fewer than *limit* slots in use.
+
+        :class:`ResourceExhausted` after *seconds*; nobody else's memory is waited for.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while self.num_in_use(owner) >= limit:
+                    await self.returned.wait()
+        except TimeoutError:
+            raise ResourceExhausted(
+                f"{owner.partition(':')[2]}: {limit} earlier saves were still on their way to disk "
+                f"after {seconds:.0f} s: save less often, or skip saves (when_busy='skip')"
+            ) from None
+
     def keep_warm(self, slot: Slot) -> None:
         """Take *slot* back for its owner's next session: its client has let it go."""
         self._pool.release(slot)

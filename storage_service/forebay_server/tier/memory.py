@@ -318,6 +318,14 @@ class SlotPool:
         with self._lock:
             return len(self._lent)
 
+    def num_lent_to(self, owner: str) -> int:
+        """Slots that *owner* has, those held for it included; not what is only still read."""
+        with self._lock:
+            return sum(
+                slot.owner == owner and key not in self._given_back
+                for key, slot in self._lent.items()
+            )
+
     def close(self) -> None:
         """Give all memory back; clients' mappings live on. Idempotent."""
         self._free_warm()

@@ -181,24 +181,25 @@ async def test_a_slot_is_not_lent_again_while_it_is_read(memory: Memory) -> None
     memory.gate.set()
     await node.wait(GenerationId(RUN, 1, 1))
 
-    async def is_lent(*steps: int) -> bool:
-        """Whether one of these packs gets the slot; they write all over theirs."""
-        plans = [await node.plan(GenerationId(RUN, 1, step), len(data)) for step in steps]
+    async def is_lent(count: int) -> bool:
+        """Whether one of as many uploads gets the slot; they write all over theirs."""
+        owner, size = f"run {RUN} attempt 1 rank 0", len(data)
+        plans = [await node.storage.uploads.begin(UID, owner, size, size) for _ in range(count)]
         slots = [node.storage.uploads.slot(plan.session, UID) for plan in plans]
         for slot, plan in zip(slots, plans, strict=True):
             slot.view[:] = b"x" * len(slot.view)
             await node.storage.uploads.abort(plan.session, UID)
         return read in slots
 
-    assert not await is_lent(2)
+    assert not await is_lent(1)
     assert checked(opened) == data
     opened.close()
     memory.opener.release("me", [pack.blob])
-    assert not await is_lent(3, 4)
+    assert not await is_lent(2)
     assert checked(again) == data
     again.close()
     memory.opener.close_client("another client")
-    assert await is_lent(5, 6, 7)  # all that the owner has warm
+    assert await is_lent(3)  # all that the owner has warm
 
 
 async def test_a_landing_that_fails_leaves_readers_what_they_opened(memory: Memory) -> None:
