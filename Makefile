@@ -11,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 STAMP := .venv/.setup-stamp
 PEERS_STAMP := .venv-peers/.setup-stamp
 PROTOS := $(sort $(wildcard proto/forebay_wire/v1/*.proto))
-BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/loader_% benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/checkpoint_% benchmarks/loader_% benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -57,7 +57,7 @@ proto: setup  ## generate the Python code of the .proto files
 docs: setup  ## test the documentation
 	pytest tests/docs
 
-peers: $(PEERS_STAMP)  ## the loaders that ours is compared with, in an environment of their own
+peers: $(PEERS_STAMP)  ## the loaders and checkpoints that ours are compared with, in an environment of their own
 
 $(PEERS_STAMP): benchmarks/peers.txt
 	test -x .venv-peers/bin/python || "$(PYTHON)" -m venv .venv-peers

@@ -1,0 +1,111 @@
+"""Forebay and a plain copy as contenders of the checkpoints' benchmark."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint_state import Training
+
+import forebay
+
+RUN = "benchmark"
+WAIT_SECONDS = 600.0
+
+
+class Copy:
+    """Each tensor into memory that was written to before: what a save cannot do without."""
+
+    def __init__(self, training: Training, folder: Path, address: str) -> None:
+        del folder, address
+        pinned = training.device.type == "cuda"
+        self.training = training
+        self.copies = [
+            torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            for tensor in training.tensors()
+        ]
+
+    def begin(self, step: int) -> None:
+        del step
+        for copy, tensor in zip(self.copies, self.training.tensors(), strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        self.training.synchronize()
+
+    def finish(self, begun: None) -> None:
+        """It never is."""
+
+    def forget(self, step: int) -> None:
+        """Nothing to forget."""
+
+    def back(self) -> dict[str, Any]:
+        """Seconds of the copy in the other direction."""
+        start = time.perf_counter()
+        for copy, tensor in zip(self.copies, self.training.tensors(), strict=True):
+            tensor.copy_(copy, non_blocking=True)
+        self.training.synchronize()
+        return {"seconds": time.perf_counter() - start}
+
+
+class Forebay:
+    """The Checkpointer; a daemon of its own runs beside it."""
+
+    def __init__(self, training: Training, folder: Path, address: str) -> None:
+        del folder
+        self.training = training
+        self.kept: list[int] = []
+        self._total = 0
+        self._connect(address)
+        if hasattr(forebay.Checkpointer, "save_overlapped"):
+            self.begin_overlapped = self._begin_overlapped
+
+    def _connect(self, address: str) -> None:
+        self.client = forebay.connect(address)
+        self.checkpointer = forebay.Checkpointer(
+            self.client, RUN, model=self.training.model, optimizer=self.training.optimizer
+        )
+
+    def begin(self, step: int) -> forebay.checkpoint.Saved:
+        return self.checkpointer.save(step)
+
+    def _begin_overlapped(self, step: int) -> Any:
+        return self.checkpointer.save_overlapped(step)  # type: ignore[attr-defined]
+
+    def wait_snapshot(self) -> None:
+        self.checkpointer.wait_snapshot()
+
+    def finish(self, begun: forebay.checkpoint.Saved) -> None:
+        begun.wait("local", timeout=WAIT_SECONDS)
+
+    def forget(self, step: int) -> None:
+        """Delete those before: the newest one stays, as in a training."""
+        for old in self.kept:
+            self.client.delete_checkpoints(
+                RUN, attempt=self.checkpointer.attempt, step=old, now=True
+            )
+        self.kept = [step]
+
+    def keep(self, step: int) -> dict[str, Any]:
+        """Save one that is to be restored."""
+        self.training.change()
+        self._total = self.training.total()
+        self.checkpointer.save(step).wait("local", timeout=WAIT_SECONDS)
+        self.kept = []
+        return {}
+
+    def restore(self, durability: str, address: str = "") -> dict[str, Any]:
+        """Bring it back, bit for bit, into tensors that hold something else; from a new
+        connection where an address is given."""
+        if address:
+            self.checkpointer.close()
+            self.client.close()
+            self._connect(address)
+        self.training.clear()
+        start = time.perf_counter()
+        self.checkpointer.restore("latest", durability=durability)
+        self.training.synchronize()
+        seconds = time.perf_counter() - start
+        if self.training.total() != self._total:
+            raise AssertionError("what was restored is not what was saved")
+        return {"seconds": seconds}
