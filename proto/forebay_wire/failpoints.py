@@ -34,6 +34,14 @@ SELECTION_COMMIT: Final = (
 )
 """Failpoints of naming sealed rows as selections, in the order in which it passes them."""
 
+GENERATION_BEGIN: Final = (
+    "attempt.before_commit",
+    "attempt.after_commit",
+    "pack.before_begin",
+    "pack.after_begin",
+)
+"""Failpoints of an attempt's begin and of a pack's, in the order in which it passes them."""
+
 GENERATION_COMMIT: Final = (
     "pack.before_seal",
     "pack.after_seal",
@@ -102,7 +110,9 @@ ORIGIN: Final = (
 """Failpoints of the first read of an origin, and of making a dataset's origins blobs."""
 
 CLIENT_SAVE: Final = (
+    "client.save.after_plan",
     "client.save.after_begin",
+    "client.save.in_copy",
     "client.save.after_copy",
     "client.save.after_seal",
     "client.write.after_shard",
@@ -113,6 +123,7 @@ CLIENT_SAVE: Final = (
 ALL: Final = frozenset(
     DATASET_COMMIT
     + SELECTION_COMMIT
+    + GENERATION_BEGIN
     + GENERATION_COMMIT
     + REMOTE_FLUSH
     + MOVE

@@ -98,6 +98,7 @@ class PackUpload:
         """
         assert self._pack is not None
         pack, description = self._pack, self._pack.description
+        failpoint("client.save.after_plan")
         self._begin(pack.num_bytes + len(description), deadline)
         failpoint("client.save.after_begin")
         assert self._session is not None
@@ -116,6 +117,7 @@ class PackUpload:
             self._append(last, deadline)
             last = Piece(last.stop, last.stop, ())
         self._fill(last)
+        failpoint("client.save.in_copy")
         end = last.num_bytes + len(description)
         copy(self._slot.buffer[last.num_bytes : end], memoryview(description))
         self._slot.flush(end)

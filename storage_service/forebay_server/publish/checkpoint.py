@@ -182,7 +182,9 @@ class Checkpoints:
     async def _begin_attempt(
         self, run: str, begin: Callable[[Connection], queries.Fencing]
     ) -> AttemptInfo:
+        failpoint("attempt.before_commit")
         fencing = await self._catalog.write(begin)
+        failpoint("attempt.after_commit")
         if fencing.is_new:
             await self._uploads.end(fencing.sessions)
             self._drop_slots(run, fencing.attempt.attempt)
@@ -248,6 +250,7 @@ class Checkpoints:
             await self._uploads.end([replaced])
         generation = plan.generation
         owner = _owner(generation, plan.rank)
+        failpoint("pack.before_begin")
         try:
             grant = await self._uploads.begin(
                 uid,
@@ -263,6 +266,7 @@ class Checkpoints:
             )
             self._announce(generation)
             raise
+        failpoint("pack.after_begin")
         self._slots.setdefault(generation.run, set()).add((generation.attempt, uid, owner))
         return grant
 
