@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forebay.checkpoint.checkpointer import Checkpointer, CheckpointReport
-    from forebay.checkpoint.dcp import ForebayReader, ForebayWriter
+    from forebay.checkpoint.dcp import StorageReader, StorageWriter
     from forebay.checkpoint.handle import Saved
     from forebay.checkpoint.restore import Resumed, Skipped
 
 __all__ = [
     "CheckpointReport",
     "Checkpointer",
-    "ForebayReader",
-    "ForebayWriter",
     "Resumed",
     "Saved",
     "Skipped",
+    "StorageReader",
+    "StorageWriter",
 ]
 
 _LAZY = {
     "CheckpointReport": "forebay.checkpoint.checkpointer",
     "Checkpointer": "forebay.checkpoint.checkpointer",
-    "ForebayReader": "forebay.checkpoint.dcp",
-    "ForebayWriter": "forebay.checkpoint.dcp",
     "Resumed": "forebay.checkpoint.restore",
     "Saved": "forebay.checkpoint.handle",
     "Skipped": "forebay.checkpoint.restore",
+    "StorageReader": "forebay.checkpoint.dcp",
+    "StorageWriter": "forebay.checkpoint.dcp",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,9 +17,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import WriteItem
 
-from forebay.checkpoint.objects import Json, Path, dotted, dtype_name, dtype_of
-from forebay_wire.errors import IntegrityError
+from forebay.checkpoint.objects import (
+    INLINE_BYTES,
+    EncodedObject,
+    Json,
+    Path,
+    decode,
+    dotted,
+    dtype_name,
+    dtype_of,
+)
+from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound, UnsupportedObject
 from forebay_wire.limits import MAX_DESCRIPTION_BYTES, MAX_TENSORS_PER_PACK, check_limit
 from forebay_wire.manifest import GenerationManifest, PackRef
 
@@ -85,6 +95,12 @@ class Description:
     objects: Mapping[str, Json]
     structure: Mapping[str, Path] = field(default_factory=dict)
     """Name to path of every item of *all* ranks; only rank 0 has it."""
+    properties: Mapping[str, Json] = field(default_factory=dict)
+    """What torch's metadata says of tensors, where that is not the usual."""
+    planner_data: Json = None
+    """What a planner keeps that is no structure, encoded."""
+    is_separate: bool = False
+    """Whether this pack alone is the state of its rank."""
 
     def encode(self) -> bytes:
         """UTF-8 JSON, at most ``MAX_DESCRIPTION_BYTES``."""
@@ -120,11 +136,58 @@ class Description:
                 [TensorEntry.decode(entry, pack) for entry in body["tensors"]],
                 body["objects"],
                 dict(decode_place(place) for place in body.get("structure", [])),
+                body.get("properties", {}),
+                body.get("planner_data"),
+                body.get("separate", False),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise IntegrityError(
                 f"description of rank {pack.rank}'s pack lacks or bends a field: {error!r}"
             ) from error
+
+
+def extra_of(
+    items: Sequence[WriteItem], planner_data: EncodedObject | None, *, is_separate: bool
+) -> dict[str, Json]:
+    """What a description holds only if torch's functions save, and only if it is unusual."""
+    properties = {}
+    for item in items:
+        if item.tensor_data is not None:
+            found = item.tensor_data.properties
+            said = [found.requires_grad, str(found.memory_format), found.pin_memory]
+            if said != _USUAL:
+                properties[item.index.fqn] = said
+    extra: dict[str, Json] = {"properties": properties} if properties else {}
+    if planner_data is not None:
+        if planner_data.attachments:
+            raise UnsupportedObject(
+                f"planner_data has values above {INLINE_BYTES} bytes: keep them in the state"
+            )
+        extra["planner_data"] = planner_data.json
+    if is_separate:
+        extra["separate"] = True
+    return extra
+
+
+_USUAL: Final = [False, str(torch.contiguous_format), False]
+
+
+def with_extra(description: bytes, extra: Mapping[str, Json]) -> bytes:
+    """An encoded description with more keys."""
+    body = {**json.loads(description), **extra}
+    return json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _properties(dtype: torch.dtype, said: Json) -> TensorProperties:
+    if said is None:
+        return TensorProperties(dtype=dtype)
+    requires_grad, memory_format, pin_memory = said
+    return TensorProperties(
+        dtype=dtype,
+        requires_grad=bool(requires_grad),
+        memory_format=getattr(torch, memory_format.removeprefix("torch.")),
+        pin_memory=bool(pin_memory),
+    )
 
 
 def encode_place(name: str, path: Path) -> Json:
@@ -166,34 +229,68 @@ class SavedState:
     objects: Mapping[str, StoredObject]
     structure: Mapping[str, Path]
 
+    @staticmethod
+    def is_separate(manifest: GenerationManifest) -> bool:
+        """Whether each rank's pack is a state of its own."""
+        return any(pack.description.get("separate", False) for pack in manifest.packs)
+
     @classmethod
-    def of(cls, manifest: GenerationManifest) -> SavedState:
-        """Raises :class:`IntegrityError` if the ranks' descriptions contradict each other."""
+    def of(cls, manifest: GenerationManifest, rank: int | None = None) -> SavedState:
+        """The state that all packs make together; with *rank*, that of its pack alone.
+
+        Raises :class:`IntegrityError` if the ranks' descriptions contradict each other.
+        """
         tensors: dict[str, TensorStorageMetadata] = {}
         parts: dict[MetadataIndex, StoredTensor] = {}
         objects: dict[str, StoredObject] = {}
         structure: dict[str, Path] = {}
-        for pack in manifest.packs:
-            description = Description.decode(pack)
+        planner_data: Json = None
+        for pack, description in _descriptions(manifest, rank):
             structure.update(description.structure)
+            planner_data = description.planner_data or planner_data
             for name, encoded in description.objects.items():
                 objects.setdefault(name, StoredObject(encoded, pack))
             for entry in description.tensors:
-                _add_part(tensors, entry)
-                parts[MetadataIndex(entry.name, entry.offsets)] = StoredTensor(entry, pack)
+                index = MetadataIndex(entry.name, entry.offsets)
+                if index in parts and parts[index].entry.sizes == entry.sizes:
+                    continue  # a planner that lets several ranks save the same
+                _add_part(tensors, entry, description.properties.get(entry.name))
+                parts[index] = StoredTensor(entry, pack)
         for name, whole in tensors.items():
             _check_complete(name, whole)
         metadata = Metadata(
             state_dict_metadata={**tensors, **{name: BytesStorageMetadata() for name in objects}},
-            planner_data=structure,
+            planner_data=structure if planner_data is None else decode(planner_data, _no_bytes, {}),
         )
         return cls(manifest, metadata, parts, objects, structure)
 
 
-def _add_part(tensors: dict[str, TensorStorageMetadata], entry: TensorEntry) -> None:
+def _descriptions(
+    manifest: GenerationManifest, rank: int | None
+) -> Iterator[tuple[PackRef, Description]]:
+    generation = f"generation {manifest.run}@{manifest.attempt}/{manifest.step}"
+    for pack in manifest.packs:
+        if rank is not None and pack.rank != rank:
+            continue
+        description = Description.decode(pack)
+        if description.is_separate and rank is None:
+            raise InvalidRequest(
+                f"{generation} holds {manifest.num_ranks} states, one of each rank, for they were "
+                "saved with use_collectives=False: load it with as many ranks"
+            )
+        yield pack, description
+    if rank is not None and all(pack.rank != rank for pack in manifest.packs):
+        raise NotFound(f"{generation} has no rank {rank}, only {manifest.num_ranks} ranks")
+
+
+def _no_bytes(offset: int, num_bytes: int) -> bytes:
+    raise IntegrityError("planner_data refers to bytes that it cannot have")
+
+
+def _add_part(tensors: dict[str, TensorStorageMetadata], entry: TensorEntry, said: Json) -> None:
     whole = tensors.setdefault(
         entry.name,
-        TensorStorageMetadata(TensorProperties(dtype=entry.dtype), torch.Size(entry.shape), []),
+        TensorStorageMetadata(_properties(entry.dtype, said), torch.Size(entry.shape), []),
     )
     if (whole.size, whole.properties.dtype) != (torch.Size(entry.shape), entry.dtype):
         raise IntegrityError(f"ranks disagree about shape or dtype of {entry.name}")

@@ -14,10 +14,10 @@ from blake3 import blake3
 from torch.distributed.checkpoint.planner import SavePlan
 
 from forebay.checkpoint.components import RAW_STATE, Component
-from forebay.checkpoint.dcp import StateSavePlanner, decode_plan, encode_plan, pack_of
 from forebay.checkpoint.flatten import FlatState
 from forebay.checkpoint.group import Json, Ranks
 from forebay.checkpoint.objects import Path
+from forebay.checkpoint.planning import StateSavePlanner, decode_plan, encode_plan, pack_of
 from forebay.checkpoint.service import CheckpointService, PackTerms, to_json
 from forebay.checkpoint.upload import RESTART_SECONDS, PackUpload, past_restart
 from forebay.waiting import Deadline

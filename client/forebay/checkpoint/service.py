@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,8 @@ class Client(Protocol):
     def transfer(self) -> Transfer: ...
 
     def read_manifest(self, manifest: str) -> bytes: ...
+
+    def reconnect(self) -> Callable[[], Client]: ...
 
 
 @dataclass(frozen=True)

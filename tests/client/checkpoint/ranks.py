@@ -24,7 +24,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.parallel import DistributedDataParallel
 
 import forebay
-from forebay.checkpoint import ForebayReader, ForebayWriter
+from forebay.checkpoint import StorageReader, StorageWriter
 from forebay.checkpoint.service import CheckpointService
 
 HANG_SECONDS = 90.0
@@ -389,10 +389,10 @@ def torch_functions(world: World) -> None:
     mesh = DeviceMesh("cpu", list(range(world.size)))
     expected = torch.arange(35.0).reshape(7, 5)
     state = {"w": distribute_tensor(expected, mesh, [Shard(0)]), "extra": {"step": (3, "x")}}
-    dcp.save(state, storage_writer=ForebayWriter(world.client, "torch", 1))
+    dcp.save(state, storage_writer=StorageWriter(world.client, "torch", 1))
     zeros = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(1)])
     found: dict[str, Any] = {"w": zeros, "extra": {"step": None}}
-    dcp.load(found, storage_reader=ForebayReader(world.client, "torch"))
+    dcp.load(found, storage_reader=StorageReader(world.client, "torch"))
     assert torch.equal(found["w"].full_tensor(), expected)
     assert found["extra"] == {"step": (3, "x")}
 

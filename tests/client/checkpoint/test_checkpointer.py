@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import forebay
-from forebay.checkpoint import ForebayReader, ForebayWriter
+from forebay.checkpoint import StorageReader, StorageWriter
 from forebay_server.testing.daemon import DaemonProcess
 
 Make = Callable[..., forebay.Checkpointer]
@@ -483,10 +483,10 @@ def test_torch_saves_and_loads_through_us(client: forebay.Client, run: str) -> N
     train(model, optimizer)
     state = {"model": model.state_dict(), "more": {"step": 3, "list": [1, (2, "x")]}}
     expected = bits(state)
-    dcp.save(state, storage_writer=ForebayWriter(client, run, 1), no_dist=True)
+    dcp.save(state, storage_writer=StorageWriter(client, run, 1), no_dist=True)
     found = {
         "model": new_model(1).state_dict(),
         "more": {"step": 0, "list": []},
     }
-    dcp.load(found, storage_reader=ForebayReader(client, run), no_dist=True)
+    dcp.load(found, storage_reader=StorageReader(client, run), no_dist=True)
     assert bits(found) == expected

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import forebay
-from forebay.checkpoint import ForebayReader
+from forebay.checkpoint import StorageReader
 from forebay.checkpoint.service import CheckpointService, PackTerms
 from forebay.checkpoint.snapshot import Part, build_pack
 from forebay.checkpoint.upload import PackUpload
@@ -245,7 +245,7 @@ def test_the_packs_of_many_ranks_are_opened_by_one(stall: Stall, client: forebay
 def test_torch_loads_from_memory_too(make: Make, stall: Stall, client: forebay.Client) -> None:
     save_two(make, stall)
     state = {"weights": {"tensor": torch.zeros_like(Weights.of(1))}}
-    reader = ForebayReader(client, "run", durability="ram", timeout=SECONDS)
+    reader = StorageReader(client, "run", durability="ram", timeout=SECONDS)
     torch.distributed.checkpoint.load(state, storage_reader=reader, no_dist=True)
     assert torch.equal(state["weights"]["tensor"], Weights.of(2))
 
