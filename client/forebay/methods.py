@@ -133,6 +133,11 @@ class Checkpoints:
         checkpoints.GetGenerationRequest,
         checkpoints.Generation,
     )
+    ReadFingerprints: Final = Method(
+        "/forebay.v1.Checkpoints/ReadFingerprints",
+        checkpoints.ReadFingerprintsRequest,
+        checkpoints.ReadFingerprintsResponse,
+    )
     ResolveGeneration: Final = Method(
         "/forebay.v1.Checkpoints/ResolveGeneration",
         checkpoints.ResolveGenerationRequest,

@@ -93,17 +93,12 @@ def _parse_texts(value: object) -> tuple[str, ...]:
 
 def _parse_watermarks(value: object) -> str:
     try:
-        _watermarks(str(value))
+        Watermarks.parse(str(value))
     except ValueError:
         raise ValueError(
             "not three percentages in ascending order, above 0 and at most 100, as in 85,92,97"
         ) from None
     return str(value)
-
-
-def _watermarks(text: str) -> Watermarks:
-    low, high, stop = (float(part) / 100 for part in text.split(","))
-    return Watermarks(low, high, stop)
 
 
 @dataclass(frozen=True)
@@ -321,6 +316,12 @@ class Config:
         "bytes per second",
         "Most that the background scrub reads from each tier; 0: no limit.",
     )
+    fingerprint_bytes_per_second: int = _option(
+        256 << 20,
+        parse_size,
+        "bytes per second",
+        "How fast new checkpoints are read for their fingerprints; 0: not until somebody asks.",
+    )
     watermarks: str = _option(
         "85,92,97",
         _parse_watermarks,
@@ -384,7 +385,7 @@ class Config:
     @property
     def cache_marks(self) -> Watermarks:
         """Fill levels of the local tiers."""
-        return _watermarks(self.watermarks)
+        return Watermarks.parse(self.watermarks)
 
     @property
     def object_location(self) -> str | None:

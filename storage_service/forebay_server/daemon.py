@@ -30,7 +30,9 @@ from forebay_server.catalog.queries_damage import enqueue_return
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import (
     ENDLESS_KINDS,
+    FINGERPRINT,
     FLUSH,
+    QUIET_KINDS,
     RETAIN,
     SLOW_KINDS,
 )
@@ -54,6 +56,7 @@ from forebay_server.folder import (
 from forebay_server.integrity import Integrity
 from forebay_server.locks import NamedLocks
 from forebay_server.move.budget import Budget
+from forebay_server.move.fingerprints import Fingerprints
 from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.movement import Movement
@@ -223,6 +226,7 @@ class Daemon:
             self._make_handlers(locks),
             slow_kinds=SLOW_KINDS,
             endless_kinds=ENDLESS_KINDS,
+            quiet_kinds=QUIET_KINDS,
             may_run=self._may_run,
         )
         self._opener.listen(self._jobs.wake)
@@ -271,6 +275,14 @@ class Daemon:
             scrub_interval_seconds=self._config.scrub_interval_seconds,
         )
         handlers: dict[str, Handler] = {**self._movement.handlers, **self._integrity.handlers}
+        self._fingerprints = Fingerprints(
+            catalog,
+            opener.bringer,
+            self._budget,
+            bytes_per_second=self._config.fingerprint_bytes_per_second,
+            wake=lambda: self._jobs.wake(),
+        )
+        handlers[FINGERPRINT] = self._fingerprints
         handlers[RETAIN] = lambda progress: self._retention(progress)
         if publisher is not None:
             handlers[FLUSH] = Flush(catalog, publisher, locks, self._budget)
@@ -382,7 +394,11 @@ class Daemon:
                 self._checkpoints.generations.manifest_in_memory,
             ),
             checkpoints=CheckpointsService(
-                self._checkpoints, self._retention, self._auth, self._incarnation
+                self._checkpoints,
+                self._retention,
+                self._auth,
+                self._fingerprints,
+                self._incarnation,
             ),
             datasets=DatasetsService(
                 self._datasets,

@@ -95,7 +95,7 @@ class PackSession(_message.Message):
     def __init__(self, session: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., put_ticket: _Optional[str] = ..., incarnation: _Optional[str] = ..., verdict: _Optional[str] = ..., plan: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SealPackRequest(_message.Message):
-    __slots__ = ("session", "sequence", "num_bytes", "cuts", "description_bytes", "metrics_json", "dataset_json", "tags", "note_json")
+    __slots__ = ("session", "sequence", "num_bytes", "cuts", "description_bytes", "metrics_json", "dataset_json", "tags", "note_json", "stall_seconds")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class SealPackRequest(_message.Message):
     DATASET_JSON_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
     NOTE_JSON_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     session: str
     sequence: int
     num_bytes: int
@@ -114,7 +115,8 @@ class SealPackRequest(_message.Message):
     dataset_json: str
     tags: _containers.RepeatedScalarFieldContainer[str]
     note_json: str
-    def __init__(self, session: _Optional[str] = ..., sequence: _Optional[int] = ..., num_bytes: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., description_bytes: _Optional[int] = ..., metrics_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., note_json: _Optional[str] = ...) -> None: ...
+    stall_seconds: float
+    def __init__(self, session: _Optional[str] = ..., sequence: _Optional[int] = ..., num_bytes: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., description_bytes: _Optional[int] = ..., metrics_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., note_json: _Optional[str] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
 
 class SealPackResponse(_message.Message):
     __slots__ = ("all_sealed",)
@@ -137,7 +139,7 @@ class WaitGenerationRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., durability: _Optional[str] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class Generation(_message.Message):
-    __slots__ = ("run", "attempt", "step", "state", "durability", "manifest", "num_ranks", "num_bytes", "created_unix", "metrics_json", "has_parent", "parent_attempt", "parent_step", "error", "tags", "is_pinned", "pin_reason", "pin_expires_unix", "note_json", "dataset_json", "ram_unix", "local_unix", "remote_unix", "parent_run")
+    __slots__ = ("run", "attempt", "step", "state", "durability", "manifest", "num_ranks", "num_bytes", "created_unix", "metrics_json", "has_parent", "parent_attempt", "parent_step", "error", "tags", "is_pinned", "pin_reason", "pin_expires_unix", "note_json", "dataset_json", "ram_unix", "local_unix", "remote_unix", "parent_run", "stall_seconds")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +164,7 @@ class Generation(_message.Message):
     LOCAL_UNIX_FIELD_NUMBER: _ClassVar[int]
     REMOTE_UNIX_FIELD_NUMBER: _ClassVar[int]
     PARENT_RUN_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     step: int
@@ -186,7 +189,8 @@ class Generation(_message.Message):
     local_unix: float
     remote_unix: float
     parent_run: str
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[str] = ..., durability: _Optional[str] = ..., manifest: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., metrics_json: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., error: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., is_pinned: _Optional[bool] = ..., pin_reason: _Optional[str] = ..., pin_expires_unix: _Optional[float] = ..., note_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., ram_unix: _Optional[float] = ..., local_unix: _Optional[float] = ..., remote_unix: _Optional[float] = ..., parent_run: _Optional[str] = ...) -> None: ...
+    stall_seconds: float
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[str] = ..., durability: _Optional[str] = ..., manifest: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., metrics_json: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., error: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., is_pinned: _Optional[bool] = ..., pin_reason: _Optional[str] = ..., pin_expires_unix: _Optional[float] = ..., note_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., ram_unix: _Optional[float] = ..., local_unix: _Optional[float] = ..., remote_unix: _Optional[float] = ..., parent_run: _Optional[str] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
 
 class GetGenerationRequest(_message.Message):
     __slots__ = ("run", "attempt", "step")
@@ -417,3 +421,37 @@ class PruneResponse(_message.Message):
     num_deleted: int
     keep_json: str
     def __init__(self, verdicts: _Optional[_Iterable[_Union[PruneVerdict, _Mapping]]] = ..., num_deleted: _Optional[int] = ..., keep_json: _Optional[str] = ...) -> None: ...
+
+class ReadFingerprintsRequest(_message.Message):
+    __slots__ = ("run", "attempt", "step", "rank", "offset", "compute")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    step: int
+    rank: int
+    offset: int
+    compute: bool
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., offset: _Optional[int] = ..., compute: _Optional[bool] = ...) -> None: ...
+
+class ReadFingerprintsResponse(_message.Message):
+    __slots__ = ("num_packs", "data", "total_bytes", "job_state", "done_bytes", "job_bytes", "error")
+    NUM_PACKS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    JOB_STATE_FIELD_NUMBER: _ClassVar[int]
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    JOB_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    num_packs: int
+    data: bytes
+    total_bytes: int
+    job_state: str
+    done_bytes: int
+    job_bytes: int
+    error: str
+    def __init__(self, num_packs: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., job_state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., job_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...

@@ -110,6 +110,11 @@ class CheckpointsStub:
                 request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PruneRequest.SerializeToString,
                 response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PruneResponse.FromString,
                 _registered_method=True)
+        self.ReadFingerprints = channel.unary_unary(
+                '/forebay.v1.Checkpoints/ReadFingerprints',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsResponse.FromString,
+                _registered_method=True)
 
 
 class CheckpointsServicer:
@@ -243,6 +248,15 @@ class CheckpointsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadFingerprints(self, request, context):
+        """A piece of the fingerprints of one pack of a committed generation; with
+        compute, those that are missing are computed from here on. NOT_FOUND without
+        such a generation. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CheckpointsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -320,6 +334,11 @@ def add_CheckpointsServicer_to_server(servicer, server):
                     servicer.Prune,
                     request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PruneRequest.FromString,
                     response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PruneResponse.SerializeToString,
+            ),
+            'ReadFingerprints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadFingerprints,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -728,6 +747,33 @@ class Checkpoints:
             '/forebay.v1.Checkpoints/Prune',
             forebay__wire_dot_v1_dot_checkpoints__pb2.PruneRequest.SerializeToString,
             forebay__wire_dot_v1_dot_checkpoints__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadFingerprints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/ReadFingerprints',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsResponse.FromString,
             options,
             channel_credentials,
             insecure,

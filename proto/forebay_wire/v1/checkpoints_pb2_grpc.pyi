@@ -97,6 +97,11 @@ class CheckpointsStub:
     """Deletes for good what a policy (the run's own without one) does not keep;
     with dry_run it only says what would go, and why. Idempotent.
     """
+    ReadFingerprints: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.ReadFingerprintsRequest, _checkpoints_pb2.ReadFingerprintsResponse]
+    """A piece of the fingerprints of one pack of a committed generation; with
+    compute, those that are missing are computed from here on. NOT_FOUND without
+    such a generation. Idempotent.
+    """
 
 @_typing.type_check_only
 class CheckpointsAsyncStub(CheckpointsStub):
@@ -166,6 +171,11 @@ class CheckpointsAsyncStub(CheckpointsStub):
     Prune: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.PruneRequest, _checkpoints_pb2.PruneResponse]  # type: ignore[assignment]
     """Deletes for good what a policy (the run's own without one) does not keep;
     with dry_run it only says what would go, and why. Idempotent.
+    """
+    ReadFingerprints: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.ReadFingerprintsRequest, _checkpoints_pb2.ReadFingerprintsResponse]  # type: ignore[assignment]
+    """A piece of the fingerprints of one pack of a committed generation; with
+    compute, those that are missing are computed from here on. NOT_FOUND without
+    such a generation. Idempotent.
     """
 
 class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
@@ -323,6 +333,17 @@ class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_checkpoints_pb2.PruneResponse, _abc.Awaitable[_checkpoints_pb2.PruneResponse]]:
         """Deletes for good what a policy (the run's own without one) does not keep;
         with dry_run it only says what would go, and why. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadFingerprints(
+        self,
+        request: _checkpoints_pb2.ReadFingerprintsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.ReadFingerprintsResponse, _abc.Awaitable[_checkpoints_pb2.ReadFingerprintsResponse]]:
+        """A piece of the fingerprints of one pack of a committed generation; with
+        compute, those that are missing are computed from here on. NOT_FOUND without
+        such a generation. Idempotent.
         """
 
 def add_CheckpointsServicer_to_server(servicer: CheckpointsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import (
     Connection,
     Row,
+    case,
     delete,
     func,
     insert,
@@ -19,7 +20,7 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_history import record
-from forebay_server.catalog.queries_jobs import DELETE, FLUSH, cancel_queued, enqueue
+from forebay_server.catalog.queries_jobs import DELETE, FINGERPRINT, FLUSH, cancel_queued, enqueue
 from forebay_server.catalog.queries_managing import (
     apply_wanted_tags,
     queue_notes,
@@ -349,11 +350,13 @@ def seal_pack(
     num_bytes: int,
     description: bytes,
     told: Mapping[str, str],
+    stall_seconds: float = 0.0,
 ) -> bool:
     """The pack's bytes are complete in the daemon's memory; whether all ranks' are now.
 
     *told*: what this rank says about the generation, JSON by column (``metrics``, ``dataset``,
-    ``note``, ``wanted_tags``).
+    ``note``, ``wanted_tags``). *stall_seconds*: how long the save held the rank up; of all
+    ranks the longest is kept.
     """
     pack = check_sealable(connection, session)
     generation = pack.generation
@@ -365,6 +368,8 @@ def seal_pack(
         )
         _check_descriptions(connection, generation)
     values: dict[str, Any] = dict(told)
+    longer = generations.c.stall < stall_seconds
+    values["stall"] = case((longer, stall_seconds), else_=generations.c.stall)
     state = _state_by_packs(connection, generation)
     if state is not GenerationState.OPEN:
         values["sealed"] = func.coalesce(generations.c.sealed, now())
@@ -418,6 +423,7 @@ def land_pack(connection: Connection, session: str, blob: str, num_bytes: int) -
     # The manifest holds the descriptions from here on.
     connection.execute(update(packs).where(at(generation, packs)).values(description=None))
     enqueue(connection, FLUSH, identity)
+    enqueue(connection, FINGERPRINT, identity)
     apply_wanted_tags(connection, generation)
     queue_retention(connection, generation.run)
     failpoint("generation.inside_commit")

@@ -54,12 +54,18 @@ RETAIN = "retain"
 """Delete what the policy of a run does not keep; the target is ``RUN NUMBER``, whatever that is."""
 NOTES = "notes"
 """Have the object tier say what people said about a run; the target is ``RUN NUMBER``."""
+FINGERPRINT = "fingerprint"
+"""Compute the fingerprints of a generation, whose manifest is the target."""
 SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE, PIN, REPAIR})
 """Kinds that move many bytes for nobody who waits: they have workers of their own, so that what
 makes data safe (:data:`FLUSH`) never stands behind them."""
 
 ENDLESS_KINDS: frozenset[str] = frozenset({SCRUB})
 """Kinds that may take days: they have workers of their own, and end when the daemon does."""
+
+QUIET_KINDS: frozenset[str] = frozenset({FINGERPRINT})
+"""Kinds that nothing depends on: one worker does one after the other, and ends when the daemon
+does."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class GenerationInfo:
     """When all ranks had sealed it; 0: not yet, or not known."""
     local_unix: float = 0.0
     remote_unix: float = 0.0
+    stall_seconds: float = 0.0
+    """How long the save held its slowest rank up; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def _generation_info(row: Row[Any]) -> GenerationInfo:
         ram_unix=row.sealed or 0.0,
         local_unix=row.committed or 0.0,
         remote_unix=row.remote_at or 0.0,
+        stall_seconds=row.stall,
     )
 
 

@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 
 metadata: Final = MetaData()
 
@@ -249,6 +249,8 @@ generations = Table(
     # When all ranks had sealed it, and when it was committed.
     Column("sealed", Double),
     Column("committed", Double),
+    # Longest time that the save held one of its ranks up; 0: not known.
+    Column("stall", Double, nullable=False, default=0.0, server_default="0"),
     # Why it was aborted or failed.
     Column("error", Text, nullable=False, default=""),
     _created(),
@@ -298,6 +300,17 @@ packs = Table(
         ondelete="CASCADE",
     ),
     Index("packs_by_blob", "blob"),
+)
+
+fingerprints = Table(
+    "fingerprints",
+    metadata,
+    # They go with their manifest, and are computed anew where they are missing.
+    Column("manifest", ForeignKey("manifests.manifest", ondelete="CASCADE"), primary_key=True),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    # Of the tensors of this rank's pack, see docs/formats/fingerprint.md.
+    Column("data", LargeBinary, nullable=False),
+    _created(),
 )
 
 # ----------------------------------------------------------------------------------------- leases

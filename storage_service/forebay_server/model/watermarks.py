@@ -27,6 +27,12 @@ class Watermarks:
                 "they must be fractions in ascending order, above 0 and at most 1"
             )
 
+    @classmethod
+    def parse(cls, text: str) -> Watermarks:
+        """From percentages: ``85,92,97``. ValueError for anything else."""
+        low, high, stop = (float(part) / 100 for part in text.split(","))
+        return cls(low, high, stop)
+
 
 @dataclass(frozen=True)
 class WatermarkState:

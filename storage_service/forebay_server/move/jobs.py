@@ -72,6 +72,7 @@ class Progress:
         self.owner = owner
         self.target = job.target
         self.tries = job.tries
+        self.priority = job.priority
         self._journal = job.journal
         self.done_bytes = 0
         self.total_bytes = job.total_bytes
@@ -142,6 +143,7 @@ class Jobs:
         *,
         slow_kinds: Collection[str] = (),
         endless_kinds: Collection[str] = (),
+        quiet_kinds: Collection[str] = (),
         num_workers: int = NUM_WORKERS,
         num_slow_workers: int = NUM_SLOW_WORKERS,
         lease_seconds: float = LEASE_SECONDS,
@@ -149,17 +151,19 @@ class Jobs:
     ) -> None:
         """*owner* is this incarnation of the daemon; *handlers* maps a job's kind to its work;
         *slow_kinds* have workers of their own, and so have *endless_kinds*, which may take days and
-        can be interrupted at any time without a loss. Jobs of kinds that *may_run* denies stay in
+        can be interrupted at any time without a loss; *quiet_kinds* have one worker, and end like
+        those. Jobs of kinds that *may_run* denies stay in
         the queue; :meth:`wake` when that changes."""
         self._catalog = catalog
         self._owner = owner
         self._handlers = handlers
-        quick_kinds = [kind for kind in handlers if kind not in {*slow_kinds, *endless_kinds}]
-        self._endless_kinds = frozenset(endless_kinds)
+        self._endless_kinds = frozenset({*endless_kinds, *quiet_kinds})
+        quick_kinds = handlers.keys() - self._endless_kinds - set(slow_kinds)
         self._lanes = [
             *[tuple(quick_kinds)] * num_workers,
             *[tuple(kind for kind in handlers if kind in slow_kinds)] * num_slow_workers,
             *[tuple(kind for kind in handlers if kind in endless_kinds)] * NUM_ENDLESS_WORKERS,
+            tuple(kind for kind in handlers if kind in quiet_kinds),
         ]
         self._lease_seconds = lease_seconds
         self._may_run = may_run

@@ -100,6 +100,8 @@ class PackSeal:
     tags: tuple[str, ...] = ()
     """From rank 0: given to the generation when it is committed."""
     note_json: str = ""
+    stall_seconds: float = 0.0
+    """How long the save held the rank up; 0: not known."""
     """An object of the user's own from rank 0, else empty."""
 
 
@@ -307,8 +309,8 @@ class Checkpoints:
         told = _told(seal)
 
         def sealed(connection: Connection) -> bool:
-            num_bytes = pack.num_bytes
-            return queries.seal_pack(connection, session, num_bytes, description, told)
+            given = session, pack.num_bytes, description, told, seal.stall_seconds
+            return queries.seal_pack(connection, *given)
 
         def landed(connection: Connection, blob: LandedBlob) -> list[str]:
             if queries.land_pack(connection, session, blob.blob, blob.num_bytes) is None:

@@ -8,6 +8,7 @@ from forebay_server.catalog.queries_checkpoints import PackPlan
 from forebay_server.catalog.queries_runs import AttemptInfo, GenerationInfo, RunInfo
 from forebay_server.model.lineage import Point
 from forebay_server.model.save_rounds import Ask, Ruling, Verdict
+from forebay_server.move.fingerprints import Fingerprints
 from forebay_server.publish.checkpoint import (
     SLOT_SECONDS,
     Checkpoints,
@@ -20,6 +21,7 @@ from forebay_server.publish.managing import RunDetail
 from forebay_server.publish.retention import Retention
 from forebay_server.rpc.interceptors import caller_uid
 from forebay_wire.ids import GenerationId
+from forebay_wire.limits import MANIFEST_CHUNK_BYTES
 from forebay_wire.v1 import checkpoints_pb2 as pb
 from forebay_wire.v1 import checkpoints_pb2_grpc
 
@@ -42,6 +44,7 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
         checkpoints: Checkpoints,
         retention: Retention,
         tickets: TicketGiver,
+        fingerprints: Fingerprints,
         incarnation: str = "",
     ) -> None:
         self._checkpoints = checkpoints
@@ -50,6 +53,7 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
         self._incarnation = incarnation
         self._generations = checkpoints.generations
         self._tickets = tickets
+        self._fingerprints = fingerprints
 
     async def BeginAttempt(self, request: pb.BeginAttemptRequest, context: Any) -> pb.Attempt:
         parent = Point(request.parent_attempt, request.parent_step) if request.has_parent else None
@@ -109,6 +113,7 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             dataset_json=request.dataset_json,
             tags=tuple(request.tags),
             note_json=request.note_json,
+            stall_seconds=request.stall_seconds,
         )
         all_sealed = await self._checkpoints.seal_pack(caller_uid(), seal)
         return pb.SealPackResponse(all_sealed=all_sealed)
@@ -205,6 +210,23 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             verdicts=verdicts, num_deleted=found.num_deleted, keep_json=found.keep.to_json()
         )
 
+    async def ReadFingerprints(
+        self, request: pb.ReadFingerprintsRequest, context: Any
+    ) -> pb.ReadFingerprintsResponse:
+        generation = GenerationId(request.run, request.attempt, request.step)
+        if request.compute:
+            await self._fingerprints.ask(generation)
+        place = request.rank, request.offset, MANIFEST_CHUNK_BYTES
+        found = await self._fingerprints.read(generation, *place)
+        answer = pb.ReadFingerprintsResponse(
+            num_packs=found.num_packs, data=found.chunk, total_bytes=found.num_bytes
+        )
+        if found.job is not None:
+            answer.job_state = found.job.state
+            answer.done_bytes, answer.job_bytes = found.job.done_bytes, found.job.total_bytes
+            answer.error = found.job.error
+        return answer
+
 
 def _ask(request: pb.BeginPackRequest) -> SaveAsk:
     ask = Ask(request.step, request.structure, request.plan, request.may_skip)
@@ -263,6 +285,7 @@ def _generation(found: GenerationInfo) -> pb.Generation:
         ram_unix=found.ram_unix,
         local_unix=found.local_unix,
         remote_unix=found.remote_unix,
+        stall_seconds=found.stall_seconds,
         **_parent(found.parent, found.fork),
     )
 

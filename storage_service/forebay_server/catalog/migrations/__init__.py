@@ -19,6 +19,7 @@ from forebay_server.catalog.migrations import (
     v0004_statistics,
     v0005_decisions,
     v0006_retention,
+    v0007_fingerprints,
 )
 
 
@@ -37,5 +38,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(4, "statistics", v0004_statistics.apply),
     Migration(5, "decisions", v0005_decisions.apply),
     Migration(6, "retention", v0006_retention.apply),
+    Migration(7, "fingerprints", v0007_fingerprints.apply),
 )
 """In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""
