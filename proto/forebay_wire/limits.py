@@ -28,6 +28,12 @@ MAX_BLOB_BYTES: Final = 1 << 42
 MAX_DESCRIPTORS_PER_MESSAGE: Final = 64
 """Linux refuses more than 253 descriptors a message (SCM_MAX_FD); 64 keeps frames small."""
 
+MAX_EXTENTS_PER_MESSAGE: Final = 4096
+"""Pieces of blobs that one answer of the descriptor socket tells of: 200 KB."""
+
+MAX_PIECES_PER_BLOB: Final = MAX_EXTENTS_PER_MESSAGE // 2
+"""Into which a blob that shares bytes with others may be cut."""
+
 MAX_BLOBS_PER_OPEN: Final = MAX_DESCRIPTORS_PER_MESSAGE // 2
 """What always fits one answer: a blob's table may come in a descriptor of its own."""
 

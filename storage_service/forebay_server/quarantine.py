@@ -106,7 +106,6 @@ class Quarantine:
             replica.state == "quarantined"
             and replica.tier in self._names
             and replica.replica_id not in self._bad
-            and len(replica.extents) == 1
         )
 
     async def _return(self, blob: str, replica: Replica) -> bool:

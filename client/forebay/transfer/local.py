@@ -418,17 +418,21 @@ def open_replicas(
     found: dict[int, tuple[int, Replica] | None] = {}
     problems: dict[int, tuple[str, str, IntegrityError]] = {}
     wanted = list(range(len(blobs)))
-    for _ in range(REOPENS + 1):
+    tries = 0
+    while tries <= REOPENS:
         with timed("open") as opening:
             serial, answer, descriptors = link.request(
                 {"op": "open", "blobs": [blobs[index] for index in wanted], **current_plan()}
             )
             opening.explain(answer.get("waits"))
-        problems = {}
+        problems, unanswered = {}, list[int]()
         handover = Handover(descriptors)
         link.count_opens(sum("tier" in entry for entry in answer["blobs"]))
         try:
             for index, entry in zip(wanted, answer["blobs"], strict=True):
+                if entry.get("again"):  # the answer had no room for all of its descriptors
+                    unanswered.append(index)
+                    continue
                 try:
                     replica = _take(handover, entry, context)
                     found[index] = None if replica is None else (serial, replica)
@@ -444,7 +448,8 @@ def open_replicas(
         for blob, tier, problem in problems.values():
             link.release_later(serial, blob)
             report(link, blob, tier, NO_SEGMENT, problem.message)
-        wanted = list(problems)
+        wanted = [*problems, *unanswered]
+        tries += bool(problems)
         if not wanted:
             return [found[index] for index in range(len(blobs))]
     raise IntegrityError(

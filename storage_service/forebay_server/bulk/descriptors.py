@@ -35,13 +35,16 @@ from forebay_wire.errors import (
     DaemonUnavailable,
     ForebayError,
     InvalidRequest,
-    LimitExceeded,
     PermissionDenied,
     ResourceExhausted,
 )
 from forebay_wire.handover import HEADER, decode_body, decode_header, encode_frame
 from forebay_wire.ids import check_id, check_random_name
-from forebay_wire.limits import MAX_BLOBS_PER_OPEN, MAX_DESCRIPTORS_PER_MESSAGE, check_limit
+from forebay_wire.limits import (
+    MAX_DESCRIPTORS_PER_MESSAGE,
+    MAX_EXTENTS_PER_MESSAGE,
+    check_limit,
+)
 from forebay_wire.protocol import agree, protocol_range
 
 logger = logging.getLogger(__name__)
@@ -392,17 +395,20 @@ class DescriptorServer:
     def _hand_over(
         self, client: str, results: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] = ()
     ) -> Answer:
-        """The answer to ``open``, unless it takes more descriptors than a message has room for."""
-        opened = [one for one in results if isinstance(one, OpenedBlob)]
-        if sum(len(one.descriptors) for one in opened) > MAX_DESCRIPTORS_PER_MESSAGE:
-            for one in opened:
-                one.close()
-            self._opener.release(client, [one.blob for one in opened])
-            raise LimitExceeded(
-                f"these {len(opened)} blobs come with more than {MAX_DESCRIPTORS_PER_MESSAGE} "
-                f"descriptors: open at most {MAX_BLOBS_PER_OPEN} at once"
-            )
-        answer = _entries(results, blobs)
+        """The answer to ``open``; what it has no room for is closed, to be asked for again."""
+        fitting: list[OpenedBlob | ForebayError | str] = []
+        descriptors = extents = 0
+        for one in results:
+            if isinstance(one, OpenedBlob):
+                descriptors += len(one.descriptors)
+                extents += len(one.extents)
+                if descriptors > MAX_DESCRIPTORS_PER_MESSAGE or extents > MAX_EXTENTS_PER_MESSAGE:
+                    one.close()
+                    self._opener.release(client, [one.blob])
+                    fitting.append(one.blob)
+                    continue
+            fitting.append(one)
+        answer = _entries(fitting, blobs)
         answer.body.update(self._wanted_back(client))
         return answer
 
@@ -466,13 +472,19 @@ class DescriptorServer:
             self._wake_sender.send(b"w")
 
 
-def _entries(opened: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] = ()) -> Answer:
-    """The answer to ``open``: an entry for each blob, and the descriptors they speak of."""
+def _entries(
+    opened: Sequence[OpenedBlob | ForebayError | str], blobs: Sequence[str] = ()
+) -> Answer:
+    """The answer to ``open``: an entry for each blob, and the descriptors they speak of. A name
+    stands for a blob that there was no room for."""
     entries: list[dict[str, Any]] = []
     descriptors: list[int] = []
     for index, one in enumerate(opened):
         if isinstance(one, ForebayError):
             entries.append({"blob": blobs[index], **_error_body(one)})
+            continue
+        if isinstance(one, str):
+            entries.append({"blob": one, "again": True})
             continue
         if one.fd < 0:
             entries.append({"blob": one.blob, "length": one.length, "by_http": True})
@@ -486,8 +498,8 @@ def _entries(opened: Sequence[OpenedBlob | ForebayError], blobs: Sequence[str] =
                 "tier": one.tier,
                 "table": [len(descriptors) - 1, one.table_offset, one.table_length],
                 "extents": [
-                    [blob_offset, number, file_offset, length]
-                    for blob_offset, file_offset, length in one.extents
+                    [blob_offset, number + which, file_offset, length]
+                    for blob_offset, which, file_offset, length in one.extents
                 ],
             }
         )

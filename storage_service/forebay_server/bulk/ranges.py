@@ -249,8 +249,8 @@ class _Handlers:
                 return await self._send_stream(
                     request, response, opened.stream, start, stop, opened.plan
                 )
-            piece = FilePiece(opened.fd, start, stop - start)
-            return await self._send(request, response, piece)
+            pieces = [FilePiece(*one) for one in opened.stretches(start, stop)]
+            return await self._send(request, response, *pieces)
 
     async def get_table(self, request: web.Request) -> web.StreamResponse:
         """The blob's segment table."""
@@ -297,22 +297,23 @@ class _Handlers:
     # --------------------------------------------------------------------------------- helpers
 
     async def _send(
-        self, request: web.Request, response: web.StreamResponse, piece: FilePiece
+        self, request: web.Request, response: web.StreamResponse, *pieces: FilePiece
     ) -> web.StreamResponse:
-        """Send a piece of one of the blob's files; the kernel moves it.
+        """Send pieces of the blob's files, one after the other; the kernel moves them.
 
         An error in the middle can only be told by closing the connection.
         """
         response.content_type = BYTES_TYPE
-        response.content_length = piece.count
+        response.content_length = sum(piece.count for piece in pieces)
         response.headers["Accept-Ranges"] = "bytes"
         await response.prepare(request)
         transport = request.transport
-        if request.method != "HEAD" and piece.count:
+        if request.method != "HEAD" and response.content_length:
             if transport is None:
                 raise ConnectionResetError("the client went away")
             try:
-                await self._sender.send(response, transport, piece)
+                for piece in pieces:
+                    await self._sender.send(response, transport, piece)
             except BaseException:
                 transport.abort()
                 raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, exists, or_, select, true
+from sqlalchemy import Connection, exists, func, or_, select, true
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_blobs import ORIGIN_TIER, is_promised
@@ -21,7 +21,7 @@ class Spare:
 
     blob: str
     num_bytes: int
-    """Of its file."""
+    """Of the files that no other copy names: what its end gives back."""
 
 
 def spare_replicas(
@@ -51,16 +51,25 @@ def spare_replicas(
         pins.c.tier == tier,
         or_(pins.c.expires.is_(None), pins.c.expires > now()),
     )
+    sharing = extents.alias("sharing")
+    shared = (
+        exists()
+        .where(sharing.c.file == files.c.file, sharing.c.replica != replicas.c.replica)
+        .correlate(files, replicas)
+    )
+    own = select(extents.c.file).where(extents.c.replica == replicas.c.replica)
+    freed = (
+        select(func.coalesce(func.sum(files.c.num_bytes), 0))
+        .where(files.c.file.in_(own.correlate(replicas)), ~shared)
+        .correlate(replicas)
+    )
     statement = (
-        select(replicas.c.blob, files.c.num_bytes)
-        .join(extents, extents.c.replica == replicas.c.replica)
-        .join(files, files.c.file == extents.c.file)
+        select(replicas.c.blob, freed.scalar_subquery().label("num_bytes"))
         .where(
             replicas.c.tier == tier,
             replicas.c.node == node,
             replicas.c.state == "live",
             replicas.c.blob > after,
-            extents.c.seq == 0,
             elsewhere,
             ~pinned,
             ~is_claimed(replicas.c.blob, claim) if claim is not None else true(),

@@ -43,7 +43,14 @@ class FileRow:
 
 
 def page_files(connection: Connection, tier: str, after: str, limit: int) -> list[FileRow]:
-    """Files of *tier* behind *after*, in order, at most *limit*."""
+    """Files of *tier* behind *after*, in order, at most *limit*, each with every copy that it is
+    part of."""
+    page = (
+        select(files.c.file)
+        .where(files.c.tier == tier, files.c.file > after)
+        .order_by(files.c.file)
+        .limit(limit)
+    )
     rows = connection.execute(
         select(
             files.c.file,
@@ -56,9 +63,9 @@ def page_files(connection: Connection, tier: str, after: str, limit: int) -> lis
         )
         .join(extents, extents.c.file == files.c.file)
         .join(replicas, replicas.c.replica == extents.c.replica)
-        .where(files.c.tier == tier, files.c.file > after)
-        .order_by(files.c.file)
-        .limit(limit)
+        .where(files.c.file.in_(page))
+        .distinct()
+        .order_by(files.c.file, replicas.c.replica)
     )
     return [FileRow(*row) for row in rows]
 

@@ -186,13 +186,14 @@ def held_bytes(connection: Connection, tier: str) -> tuple[int, int]:
         other.c.replica != replicas.c.replica,
         other.c.state == "live",
     )
-    base = (
-        select(func.coalesce(func.sum(files.c.num_bytes), 0))
-        .select_from(replicas.join(extents).join(files))
+    named = (
+        select(extents.c.file)
+        .select_from(replicas.join(extents))
         .where(replicas.c.tier == tier, replicas.c.state == "live")
     )
-    pinned = connection.scalar(base.where(kept)) or 0
-    dirty = connection.scalar(base.where(~covered)) or 0
+    total = select(func.coalesce(func.sum(files.c.num_bytes), 0))  # a shared file counts once
+    pinned = connection.scalar(total.where(files.c.file.in_(named.where(kept)))) or 0
+    dirty = connection.scalar(total.where(files.c.file.in_(named.where(~covered)))) or 0
     return int(pinned), int(dirty)
 
 

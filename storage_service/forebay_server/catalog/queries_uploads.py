@@ -20,7 +20,9 @@ from forebay_server.catalog.queries_blobs import (
 )
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import enqueue_collection
+from forebay_server.catalog.queries_sharing import SharingReplica, insert_sharing
 from forebay_server.catalog.tables import uploads
+from forebay_server.model.extents import ObjectExtent
 from forebay_wire.errors import NotFound, PermissionDenied
 
 RENEWED_FRACTION: Final = 0.25
@@ -113,22 +115,40 @@ def record_landed(
     *,
     trusted_tiers: Sequence[str],
     node: str,
-) -> FileRef | None:
-    """Record the session's published file as a replica of *blob*, held by the session.
+    list_file: str = "",
+    list_bytes: int = 0,
+    pieces: tuple[ObjectExtent, ...] = (),
+) -> list[FileRef]:
+    """Record the session's published file as a replica of *blob*, held by the session; with
+    *list_file* one in *pieces*, of which the file has those that are new.
 
     If one of *trusted_tiers* has a live replica already, which the caller has just verified, that
-    one serves and the new file is returned: no row names it, the caller deletes it after the
-    transaction. Raises
-    :class:`NotFound` if the session has ended.
+    one serves and the new files are returned: no row names them, the caller deletes them after the
+    transaction. Raises :class:`NotFound` if the session has ended, :class:`StaleReference` if what
+    the pieces share with others is not safe.
     """
     row = connection.execute(
         select(uploads.c.tier, uploads.c.file).where(uploads.c.session == session)
     ).one_or_none()
     if row is None:
         raise NotFound(f"upload session {session} has ended: write the bytes again")
-    spare: FileRef | None = None
+    spare: list[FileRef] = []
     if live_replica(connection, blob, trusted_tiers, node=node) is not None:
-        spare = FileRef(row.tier, row.file)
+        names = [row.file] if file_bytes else []
+        spare = [FileRef(row.tier, name) for name in (*names, list_file) if name]
+    elif list_file:
+        new = SharingReplica(
+            blob,
+            num_bytes,
+            num_segments,
+            row.tier,
+            row.file,
+            file_bytes,
+            list_file,
+            list_bytes,
+            pieces,
+        )
+        insert_sharing(connection, new, node=node)
     else:
         insert_replica(
             connection, blob, num_bytes, num_segments, row.tier, row.file, file_bytes, node=node

@@ -15,11 +15,15 @@ RAW: Final = "raw"
 """As they are: the only ones that can be mapped."""
 LZ4: Final = "lz4"
 SHUFFLE_LZ4: Final = "shuffle-lz4"
+PIECES: Final = "pieces"
+"""Not in a file of its own: an extent list says which pieces of which files make up the blob."""
 AUTO: Final = "auto"
 """A setting, not an encoding: whatever pays most for the blob."""
 
 CODES: Final[dict[str, int]] = {RAW: 0, LZ4: 1, SHUFFLE_LZ4: 2}
-"""Encoding to its number in files."""
+"""Encoding of a file to its number."""
+NUMBERS: Final[dict[str, int]] = {**CODES, PIECES: 3}
+"""The same of a replica."""
 SETTINGS: Final = (AUTO, *CODES)
 """What a tier may be told."""
 
@@ -88,4 +92,4 @@ def encoding_of(way: Way) -> str:
 
 def name_of(code: int) -> str | None:
     """The encoding with the number *code*, None if this version knows none."""
-    return next((name for name, number in CODES.items() if number == code), None)
+    return next((name for name, number in NUMBERS.items() if number == code), None)

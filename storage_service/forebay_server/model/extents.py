@@ -1,7 +1,8 @@
-"""What lies under a blob's id in the object tier: its extents, with its segment table.
+"""The extent list of a blob: which files hold its bytes, with its segment table.
 
-A small object of its own, so that a blob can be found, checked and read without the catalog.
-Byte table: ``docs/formats/blob-extents.md``.
+In the object tier every blob has one under its id, so that it can be found, checked and read
+without the catalog; in the landing tiers those that share pieces with others have one in a small
+file. Byte table: ``docs/formats/blob-extents.md``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from blake3 import blake3
 
-from forebay_server.model.encodings import CODES, RAW, name_of
+from forebay_server.model.encodings import CODES, NUMBERS, PIECES, RAW, name_of
 from forebay_wire.errors import IntegrityError
 from forebay_wire.segments import SegmentTable
 
@@ -20,67 +21,69 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 MAGIC: Final = b"FBEXTENT"
-VERSION: Final = 2
+VERSION: Final = 3
 HEADER: Final = struct.Struct("<8sIIIIQ32s")
 """magic, version u32, encoding u32, num_extents u32, reserved u32 (0), table_length u64,
 BLAKE3 of everything else (32 bytes)."""
 DIGEST_OFFSET: Final = 32
 
-EXTENT: Final = struct.Struct("<QQQQ16s")
-"""blob_offset u64, file_offset u64, num_bytes u64, file_bytes u64, file (16 bytes)."""
+EXTENT: Final = struct.Struct("<QQQQ16sII")
+"""blob_offset u64, file_offset u64, num_bytes u64, file_bytes u64, file (16 bytes), encoding u32,
+reserved u32 (0)."""
 
 
 @dataclass(frozen=True)
 class ObjectExtent:
-    """A consecutive piece of a blob in one object."""
+    """A consecutive piece of a blob in one file."""
 
     blob_offset: int
     file_offset: int
+    """Of the plain bytes, where the file is encoded."""
     num_bytes: int
-    """Of the blob, however many that are in the object."""
+    """Of the blob, however many that are in the file."""
     file_bytes: int
-    """Size in bytes of the whole object, for a check that needs no reading."""
+    """Size in bytes of the whole file, for a check that needs no reading."""
     file: str
-    """The object's random name (32 hex digits)."""
+    """The file's random name (32 hex digits)."""
+    encoding: str = RAW
+    """How the file as a whole lies there."""
 
 
 @dataclass(frozen=True)
 class ObjectBlob:
-    """Where the object tier keeps one blob."""
+    """Where one tier keeps one blob."""
 
     table: SegmentTable
     extents: tuple[ObjectExtent, ...]
     encoding: str = RAW
-    """How the bytes lie in the objects; other than raw ones lie in one object."""
+    """How the bytes lie: ``pieces``, or that of the one file that holds them all."""
 
     def encode(self) -> bytes:
         """The bytes that lie under the blob's id."""
         body = b"".join(
             EXTENT.pack(
                 one.blob_offset, one.file_offset, one.num_bytes, one.file_bytes,
-                bytes.fromhex(one.file),
+                bytes.fromhex(one.file), CODES[one.encoding], 0,
             )
             for one in self.extents
         )  # fmt: skip
         table = self.table.encoded
         body += table
-        code = CODES[self.encoding]
+        code = NUMBERS[self.encoding]
         head = HEADER.pack(MAGIC, VERSION, code, len(self.extents), 0, len(table), bytes(32))
         head = head[:DIGEST_OFFSET]
         return head + blake3(head + body).digest() + body
 
     def single(self, where: str) -> ObjectExtent:
-        """The only extent: a whole blob file. :class:`IntegrityError` if there are several."""
-        if len(self.extents) != 1 or self.extents[0].file_offset:
-            raise IntegrityError(
-                f"blob {self.table.blob_id} lies in {len(self.extents)} pieces ({where}), which "
-                "this Forebay does not write: upgrade it"
-            )
+        """The only extent: a whole blob file. :class:`IntegrityError` if it lies in pieces."""
+        if self.encoding == PIECES:
+            raise IntegrityError(f"blob {self.table.blob_id} lies in pieces ({where})")
         return self.extents[0]
 
     @classmethod
-    def decode(cls, data: Buffer, where: str, blob: str) -> ObjectBlob:
-        """What *data* says about *blob*; :class:`IntegrityError` unless it is exactly that."""
+    def decode(cls, data: Buffer, where: str, blob: str | None) -> ObjectBlob:
+        """What *data* says about *blob*, if that is given; :class:`IntegrityError` unless it is
+        exactly that."""
         view = memoryview(data).cast("B")
         if len(view) < HEADER.size:
             raise IntegrityError(f"extent list of blob {blob} is cut short ({where})")
@@ -101,21 +104,32 @@ class ObjectBlob:
             )
         table = SegmentTable.decode(body[count * EXTENT.size :], where, blob)
         extents = tuple(
-            ObjectExtent(start, offset, length, size, name.hex())
-            for start, offset, length, size, name in EXTENT.iter_unpack(body[: count * EXTENT.size])
+            ObjectExtent(start, offset, length, size, name.hex(), name_of(way) or "unknown")
+            for start, offset, length, size, name, way, _ in EXTENT.iter_unpack(
+                body[: count * EXTENT.size]
+            )
         )
         _check_cover(extents, encoding, table.total_bytes, blob, where)
         return cls(table, extents, encoding)
 
 
 def _check_cover(
-    extents: tuple[ObjectExtent, ...], encoding: str, total_bytes: int, blob: str, where: str
+    extents: tuple[ObjectExtent, ...],
+    encoding: str,
+    total_bytes: int,
+    blob: str | None,
+    where: str,
 ) -> None:
-    if encoding != RAW and (len(extents) != 1 or extents[0].file_offset):
-        raise IntegrityError(f"blob {blob} lies encoded in pieces ({where})")
+    if encoding != PIECES and (len(extents) != 1 or extents[0].file_offset):
+        raise IntegrityError(f"extents of blob {blob}: pieces of what is no such list ({where})")
     position = 0
     for one in extents:
-        reaches = one.file_offset + one.num_bytes if encoding == RAW else 0
+        if one.encoding not in CODES or encoding not in (PIECES, one.encoding):
+            raise IntegrityError(
+                f"extents of blob {blob}: file {one.file} is {one.encoding} ({where}), which this "
+                "Forebay does not know there: upgrade it"
+            )
+        reaches = one.file_offset + one.num_bytes if one.encoding == RAW else 0
         if one.blob_offset != position or reaches > one.file_bytes:
             raise IntegrityError(f"extents of blob {blob} leave a gap or reach too far ({where})")
         position += one.num_bytes

@@ -34,7 +34,7 @@ def rewrite_list(tier: Tier, blob: str, file: str, encoding: str) -> None:
     with open_plain(tier, file, encoding, blob, stored_bytes=stored_bytes) as reader:
         table = verify_file(reader, blob)
     assert stored_bytes is not None, "it was just read"
-    extent = ObjectExtent(0, 0, table.total_bytes, stored_bytes, file)
+    extent = ObjectExtent(0, 0, table.total_bytes, stored_bytes, file, encoding)
     data = ObjectBlob(table, (extent,), encoding).encode()
     tier.delete(BLOBS + blob)
     tier.put(BLOBS + blob, data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,20 @@ from typing import Any, Final, TypeVar
 
 from forebay_server.catalog import queries_uploads as queries
 from forebay_server.catalog.engine import Catalog, Connection
-from forebay_server.catalog.queries_blobs import FileRef
 from forebay_server.publish.duplicates import Duplicates
 from forebay_server.publish.expiry import Expiry
 from forebay_server.publish.in_slot import open_in_slot
+from forebay_server.publish.known import KnownSegments
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
 from forebay_server.publish.leftovers import Leftovers
-from forebay_server.publish.placing import begin_landing, land_somewhere, run_to_end
+from forebay_server.publish.placing import (
+    Known,
+    begin_landing,
+    land_in_full,
+    land_somewhere,
+    run_to_end,
+)
+from forebay_server.publish.recording import Recorder
 from forebay_server.publish.session import (
     Grant,
     LandedBlob,
@@ -86,9 +94,11 @@ class Uploads:
         self._listeners: list[Callable[[str], Awaitable[None]]] = []
         self._landing_order: Callable[[str], Sequence[str]] = lambda owner: ()
         self._sessions: dict[str, Session] = {}
+        self.known = KnownSegments(catalog, tiers, node)
         self._slots = self.slots = SlotKeeper(tiers)
         self._leftovers = Leftovers(catalog, tiers, forget)
-        self._duplicates = Duplicates(catalog, tiers, Quarantine(tiers, catalog, forget=forget))
+        duplicates = Duplicates(catalog, tiers, Quarantine(tiers, catalog, forget=forget))
+        self.recorder = Recorder(catalog, duplicates, self._leftovers, node)
         self._calls: set[asyncio.Task[Any]] = set()
         self._landings: set[asyncio.Task[Any]] = set()
         self._expiry = Expiry(catalog, lease_seconds, self._expire, self._drop_idle_slots)
@@ -195,6 +205,7 @@ class Uploads:
         *,
         sealed: Callable[[Connection], S],
         landed: Callable[[Connection, LandedBlob], T],
+        known: Known | None = None,
     ) -> tuple[S, asyncio.Task[T]]:
         """Like :meth:`seal`, without waiting for the landing: ``(what sealed() gave, landing)``.
 
@@ -204,9 +215,10 @@ class Uploads:
         result is what *landed* returned; if landing or *landed* fails, the task raises and nothing
         stays. Idempotent while it lands; afterwards the session is unknown, and its slot is held
         until :meth:`reuse` or :meth:`end` is told of it: its client may offer it again meanwhile.
+        What *known* says to lie in the tier is referenced and not written.
         """
         found = self._find(session, uid)
-        return await self._finish(self._seal_behind(found, piece, sealed, landed))
+        return await self._finish(self._seal_behind(found, piece, sealed, landed, known))
 
     async def renew(self, session: str, uid: int) -> Grant:
         """Extend the lease of the session and of all that its owner has landed."""
@@ -384,6 +396,7 @@ class Uploads:
         piece: Piece,
         sealed: Callable[[Connection], S],
         landed: Callable[[Connection, LandedBlob], T],
+        known: Known | None,
     ) -> tuple[S, asyncio.Task[T]]:
         async with found.lock:
             if found.background is not None:
@@ -398,7 +411,7 @@ class Uploads:
             answer = await self._catalog.write(seal)
             found.state, found.sealed_piece = "sealed", piece
             task = asyncio.create_task(
-                self._land_behind(found, piece, landed), name=f"land-{found.name}"
+                self._land_behind(found, piece, landed, known), name=f"land-{found.name}"
             )
             self._landings.add(task)
             task.add_done_callback(self._landings.discard)
@@ -411,14 +424,16 @@ class Uploads:
         found: Session,
         piece: Piece,
         landed: Callable[[Connection, LandedBlob], T],
+        known: Known | None,
     ) -> T:
         def record_end(connection: Connection, blob: LandedBlob) -> T:
             value = landed(connection, blob)
             queries.end_claimed(connection, found.name)
             return value
 
-        publishing = land_somewhere(self._catalog, self._tiers, self._writing, found, piece)
-        _, value = await self._land(found, publishing, record_end)
+        where = self._catalog, self._tiers, self._writing, found, piece
+        again = functools.partial(land_in_full, *where)
+        _, value = await self._land(found, land_somewhere(*where, known), record_end, again)
         self._sessions.pop(found.name, None)
         found.state = "ended"
         return value
@@ -428,18 +443,12 @@ class Uploads:
         found: Session,
         publishing: Awaitable[PublishedBlob],
         landed: Callable[[Connection, LandedBlob], T],
+        again: Callable[[], Awaitable[PublishedBlob]] | None = None,
     ) -> tuple[LandedBlob, T]:
-        """Publish and record; on any error the session ends and nothing stays."""
+        """Publish and record, and *again* what shares pieces that are not safe any more; on any
+        other error the session ends and nothing stays."""
         try:
-            done = await publishing
-            blob = LandedBlob(found.name, done.blob, done.num_bytes, done.num_segments)
-            trusted = await self._duplicates.trusted_tiers(blob.blob, found.tier.name)
-            spare, value = await self._catalog.write(
-                lambda connection: (
-                    self._record(connection, blob, done, trusted),
-                    landed(connection, blob),
-                )
-            )
+            blob, value, spare = await self.recorder.record(found, publishing, landed, again)
         except BaseException:
             await self._end(found)
             await self._tell_ended(found.name)
@@ -447,27 +456,8 @@ class Uploads:
         failpoint("upload.after_row")
         found.landing = None
         await self._settle_slot(found)
-        if spare is not None:
-            await self._leftovers.delete_files([spare])
+        await self._leftovers.delete_files(spare)
         return blob, value
-
-    def _record(
-        self,
-        connection: Connection,
-        blob: LandedBlob,
-        done: PublishedBlob,
-        trusted: Sequence[str],
-    ) -> FileRef | None:
-        return queries.record_landed(
-            connection,
-            blob.session,
-            blob.blob,
-            blob.num_bytes,
-            blob.num_segments,
-            done.file_bytes,
-            trusted_tiers=trusted,
-            node=self._node,
-        )
 
     # ----------------------------------------------------------------------------------- ends
 

@@ -176,7 +176,8 @@ class ObjectPublisher:
             stored = encode_into(
                 reader, self._tier, file, self._tier.encoding, blob, advance=progress.advance
             )
-        extent = ObjectExtent(0, 0, stored.table.total_bytes, stored.num_bytes, file)
+        size = stored.table.total_bytes
+        extent = ObjectExtent(0, 0, size, stored.num_bytes, file, stored.encoding)
         return ObjectBlob(stored.table, (extent,), stored.encoding), stored
 
     def _read_back(self, blob: str, made: ObjectBlob) -> None:

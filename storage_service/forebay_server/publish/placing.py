@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_uploads import move_upload
+from forebay_server.model.sharing import Placed
 from forebay_server.publish.landing import BlobLanding, PublishedBlob, expected_file_bytes
 from forebay_server.publish.session import Piece, Session
 from forebay_server.tier.registry import Tiers
@@ -20,6 +21,9 @@ from forebay_wire.ids import new_random_name
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Known = Callable[[Tier], Awaitable[Mapping[bytes, Placed]]]
+"""What lies in a tier already: BLAKE3 of a segment to its place."""
 
 
 async def begin_landing(
@@ -99,10 +103,16 @@ async def _begin_in(
 
 
 async def land_somewhere(
-    catalog: Catalog, tiers: Tiers, writing: ThreadPoolExecutor, found: Session, piece: Piece
+    catalog: Catalog,
+    tiers: Tiers,
+    writing: ThreadPoolExecutor,
+    found: Session,
+    piece: Piece,
+    known: Known | None = None,
 ) -> PublishedBlob:
     """Write the last piece of a sealed session and publish its blob.
 
+    Where the slot holds all of it, what *known* says to lie in the tier already is not written.
     Where a tier fails and the slot holds all of the blob, another tier takes it; the session is
     moved there. The first error is raised if there is none.
     """
@@ -111,6 +121,8 @@ async def land_somewhere(
         landing = found.landing
         assert landing is not None, "a sealed session has one until it has landed"
         try:
+            if known is not None and not piece.sequence:
+                landing.refer(await known(found.tier))
             await run_to_end(
                 tiers.run_landing(
                     found.tier, landing.take, found.slot, piece.slot_offset, piece.cuts
@@ -126,6 +138,15 @@ async def land_somewhere(
                 await _move(catalog, tiers, writing, found, piece.num_bytes, failed)
             except ForebayError:
                 raise error from None
+
+
+async def land_in_full(
+    catalog: Catalog, tiers: Tiers, writing: ThreadPoolExecutor, found: Session, piece: Piece
+) -> PublishedBlob:
+    """Write a blob anew, all of it, whose pieces could not be shared after all. The caller removes
+    the first list."""
+    await _move(catalog, tiers, writing, found, piece.num_bytes, ())
+    return await land_somewhere(catalog, tiers, writing, found, piece)
 
 
 async def _move(

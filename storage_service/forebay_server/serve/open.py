@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import BlobLocation
-from forebay_server.model.encodings import RAW
+from forebay_server.model.encodings import PIECES, RAW
 from forebay_server.quarantine import Quarantine
 from forebay_server.serve.bring import Bringer
 from forebay_server.serve.early import EarlyCopies, EarlyCopy, Fetch, Fetched, HeldWindow
@@ -28,6 +28,7 @@ from forebay_server.serve.opened import (
     reading,
 )
 from forebay_server.serve.origin import OriginContents
+from forebay_server.serve.pieces import open_pieces
 from forebay_server.serve.promote import (
     CachePolicy,
     Foreground,
@@ -382,7 +383,7 @@ class Opener:
     async def _open_copy(self, client: str, place: Place) -> OpenedBlob:
         tier = self._tiers.get(place.tier)
         asking = reading.get()
-        if tier.kind == "object" or place.encoding != RAW:
+        if tier.kind == "object" or place.encoding not in (RAW, PIECES):
             is_streamed = place.num_bytes >= SMALLEST_BYTES and place.blob not in self._fetches
             if is_streamed and not asking.can_stream:
                 return opened_at(place, place.tier, -1)  # the reader asks again, by HTTP
@@ -505,6 +506,8 @@ class Opener:
 
     def _open_checked(self, place: Place) -> OpenedBlob:
         """Open, and check the table before anybody maps it."""
+        if place.encoding == PIECES:
+            return open_pieces(self._tiers.get(place.tier), place)
         opened = self._open_place(place)
         try:
             where = f"tier {place.tier}, file {place.file}"
@@ -543,7 +546,7 @@ class Opener:
             self._remember(place)
 
     def _remember(self, place: Place) -> None:
-        if place.encoding != RAW:  # others have to decode it
+        if place.encoding != RAW:  # others have to be decoded, or put together
             return
         self._places[place.blob] = place
         if len(self._places) > MAX_CACHED_PLACES:

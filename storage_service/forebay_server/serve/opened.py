@@ -38,6 +38,10 @@ class OpenedBlob:
     table_length: int
     table_fd: int = -1
     """Read-only; the file that holds the segment table if it is another one."""
+    more_fds: tuple[int, ...] = ()
+    """Read-only; the other files of a blob that lies in pieces."""
+    pieces: tuple[tuple[int, int, int, int], ...] = ()
+    """Of such a blob: what :attr:`extents` answers."""
     let_go: Callable[[], None] | None = None
     """What ends the open, beside its count."""
 
@@ -47,14 +51,24 @@ class OpenedBlob:
     """That its reader reads by, where it waits for bytes of the stream."""
 
     @property
-    def extents(self) -> tuple[tuple[int, int, int], ...]:
-        """``(blob offset, file offset, length)`` of each piece."""
-        return ((0, 0, self.length),) if self.length else ()
+    def extents(self) -> tuple[tuple[int, int, int, int], ...]:
+        """``(blob offset, number of the descriptor, file offset, length)`` of each piece."""
+        if self.pieces:
+            return self.pieces
+        return ((0, 0, 0, self.length),) if self.length else ()
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """``(descriptor, file offset, length)`` of the pieces that hold the bytes [start, stop)."""
+        descriptors = self.descriptors
+        for blob_offset, number, file_offset, length in self.extents:
+            first, last = max(start, blob_offset), min(stop, blob_offset + length)
+            if first < last:
+                yield descriptors[number], file_offset + first - blob_offset, last - first
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """``fd``, and ``table_fd``, those that there are."""
-        return tuple(one for one in (self.fd, self.table_fd) if one >= 0)
+        """``fd``, ``more_fds`` and, last, ``table_fd``, those that there are."""
+        return tuple(one for one in (self.fd, *self.more_fds, self.table_fd) if one >= 0)
 
     def close(self) -> None:
         """Close the descriptors. Once."""
@@ -132,7 +146,7 @@ def opened_sealed(blob: str, found: OpenedSlot, tier: str) -> OpenedBlob:
         0,
         found.table_bytes,
         found.table,
-        found.release,
+        let_go=found.release,
     )
 
 

@@ -328,7 +328,7 @@ def _read_back(blob: str, tier: Tier, file: str, encoding: str) -> None:
 
 
 def places_of(location: BlobLocation) -> list[Place]:
-    """The live copies of a blob that are one file each."""
+    """The live copies of a blob."""
     return [
         Place(
             location.blob,
@@ -340,7 +340,6 @@ def places_of(location: BlobLocation) -> list[Place]:
             replica.encoding,
         )
         for replica in location.live()
-        if len(replica.extents) == 1 and replica.extents[0].file_offset == 0
     ]
 
 

@@ -32,6 +32,7 @@ from forebay_server.publish.checkpoint import Checkpoints, PackSeal, recover_cat
 from forebay_server.publish.lease import Grant
 from forebay_server.publish.manifests import ObjectPublisher
 from forebay_server.testing.storage import UID, Storage, open_storage
+from forebay_server.tier.encode import open_plain
 from forebay_server.tier.verify import verify_file
 from forebay_wire.ids import GenerationId, new_random_name
 from forebay_wire.limits import KIB
@@ -142,7 +143,7 @@ class CheckpointNode:
         """A blob's bytes, verified, from its first live replica."""
         (replica, *_) = (await self.storage.catalog.locate([blob]))[blob].live()
         tier = self.storage.tiers.get(replica.tier)
-        with tier.read(tier.blob_name(replica.extents[0].file)) as reader:
+        with open_plain(tier, replica.extents[0].file, replica.encoding, blob) as reader:
             data = bytearray(verify_file(reader, blob).total_bytes)
             reader.read_into(0, data)
         return bytes(data)

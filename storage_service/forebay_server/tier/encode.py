@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from forebay_server.model.encodings import (
+    PIECES,
     RAW,
     RAW_WAY,
     Way,
@@ -21,6 +23,7 @@ from forebay_server.model.encodings import (
     encoding_of,
     ways_to_try,
 )
+from forebay_server.model.extents import ObjectBlob
 from forebay_server.tier.buffers import SEGMENT_BUFFERS
 from forebay_server.tier.codecs import CODEC_THREADS, encode_segment, shares
 from forebay_server.tier.encoded import (
@@ -30,9 +33,10 @@ from forebay_server.tier.encoded import (
     read_index,
 )
 from forebay_server.tier.encoded_reader import EncodedReader
+from forebay_server.tier.pieces import PiecesReader
 from forebay_server.tier.store import Tier, TierReader, TierWriter
 from forebay_server.tier.verify import copy_bytes, copy_verified, read_table, segment_groups
-from forebay_wire.errors import IntegrityError
+from forebay_wire.errors import IntegrityError, NotFound
 from forebay_wire.segments import SegmentTable, xxh3
 
 if TYPE_CHECKING:
@@ -44,6 +48,9 @@ SAMPLE_BYTES: Final = 64 << 10
 
 NUM_AHEAD: Final = 4
 """Buffers of segments that one copy has in work at a time, where so many are free."""
+
+BLOBS: Final = "blobs/"
+"""Where extent lists lie in the object tier."""
 
 Advance = Callable[[int], object]
 
@@ -76,6 +83,8 @@ def open_plain(
     :class:`NotFound`, :class:`IntegrityError`, :class:`StorageError` as :meth:`Tier.read`. Raw ones
     have descriptors where the tier has.
     """
+    if encoding == PIECES:
+        return _open_pieces(tier, file, blob, read or tier.read)
     inner = (read or tier.read)(tier.blob_name(file))
     try:
         if stored_bytes is not None and inner.size_bytes != stored_bytes:
@@ -89,6 +98,30 @@ def open_plain(
     except BaseException:
         inner.close()
         raise
+
+
+def read_list(tier: Tier, file: str, blob: str | None) -> ObjectBlob:
+    """The extent list of a *blob* that lies in pieces in *tier*; *file* is its replica's first."""
+    if tier.kind == "object":
+        if blob is None:
+            raise NotFound(f"file {file} of tier {tier.name} belongs to a blob that is not named")
+        return ObjectBlob.decode(tier.get(BLOBS + blob), f"tier {tier.name}, {BLOBS}{blob}", blob)
+    return ObjectBlob.decode(tier.get(file), f"tier {tier.name}, file {file}", blob)
+
+
+def _open_pieces(
+    tier: Tier, file: str, blob: str | None, read: Callable[[str], TierReader]
+) -> TierReader:
+    found = read_list(tier, file, blob)
+    sizes = {one.file: (one.encoding, one.file_bytes) for one in found.extents}
+    readers: dict[str, TierReader] = {}
+    with ExitStack() as undo:
+        for name, (encoding, file_bytes) in sizes.items():
+            reader = open_plain(tier, name, encoding, None, stored_bytes=file_bytes, read=read)
+            undo.callback(reader.close)
+            readers[name] = reader
+        undo.pop_all()
+    return PiecesReader(found, readers, f"tier {tier.name}, file {file}")
 
 
 def encode_into(

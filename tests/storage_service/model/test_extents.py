@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_server.model.encodings import PIECES
 from forebay_server.model.extents import EXTENT, HEADER, ObjectBlob, ObjectExtent
 from forebay_wire.errors import IntegrityError
 from forebay_wire.segments import file_bytes_for, table_of
@@ -64,5 +65,6 @@ def test_extents_must_cover_the_blob(extents: tuple[ObjectExtent, ...]) -> None:
 def test_several_extents_in_several_objects() -> None:
     table = table_of([b"0123456789"])
     extents = (ObjectExtent(0, 7, 4, 20, NAME), ObjectExtent(4, 0, 6, 20, NAME[::-1]))
-    back = ObjectBlob.decode(ObjectBlob(table, extents).encode(), "here", table.blob_id)
+    encoded = ObjectBlob(table, extents, PIECES).encode()
+    back = ObjectBlob.decode(encoded, "here", table.blob_id)
     assert back.extents == extents

@@ -48,7 +48,7 @@ def read_and_close(opened: OpenedBlob) -> bytes:
         content = file.read()
     end = opened.table_offset + opened.table_length
     SegmentTable.decode(content[opened.table_offset : end], "test", opened.blob)
-    [(blob_offset, file_offset, length)] = opened.extents
+    [(blob_offset, _, file_offset, length)] = opened.extents
     assert (blob_offset, length) == (0, opened.length)
     return content[file_offset : file_offset + length]
 

@@ -1,0 +1,61 @@
+"""A blob that lies in pieces of several files, read as if it were one."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from forebay_server.model.extents import ObjectBlob
+from forebay_server.tier.store import TierReader
+from forebay_wire.errors import IntegrityError
+from forebay_wire.segments import encode_trailer, file_bytes_for
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+
+class PiecesReader(TierReader):
+    """The raw image (data, segment table, trailer) of a blob. Thread-safe, except for ``close``."""
+
+    def __init__(self, found: ObjectBlob, readers: Mapping[str, TierReader], where: str) -> None:
+        """Takes *readers* over: file to its plain image."""
+        table = found.table
+        self.size_bytes = file_bytes_for(table.total_bytes, table.num_segments)
+        self.where = where
+        self._extents = found.extents
+        self._starts = [one.blob_offset for one in found.extents]
+        self._readers = readers
+        self._total = table.total_bytes
+        self._end = table.encoded + encode_trailer(table.total_bytes, len(table.encoded))
+
+    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
+        view = memoryview(buffer).cast("B")
+        stop = offset + len(view)
+        if stop > self.size_bytes:
+            raise IntegrityError(
+                f"file is cut short: it ends before byte {stop} ({self.where}); another replica or "
+                "generation has to serve"
+            )
+        data_bytes = max(0, min(stop, self._total) - offset)
+        if data_bytes:
+            self._read_data(offset, view[:data_bytes])
+        if data_bytes < len(view):
+            start = max(0, offset - self._total)
+            view[data_bytes:] = self._end[start : stop - self._total]
+
+    def fileno(self) -> None:
+        return None
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def _read_data(self, offset: int, view: memoryview) -> None:
+        index = bisect_right(self._starts, offset) - 1
+        while view.nbytes:
+            one = self._extents[index]
+            skip = offset - one.blob_offset
+            part = view[: one.num_bytes - skip]
+            self._readers[one.file].read_into(one.file_offset + skip, part)
+            view, offset, index = view[len(part) :], offset + len(part), index + 1
