@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from forebay.checkpoint.flatten import local_part
 from forebay.checkpoint.manifest import SavedState, StoredTensor
+from forebay.checkpoint.reading import PIECE_BYTES, Reading, Warm, run
 from forebay.transfer import Blob, Transfer
 from forebay_wire.limits import MAX_OPEN_BLOBS_PER_CLIENT, MAX_SEGMENT_BYTES
 from forebay_wire.manifest import PackRef
@@ -37,11 +39,14 @@ class Span:
     num_bytes: int
 
 
-def spans(sizes: Sequence[int], box: Box, item_bytes: int) -> Iterator[Span]:
+def spans(
+    sizes: Sequence[int], box: Box, item_bytes: int, most: int | None = None
+) -> Iterator[Span]:
     """Cut *box* of a row-major part of *sizes* into byte ranges worth reading.
 
-    A box that is one run of bytes stays whole. One with gaps is cut until it is read within
-    :data:`WINDOW_BYTES`, and gaps above a segment (the least that can be verified) are left out.
+    A box that is one run of bytes stays whole, unless it has more than *most* bytes. One with gaps
+    is cut until it is read within :data:`WINDOW_BYTES`, and gaps above a segment (the least that
+    can be verified) are left out.
     """
     offsets, lengths = box
     if 0 in lengths:
@@ -50,7 +55,7 @@ def spans(sizes: Sequence[int], box: Box, item_bytes: int) -> Iterator[Span]:
     start = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
     last = sum((n - 1) * stride for n, stride in zip(lengths, strides, strict=True))
     needed, covered = math.prod(lengths) * item_bytes, (last + 1) * item_bytes
-    dense = needed == covered
+    dense = needed == covered and (most is None or covered <= max(most, item_bytes))
     small = covered <= WINDOW_BYTES and covered - needed <= max(needed, MAX_SEGMENT_BYTES)
     if dense or small:
         yield Span(tuple(offsets), tuple(lengths), start * item_bytes, covered)
@@ -61,7 +66,7 @@ def spans(sizes: Sequence[int], box: Box, item_bytes: int) -> Iterator[Span]:
         part_offsets, part_lengths = list(offsets), list(lengths)
         part_offsets[dimension] += first
         part_lengths[dimension] = count
-        yield from spans(sizes, (tuple(part_offsets), tuple(part_lengths)), item_bytes)
+        yield from spans(sizes, (tuple(part_offsets), tuple(part_lengths)), item_bytes, most)
 
 
 class PackReader:
@@ -71,14 +76,15 @@ class PackReader:
         self._transfer = transfer
         self.saved = saved
         self._blobs: dict[str, Blob] = {}
-        self._scratch = torch.empty(0, dtype=torch.uint8)
         self.bytes_read = 0
         """Bytes asked of the packs so far."""
 
     def read(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
         """Fill the tensors that *planner* resolves for *items*.
 
-        Raises :class:`IntegrityError` for damage that no replica makes good.
+        *planner* is called from this thread alone; the bytes are read and checked by several.
+        Raises :class:`IntegrityError` for damage that no replica makes good; then the tensors hold
+        some of it.
         """
         by_pack: dict[int, list[tuple[ReadItem, StoredTensor]]] = {}
         for item in items:
@@ -88,17 +94,28 @@ class PackReader:
         for first in range(0, len(ranks), PACKS_AT_ONCE):
             some = ranks[first : first + PACKS_AT_ONCE]
             self._open([by_pack[rank][0][1].pack for rank in some])
+            readings: list[Reading] = []
+            targets: list[tuple[ReadItem, torch.Tensor]] = []
             for rank in some:
                 # In pack order, so that reads run ahead and each segment is checked once.
                 for item, stored in sorted(by_pack[rank], key=lambda p: p[1].entry.pack_offset):
-                    self._read_item(item, stored, planner)
+                    if 0 in item.lengths:
+                        continue
+                    target = local_part(planner.resolve_tensor(item)).detach()
+                    readings += self._readings(item, stored, target)
+                    targets.append((item, target))
+            run(readings)
+            self.bytes_read += sum(reading.num_bytes for reading in readings)
+            for item, target in targets:
+                planner.commit_tensor(item, target)
             self._close_blobs()
 
     def read_bytes(self, pack: PackRef, offset: int, num_bytes: int) -> bytes:
         """Bytes of a pack: what did not fit into an object's JSON."""
         self._open([pack])
         data = bytearray(num_bytes)
-        self._read_into(pack, offset, memoryview(data))
+        self._blobs[pack.blob].read_into(offset, data)
+        self.bytes_read += num_bytes
         return bytes(data)
 
     def close(self) -> None:
@@ -116,45 +133,30 @@ class PackReader:
     ) -> None:
         self.close()
 
-    def _read_item(self, item: ReadItem, stored: StoredTensor, planner: LoadPlanner) -> None:
-        entry = stored.entry
-        if 0 in item.lengths:
-            return
-        target = local_part(planner.resolve_tensor(item)).detach()
+    def _readings(
+        self, item: ReadItem, stored: StoredTensor, target: torch.Tensor
+    ) -> Iterator[Reading]:
+        entry, blob = stored.entry, self._blobs[stored.pack.blob]
         box = (tuple(item.storage_offsets), tuple(item.lengths))
-        for span in spans(entry.sizes, box, entry.dtype.itemsize):
+        straight = _is_plain(target, entry.dtype) and target.is_contiguous()
+        most = None if straight else WINDOW_BYTES
+        for span in spans(entry.sizes, box, entry.dtype.itemsize, most):
             place = target
             for dimension, (offset, length) in enumerate(
                 zip(span.offsets, span.lengths, strict=True)
             ):
                 begin = offset - item.storage_offsets[dimension]
                 place = place.narrow(dimension, begin, length)
-            self._read_span(stored, span, place)
-        planner.commit_tensor(item, target)
-
-    def _read_span(self, stored: StoredTensor, span: Span, place: torch.Tensor) -> None:
-        entry = stored.entry
-        offset = entry.pack_offset + span.start
-        dense = span.num_bytes == place.numel() * entry.dtype.itemsize
-        straight = dense and place.dtype == entry.dtype and place.is_contiguous()
-        if straight and place.device.type == "cpu" and not (place.is_conj() or place.is_neg()):
-            memory = place.reshape(-1).view(torch.uint8).numpy()
-            self._read_into(stored.pack, offset, memory.data)
-            return
-        scratch = self._warm(span.num_bytes)
-        self._read_into(stored.pack, offset, scratch.numpy().data)
-        box = scratch.view(entry.dtype).as_strided(span.lengths, _strides(entry.sizes))
-        place.copy_(box)
-
-    def _read_into(self, pack: PackRef, offset: int, target: memoryview) -> None:
-        self._blobs[pack.blob].read_into(offset, target)
-        self.bytes_read += target.nbytes
-
-    def _warm(self, num_bytes: int) -> torch.Tensor:
-        """Memory used before, if there is enough: fresh pages cost more than the copy."""
-        if self._scratch.numel() < num_bytes:
-            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._scratch[:num_bytes]
+            offset = entry.pack_offset + span.start
+            dense = span.num_bytes == place.numel() * entry.dtype.itemsize
+            if dense and _is_plain(place, entry.dtype) and place.is_contiguous():
+                memory = place.reshape(-1).view(torch.uint8).numpy().data
+                for start, stop in _whole_segments(blob, offset, span.num_bytes):
+                    part = memory[start - offset : stop - offset]
+                    yield Reading(blob, start, stop - start, _Straight(blob, start, part))
+            else:
+                through = _Through(blob, offset, span, place, entry.dtype, _strides(entry.sizes))
+                yield Reading(blob, offset, span.num_bytes, through)
 
     def _open(self, packs: Sequence[PackRef]) -> None:
         """Open what is not open yet, all in one exchange with the daemon."""
@@ -168,6 +170,52 @@ class PackReader:
         blobs, self._blobs = self._blobs, {}
         for blob in blobs.values():
             blob.close()
+
+
+@dataclass(frozen=True)
+class _Straight:
+    """Into the tensor's own memory."""
+
+    blob: Blob
+    offset: int
+    memory: memoryview
+
+    def __call__(self, warm: Warm) -> None:
+        self.blob.read_into(self.offset, self.memory)
+
+
+@dataclass(frozen=True)
+class _Through:
+    """By way of warm memory: with gaps, into other strides, or onto a device."""
+
+    blob: Blob
+    offset: int
+    span: Span
+    place: torch.Tensor
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+
+    def __call__(self, warm: Warm) -> None:
+        scratch = warm.lend(self.span.num_bytes, self.place.device)
+        self.blob.read_into(self.offset, scratch.numpy().data)
+        box = scratch.view(self.dtype).as_strided(self.span.lengths, self.strides)
+        warm.copy(self.place, box)
+
+
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the bytes of *tensor*, if contiguous, are those of *dtype* in memory here."""
+    is_here = tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+    return is_here and tensor.dtype == dtype
+
+
+def _whole_segments(blob: Blob, offset: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+    """The range in pieces of about :data:`PIECE_BYTES` that end where segments do."""
+    stop, borders = offset + num_bytes, blob.table.offsets
+    while offset < stop:
+        index = int(np.searchsorted(borders, offset + PIECE_BYTES))
+        end = min(stop, int(borders[index]) if index < len(borders) else stop)
+        yield offset, end
+        offset = end
 
 
 def _strides(sizes: Sequence[int]) -> tuple[int, ...]:

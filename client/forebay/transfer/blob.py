@@ -264,6 +264,10 @@ class Blob(ABC):
         except Damage as damage:
             self._recovering(damage, lambda: self._read_into(offset, target))
 
+    def will_read(self, offset: int, length: int) -> None:  # noqa: B027 - a hint needs no answer
+        """Have the bytes fetched into the page cache where that can be asked for; returns at
+        once, raises nothing."""
+
     def __enter__(self) -> Self:
         return self
 

@@ -247,6 +247,11 @@ class LocalBlob(Blob):
     def maps_in_place(self) -> bool:
         return self._is_one_piece
 
+    def will_read(self, offset: int, length: int) -> None:
+        replica = self._replica
+        if isinstance(replica, Replica):
+            replica.will_read(offset, length)
+
     def close(self) -> None:
         with self._lock:
             self._let_go()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -93,6 +94,19 @@ class Replica:
                 break
         return done
 
+    def will_read(self, offset: int, length: int) -> None:
+        """Have the kernel fetch these bytes, unless its cache has the first of them."""
+        for extent in self.extents:
+            start = max(offset, extent.blob_offset)
+            stop = min(offset + length, extent.blob_offset + extent.length)
+            if start < stop:
+                place = extent.file_offset + start - extent.blob_offset
+                with contextlib.suppress(OSError):  # a file system may not support either
+                    if not _is_cached(extent.descriptor, place):
+                        os.posix_fadvise(
+                            extent.descriptor, place, stop - start, os.POSIX_FADV_WILLNEED
+                        )
+
     def mapped(self) -> memoryview | None:
         """All bytes of the blob as they lie in the page cache; None if they lie in pieces.
 
@@ -173,6 +187,14 @@ class Handover:
             return os.dup(self._descriptors[index])
         self._taken.add(index)
         return self._descriptors[index]
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    try:
+        os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_fully(descriptor: int, offset: int, target: memoryview) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,6 +25,11 @@ class Packs:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
+        self.table = SimpleNamespace(offsets=np.array([0, len(data)]))
+
+    def will_read(self, offset: int, length: int) -> None:
+        assert offset >= 0
+        assert offset + length <= len(self._data)
 
     def open(self, blobs: Sequence[str], context: str) -> list[Any]:
         return [self for _ in blobs]
