@@ -16,9 +16,11 @@ from forebay_server.catalog.queries_jobs import (
     COLLECT,
     DELETE,
     FLUSH,
+    RETAIN,
     TOMBSTONE,
     are_settled,
 )
+from forebay_server.catalog.queries_managing import queue_all_retention
 from forebay_server.catalog.queries_manifests import read_manifest
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_runs import AttemptInfo, GenerationInfo
@@ -31,10 +33,12 @@ from forebay_server.move.trash import Tombstones, Trash
 from forebay_server.publish.checkpoint import Checkpoints, PackSeal, recover_catalog_state
 from forebay_server.publish.lease import Grant
 from forebay_server.publish.manifests import ObjectPublisher
+from forebay_server.publish.retention import Retention
 from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.verify import verify_file
 from forebay_wire.ids import GenerationId, new_random_name
+from forebay_wire.keep import Keep
 from forebay_wire.limits import KIB
 from forebay_wire.manifest import AnyManifest, GenerationManifest, parse
 from forebay_wire.segments import even_cuts
@@ -51,13 +55,23 @@ class CheckpointNode:
     checkpoints: Checkpoints
     jobs: Jobs
     trash: Trash
+    retention: Retention
 
     async def begin(
-        self, parent: tuple[int, int] | None = None, *, num_ranks: int = 1, run: str = RUN
+        self,
+        parent: tuple[int, int] | None = None,
+        *,
+        num_ranks: int = 1,
+        run: str = RUN,
+        fork: GenerationId | None = None,
+        keep: Keep | None = None,
     ) -> AttemptInfo:
-        """Open the run's next attempt."""
+        """Open the run's next attempt; *keep*: from here on."""
         point = Point(*parent) if parent else None
-        return await self.checkpoints.begin_attempt(run, point, num_ranks, new_random_name())
+        keep_json = None if keep is None else keep.to_json()
+        return await self.checkpoints.begin_attempt(
+            run, point, num_ranks, new_random_name(), fork=fork, keep_json=keep_json
+        )
 
     async def plan(
         self, generation: GenerationId, num_bytes: int, *, rank: int = 0, num_ranks: int = 1
@@ -74,6 +88,8 @@ class CheckpointNode:
         *,
         metrics_json: str = "",
         dataset_json: str = "",
+        tags: tuple[str, ...] = (),
+        note_json: str = "",
     ) -> bool:
         """Fill the slot with *data* and the description behind it, and seal the pack."""
         text = json.dumps(description or {"tensors": []}).encode()
@@ -82,7 +98,17 @@ class CheckpointNode:
         cuts = tuple(even_cuts(len(data), CUT_BYTES))
         return await self.checkpoints.seal_pack(
             UID,
-            PackSeal(grant.session, 0, len(data), cuts, len(text), metrics_json, dataset_json),
+            PackSeal(
+                grant.session,
+                0,
+                len(data),
+                cuts,
+                len(text),
+                metrics_json,
+                dataset_json,
+                tags,
+                note_json,
+            ),
         )
 
     async def save(
@@ -92,16 +118,15 @@ class CheckpointNode:
         *,
         attempt: int = 1,
         run: str = RUN,
-        metrics_json: str = "",
-        dataset_json: str = "",
+        **told: Any,
     ) -> GenerationId:
-        """Save one generation with all its ranks at once; sealed on return."""
+        """Save one generation with all its ranks at once; sealed on return. *told*: what rank 0
+        says at its seal."""
         generation = GenerationId(run, attempt, step)
 
         async def one(rank: int, data: bytes) -> None:
             grant = await self.plan(generation, len(data), rank=rank, num_ranks=len(packs))
-            first = {"metrics_json": metrics_json, "dataset_json": dataset_json} if not rank else {}
-            await self.seal(grant, data, {"rank": rank}, **first)
+            await self.seal(grant, data, {"rank": rank}, **(told if not rank else {}))
 
         await asyncio.gather(*(one(rank, data) for rank, data in enumerate(packs)))
         return generation
@@ -188,17 +213,22 @@ async def open_checkpoints(
         if storage.tiers.object is not None:
             publisher = ObjectPublisher(storage.catalog, storage.tiers, storage.tiers.object, locks)
             handlers[FLUSH] = Flush(storage.catalog, publisher, locks)
+        handlers[RETAIN] = lambda progress: retention(progress)
         jobs = Jobs(storage.catalog, new_random_name(), handlers)
         checkpoints = Checkpoints(
             storage.catalog, storage.uploads, jobs, trash_seconds=trash_seconds
         )
+        retention = Retention(storage.catalog, checkpoints.readers, is_open=is_open, wake=jobs.wake)
         storage.uploads.listen(checkpoints.session_ended)
         await recover_catalog_state(storage.catalog)
         await take_over_jobs(storage.catalog)
         await storage.catalog.write(enqueue_missing)
+        await storage.catalog.write(queue_all_retention)
         working = asyncio.create_task(jobs.run()) if run_jobs else None
         try:
-            yield CheckpointNode(storage, checkpoints, jobs, Trash(storage.catalog, jobs))
+            yield CheckpointNode(
+                storage, checkpoints, jobs, Trash(storage.catalog, jobs), retention
+            )
         finally:
             jobs.stop()
             if working is not None:
