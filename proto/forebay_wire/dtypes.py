@@ -28,6 +28,31 @@ def kind_of(dtype: str) -> Kind | None:
     return _KINDS.get(dtype)
 
 
+def to_numpy(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any] | None:
+    """Whole items as the numpy numbers that hold them exactly: integers as they are, bfloat16 and
+    smaller floats as float32, complex32 as complex64. None if their values are not known here."""
+    if dtype in _NUMPY:
+        found: NDArray[Any] = _aligned(raw, _NUMPY[dtype])
+        return found
+    kind = kind_of(dtype)
+    if kind is None:
+        return None
+    values: NDArray[Any] = kind.decode(raw)
+    return values.view(np.complex64) if dtype == "complex32" else values
+
+
+_NUMPY: Final = {
+    "bool": "?",
+    "float16": "<f2",
+    "float32": "<f4",
+    "float64": "<f8",
+    "complex64": "<c8",
+    "complex128": "<c16",
+    **{f"int{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)},
+    **{f"uint{8 * size}": f"<u{size}" for size in (1, 2, 4, 8)},
+}
+
+
 def _native(numpy_dtype: str, as_dtype: str = "") -> Callable[[NDArray[np.uint8]], Floats]:
     def decode(raw: NDArray[np.uint8]) -> Floats:
         values: Floats = _aligned(raw, numpy_dtype)

@@ -9,9 +9,12 @@ from typing import NoReturn
 
 import click
 
+from forebay.cli.checkpoint_cat import cat_tensor
 from forebay.cli.checkpoint_delete import delete_checkpoint
+from forebay.cli.checkpoint_diff import diff_checkpoints
 from forebay.cli.checkpoint_list import list_checkpoints
 from forebay.cli.checkpoint_show import show_checkpoint
+from forebay.cli.checkpoint_verify import verify_checkpoint
 from forebay.cli.daemon import backup, recover, serve
 from forebay.cli.dataset_columns import write_columns
 from forebay.cli.dataset_delete import delete_dataset
@@ -49,7 +52,7 @@ def dataset() -> None:
 
 @commands.group()
 def checkpoint() -> None:
-    """List, show and delete the checkpoints of training runs."""
+    """Look at, compare, verify and manage the checkpoints of training runs."""
 
 
 for command in (
@@ -69,7 +72,14 @@ for command in (
     warm,
 ):
     dataset.add_command(command)
-for command in (list_checkpoints, show_checkpoint, delete_checkpoint):
+for command in (
+    list_checkpoints,
+    show_checkpoint,
+    verify_checkpoint,
+    diff_checkpoints,
+    cat_tensor,
+    delete_checkpoint,
+):
     checkpoint.add_command(command)
 for command in (
     status,

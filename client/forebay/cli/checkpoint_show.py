@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from forebay.cli.output import moment, print_fields, print_table, record, size
-from forebay.cli.selector import parse_generation, split_run
+from forebay.cli.progress import progress_of
 from forebay.cli.session import Session, with_session
-from forebay_wire.errors import IntegrityError, NotFound
-from forebay_wire.ids import GenerationId
 
 if TYPE_CHECKING:
+    from forebay.checkpoint.contents import Contents
+    from forebay.checkpoint.diff import Fingerprints
+    from forebay.checkpoint.find import Found
     from forebay.client import Client
-    from forebay_wire.manifest import GenerationManifest
-    from forebay_wire.v1.checkpoints_pb2 import Generation
 
 TENSORS_SHOWN = 20
+WAIT_SECONDS = 600.0
 
 
 @click.command("show")
@@ -27,81 +28,104 @@ TENSORS_SHOWN = 20
 @click.option(
     "--all", "show_all", is_flag=True, help=f"All tensors, not the first {TENSORS_SHOWN}."
 )
+@click.option(
+    "--depth",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Levels of the tree of modules by size.",
+)
+@click.option(
+    "--fingerprints",
+    "computes",
+    is_flag=True,
+    help="Norm, extremes and NaN of each tensor; waits if they are not known yet.",
+)
 @with_session
-def show_checkpoint(session: Session, run: str, generation: str | None, show_all: bool) -> None:
+def show_checkpoint(
+    session: Session, run: str, generation: str | None, show_all: bool, depth: int, computes: bool
+) -> None:
     """One generation of RUN: where it stands and what is in it.
 
-    GENERATION is "latest" (on the current lineage; the default), STEP, or ATTEMPT/STEP.
-    RUN@ATTEMPT/STEP in one word works, too.
+    GENERATION is "latest" (on the current lineage; the default), STEP, ATTEMPT/STEP or a tag.
+    RUN@GENERATION in one word works, too.
     """
-    run, generation = split_run(run, generation)
+    from forebay.checkpoint.find import find, split
+
     with session.connect() as client:
-        found = _resolve(client, run, generation or "latest")
-        manifest = _manifest(client, found) if found.manifest else None
-    value = {**record(found), "packs": [], "tensors": []}
+        found = find(client, *split(run, generation))
+        known = _fingerprints(client, found, computes) if found.contents else None
+    value = {**record(found.info), "packs": [], "tensors": [], "modules": []}
     value["metrics"] = json.loads(value.pop("metrics_json") or "{}")
-    if manifest is not None:
-        value["packs"] = [
+    if found.contents is not None:
+        value.update(_contents(found.contents, known, depth))
+    session.show(value, lambda: _print(value, show_all=show_all, shows_figures=computes))
+
+
+def _fingerprints(client: Client, found: Found, computes: bool) -> Fingerprints | None:
+    from forebay.checkpoint.find import fingerprints_of
+
+    with progress_of("fingerprints") as progress:
+        return fingerprints_of(client, found, WAIT_SECONDS if computes else 0.0, progress)
+
+
+def _contents(contents: Contents, known: Fingerprints | None, depth: int) -> dict[str, Any]:
+    from forebay.checkpoint.contents import module_tree
+
+    manifest = contents.manifest
+    tensors = [
+        {
+            "name": one.name,
+            "dtype": one.dtype,
+            "shape": list(one.shape),
+            "num_bytes": one.num_bytes,
+            "ranks": one.ranks,
+            **_figures(contents, one.name, known),
+        }
+        for one in contents.tensors.values()
+    ]
+    return {
+        "packs": [
             {"rank": pack.rank, "blob": pack.blob, "num_bytes": pack.num_bytes}
             for pack in manifest.packs
+        ],
+        "tensors": tensors,
+        "modules": [
+            {
+                "name": one.name,
+                "level": level,
+                "num_tensors": one.num_tensors,
+                "num_elements": one.num_elements,
+                "num_bytes": one.num_bytes,
+            }
+            for level, one in module_tree(contents).walk(depth)
         ]
-        value["tensors"] = tensors(manifest)
-        value["dataset"] = manifest.dataset
-    session.show(value, lambda: _print(value, show_all=show_all))
+        if depth
+        else [],
+        "dataset": manifest.dataset,
+        "has_fingerprints": known is not None,
+    }
 
 
-def _resolve(client: Client, run: str, selector: str) -> Generation:
-    from forebay.methods import Checkpoints
-    from forebay_wire.v1.checkpoints_pb2 import ResolveGenerationRequest
+def _figures(contents: Contents, name: str, known: Fingerprints | None) -> dict[str, Any]:
+    if known is None:
+        return {}
+    from forebay_wire.fingerprint import combine
 
-    if selector == "latest":
-        request = ResolveGenerationRequest(run=run, selector="latest", durability="local")
-        return client.channel.call(Checkpoints.ResolveGeneration, request)
-    attempt, step = parse_generation(selector)
-    wanted = [
-        one
-        for one in client.checkpoints(run)
-        if one.step == step and attempt in (None, one.attempt)
-    ]
-    if not wanted:
-        raise NotFound(
-            f"run {run!r} has no generation {selector}: forebay checkpoint list {run} shows them"
-        )
-    return max(wanted, key=lambda one: one.attempt)
+    info = contents.tensors[name]
+    whole = combine(known[part.rank][part.index] for part in info.parts)
+    if not whole.has_figures:
+        return {}
+    return {
+        "num_nan": whole.num_nan,
+        "num_inf": whole.num_inf,
+        "norm": whole.norm if math.isfinite(whole.norm) else None,
+        "min": None if math.isnan(whole.min) else whole.min,
+        "max": None if math.isnan(whole.max) else whole.max,
+    }
 
 
-def _manifest(client: Client, found: Generation) -> GenerationManifest:
-    from forebay_wire.manifest import GenerationManifest, parse
-
-    where = f"generation {GenerationId(found.run, found.attempt, found.step)}"
-    manifest = parse(client.read_manifest(found.manifest), where, found.manifest)
-    if not isinstance(manifest, GenerationManifest):
-        raise IntegrityError(f"manifest {found.manifest} is not that of {where}")
-    return manifest
-
-
-def tensors(manifest: GenerationManifest) -> list[dict[str, Any]]:
-    """Name, dtype, shape and stored bytes of each tensor, over all ranks; needs no torch."""
-    found: dict[str, dict[str, Any]] = {}
-    for pack in manifest.packs:
-        for entry in pack.description.get("tensors", []):
-            tensor = found.setdefault(
-                entry["name"],
-                {
-                    "name": entry["name"],
-                    "dtype": entry["dtype"],
-                    "shape": entry["shape"],
-                    "num_bytes": 0,
-                    "ranks": [],
-                },
-            )
-            tensor["num_bytes"] += entry["at"][1]
-            if pack.rank not in tensor["ranks"]:
-                tensor["ranks"].append(pack.rank)
-    return list(found.values())
-
-
-def _print(value: dict[str, Any], *, show_all: bool) -> None:
+def _print(value: dict[str, Any], *, show_all: bool, shows_figures: bool) -> None:
     fields = [
         ("generation", f"{value['run']}@{value['attempt']}/{value['step']}"),
         ("state", value["state"] + (f": {value['error']}" if value["error"] else "")),
@@ -111,24 +135,58 @@ def _print(value: dict[str, Any], *, show_all: bool) -> None:
         ("metrics", json.dumps(value["metrics"])),
         ("manifest", value["manifest"] or "–"),
     ]
+    if value["stall_seconds"]:
+        fields.append(("held up by the save", f"{value['stall_seconds']:.3f} s"))
+    if value["tags"]:
+        fields.append(("tags", ", ".join(value["tags"])))
     if value["has_parent"]:
-        fields.append(("began from", f"{value['parent_attempt']}/{value['parent_step']}"))
+        parent = f"{value['parent_attempt']}/{value['parent_step']}"
+        if value["parent_run"]:
+            parent = f"{value['parent_run']}@{parent}"
+        fields.append(("began from", parent))
     if value.get("dataset"):
         fields.append(("dataset", json.dumps(value["dataset"])))
     print_fields(fields)
     packs = [(str(one["rank"]), one["blob"][:12], size(one["num_bytes"])) for one in value["packs"]]
     print_table((">rank", "blob of its pack", ">bytes"), packs)
-    shown = value["tensors"] if show_all else value["tensors"][:TENSORS_SHOWN]
+    if value["modules"]:
+        _print_modules(value["modules"])
+    _print_tensors(value["tensors"], show_all=show_all, shows_figures=shows_figures)
+    bad = [one for one in value["tensors"] if one.get("num_nan") or one.get("num_inf")]
+    for one in bad:
+        print(f"Beware: {one['name']} has {one['num_nan']} NaN and {one['num_inf']} infinities.")
+
+
+def _print_modules(modules: list[dict[str, Any]]) -> None:
     rows = [
         (
+            "  " * one["level"] + one["name"].split(".")[-1],
+            f"{one['num_tensors']:,}",
+            f"{one['num_elements']:,}",
+            size(one["num_bytes"]),
+        )
+        for one in modules
+    ]
+    print_table(("module", ">tensors", ">elements", ">bytes"), rows)
+
+
+def _print_tensors(tensors: list[dict[str, Any]], *, show_all: bool, shows_figures: bool) -> None:
+    shown = tensors if show_all else tensors[:TENSORS_SHOWN]
+    columns: tuple[str, ...] = ("tensor", "type", "shape", ">bytes", "in the packs of ranks")
+    if shows_figures:
+        columns = (*columns, ">norm", ">min", ">max", ">NaN")
+    rows = []
+    for one in shown:
+        row = (
             one["name"],
             one["dtype"],
             "×".join(map(str, one["shape"])) or "scalar",
             size(one["num_bytes"]),
             ", ".join(map(str, one["ranks"])),
         )
-        for one in shown
-    ]
-    print_table(("tensor", "type", "shape", ">bytes", "in the packs of ranks"), rows)
-    if len(shown) < len(value["tensors"]):
-        print(f"and {len(value['tensors']) - len(shown)} more: --all shows them")
+        figures = [one.get(name) for name in ("norm", "min", "max", "num_nan")]
+        cells = ["" if figure is None else f"{figure:.6g}" for figure in figures]
+        rows.append((*row, *cells) if shows_figures else row)
+    print_table(columns, rows)
+    if len(shown) < len(tensors):
+        print(f"and {len(tensors) - len(shown)} more: --all shows them")

@@ -249,6 +249,18 @@ class Blob(ABC):
         except Damage as damage:
             return self._recovering(damage, lambda: self._map(offset, length))
 
+    def probe(self, segment: int) -> str:
+        """What is wrong with a segment of the replica in use, which is neither reported nor left
+        for another one; empty: nothing (by BLAKE3)."""
+        start, stop = self._borders[segment], self._borders[segment + 1]
+        try:
+            self.table.check_identity(segment, self._map(start, stop - start), self.where)
+        except Damage as damage:
+            return damage.reason
+        except IntegrityError as error:
+            return error.message
+        return ""
+
     def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
         """Fill *buffer* with the bytes from *offset*; nothing is allocated for whole segments.
 

@@ -188,7 +188,7 @@ def test_commands_are_exactly_these(forebay_command) -> None:
             *("append", "columns", "delete", "head", "import", "list", "pin", "register"),
             *("select", "show", "split", "stats", "verify", "warm"),
         ],
-        "checkpoint": ["delete", "list", "show"],
+        "checkpoint": ["cat", "delete", "diff", "list", "show", "verify"],
         "jobs": [],
         "why": [],
         "pin": [],
