@@ -22,7 +22,7 @@ from forebay.checkpoint.components import components
 from forebay.checkpoint.group import Ranks
 from forebay.checkpoint.handle import Keeper, Saved
 from forebay.checkpoint.restore import Restorer, Resumed
-from forebay.checkpoint.save import Saver
+from forebay.checkpoint.save import Saver, SaveRequest
 from forebay.checkpoint.service import CheckpointService, Client
 from forebay.waiting import Deadline
 from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
@@ -125,8 +125,9 @@ class Checkpointer:
             self._begin_attempt(ranks, None)
         if self._saver is None:
             self._saver = Saver(self._service, ranks, self._components)
-        upload = self._saver.save(self._attempt, step, metrics, state, deadline)
         generation = GenerationId(self.run, self._attempt, step)
+        upload = self._saver.save(SaveRequest(generation, metrics, state, deadline))
+        assert upload is not None
         saved = Saved(self._service, generation, upload, self.timeout)
         self._last = saved
         self._num_saves += 1

@@ -10,8 +10,8 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ class Outcome(Generic[T]):
     """Rank to (error name, message); the same on every rank."""
     error: Exception | None
     """This rank's own."""
+    asides: list[Json] = field(default_factory=list)
+    """What every rank said, failed or not."""
 
     def failed_only_with(self, kind: type[ForebayError]) -> bool:
         """Whether every rank that failed did so with an error of *kind*."""
@@ -97,10 +99,21 @@ class Ranks:
             return [value]
         mine = _pack(value)
         with _LostRank(what):
-            sizes = self._sizes(len(mine))
-            parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
-            self._group.allgather([parts], [_pad(mine, max(sizes))]).wait()
+            # Nearly all that is exchanged is short: then one collective does.
+            frames = self._all(_frame(mine))
+            sizes = [int.from_bytes(frame[:_SIZE_BYTES].numpy().tobytes()) for frame in frames]
+            longest = max(sizes)
+            if longest <= FRAME_BYTES - _SIZE_BYTES:
+                parts = [frame[_SIZE_BYTES:] for frame in frames]
+            else:
+                parts = self._all(_pad(mine, longest))
         return [_unpack(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+    def _all(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor of the same size."""
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        self._group.allgather([parts], [mine]).wait()
+        return parts
 
     def gather(self, what: str, value: Json) -> list[Json] | None:
         """Every rank's *value* on rank 0; None elsewhere."""
@@ -148,14 +161,22 @@ class Ranks:
         return outcome.result, outcome.notes  # type: ignore[return-value]
 
     def attempt(
-        self, what: str, act: Callable[[], T], note: Callable[[T], Json] | None = None
+        self,
+        what: str,
+        act: Callable[[], T],
+        note: Callable[[T], Json] | None = None,
+        aside: Callable[[], Json] = lambda: None,
     ) -> Outcome[T]:
-        """Like :meth:`together`, but leaves it to the caller what to do about errors."""
+        """Like :meth:`together`, but leaves it to the caller what to do about errors.
+
+        What *aside* says reaches all ranks also if *act* failed.
+        """
         result, failure, error = _attempt(act)
         told = note(result) if note is not None and failure is None else None  # type: ignore[arg-type]
-        answers = self.exchange(what, [failure, told])
-        failures = {rank: failed for rank, (failed, _) in enumerate(answers) if failed}
-        return Outcome(what, self.size, result, [told for _, told in answers], failures, error)
+        answers = self.exchange(what, [failure, told, aside()])
+        failures = {rank: failed for rank, (failed, *_) in enumerate(answers) if failed}
+        notes, asides = [told for _, told, _ in answers], [said for *_, said in answers]
+        return Outcome(what, self.size, result, notes, failures, error, asides)
 
     def decide(self, what: str, act: Callable[[], Json]) -> Json:
         """Run *act* on rank 0 alone; its JSON-able result, or its error, reaches all ranks."""
@@ -178,6 +199,11 @@ class Ranks:
 
 _joined: Counter[tuple[int, ...]] = Counter()
 """How often this process met with the same ranks: all of them count alike, so names agree."""
+
+FRAME_BYTES: Final = 1024
+"""What one exchange carries at once, its length included."""
+
+_SIZE_BYTES: Final = 4
 
 _TO_ROOT = dist.GatherOptions()
 _TO_ROOT.rootRank = 0
@@ -214,6 +240,12 @@ class _LostRank:
 
 def _pack(value: Json) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _frame(data: bytes) -> torch.Tensor:
+    """The length of *data* and as much of it as there is room for."""
+    frame = len(data).to_bytes(_SIZE_BYTES) + data
+    return _pad(frame[:FRAME_BYTES], FRAME_BYTES)
 
 
 def _unpack(data: torch.Tensor) -> Json:

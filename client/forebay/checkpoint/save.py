@@ -1,53 +1,87 @@
-"""Saving one generation: all ranks plan together, each copies its pack, then each seals it."""
+"""Saving one generation: all ranks go by the plan they agreed on, or make a new one together.
+
+A rank looks at its state and asks the daemon, which tells all of them the same: to copy by the plan
+they hold, or to plan. Then each copies and seals, and one exchange says how it went everywhere.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-from blake3 import blake3
-from torch.distributed.checkpoint.planner import SavePlan
-
-from forebay.checkpoint.components import RAW_STATE, Component
-from forebay.checkpoint.flatten import FlatState
+from forebay.checkpoint.cached_plan import CachedPlan, LocalState, offer, plan_globally
+from forebay.checkpoint.components import Component
 from forebay.checkpoint.group import Json, Ranks
 from forebay.checkpoint.objects import Path
-from forebay.checkpoint.planning import StateSavePlanner, decode_plan, encode_plan, pack_of
-from forebay.checkpoint.service import CheckpointService, PackTerms, to_json
-from forebay.checkpoint.upload import RESTART_SECONDS, PackUpload, past_restart
+from forebay.checkpoint.service import CheckpointService, PackTerms, PlanAsk, to_json
+from forebay.checkpoint.snapshot import Pack
+from forebay.checkpoint.upload import RESTART_SECONDS, REUSE, PackUpload, past_restart
 from forebay.waiting import Deadline
 from forebay_wire.errors import Conflict, DaemonUnavailable, ForebayError, InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId
 
 _log = logging.getLogger(__name__)
 
+NEW: Final = "new"
+BEGUN: Final = "begun"
+SEALED: Final = "sealed"
+REPLAN: Final = "replan"
+SKIP: Final = "skip"
+STOP: Final = "stop"
+"""How far a rank has come, or what it was told to do."""
+
+TELL_SECONDS: Final = 10.0
+"""For telling the daemon that a rank cannot save."""
+
 
 @dataclass(frozen=True)
-class _LocalPlan:
-    """What this rank has to offer, before the ranks agreed who saves what."""
+class SaveRequest:
+    """What one rank's ``save()`` was called with."""
 
-    planner: StateSavePlanner
-    plan: SavePlan
-    encoded: Json
-    digest: str
-    frozen: frozenset[str]
-    dataset_json: str
+    generation: GenerationId
+    metrics: Mapping[str, Any] | None
+    raw: Mapping[str, Any] | None
+    deadline: Deadline
+    may_skip: bool = False
 
 
-@dataclass(frozen=True)
-class _Agreed:
-    """The outcome of the last planning; holds as long as no rank's own plan changes."""
+@dataclass
+class SaveWork:
+    """One save on this rank, as far as it has come."""
 
-    digests: tuple[str, ...]
-    keep: tuple[int, ...]
-    """The items of this rank's own plan that it saves."""
-    structure: dict[str, Path]
-    """Of all ranks, on rank 0."""
+    request: SaveRequest
+    terms: PackTerms
+    state: str = NEW
+    local: LocalState | None = None
+    pack: Pack | None = None
+    uploads: list[PackUpload] = field(default_factory=list)
+    reason: str = ""
+    """Why the daemon had it do what it does."""
+
+    @property
+    def what(self) -> str:
+        """For messages."""
+        generation = self.request.generation
+        return f"save step {generation.step} of run {generation.run}"
+
+    @property
+    def upload(self) -> PackUpload:
+        return self.uploads[-1]
+
+    @property
+    def said(self) -> Json:
+        """What the other ranks are told, however it went."""
+        return [self.request.generation.step, self.request.generation.attempt, self.state]
+
+    def drop(self) -> None:
+        """End what is not sealed; the memory goes, too."""
+        for upload in self.uploads:
+            upload.abort()
+        self.uploads.clear()
 
 
 class Saver:
@@ -59,126 +93,218 @@ class Saver:
         self._service = service
         self._ranks = ranks
         self._components = components
-        self._agreed: _Agreed | None = None
+        self._attempt = 0
+        self._number = 0
+        self._plan: CachedPlan | None = None
+        self.num_reused = self.num_planned = 0
+        """Saves by the plan that the ranks had, and saves for which they made one."""
 
-    def save(
-        self,
-        attempt: int,
-        step: int,
-        metrics: Mapping[str, Any] | None,
-        raw: Mapping[str, Any] | None,
-        deadline: Deadline,
-    ) -> PackUpload:
+    def save(self, request: SaveRequest) -> PackUpload | None:
         """The sealed upload of this rank; on return no rank needs its state any more.
 
-        Any rank's error is raised on all ranks; then nothing of the step is left behind.
+        None if all ranks skip it. Any rank's error is raised on all ranks; then nothing of the step
+        is left behind.
         """
-        what = f"save step {step} of run {self._service.run}"
-        generation = GenerationId(self._service.run, attempt, step)
-        local, notes = self._ranks.together(
-            what,
-            lambda: self._plan_locally(raw),
-            lambda local: [step, attempt, local.digest],
-        )
-        _check_same_step(notes)
-        keep, structure = self._agree(what, local, tuple(note[2] for note in notes))
-        plan = local.planner.finish_plan(
-            replace(local.plan, items=[local.plan.items[index] for index in keep])
-        )
+        work = self.begin(request, self._copy_and_seal)
+        return work.upload if work is not None else None
+
+    def begin(self, request: SaveRequest, act: Callable[[SaveWork], None]) -> SaveWork | None:
+        """Plan if need be, and *act* on every rank on what is to be copied and sealed."""
+        work = SaveWork(request, self._terms(request, ""))
+        error = self._ask(work)
+        state = self._join(work, lambda: _go_on(work, error, act))
+        if state == SKIP:
+            return None
+        if state == SEALED:
+            self.num_reused += 1
+            return work
+        self._plan_together(work)
+        work.state = NEW
+        if self._join(work, lambda: self._act_by_new_plan(work, act)) != SEALED:
+            raise Conflict(f"could not {work.what}: the ranks lost each other; save another step")
+        self.num_planned += 1
+        return work
+
+    # ------------------------------------------------------------------------------------ asking
+
+    def _ask(self, work: SaveWork) -> Exception | None:
+        """Look at the state and ask the daemon how to go on: begins, or says in the state why not.
+
+        The error is not raised: the other ranks have to hear of it first.
+        """
+        attempt = work.request.generation.attempt
+        if self._attempt != attempt:
+            self._attempt, self._number, self._plan = attempt, 0, None
+        self._number += 1
+        try:
+            self._look(work)
+        except Exception as error:  # noqa: BLE001 - a user's state_dict() may raise anything
+            self._tell_failed(work)
+            return error
+        try:
+            work.state = self._begin_by_plan(work)
+        except DaemonUnavailable as error:  # another one knows no plan
+            _log.warning("could not ask how to %s (%s); planning it anew", work.what, error)
+            work.state = REPLAN
+        except Exception as error:  # noqa: BLE001 - every rank must hear of it
+            return error
+        return None
+
+    def _look(self, work: SaveWork) -> None:
+        work.local = LocalState.of(self._components, work.request.raw)
+        work.terms = self._terms(work.request, _dataset_json(work.local.values.values()))
+        if self._plan is not None and self._plan.fits(work.local):
+            work.pack = self._plan.pack(work.local)
+
+    def _begin_by_plan(self, work: SaveWork) -> str:
+        assert work.local is not None
+        may_skip, deadline = work.request.may_skip, work.request.deadline
+        if work.pack is None or self._plan is None:
+            ask = PlanAsk(self._number, work.local.digest, 0, may_skip)
+            answer = self._service.begin_pack(work.terms, 0, 0, deadline.remaining, ask)
+            work.reason = answer.reason
+            if answer.session:
+                self._service.abort(answer.session)
+            return REPLAN if answer.verdict == REUSE else str(answer.verdict)
+        ask = PlanAsk(self._number, self._plan.digest, self._plan.number, may_skip)
+        upload = PackUpload(self._service, work.terms, work.pack)
+        verdict = upload.begin(deadline, ask)
+        if upload.is_begun:
+            work.uploads.append(upload)
+            return BEGUN
+        work.reason = upload.reason
+        return verdict
+
+    def _tell_failed(self, work: SaveWork) -> None:
+        """The others need not wait for this rank."""
+        try:
+            self._service.begin_pack(work.terms, 0, 0, TELL_SECONDS, PlanAsk(self._number, ""))
+        except ForebayError as error:
+            _log.debug("could not tell the daemon that this rank cannot save: %s", error)
+
+    def _terms(self, request: SaveRequest, dataset_json: str) -> PackTerms:
         first = self._ranks.rank == 0
-        terms = PackTerms(
-            generation,
+        return PackTerms(
+            request.generation,
             self._ranks.rank,
             self._ranks.size,
-            to_json(checked_metrics(metrics)) if first else "",
-            local.dataset_json if first else "",
-        )
-        return self._upload(what, local, plan, structure, terms, deadline)
-
-    def _plan_locally(self, raw: Mapping[str, Any] | None) -> _LocalPlan:
-        state = {component.name: component.state() for component in self._components}
-        if raw is not None:
-            state[RAW_STATE] = dict(raw)
-        planner = StateSavePlanner()
-        planner.set_up_planner(state, None, self._ranks.rank == 0)
-        flat = FlatState(planner.state_dict, planner.mappings)
-        lowest = {name for name in flat.tensors() if name.startswith(f"{RAW_STATE}.")}
-        frozen: set[str] = set()
-        for component in self._components:
-            lowest |= component.lowest(flat)
-            frozen |= component.frozen(flat)
-        planner.lowest = lowest
-        plan = planner.create_local_plan()
-        encoded = {**encode_plan(plan), "lowest": sorted(lowest)}
-        digest = blake3(json.dumps(encoded, separators=(",", ":")).encode()).hexdigest()
-        return _LocalPlan(
-            planner, plan, encoded, digest, frozenset(frozen), _dataset_json(state.values())
+            to_json(checked_metrics(request.metrics)) if first else "",
+            dataset_json if first else "",
         )
 
-    def _agree(
-        self, what: str, local: _LocalPlan, digests: tuple[str, ...]
-    ) -> tuple[tuple[int, ...], dict[str, Path]]:
-        """Which of its items this rank saves. No exchange if nothing changed since last time."""
-        if self._agreed is None or self._agreed.digests != digests:
-            plans = self._ranks.gather(what, local.encoded)
-            structure: dict[str, Path] = {}
-            answers: list[Json] | None = None
-            error: Exception | None = None
-            if plans is not None:
-                try:
-                    answers, structure = _plan_globally(local.planner, plans)
-                except Exception as caught:  # noqa: BLE001 - every rank must hear of it
-                    error, answers = caught, [None] * len(plans)
-                    structure = {}
-            keep = self._ranks.scatter(what, answers)
-            self._ranks.together(what, lambda: _raise(error, keep))
-            self._agreed = _Agreed(digests, tuple(keep), structure)
-        return self._agreed.keep, self._agreed.structure
+    # ---------------------------------------------------------------------------------- planning
 
-    def _upload(
-        self,
-        what: str,
-        local: _LocalPlan,
-        plan: SavePlan,
-        structure: dict[str, Path],
-        terms: PackTerms,
-        deadline: Deadline,
-    ) -> PackUpload:
-        uploads: list[PackUpload] = []
+    def _plan_together(self, work: SaveWork) -> None:
+        """Agree on who saves what; then hold that plan."""
+        what, local = work.what, work.local
+        assert local is not None
+        self._plan = None
+        offered, _ = self._ranks.together(what, lambda: offer(local))
+        plans = self._ranks.gather(what, offered.encoded)
+        structure: dict[str, Path] = {}
+        answers: list[Json] | None = None
+        error: Exception | None = None
+        if plans is not None:
+            try:
+                answers, structure = plan_globally(plans)
+            except Exception as caught:  # noqa: BLE001 - every rank must hear of it
+                error, answers = caught, [None] * len(plans)
+        keep = self._ranks.scatter(what, answers)
+        self._ranks.together(what, lambda: _raise(error, keep))
+        self._plan = CachedPlan(self._number, local, offered, keep, structure)
 
+    def _act_by_new_plan(self, work: SaveWork, act: Callable[[SaveWork], None]) -> None:
+        assert self._plan is not None
+        assert work.local is not None
+        work.pack = self._plan.pack(work.local)
+        work.uploads.append(self._begun(work))
+        work.state = BEGUN
+        act(work)
+
+    def _begun(self, work: SaveWork) -> PackUpload:
+        def begin() -> PackUpload:
+            assert work.pack is not None
+            upload = PackUpload(self._service, work.terms, work.pack)
+            upload.begin(work.request.deadline)
+            return upload
+
+        return past_restart(self._service, work.terms, begin, Deadline(RESTART_SECONDS))
+
+    # ------------------------------------------------------------------------------- copy, seal
+
+    def _copy_and_seal(self, work: SaveWork) -> None:
+        try:
+            work.upload.copy(work.request.deadline)
+        except (NotFound, DaemonUnavailable) as error:
+            # A session that is gone means a restarted daemon: the state is still here.
+            _log.warning("the daemon went away while a pack was copied (%s); copying again", error)
+            work.drop()
+            work.uploads.append(self._copied_anew(work))
+        seal(work.upload)
+        work.state = SEALED
+
+    def _copied_anew(self, work: SaveWork) -> PackUpload:
         def copy() -> PackUpload:
-            pack = pack_of(plan, local.planner, structure, local.frozen)
-            uploads.append(PackUpload(self._service, terms, pack))
-            uploads[-1].copy(deadline)
-            return uploads[-1]
+            assert work.pack is not None
+            upload = PackUpload(self._service, work.terms, work.pack)
+            try:
+                upload.copy(work.request.deadline)
+            except BaseException:
+                upload.abort()
+                raise
+            return upload
 
+        return past_restart(self._service, work.terms, copy, Deadline(RESTART_SECONDS))
+
+    # ---------------------------------------------------------------------------------- settling
+
+    def _join(self, work: SaveWork, act: Callable[[], None]) -> str:
+        """*act* on every rank, then how all of them stand: sealed, to plan, or skipping.
+
+        Raises any rank's error on all, and leaves nothing behind then.
+        """
         try:
-            upload, _ = self._ranks.together(what, lambda: self._copied(copy, uploads, terms))
-        except BaseException:
-            _abort(uploads)
+            outcome = self._ranks.attempt(work.what, act, aside=lambda: work.said)
+        except BaseException as error:  # a rank is gone: each is on its own from here
+            self._leave_nothing(work)
+            if work.reason and isinstance(error, ForebayError):
+                raise type(error)(f"{error.message}; {work.reason}") from error
             raise
-        try:
-            # Nobody seals before everybody has copied: a failure leaves nothing half-sealed.
-            outcome = self._ranks.attempt(what, lambda: seal(upload))
-        except BaseException:  # a rank is gone: each is on its own from here
-            _abort(uploads)
-            if not self._ranks.rank:
-                self._is_saved(terms.generation)
-            raise
-        if outcome.failures and not self._all_sealed(what, upload):
-            _abort(uploads)
+        states = {state for *_, state in outcome.asides}
+        if outcome.failures:
+            if states & {BEGUN, SEALED} and self._all_sealed(work):
+                return SEALED
+            work.drop()
             outcome.raise_first()
-        return upload
+        try:
+            _check_same_step(outcome.asides)
+            if STOP in states:
+                raise Conflict(f"could not {work.what}: {work.reason or 'another rank stopped'}")
+        except ForebayError:
+            work.drop()
+            raise
+        if len(states) == 1:
+            return work.state
+        if states & {BEGUN, SEALED}:  # the daemon restarted between one rank's answer and another's
+            self._all_sealed(work)
+        work.drop()
+        return REPLAN
 
-    def _all_sealed(self, what: str, upload: PackUpload) -> bool:
+    def _leave_nothing(self, work: SaveWork) -> None:
+        is_sealed = work.state == SEALED or any(upload.is_begun for upload in work.uploads)
+        work.drop()
+        if is_sealed:
+            self._is_saved(work.request.generation)
+
+    def _all_sealed(self, work: SaveWork) -> bool:
         """Some ranks failed to seal, or did not hear that they had: whether all packs are sealed.
 
         If not, no rank's is from here on, so that the step can be saved again.
         """
         # What is open by now is never sealed: else it could be after rank 0 has looked.
-        self._ranks.attempt(what, upload.end_unsealed)
-        generation = upload.terms.generation
-        return bool(self._ranks.decide(what, lambda: self._is_saved(generation)))
+        self._ranks.attempt(work.what, lambda: _end_unsealed(work.uploads))
+        generation = work.request.generation
+        return bool(self._ranks.decide(work.what, lambda: self._is_saved(generation)))
 
     def _is_saved(self, generation: GenerationId) -> bool:
         """Whether all ranks have sealed; drops what only some have."""
@@ -193,16 +319,17 @@ class Saver:
             _log.warning("could not settle generation %s: %s", generation, error)
         return False
 
-    def _copied(
-        self, copy: Callable[[], PackUpload], uploads: list[PackUpload], terms: PackTerms
-    ) -> PackUpload:
-        """Copy; a session that is gone means a restarted daemon: the state is still here."""
-        try:
-            return past_restart(self._service, terms, copy, Deadline(RESTART_SECONDS))
-        except (NotFound, DaemonUnavailable) as error:
-            _log.warning("the daemon went away while a pack was copied (%s); copying again", error)
-            _abort(uploads)
-            return past_restart(self._service, terms, copy, Deadline(RESTART_SECONDS))
+
+def _go_on(work: SaveWork, error: Exception | None, act: Callable[[SaveWork], None]) -> None:
+    if error is not None:
+        raise error
+    if work.state == BEGUN:
+        act(work)
+
+
+def _end_unsealed(uploads: Sequence[PackUpload]) -> None:
+    for upload in uploads:
+        upload.end_unsealed()
 
 
 def seal(upload: PackUpload) -> None:
@@ -231,26 +358,6 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     return found
 
 
-def _abort(uploads: Sequence[PackUpload]) -> None:
-    for upload in uploads:
-        upload.abort()
-
-
-def _plan_globally(
-    planner: StateSavePlanner, plans: Sequence[Json]
-) -> tuple[list[Json], dict[str, Path]]:
-    """For each rank the indices of its items that it saves, and the structure of the whole."""
-    decoded = [decode_plan(plan) for plan in plans]
-    for plan in plans:
-        planner.lowest = {*planner.lowest, *plan["lowest"]}
-    final, metadata = planner.create_global_plan(decoded)
-    answers = []
-    for local, kept in zip(decoded, final, strict=True):
-        wanted = {item.index for item in kept.items}
-        answers.append([i for i, item in enumerate(local.items) if item.index in wanted])
-    return answers, metadata.planner_data
-
-
 def _raise(error: Exception | None, keep: Json) -> None:
     if error is not None:
         raise error
@@ -258,9 +365,9 @@ def _raise(error: Exception | None, keep: Json) -> None:
         raise ForebayError("rank 0 could not plan the save")
 
 
-def _check_same_step(notes: Sequence[Json]) -> None:
-    if len({(step, attempt) for step, attempt, _ in notes}) > 1:
-        steps = ", ".join(f"rank {rank}: {note[0]}" for rank, note in enumerate(notes))
+def _check_same_step(asides: Sequence[Json]) -> None:
+    if len({(step, attempt) for step, attempt, _ in asides}) > 1:
+        steps = ", ".join(f"rank {rank}: {said[0]}" for rank, said in enumerate(asides))
         raise InvalidRequest(f"the ranks save different steps ({steps}): save the same on all")
 
 

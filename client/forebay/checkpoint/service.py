@@ -22,6 +22,10 @@ RPC_SECONDS = 60.0
 """For calls that only touch the catalog."""
 
 
+ANSWER_SECONDS = 5.0
+"""Left of a call's time for the daemon to say that it ran out."""
+
+
 class Channel(Protocol):
     """The control connection, as far as checkpoints need it."""
 
@@ -58,6 +62,19 @@ class PackTerms:
     dataset_json: str = ""
 
 
+@dataclass(frozen=True)
+class PlanAsk:
+    """What a rank says when it asks whether all may save by the plan they hold."""
+
+    number: int
+    """Of the save within the attempt, from 1; the same on all ranks."""
+    structure: str
+    """Digest of what its state looks like; empty: it cannot save."""
+    plan: int = 0
+    """The plan that it holds; 0: none."""
+    may_skip: bool = False
+
+
 class CheckpointService:
     """The calls that save and restore one run. Thread-safe, holds nothing open."""
 
@@ -89,8 +106,20 @@ class CheckpointService:
         ).attempt
 
     def begin_pack(
-        self, terms: PackTerms, total_bytes: int, slot_bytes: int, timeout: float
+        self,
+        terms: PackTerms,
+        total_bytes: int,
+        slot_bytes: int,
+        timeout: float,
+        ask: PlanAsk | None = None,
     ) -> checkpoints_pb2.PackSession:
+        """A session; with *ask* only if all ranks may reuse their plan (``.verdict``)."""
+        asked: dict[str, Any] = {}
+        if ask is not None:
+            asked["save_number"] = ask.number
+            asked["structure"] = ask.structure
+            asked["plan"] = ask.plan
+            asked["may_skip"] = ask.may_skip
         request = checkpoints_pb2.BeginPackRequest(
             run=self.run,
             attempt=terms.generation.attempt,
@@ -99,6 +128,8 @@ class CheckpointService:
             num_ranks=terms.num_ranks,
             total_bytes=total_bytes,
             slot_bytes=slot_bytes,
+            wait_seconds=max(0.001, timeout - ANSWER_SECONDS),
+            **asked,
         )
         return self._client.channel.call(Checkpoints.BeginPack, request, timeout=timeout)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from forebay.checkpoint.layout import Piece, pieces
-from forebay.checkpoint.service import CheckpointService, PackTerms
-from forebay.checkpoint.snapshot import Pack
+from forebay.checkpoint.service import CheckpointService, PackTerms, PlanAsk
+from forebay.checkpoint.snapshot import Pack, Source
 from forebay.transfer import UploadSlot
 from forebay.transfer.blob import copy
 from forebay.waiting import Backoff, Deadline
@@ -31,6 +31,10 @@ T = TypeVar("T")
 
 RESTART_SECONDS: Final = 60.0
 """How long a rank tries to bring its pack to a daemon that restarted."""
+
+
+REUSE: Final = "reuse"
+"""The verdict by which a pack may be begun at once."""
 
 
 @dataclass
@@ -84,23 +88,47 @@ class PackUpload:
         self._incarnation = ""
         self._sequence = 0
         self._copied: _Copied | None = None
+        self.reason = ""
+        """Why the daemon did not let this begin."""
 
     @property
     def was_chunked(self) -> bool:
         """Whether the slot was too small, so that the bytes went through it piece by piece."""
         return self._sequence > 0
 
+    @property
+    def is_begun(self) -> bool:
+        return self._session is not None
+
+    def begin(self, deadline: Deadline, ask: PlanAsk | None = None) -> str:
+        """Begin the session; with *ask* only if all ranks may reuse their plan: the verdict.
+
+        Room for all of the pack is reserved on return, and nothing has been copied.
+        """
+        assert self._pack is not None
+        failpoint("client.save.after_plan")
+        verdict = self._begin(self._pack.num_bytes + len(self._pack.description), deadline, ask)
+        if self.is_begun:
+            failpoint("client.save.after_begin")
+        return verdict
+
+    @property
+    def fits_slot(self) -> bool:
+        """Whether the slot holds all of the pack at once."""
+        assert self._pack is not None
+        assert self._session is not None
+        return self._pack.num_bytes + len(self._pack.description) <= self._session.slot_bytes
+
     def copy(self, deadline: Deadline) -> None:
-        """Begin the session and bring the pack's bytes into the daemon's memory.
+        """Bring the pack's bytes into the daemon's memory, in a session that this begins if needed.
 
         On return the state may change again. A slot that is too small for all of it makes this
         wait for the daemon to write the first pieces to disk.
         """
         assert self._pack is not None
         pack, description = self._pack, self._pack.description
-        failpoint("client.save.after_plan")
-        self._begin(pack.num_bytes + len(description), deadline)
-        failpoint("client.save.after_begin")
+        if not self.is_begun:
+            self.begin(deadline)
         assert self._session is not None
         assert self._slot is not None
         capacity = self._session.slot_bytes
@@ -117,7 +145,28 @@ class PackUpload:
             self._append(last, deadline)
             last = Piece(last.stop, last.stop, ())
         self._fill(last)
+        self._finish(last)
+
+    def copy_some(self, chosen: Collection[Source]) -> memoryview:
+        """Copy these of the pack's sources, and the padding; the memory for the others.
+
+        Only where the slot fits all. Then :meth:`finish` says that the rest is there, too.
+        """
+        assert self._pack is not None
+        assert self._slot is not None
         failpoint("client.save.in_copy")
+        self._pack.copy_some(self._slot.buffer, 0, self._pack.num_bytes, chosen)
+        return self._slot.buffer
+
+    def finish(self) -> None:
+        """All sources are in the slot: add what describes them."""
+        assert self._pack is not None
+        self._finish(Piece(0, self._pack.num_bytes, tuple(self._pack.layout.cuts)))
+
+    def _finish(self, last: Piece) -> None:
+        assert self._pack is not None
+        assert self._slot is not None
+        description = self._pack.description
         end = last.num_bytes + len(description)
         copy(self._slot.buffer[last.num_bytes : end], memoryview(description))
         self._slot.flush(end)
@@ -225,15 +274,20 @@ class PackUpload:
         if slot is not None:
             slot.close()
 
-    def _begin(self, slot_bytes: int, deadline: Deadline) -> None:
-        self._session = self._service.begin_pack(
-            self.terms, self.num_bytes, slot_bytes, deadline.remaining
-        )
-        self._incarnation = self._session.incarnation
-        session, seconds = self._session.session, self._session.lease_seconds
+    def _begin(self, slot_bytes: int, deadline: Deadline, ask: PlanAsk | None = None) -> str:
         self._end_lease()
-        self._lease = _Lease.hold(self._service, session, seconds)
-        self._slot = self._service.slot(self._session)
+        self._session = None
+        answer = self._service.begin_pack(
+            self.terms, self.num_bytes, slot_bytes, deadline.remaining, ask
+        )
+        self._incarnation = answer.incarnation
+        self.reason = answer.reason
+        if not answer.session:
+            return str(answer.verdict)
+        self._session = answer
+        self._lease = _Lease.hold(self._service, answer.session, answer.lease_seconds)
+        self._slot = self._service.slot(answer)
+        return REUSE
 
     def _end_lease(self) -> None:
         lease, self._lease = self._lease, None
@@ -261,6 +315,7 @@ class PackUpload:
     def _fill(self, piece: Piece) -> None:
         assert self._pack is not None
         assert self._slot is not None
+        failpoint("client.save.in_copy")
         self._pack.copy_into(self._slot.buffer, piece.start, piece.stop)
 
 

@@ -15,7 +15,7 @@ from forebay.checkpoint.layout import pieces
 from forebay.checkpoint.manifest import Description, SavedState, TensorEntry
 from forebay.checkpoint.objects import encode
 from forebay.checkpoint.read import spans
-from forebay.checkpoint.snapshot import Pack, Part, build_pack
+from forebay.checkpoint.snapshot import Pack, PackTemplate, Part, build_pack
 from forebay_wire.errors import IntegrityError, UnsupportedObject
 from forebay_wire.manifest import GenerationManifest, PackRef, canonical_json
 
@@ -117,11 +117,40 @@ def test_tied_weights_are_stored_once() -> None:
     assert found["head"].pack_offset == found["embedding"].pack_offset
 
 
-def test_views_of_one_storage_are_stored_apart() -> None:
-    base = torch.randn(8)
-    pack = build_pack([part("a", base[:4]), part("b", base[:4].view(2, 2))], {}, {})
-    found = entries(pack)
-    assert found["a"].pack_offset != found["b"].pack_offset
+def test_views_that_overlap_are_stored_as_the_bytes_of_both() -> None:
+    base = torch.randn(1000)
+    tensors = {
+        "all": base[:600].view(20, 30),
+        "end": base[500:900],
+        "bits": base[890:900].view(torch.int32),
+        "apart": base[900:],
+        "strided": base[:600:2],
+    }
+    pack = build_pack([part(name, tensor) for name, tensor in tensors.items()], {}, {})
+    data, found = copied(pack), entries(pack)
+    for name, tensor in tensors.items():
+        assert stored_bytes(pack, data, name) == raw_bytes(tensor), name
+    assert found["end"].pack_offset - found["all"].pack_offset == 2000
+    assert found["bits"].pack_offset - found["all"].pack_offset == 3560
+    assert pack.num_bytes == 3648 + 448 + 1216  # [0, 900), [900, 1000), and every second one
+
+
+def test_a_template_describes_other_values_alike() -> None:
+    first = {"o": encode({"a": 1, "long": b"y" * 2000}, ("o",)), "p": encode(0, ("p",))}
+    tensors = [torch.ones(30), torch.ones(20)]
+    names = ('"objects":{}', "b")
+    parts = [part(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
+    template = PackTemplate(parts, {"o": ("o",), "p": ("p", 3)})
+    assert template.pack(tensors, first).num_bytes == 2304
+    for size, num_layouts in ((2000, 1), (2001, 2), (3000, 3), (3000, 3)):
+        objects = {"o": encode({"long": b"x" * size}, ("o",)), "p": encode("é", ("p",))}
+        pack = template.pack([torch.zeros(30), torch.arange(20.0)], objects)
+        assert template.num_layouts == num_layouts
+        body = Description.decode(
+            PackRef(0, "0" * 64, pack.num_bytes, json.loads(pack.description))
+        )
+        assert body.encode() == pack.description
+        assert stored_bytes(pack, copied(pack), "b") == raw_bytes(torch.arange(20.0))
 
 
 def manifest_of(*packs: Pack) -> GenerationManifest:
