@@ -55,6 +55,10 @@ class CheckpointReport:
     """Of the last restore; 0 without one."""
     restored_bytes: int
     """Read by this rank in it."""
+    num_reused: int = 0
+    """Saves by the plan that the ranks had agreed on before."""
+    num_planned: int = 0
+    """Saves for which all ranks planned anew: the first one, and those after a change."""
 
 
 class Checkpointer:
@@ -200,6 +204,8 @@ class Checkpointer:
             self._saved_bytes,
             self._num_chunked,
             *self._restored,
+            num_reused=self._saver.num_reused if self._saver else 0,
+            num_planned=self._saver.num_planned if self._saver else 0,
         )
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:

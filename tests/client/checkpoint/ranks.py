@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import forebay
 from forebay.checkpoint import StorageReader, StorageWriter
+from forebay.checkpoint.group import Ranks
 from forebay.checkpoint.service import CheckpointService
 
 HANG_SECONDS = 90.0
@@ -431,6 +433,102 @@ def replicated(world: World) -> None:
     checkpointer.close()
 
 
+def late_state(world: World) -> None:
+    """A rank whose state comes later than the others' has all ranks plan, and none wait."""
+    rank, last = world.rank, world.size - 1
+    mine: dict[str, Any] = {"a": torch.full((100,), float(rank))}
+    checkpointer = world.checkpointer("late", world.size, holder=Holder({}))
+    names = [("base",), ("base",), ("base", "late"), ("base", "late")]
+    for step, found in enumerate(names, 1):
+        state = {f"{rank}-{name}": mine["a"] + step for name in found if name == "base"}
+        if "late" in found and rank == last:
+            state["late"] = torch.full((9,), float(step))
+        checkpointer.save(step, state=state).wait("local")
+    # New, reused, new for all as the last rank looks different, reused.
+    assert planned(checkpointer) == (2, 2), planned(checkpointer)
+    resumed = checkpointer.restore()
+    assert resumed is not None
+    assert torch.equal(resumed.state["late"], torch.full((9,), 4.0))
+    for one in range(world.size):
+        assert torch.equal(resumed.state[f"{one}-base"], torch.full((100,), float(one + 4)))
+    # A new attempt; then a dtype that changes on one rank, of the same size and shape.
+    dtypes = {11: torch.float32, 12: torch.float32, 13: torch.int32, 14: torch.int32}
+    for step, dtype in dtypes.items():
+        value = torch.arange(5).to(dtype if rank == 0 else torch.float32)
+        checkpointer.save(step, state={f"{rank}": value}).wait("local")
+    assert planned(checkpointer) == (4, 4), planned(checkpointer)
+    attempt = checkpointer.attempt
+    for step, dtype in dtypes.items():
+        resumed = checkpointer.restore(f"{attempt}/{step}")
+        assert resumed is not None
+        assert resumed.state["0"].dtype == dtype
+        assert resumed.state["1"].dtype == torch.float32
+    checkpointer.close()
+
+
+def planned(checkpointer: forebay.Checkpointer) -> tuple[int, int]:
+    """Saves that were planned, and that reused the plan."""
+    report = checkpointer.report()
+    return report.num_planned, report.num_reused
+
+
+def restarted_plan(world: World) -> None:
+    """A daemon that restarted knows no plan: all ranks make one, and then reuse it again."""
+    checkpointer = world.checkpointer("restarted", world.size, model=Model(1))
+    for step in (1, 2):
+        checkpointer.save(step).wait("local")
+    assert planned(checkpointer) == (1, 1)
+    dist.barrier()
+    if world.rank == 0:
+        (world.scratch / "restart").touch()
+    while not (world.scratch / "restarted").exists():
+        time.sleep(0.05)
+    for step in (3, 4):
+        checkpointer.save(step).wait("local")
+    assert planned(checkpointer) == (2, 2)
+    checkpointer.close()
+
+
+def steady(world: World) -> None:
+    """What a save costs in calls while the plan is reused."""
+    checkpointer = world.checkpointer("steady", world.size, model=Model(1))
+    checkpointer.save(1).wait("local")
+    calls: list[str] = []
+    real_all, real_begin = Ranks._all, CheckpointService.begin_pack
+    real_seal = CheckpointService.seal_pack
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    Ranks._all = counted("exchange", real_all)  # type: ignore[method-assign]
+    CheckpointService.begin_pack = counted("begin", real_begin)  # type: ignore[method-assign]
+    CheckpointService.seal_pack = counted("seal", real_seal)  # type: ignore[method-assign]
+    checkpointer.save(2)
+    Ranks._all = real_all  # type: ignore[method-assign]
+    CheckpointService.begin_pack = real_begin  # type: ignore[method-assign]
+    CheckpointService.seal_pack = real_seal  # type: ignore[method-assign]
+    assert calls == ["begin", "seal", "exchange"]
+    checkpointer.close()
+
+
+def balanced(world: World) -> None:
+    """Replicated tensors weigh about the same on all ranks; names of one memory stay together."""
+    sizes = [900_000, 500_000, 400_000, 400_000, 300_000, 300_000, 200_000, *[10_000] * 20]
+    holder = torch.nn.ParameterList(torch.randn(size // 4) for size in sizes)
+    holder.append(holder[0])
+    saved = world.checkpointer("balanced", world.size, model=holder).save(1)
+    loads: list[Any] = [None] * world.size
+    dist.all_gather_object(loads, saved.num_bytes)
+    even = sum(sizes) / world.size
+    assert sum(loads) < 1.01 * sum(sizes), loads  # the first one once
+    assert max(loads) < 1.25 * max(even, 900_000), loads
+    assert min(loads) > 0.75 * even, loads
+
+
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
@@ -442,6 +540,10 @@ SCENARIOS = {
         restart,
         replicated,
         torch_functions,
+        late_state,
+        restarted_plan,
+        steady,
+        balanced,
     )
 }
 

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,31 @@ def test_wrappers_errors_replicas_and_torch_functions(
 ) -> None:
     scenarios = "wrappers,errors,lost_answer,replicated,torch_functions"
     assert outcome(start(scenarios, 3, daemon, tmp_path)) == [0] * 3
+
+
+@pytest.mark.timeout(200)
+def test_all_ranks_plan_or_none_does_and_what_all_have_is_saved_evenly(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    scenarios = "steady,late_state,balanced"
+    assert outcome(start(scenarios, 4, daemon, tmp_path)) == [0] * 4
+
+
+@pytest.mark.timeout(200)
+def test_after_a_restart_of_the_daemon_all_ranks_plan_anew(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path / "data") as daemon:
+        ranks = start("restarted_plan", 2, daemon, tmp_path)
+        wait_until((tmp_path / "restart").exists, SECONDS)
+        daemon.restart()
+        (tmp_path / "restarted").touch()
+        assert outcome(ranks) == [0, 0]
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("place", ["after_begin", "after_copy", "after_seal"])
