@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from forebay import forking as _forking  # noqa: F401 - before Arrow or gRPC are loaded
+from forebay_wire.durability import Durability
 from forebay_wire.errors import (
     AlreadyExists,
     AlreadyRunning,
@@ -29,6 +30,7 @@ from forebay_wire.errors import (
     UnsupportedObject,
     VersionMismatch,
 )
+from forebay_wire.keep import Keep
 
 if TYPE_CHECKING:
     from forebay.checkpoint import Checkpointer
@@ -56,10 +58,12 @@ __all__ = [
     "Dataset",
     "DatasetWriter",
     "DeadlineExceeded",
+    "Durability",
     "Fenced",
     "ForebayError",
     "IntegrityError",
     "InvalidRequest",
+    "Keep",
     "LimitExceeded",
     "Mixture",
     "NotFound",

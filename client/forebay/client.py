@@ -15,6 +15,7 @@ from forebay.integrity import IntegrityCalls
 from forebay.methods import Admin, Blobs, Checkpoints, Datasets
 from forebay.movement import MovementCalls
 from forebay.origins import OriginCalls
+from forebay.runs import Run
 from forebay.transfer import Transfer, make_transfer
 from forebay_wire.errors import IntegrityError, NotFound
 from forebay_wire.ids import check_name
@@ -352,6 +353,10 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
             after = page.next
             if not after:
                 return found
+
+    def run(self, name: str) -> Run:
+        """A run to manage: tags, pins, notes, metrics, lineage, what is kept. Asks nothing yet."""
+        return Run(self, name)
 
     def checkpoints(self, run: str) -> list[checkpoints_pb2.Generation]:
         """All generations of a run, newest first, those not committed included. NotFound."""

@@ -158,6 +158,24 @@ class Checkpoints:
         checkpoints.DeleteGenerationRequest,
         checkpoints.DeleteGenerationResponse,
     )
+    GetRun: Final = Method(
+        "/forebay.v1.Checkpoints/GetRun", checkpoints.GetRunRequest, checkpoints.RunDetail
+    )
+    SetTag: Final = Method(
+        "/forebay.v1.Checkpoints/SetTag", checkpoints.SetTagRequest, checkpoints.RunDetail
+    )
+    SetPin: Final = Method(
+        "/forebay.v1.Checkpoints/SetPin", checkpoints.SetPinRequest, checkpoints.Generation
+    )
+    SetNote: Final = Method(
+        "/forebay.v1.Checkpoints/SetNote", checkpoints.SetNoteRequest, checkpoints.Generation
+    )
+    SetKeep: Final = Method(
+        "/forebay.v1.Checkpoints/SetKeep", checkpoints.SetKeepRequest, checkpoints.RunDetail
+    )
+    Prune: Final = Method(
+        "/forebay.v1.Checkpoints/Prune", checkpoints.PruneRequest, checkpoints.PruneResponse
+    )
 
 
 class Blobs:

@@ -9,8 +9,9 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -18,15 +19,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from forebay.checkpoint.choice import Choice, Patterns
 from forebay.checkpoint.components import components
 from forebay.checkpoint.group import Ranks
 from forebay.checkpoint.handle import Keeper, Saved
+from forebay.checkpoint.lazy import Opened, open_generation
 from forebay.checkpoint.restore import Restorer, Resumed
 from forebay.checkpoint.save import Saver, SaveRequest
-from forebay.checkpoint.service import CheckpointService, Client
+from forebay.checkpoint.service import CheckpointService, Client, parse_fork
+from forebay.runs import note_json
 from forebay.waiting import Deadline
 from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId, check_name
+from forebay_wire.keep import Keep, check_tag
 
 _log = logging.getLogger(__name__)
 
@@ -83,13 +88,21 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
         process_group: dist.ProcessGroup | None = None,
         timeout: float = TIMEOUT_SECONDS,
+        keep: Keep | None = None,
+        fork_from: str | tuple[str, str | int] | None = None,
         **stateful: Any,
     ) -> None:
+        """*keep*: what is kept of the run from its next attempt on, the same on all ranks; without
+        it nothing changes. *fork_from*: ``"run"``, ``"run@SELECTOR"`` or ``(run, selector)`` of the
+        generation of another run that this one begins from if it is new: ``restore()`` brings that
+        back until the run has one of its own."""
         self.run = check_name("run", run)
+        self._keep_json = None if keep is None else keep.to_json()
         self.timeout = timeout
         self._process_group = process_group
         self._components = components({"model": model, "optimizer": optimizer, **stateful})
-        self._service = CheckpointService(client, run)
+        fork = None if fork_from is None else parse_fork(fork_from)
+        self._service = CheckpointService(client, run, fork)
         self._keeper = Keeper()
         self._ranks_: Ranks | None = None
         self._saver: Saver | None = None
@@ -111,12 +124,16 @@ class Checkpointer:
         step: int,
         metrics: Mapping[str, float] | None = None,
         state: Mapping[str, Any] | None = None,
+        *,
+        tags: Sequence[str] = (),
+        note: Mapping[str, Any] | None = None,
     ) -> Saved:
         """Save the state as generation (run, attempt, *step*) on all ranks.
 
         On return the state has been copied and may change; every rank has sealed its pack, so the
-        generation is ``ram`` and becomes ``local`` without this process. *metrics* (rank 0's) are
-        kept with it, *state* takes values of your own. Raises AlreadyExists if the step was saved
+        generation is ``ram`` and becomes ``local`` without this process. *metrics* and *note* (what
+        JSON can say; both rank 0's) are kept with it, *state* takes values of your own. It gets
+        rank 0's *tags* when it is committed. Raises AlreadyExists if the step was saved
         in this attempt, Fenced if a newer attempt of the run exists, UnsupportedObject naming what
         cannot be saved, ResourceExhausted without room; then nothing was saved, on any rank. Only
         if a rank is gone (DeadlineExceeded) it may have been saved all the same, whole.
@@ -126,11 +143,12 @@ class Checkpointer:
         deadline = Deadline(self.timeout)
         ranks = self._ranks()
         if not self._attempt:
-            self._begin_attempt(ranks, None)
+            self._begin_attempt(ranks, self._forked(ranks))
         if self._saver is None:
             self._saver = Saver(self._service, ranks, self._components)
+        said = (tuple(map(check_tag, tags)), note_json(note))
         generation = GenerationId(self.run, self._attempt, step)
-        upload = self._saver.save(SaveRequest(generation, metrics, state, deadline))
+        upload = self._saver.save(SaveRequest(generation, metrics, state, deadline, *said))
         assert upload is not None
         saved = Saved(self._service, generation, upload, self.timeout)
         self._last = saved
@@ -148,6 +166,8 @@ class Checkpointer:
         missing_ok: bool = False,
         durability: str = "local",
         state: Mapping[str, Any] | None = None,
+        only: Patterns = None,
+        ignore: Patterns = None,
     ) -> Resumed | None:
         """Bring back a generation in place, the same one on all ranks, and open a new attempt.
 
@@ -160,26 +180,39 @@ class Checkpointer:
         ``"ram"`` reads that out of the daemon's memory at once; until it is ``local`` the daemon's
         end takes it along. ``"remote"``: only what another machine could restore, too.
 
-        Raises InvalidRequest if the generation does not fit the model (names, shapes, dtypes:
-        nothing is cast), IntegrityError if nothing could be verified; then the values of the
-        tensors here are unspecified.
+        *only* and *ignore* are patterns (``"model.*"``, or a list) over the saved names; a pattern
+        takes all below the name that it matches. What is not taken stays as it is and is named in
+        ``.left``.
+
+        Raises InvalidRequest if the generation does not fit (names, shapes, dtypes: all that
+        differ are listed, nothing is cast), before anything is written on any rank. IntegrityError
+        if nothing could be verified; then the tensors here may hold a part of what was read.
         """
         self._check_open()
         started = time.monotonic()
         ranks = self._ranks()
         restorer = Restorer(self._service, ranks, self._components)
         found = restorer.restore(
-            str(selector) or "latest", durability, state, Deadline(self.timeout)
+            str(selector) or "latest",
+            durability,
+            state,
+            Deadline(self.timeout),
+            Choice.of(only, ignore),
         )
         if found is None and not missing_ok:
             raise NotFound(
                 f"run {self.run} has no generation {selector} that is {durability}: save one "
                 "first, or restore(missing_ok=True) to start afresh"
             )
-        parent = GenerationId(self.run, found.attempt, found.step) if found else None
+        parent = GenerationId(found.run, found.attempt, found.step) if found else None
         self._begin_attempt(ranks, parent)
         self._restored = (time.monotonic() - started, restorer.bytes_read)
         return found
+
+    def open(self, selector: str | int = "latest", *, durability: str = "local") -> Opened:
+        """A generation of this run whose values are read when they are asked for; for this rank
+        alone. See :func:`forebay.checkpoint.open`."""
+        return open_generation(self._service, str(selector) or "latest", durability, self.timeout)
 
     def start(self) -> None:
         """Open a new attempt that stands on nothing: the training begins afresh."""
@@ -256,7 +289,27 @@ class Checkpointer:
 
     def _begin_attempt(self, ranks: Ranks, parent: GenerationId | None) -> None:
         what = f"begin an attempt of run {self.run}"
-        self._attempt = ranks.decide(what, lambda: self._service.begin_attempt(parent, ranks.size))
+        fork = self._service.fork
+        told = ranks.exchange(what, [self._keep_json, list(fork) if fork else None])
+        if any(one != told[0] for one in told):
+            said = "; ".join(f"rank {rank}: {one}" for rank, one in enumerate(told))
+            raise InvalidRequest(f"the ranks give different keep or fork_from: {said}")
+        begin = partial(self._service.begin_attempt, parent, ranks.size, self._keep_json)
+        self._attempt = ranks.decide(what, begin)
+
+    def _forked(self, ranks: Ranks) -> GenerationId | None:
+        """What a first attempt stands on that restored nothing: the generation to fork from."""
+        if self._service.fork is None:
+            return None
+
+        def look() -> list[Any] | None:
+            if self._service.is_begun():
+                return None
+            found = self._service.resolve_fork("local", (), self.timeout)
+            return [found.run, found.attempt, found.step]
+
+        found = ranks.decide(f"find what run {self.run} is forked from", look)
+        return None if found is None else GenerationId(*found)
 
     def _ranks(self) -> Ranks:
         if self._ranks_ is None:

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from forebay.checkpoint.service import CheckpointService
 from forebay.checkpoint.upload import RESTART_SECONDS, PackUpload
 from forebay.waiting import Backoff, Deadline
+from forebay_wire.durability import Durability, check_durability, reaches
 from forebay_wire.errors import (
     Conflict,
     DaemonUnavailable,
@@ -23,11 +25,11 @@ from forebay_wire.ids import GenerationId
 
 _log = logging.getLogger(__name__)
 
-DURABILITIES: Final = ("", "ram", "local", "remote")
-"""Weakest first."""
-
 FOLLOW_SECONDS: Final = 5.0
 """The keeper looks this often whether it should stop."""
+
+REMOTE_LOOK_SECONDS: Final = 1.0
+"""How long the keeper waits at a time for what may take hours, before it looks at other saves."""
 
 POLL_SECONDS: Final = 10.0
 """Longest single wait that is asked of the daemon."""
@@ -54,7 +56,9 @@ class Saved:
         self._upload = upload
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._reached = "ram"
+        self._reached = Durability.RAM
+        self._callbacks: list[tuple[Durability, Callable[[Saved], object]]] = []
+        self._notify: Callable[[Saved], object] = lambda saved: None
         self._error: ForebayError | None = None
 
     @property
@@ -69,7 +73,7 @@ class Saved:
         return f"<saved {self.generation}, {self._reached}>"
 
     @property
-    def durability(self) -> str:
+    def durability(self) -> Durability:
         """``"ram"``, ``"local"`` or ``"remote"``, as the daemon has it now.
 
         Raises what made the generation fail, or DaemonUnavailable.
@@ -128,9 +132,56 @@ class Saved:
         with self._lock:
             self._upload.close()
 
+    def on(self, durability: str, callback: Callable[[Saved], object]) -> None:
+        """Have *callback* called with this object once the generation is at least this durable.
+
+        Once, on the thread that follows saves (here at once if it is so durable already): it may
+        call anything of this object and should be quick, as saves are followed one after another.
+        What it raises is logged. It is never called for a generation that fails or is deleted, nor
+        after the Checkpointer is closed.
+        """
+        _check(durability)
+        with self._lock:
+            is_waiting = not _reaches(self._reached, durability)
+            if is_waiting:
+                self._callbacks.append((Durability(durability), callback))
+        if is_waiting:
+            self._notify(self)
+        else:
+            _call(callback, self)
+
+    def tell_to(self, notify: Callable[[Saved], object]) -> None:
+        """Have *notify* told when somebody waits for more than ``local``."""
+        self._notify = notify
+
+    @property
+    def seen(self) -> Durability:
+        """What it was when the daemon was asked last."""
+        return self._reached
+
+    def forget_callbacks(self) -> None:
+        """Call none of them any more."""
+        with self._lock:
+            self._callbacks.clear()
+
+    @property
+    def awaited(self) -> Durability | None:
+        """The least that a callback still waits for."""
+        with self._lock:
+            return min(
+                (level for level, _ in self._callbacks), key=list(Durability).index, default=None
+            )
+
     def _note(self, durability: str) -> None:
-        if not _reaches(self._reached, durability):
-            self._reached = durability
+        with self._lock:
+            if not _reaches(self._reached, durability):
+                self._reached = Durability(durability)
+            due = [one for level, one in self._callbacks if _reaches(self._reached, level)]
+            self._callbacks = [
+                one for one in self._callbacks if not _reaches(self._reached, one[0])
+            ]
+        for callback in due:
+            _call(callback, self)
         if _reaches(self._reached, "local"):
             self.release()
 
@@ -181,7 +232,13 @@ class Keeper:
         self._is_stopped = False
 
     def follow(self, saved: Saved) -> None:
+        saved.tell_to(self._follow_again)
+        self._follow_again(saved)
+
+    def _follow_again(self, saved: Saved) -> None:
         with self._lock:
+            if saved in self._pending or self._is_stopped:
+                return
             self._pending.append(saved)
             if self._thread is None and not self._is_stopped:
                 self._thread = threading.Thread(
@@ -207,26 +264,46 @@ class Keeper:
                 saved = self._pending[0]
             if not self._settled(saved):
                 continue
-            with self._lock:
-                if self._pending and self._pending[0] is saved:
-                    self._pending.popleft()
+            with self._lock:  # a callback that was added meanwhile has it followed on
+                if saved in self._pending and saved.awaited is None:
+                    self._pending.remove(saved)
 
     def _settled(self, saved: Saved) -> bool:
+        """Whether there is no more to follow; else it has been waited for, for a while."""
         try:
-            saved.wait("local", FOLLOW_SECONDS)
+            if not _reaches(saved.seen, "local"):
+                saved.wait("local", FOLLOW_SECONDS)
+            if (wanted := saved.awaited) is None:
+                return True
+            # What becomes local comes before what becomes remote: that may take hours.
+            with self._lock:
+                self._pending.rotate(-1)
+            saved.wait(wanted, REMOTE_LOOK_SECONDS)
+            return False
         except (DeadlineExceeded, DaemonUnavailable):
             return self._is_stopped
         except ForebayError as error:
             if not (self._is_stopped or isinstance(error, InvalidRequest)):
                 _log.error("generation %s will not be saved: %s", saved.generation, error)
+            elif saved.awaited is not None:
+                _log.warning("generation %s: nobody is told: %s", saved.generation, error)
+            saved.forget_callbacks()
             saved.release()
         return True
 
 
+def _call(callback: Callable[[Saved], object], saved: Saved) -> None:
+    try:
+        callback(saved)
+    except Exception:  # noqa: BLE001 - the user's code; other saves are followed on
+        _log.exception("a callback of generation %s failed", saved.generation)
+
+
 def _reaches(reached: str, wanted: str) -> bool:
-    return DURABILITIES.index(reached) >= DURABILITIES.index(wanted)
+    return reaches(Durability(reached), Durability(wanted))
 
 
 def _check(durability: str) -> None:
-    if durability not in DURABILITIES[1:]:
-        raise InvalidRequest(f"durability {durability!r} is unknown: use 'ram', 'local', 'remote'")
+    if not durability:
+        raise InvalidRequest("durability '' is none: use 'ram', 'local' or 'remote'")
+    check_durability(durability)

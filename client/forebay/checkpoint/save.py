@@ -46,6 +46,8 @@ class SaveRequest:
     metrics: Mapping[str, Any] | None
     raw: Mapping[str, Any] | None
     deadline: Deadline
+    tags: tuple[str, ...] = ()
+    note_json: str = ""
     may_skip: bool = False
 
 
@@ -190,6 +192,8 @@ class Saver:
             self._ranks.size,
             to_json(checked_metrics(request.metrics)) if first else "",
             dataset_json if first else "",
+            request.tags if first else (),
+            request.note_json if first else "",
         )
 
     # ---------------------------------------------------------------------------------- planning

@@ -10,8 +10,14 @@ from typing import Any, Protocol
 
 from forebay.methods import Blobs, Checkpoints, Method, Request, Response
 from forebay.transfer import Transfer, UploadSlot
-from forebay_wire.errors import Conflict, ForebayError, IntegrityError, NotFound
-from forebay_wire.ids import GenerationId, new_random_name
+from forebay_wire.errors import (
+    Conflict,
+    ForebayError,
+    IntegrityError,
+    InvalidRequest,
+    NotFound,
+)
+from forebay_wire.ids import GenerationId, check_name, new_random_name
 from forebay_wire.manifest import GenerationManifest, parse
 from forebay_wire.protocol import DataEndpoint
 from forebay_wire.v1 import blobs_pb2, checkpoints_pb2
@@ -60,6 +66,8 @@ class PackTerms:
     num_ranks: int
     metrics_json: str = ""
     dataset_json: str = ""
+    tags: tuple[str, ...] = ()
+    note_json: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,9 +86,11 @@ class PlanAsk:
 class CheckpointService:
     """The calls that save and restore one run. Thread-safe, holds nothing open."""
 
-    def __init__(self, client: Client, run: str) -> None:
+    def __init__(self, client: Client, run: str, fork: tuple[str, str] | None = None) -> None:
+        """*fork*: run and selector of the generation that *run* begins from when it is new."""
         self._client = client
         self.run = run
+        self.fork = fork
 
     @property
     def transfer(self) -> Transfer:
@@ -91,8 +101,13 @@ class CheckpointService:
         """Of the daemon that this process is connected to."""
         return self._client.endpoint.incarnation
 
-    def begin_attempt(self, parent: GenerationId | None, num_ranks: int) -> int:
-        """Open the run's next attempt; older attempts can no longer write from here on."""
+    def begin_attempt(
+        self, parent: GenerationId | None, num_ranks: int, keep_json: str | None = None
+    ) -> int:
+        """Open the run's next attempt; older attempts can no longer write from here on.
+
+        *parent* may be of another run. With *keep_json* that is kept of the run from here on.
+        """
         request = checkpoints_pb2.BeginAttemptRequest(
             run=self.run,
             has_parent=parent is not None,
@@ -100,6 +115,9 @@ class CheckpointService:
             parent_step=parent.step if parent else 0,
             num_ranks=num_ranks,
             request=new_random_name(),
+            parent_run=parent.run if parent and parent.run != self.run else "",
+            has_keep=keep_json is not None,
+            keep_json=keep_json or "",
         )
         return self._client.channel.call(
             Checkpoints.BeginAttempt, request, timeout=RPC_SECONDS
@@ -188,8 +206,46 @@ class CheckpointService:
     def resolve(
         self, selector: str, durability: str, skip: Sequence[str], timeout: float
     ) -> checkpoints_pb2.Generation:
+        """The generation that is meant. It is one of another run for ``latest`` of a run that was
+        forked, or is going to be, and has none of its own."""
+        if self.fork is not None and selector == "latest" and not self.is_begun():
+            return self.resolve_fork(durability, skip, timeout)
+        return self._resolve(self.run, selector, durability, skip, timeout)
+
+    def is_begun(self) -> bool:
+        """Whether the run has an attempt; Conflict if that did not fork what it is to."""
+        assert self.fork is not None
+        request = checkpoints_pb2.GetRunRequest(run=self.run)
+        try:
+            found = self._client.channel.call(Checkpoints.GetRun, request, timeout=RPC_SECONDS)
+        except NotFound:
+            return False
+        if found.parent_run != self.fork[0]:
+            origin = f"from run {found.parent_run}" if found.parent_run else "from no other run"
+            raise Conflict(
+                f"fork_from names run {self.fork[0]}, and run {self.run} exists already and was "
+                f"forked {origin}: give the new run a name of its own, or leave fork_from out"
+            )
+        return True
+
+    def resolve_fork(
+        self, durability: str, skip: Sequence[str], timeout: float
+    ) -> checkpoints_pb2.Generation:
+        """The generation that a new run begins from; InvalidRequest if there is none."""
+        assert self.fork is not None
+        run, selector = self.fork
+        try:
+            return self._resolve(run, selector, durability, skip, timeout)
+        except NotFound as error:
+            if skip:
+                raise
+            raise InvalidRequest(f"fork_from={run}@{selector}: {error.message}") from error
+
+    def _resolve(
+        self, run: str, selector: str, durability: str, skip: Sequence[str], timeout: float
+    ) -> checkpoints_pb2.Generation:
         request = checkpoints_pb2.ResolveGenerationRequest(
-            run=self.run,
+            run=run,
             selector=selector,
             durability=durability,
             skip=skip,
@@ -234,3 +290,12 @@ class CheckpointService:
 def to_json(value: Any) -> str:
     """Compact JSON for the text fields of a seal."""
     return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def parse_fork(fork_from: str | tuple[str, str | int]) -> tuple[str, str]:
+    """``(run, selector)`` of ``"run"``, ``"run@SELECTOR"`` or ``("run", SELECTOR)``."""
+    if isinstance(fork_from, tuple):
+        run, selector = fork_from
+    else:
+        run, _, selector = fork_from.partition("@")
+    return check_name("run", run), str(selector or "latest")

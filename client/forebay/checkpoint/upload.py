@@ -188,6 +188,8 @@ class PackUpload:
                 description_bytes=self._copied.description_bytes,
                 metrics_json=terms.metrics_json,
                 dataset_json=terms.dataset_json,
+                tags=terms.tags,
+                note_json=terms.note_json,
             )
         )
         self._end_lease()

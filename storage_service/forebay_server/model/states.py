@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Final
 
-from forebay_wire.errors import InvalidRequest
+from forebay_wire.durability import Durability, check_durability, reaches
 
 
 class PackState(StrEnum):
@@ -43,16 +43,19 @@ class Event(StrEnum):
     FAILED = "a pack could not be landed"
 
 
-class Durability(StrEnum):
-    """What "done" means, weakest first."""
-
-    NONE = ""
-    RAM = "ram"
-    LOCAL = "local"
-    REMOTE = "remote"
-
-
-_STRENGTH: Final = {state: rank for rank, state in enumerate(Durability)}
+__all__ = [
+    "TRANSITIONS",
+    "Durability",
+    "Event",
+    "GenerationState",
+    "PackState",
+    "advance",
+    "after_packs",
+    "check_durability",
+    "durability_of",
+    "is_final",
+    "reaches",
+]
 
 _G = GenerationState
 
@@ -107,19 +110,3 @@ def durability_of(state: GenerationState, is_remote: bool) -> Durability:
     if state is GenerationState.COMMITTED:
         return Durability.REMOTE if is_remote else Durability.LOCAL
     return Durability.RAM if state is GenerationState.SEALED else Durability.NONE
-
-
-def reaches(reached: Durability, wanted: Durability) -> bool:
-    """Whether *reached* is at least as durable as *wanted*."""
-    return _STRENGTH[reached] >= _STRENGTH[wanted]
-
-
-def check_durability(text: str, default: Durability = Durability.LOCAL) -> Durability:
-    """The durability that a caller named; an empty text means *default*."""
-    if not text:
-        return default
-    try:
-        return Durability(text)
-    except ValueError:
-        allowed = ", ".join(repr(str(one)) for one in Durability if one)
-        raise InvalidRequest(f"durability {text!r} is unknown: use one of {allowed}") from None

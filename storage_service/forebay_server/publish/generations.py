@@ -152,9 +152,12 @@ class Generations:
         durability: str,
         skip: Collection[Point],
         timeout_seconds: float,
+        *,
+        look_only: bool = False,
     ) -> GenerationInfo:
         """The generation that *selector* (``latest``, ``best``, ``STEP``, ``ATTEMPT/STEP``, or a
-        tag) means. Retention leaves it alone for a moment: whoever asks is about to read it.
+        tag) means. Retention leaves it alone for a moment, unless *look_only*: whoever asks is
+        about to read it.
 
         A run that was forked and has nothing of its own answers with what it was forked from.
         ``best`` is that of the run's own policy. ``latest`` is the newest committed one on the
@@ -179,7 +182,7 @@ class Generations:
                     raise
                 skipped |= {Point(found.attempt, found.step)}
                 continue
-            if info is not None and await self._lend(found):
+            if info is not None and (look_only or await self._lend(found)):
                 return info
 
     async def _lend(self, generation: GenerationId) -> bool:

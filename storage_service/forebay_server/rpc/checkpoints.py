@@ -140,6 +140,7 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             request.durability,
             [parse_point(text) for text in request.skip],
             request.timeout_seconds,
+            look_only=request.look_only,
         )
         return _generation(found)
 

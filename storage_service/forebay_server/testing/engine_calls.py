@@ -158,7 +158,9 @@ class EngineCalls:
         self._daemon = daemon
         storage = Storage(daemon._catalog, daemon._tiers, daemon._uploads)
         trash = Trash(daemon._catalog, daemon._jobs)
-        self._node = CheckpointNode(storage, daemon._checkpoints, daemon._jobs, trash)
+        self._node = CheckpointNode(
+            storage, daemon._checkpoints, daemon._jobs, trash, daemon._retention
+        )
         self._storage = storage
         self._late: LateMover | None = None
 

@@ -41,5 +41,7 @@ async def serve_here(data: Path, **settings: Any) -> AsyncIterator[DaemonHere]:
         storage = Storage(daemon._catalog, daemon._tiers, daemon._uploads)
         trash = Trash(daemon._catalog, daemon._jobs)
         yield DaemonHere(
-            daemon, CheckpointNode(storage, daemon._checkpoints, daemon._jobs, trash), life
+            daemon,
+            CheckpointNode(storage, daemon._checkpoints, daemon._jobs, trash, daemon._retention),
+            life,
         )

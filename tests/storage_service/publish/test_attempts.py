@@ -101,7 +101,7 @@ async def test_latest_follows_the_newest_attempt(node: CheckpointNode) -> None:
         await resolve(RUN, "30", "", [], 1.0)
     with pytest.raises(NotFound, match="2 were skipped"):
         await node.latest(skip=("2/20", "1/10"))
-    with pytest.raises(NotFound, match="no tag 'newest'.*ATTEMPT/STEP"):
+    with pytest.raises(NotFound, match=r"no tag 'newest'.*ATTEMPT/STEP"):
         await resolve(RUN, "newest", "", [], 1.0)
     with pytest.raises(InvalidRequest, match="ATTEMPT/STEP"):
         await resolve(RUN, "2:20", "", [], 1.0)
@@ -134,7 +134,13 @@ async def test_waiting_for_what_does_not_exist(node: CheckpointNode) -> None:
     with pytest.raises(NotFound, match="no rank has begun to save it"):
         await node.wait(GenerationId(RUN, 1, 1))
     with pytest.raises(InvalidRequest, match="unknown"):
-        await node.wait(GenerationId(RUN, 1, 1), "replicated")
+        await node.wait(GenerationId(RUN, 1, 1), "eternal")
+    for asked in (
+        node.wait(GenerationId(RUN, 1, 1), "replicated"),
+        node.latest(durability="replicated"),
+    ):
+        with pytest.raises(InvalidRequest, match="not configured: it needs a second node"):
+            await asked
 
 
 # ------------------------------------------------------------------------------- restart, listing

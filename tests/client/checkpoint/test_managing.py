@@ -1,0 +1,280 @@
+"""A run as people manage it: policies, tags, pins, notes, forks, durability and callbacks."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import forebay
+from forebay_server.testing.daemon import DaemonProcess
+from forebay_wire.ids import GenerationId
+
+Make = Callable[..., forebay.Checkpointer]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forebay.Client]:
+    """Of a daemon with an object tier."""
+    data = tmp_path_factory.mktemp("daemon") / "data"
+    store = tmp_path_factory.mktemp("store")
+    with (
+        DaemonProcess(data, "--object-url", f"file://{store}"),
+        forebay.connect(data) as connected,
+    ):
+        yield connected
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    """A run of the test's own."""
+    return "".join(c if c.isalnum() else "-" for c in request.node.name)
+
+
+@pytest.fixture
+def make(client: forebay.Client, run: str) -> Iterator[Make]:
+    made = []
+
+    def new(name: str = run, **options: Any) -> forebay.Checkpointer:
+        made.append(forebay.Checkpointer(client, name, timeout=60, **options))
+        return made[-1]
+
+    yield new
+    for one in made:
+        one.close()
+
+
+def save(checkpointer: forebay.Checkpointer, *steps: int, **options: Any) -> None:
+    for step in steps:
+        state = {"x": torch.full((300,), float(step))}
+        checkpointer.save(step, state=state, **options).wait("local")
+
+
+def value(resumed: Any) -> float:
+    return float(resumed.state["x"][0])
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def steps(client: forebay.Client, run: str) -> list[int]:
+    return [one.step for one in client.run(run).generations() if one.state == "committed"]
+
+
+def test_a_policy_keeps_what_it_says(client: forebay.Client, make: Make, run: str) -> None:
+    keep = forebay.Keep(last=2, best="accuracy", mode="max")
+    checkpointer = make(keep=keep)
+    for step, accuracy in enumerate([0.1, 0.9, 0.5, 0.3, 0.2]):
+        save(checkpointer, step, metrics={"accuracy": accuracy})
+    until(lambda: steps(client, run) == [4, 3, 1])
+    assert client.run(run).keep == keep
+    best = make().restore("best")
+    assert best is not None
+    assert (best.step, best.metrics) == (1, {"accuracy": 0.9})
+    client.run(run).set_keep(None)
+    assert client.run(run).keep is None
+
+
+def test_tags_select_and_move(client: forebay.Client, make: Make, run: str) -> None:
+    checkpointer = make()
+    save(checkpointer, 1, tags=["good"], note={"commit": "abc"})
+    save(checkpointer, 2, tags=["good", "newer"])
+    save(checkpointer, 3)
+    found = client.run(run)
+    assert found.tags() == {"good": GenerationId(run, 1, 2), "newer": GenerationId(run, 1, 2)}
+    assert found.get("1/1").note == {"commit": "abc"}
+    found.tag("good", 1)
+    found.untag("newer")
+    assert found.get(1).tags == ("good",)
+    resumed = make().restore("good")
+    assert resumed is not None
+    assert (resumed.step, value(resumed)) == (1, 1.0)
+    found.note("good", {"a": [1, None]})
+    assert found.get("good").note == {"a": [1, None]}
+    for tag in ("latest", "best", "12", "1/2"):
+        with pytest.raises(forebay.InvalidRequest):
+            found.tag(tag)
+        with pytest.raises(forebay.InvalidRequest):
+            checkpointer.save(9, state={}, tags=[tag])
+    with pytest.raises(forebay.InvalidRequest, match="JSON can say"):
+        found.note("good", {"a": object()})
+    with pytest.raises(forebay.NotFound, match="no tag newer"):
+        found.untag("newer")
+
+
+def test_pins_keep_from_pruning(client: forebay.Client, make: Make, run: str) -> None:
+    save(make(), 1, 2, 3)
+    found = client.run(run)
+    assert found.pin(1, "for the paper").pinned == "for the paper"
+    said = {one.id.step: one for one in found.prune(forebay.Keep(last=1), dry_run=True)}
+    assert [said[step].is_kept for step in (1, 2, 3)] == [True, False, True]
+    assert said[1].reasons == ("pinned: for the paper",)
+    assert said[2].num_bytes >= 1200
+    assert steps(client, run) == [3, 2, 1]
+    found.unpin("1/1")
+    assert found.get(3).pinned is None
+
+
+def test_a_policy_that_the_ranks_disagree_about_is_refused(
+    client: forebay.Client, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forebay.checkpoint.group import Ranks
+
+    other = forebay.Keep(last=9).to_json()
+    monkeypatch.setattr(Ranks, "exchange", lambda self, what, value: [value, [other, None]])
+    with pytest.raises(forebay.InvalidRequest, match="different keep or fork_from: rank 0"):
+        make(keep=forebay.Keep(last=1)).start()
+
+
+# ------------------------------------------------------------------------------------------- forks
+
+
+def test_a_fork_begins_where_it_is_told(client: forebay.Client, make: Make, run: str) -> None:
+    base = f"{run}-base"
+    save(make(base), 1, 2, 3)
+    forked = make(fork_from=f"{base}@1/2")
+    resumed = forked.restore()
+    assert resumed is not None
+    assert (resumed.run, resumed.step, value(resumed)) == (base, 2, 2.0)
+    lineage = client.run(run).lineage()
+    assert (lineage.forked_from, lineage.path) == (GenerationId(base, 1, 2), [])
+    assert client.run(base).lineage().forks == [(run, GenerationId(base, 1, 2))]
+    with pytest.raises(forebay.Conflict, match="committed nothing of its own"):
+        client.delete_checkpoints(base, attempt=1, step=2)
+    # The parent goes on, and the fork dies before its first save: it finds the same again.
+    said = client.run(base).prune(forebay.Keep(last=1), dry_run=True)
+    assert [one.id.step for one in said if one.is_kept] == [3, 2]
+    assert f"run {run} was forked from it" in said[1].reasons
+    again = make(fork_from=f"{base}@1/2").restore()
+    assert again is not None
+    assert (again.run, again.step) == (base, 2)
+    last = make(fork_from=base)
+    assert value(last.restore()) == 2.0
+    save(last, 20)
+    assert value(make(fork_from=base).restore()) == 20.0
+    assert client.delete_checkpoints(base, attempt=1, step=2) == 1
+
+
+@pytest.mark.parametrize("how", ["{}", "{}@good", "tuple"])
+def test_ways_to_name_what_is_forked(client: forebay.Client, make: Make, run: str, how: str):
+    base = f"{run}-base"
+    save(make(base), 1)
+    save(make(base), 2, tags=["good"])
+    checkpointer = make(fork_from=(base, "good") if how == "tuple" else how.format(base))
+    save(checkpointer, 5)  # without a restore
+    assert client.run(run).lineage().forked_from == GenerationId(base, 2, 2)
+
+
+def test_forks_that_cannot_be(client: forebay.Client, make: Make, run: str) -> None:
+    with pytest.raises(forebay.InvalidRequest, match=f"fork_from={run}-no@latest"):
+        make(fork_from=f"{run}-no").restore(missing_ok=True)
+    save(make(f"{run}-base"), 1)
+    save(make(), 1)
+    with pytest.raises(forebay.Conflict, match="exists already"):
+        make(fork_from=f"{run}-base").restore()
+
+
+def test_lineage_shows_attempts_and_rollbacks(client: forebay.Client, make: Make, run: str) -> None:
+    save(make(), 1, 2)
+    second = make()
+    second.restore(1)
+    save(second, 2, 3)
+    lineage = client.run(run).lineage()
+    assert [(one.attempt, one.parent) for one in lineage.attempts] == [
+        (1, None),
+        (2, GenerationId(run, 1, 1)),
+    ]
+    assert [[each.step for each in one.generations] for one in lineage.attempts] == [[1, 2], [2, 3]]
+    assert lineage.path == [GenerationId(run, *point) for point in [(2, 3), (2, 2), (1, 1)]]
+
+
+# -------------------------------------------------------------------------------------- durability
+
+
+def test_durability_is_typed_recorded_and_told(
+    client: forebay.Client, make: Make, run: str
+) -> None:
+    told: list[str] = []
+    done = threading.Event()
+    saved = make().save(1, state={"x": torch.zeros(100)})
+    saved.on("ram", lambda one: told.append("ram"))
+    saved.on("local", lambda one: told.append("local"))
+    saved.on("remote", lambda one: (told.append(one.durability), done.set()))
+    saved.on("local", lambda one: 1 / 0)
+    assert done.wait(60)
+    assert told == ["ram", "local", "remote"]
+    assert saved.durability is forebay.Durability.REMOTE
+    latest = client.run(run).latest(durability="remote")
+    assert latest.durability == "remote"
+    times = [latest.reached[level] for level in ("ram", "local", "remote")]
+    assert 0 < times[0] <= times[1] <= times[2] <= time.time() + 60
+    for ask in (saved.wait, saved.reached, client.run(run).latest):
+        with pytest.raises(forebay.InvalidRequest, match="needs a second node"):
+            ask("replicated")
+    with pytest.raises(forebay.InvalidRequest, match="needs a second node"):
+        make().restore(durability="replicated")
+
+
+# ----------------------------------------------------------------------------------------- readers
+
+READER = """
+    import sys, forebay
+    client = forebay.connect(sys.argv[1])
+    import torch
+    from forebay.checkpoint.manifest import SavedState
+    from forebay.checkpoint.read import PackReader
+    from forebay.checkpoint.service import CheckpointService
+    from forebay_wire.ids import GenerationId
+    service = CheckpointService(client, sys.argv[2])
+    manifest = service.resolve("1", "local", (), 0).manifest
+    print("found", flush=True)
+    sys.stdin.readline()
+    saved = SavedState.of(service.manifest(manifest, GenerationId(sys.argv[2], 1, 1)))
+    with PackReader(client.transfer, saved) as reader:
+        pack = saved.manifest.packs[0]
+        assert reader.read_bytes(pack, 0, 1200) == torch.full((300,), 1.0).numpy().tobytes()
+        print("open", flush=True)
+        sys.stdin.readline()
+        assert reader.read_bytes(pack, 0, 1200) == torch.full((300,), 1.0).numpy().tobytes()
+    print("read", flush=True)
+"""
+
+
+def test_a_reader_finishes_while_its_generation_would_be_pruned(
+    client: forebay.Client, make: Make, run: str
+) -> None:
+    save(make(), 1, 2, 3)
+    address = client.status().addresses[0]
+    reader = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(READER), address, run],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    with reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "found\n"
+        client.run(run).set_keep(forebay.Keep(last=1))
+        until(lambda: steps(client, run) == [3, 1])
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline() == "open\n"
+        said = client.run(run).prune()
+        assert [(one.id.step, one.is_kept) for one in said] == [(3, True), (1, True)]
+        assert said[1].reasons == ("somebody reads it",)
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline() == "read\n"
+    assert reader.returncode == 0
