@@ -10,7 +10,8 @@ import forebay
 PUBLIC = [
     *("AlreadyExists", "AlreadyRunning", "Array", "Checkpointer", "Client", "Conflict"),
     *("DaemonUnavailable", "DataLoader", "Dataset", "DatasetWriter", "DeadlineExceeded"),
-    *("Fenced", "ForebayError", "IntegrityError", "InvalidRequest", "LimitExceeded", "Mixture"),
+    *("Durability", "Fenced", "ForebayError", "IntegrityError", "InvalidRequest", "Keep"),
+    *("LimitExceeded", "Mixture"),
     *("NotFound", "OriginChanged", "Packed"),
     *("PermissionDenied", "ResourceExhausted", "SampleTooLarge", "SchemaMismatch", "Stage"),
     *("StorageError", "StreamingDataset", "TooManyBadSamples", "Unauthenticated"),

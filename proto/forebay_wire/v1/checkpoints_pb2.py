@@ -4,90 +4,93 @@
 # source: forebay_wire/v1/checkpoints.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "forebay_wire/v1/checkpoints.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'forebay_wire/v1/checkpoints.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n!forebay_wire/v1/checkpoints.proto\x12\nforebay.v1"\xc0\x01\n\x13\x42\x65ginAttemptRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nhas_parent\x18\x02 \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x03 \x01(\r\x12\x13\n\x0bparent_step\x18\x04 \x01(\x04\x12\x11\n\tnum_ranks\x18\x05 \x01(\r\x12\x0f\n\x07request\x18\x06 \x01(\t\x12\x12\n\nparent_run\x18\x07 \x01(\t\x12\x10\n\x08has_keep\x18\x08 \x01(\x08\x12\x11\n\tkeep_json\x18\t \x01(\t"\x92\x01\n\x07\x41ttempt\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nhas_parent\x18\x03 \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x04 \x01(\r\x12\x13\n\x0bparent_step\x18\x05 \x01(\x04\x12\x14\n\x0c\x63reated_unix\x18\x06 \x01(\x01\x12\x12\n\nparent_run\x18\x07 \x01(\t"\xe6\x01\n\x10\x42\x65ginPackRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x11\n\tnum_ranks\x18\x05 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x04\x12\x12\n\nslot_bytes\x18\x07 \x01(\x04\x12\x13\n\x0bsave_number\x18\x08 \x01(\x04\x12\x11\n\tstructure\x18\t \x01(\t\x12\x0c\n\x04plan\x18\n \x01(\x04\x12\x10\n\x08may_skip\x18\x0b \x01(\x08\x12\x14\n\x0cwait_seconds\x18\x0c \x01(\x01"\xa1\x01\n\x0bPackSession\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\x12\x12\n\nput_ticket\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x0f\n\x07verdict\x18\x06 \x01(\t\x12\x0c\n\x04plan\x18\x07 \x01(\x04\x12\x0e\n\x06reason\x18\x08 \x01(\t"\xd4\x01\n\x0fSealPackRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x63uts\x18\x04 \x03(\r\x12\x19\n\x11\x64\x65scription_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cmetrics_json\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x61taset_json\x18\x07 \x01(\t\x12\x0c\n\x04tags\x18\x08 \x03(\t\x12\x11\n\tnote_json\x18\t \x01(\t\x12\x15\n\rstall_seconds\x18\n \x01(\x01"&\n\x10SealPackResponse\x12\x12\n\nall_sealed\x18\x01 \x01(\x08"p\n\x15WaitGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ndurability\x18\x04 \x01(\t\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01"\xed\x03\n\nGeneration\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\ndurability\x18\x05 \x01(\t\x12\x10\n\x08manifest\x18\x06 \x01(\t\x12\x11\n\tnum_ranks\x18\x07 \x01(\r\x12\x11\n\tnum_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x63reated_unix\x18\t \x01(\x01\x12\x14\n\x0cmetrics_json\x18\n \x01(\t\x12\x12\n\nhas_parent\x18\x0b \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x0c \x01(\r\x12\x13\n\x0bparent_step\x18\r \x01(\x04\x12\r\n\x05\x65rror\x18\x0e \x01(\t\x12\x0c\n\x04tags\x18\x0f \x03(\t\x12\x11\n\tis_pinned\x18\x10 \x01(\x08\x12\x12\n\npin_reason\x18\x11 \x01(\t\x12\x18\n\x10pin_expires_unix\x18\x12 \x01(\x01\x12\x11\n\tnote_json\x18\x13 \x01(\t\x12\x14\n\x0c\x64\x61taset_json\x18\x14 \x01(\t\x12\x10\n\x08ram_unix\x18\x15 \x01(\x01\x12\x12\n\nlocal_unix\x18\x16 \x01(\x01\x12\x13\n\x0bremote_unix\x18\x17 \x01(\x01\x12\x12\n\nparent_run\x18\x18 \x01(\t\x12\x15\n\rstall_seconds\x18\x19 \x01(\x01"B\n\x14GetGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04"\x87\x01\n\x18ResolveGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08selector\x18\x02 \x01(\t\x12\x12\n\ndurability\x18\x03 \x01(\t\x12\x0c\n\x04skip\x18\x04 \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01\x12\x11\n\tlook_only\x18\x06 \x01(\x08"/\n\x0fListRunsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r"\xb7\x01\n\nRunSummary\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x02 \x01(\r\x12\x17\n\x0fnum_generations\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x12\n\nhas_latest\x18\x05 \x01(\x08\x12\x16\n\x0elatest_attempt\x18\x06 \x01(\r\x12\x13\n\x0blatest_step\x18\x07 \x01(\x04\x12\x19\n\x11latest_durability\x18\x08 \x01(\t"F\n\x10ListRunsResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.forebay.v1.RunSummary\x12\x0c\n\x04next\x18\x02 \x01(\t"C\n\x16ListGenerationsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t"{\n\x17ListGenerationsResponse\x12%\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\x13.forebay.v1.Attempt\x12+\n\x0bgenerations\x18\x02 \x03(\x0b\x32\x16.forebay.v1.Generation\x12\x0c\n\x04next\x18\x03 \x01(\t"_\n\x17\x44\x65leteGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\x12\x0b\n\x03now\x18\x05 \x01(\x08"/\n\x18\x44\x65leteGenerationResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\r"\x1c\n\rGetRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t"1\n\x03Tag\x12\x0b\n\x03tag\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04"Q\n\x04\x46ork\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0eparent_attempt\x18\x03 \x01(\r\x12\x13\n\x0bparent_step\x18\x04 \x01(\x04"\xac\x01\n\tRunDetail\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tkeep_json\x18\x02 \x01(\t\x12\x1d\n\x04tags\x18\x03 \x03(\x0b\x32\x0f.forebay.v1.Tag\x12\x1f\n\x05\x66orks\x18\x04 \x03(\x0b\x32\x10.forebay.v1.Fork\x12\x12\n\nparent_run\x18\x05 \x01(\t\x12\x16\n\x0eparent_attempt\x18\x06 \x01(\r\x12\x13\n\x0bparent_step\x18\x07 \x01(\x04"X\n\rSetTagRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0e\n\x06remove\x18\x05 \x01(\x08"q\n\rSetPinRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0chold_seconds\x18\x05 \x01(\x01\x12\x0e\n\x06remove\x18\x06 \x01(\x08"O\n\x0eSetNoteRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x11\n\tnote_json\x18\x04 \x01(\t"0\n\x0eSetKeepRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tkeep_json\x18\x02 \x01(\t"?\n\x0cPruneRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x11\n\tkeep_json\x18\x03 \x01(\t"b\n\x0cPruneVerdict\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07is_kept\x18\x03 \x01(\x08\x12\x0f\n\x07reasons\x18\x04 \x03(\t\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04"c\n\rPruneResponse\x12*\n\x08verdicts\x18\x01 \x03(\x0b\x32\x18.forebay.v1.PruneVerdict\x12\x13\n\x0bnum_deleted\x18\x02 \x01(\r\x12\x11\n\tkeep_json\x18\x03 \x01(\t"t\n\x17ReadFingerprintsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0f\n\x07\x63ompute\x18\x06 \x01(\x08"\x99\x01\n\x18ReadFingerprintsResponse\x12\x11\n\tnum_packs\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x11\n\tjob_state\x18\x04 \x01(\t\x12\x12\n\ndone_bytes\x18\x05 \x01(\x04\x12\x11\n\tjob_bytes\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t2\x9a\t\n\x0b\x43heckpoints\x12\x44\n\x0c\x42\x65ginAttempt\x12\x1f.forebay.v1.BeginAttemptRequest\x1a\x13.forebay.v1.Attempt\x12\x42\n\tBeginPack\x12\x1c.forebay.v1.BeginPackRequest\x1a\x17.forebay.v1.PackSession\x12\x45\n\x08SealPack\x12\x1b.forebay.v1.SealPackRequest\x1a\x1c.forebay.v1.SealPackResponse\x12K\n\x0eWaitGeneration\x12!.forebay.v1.WaitGenerationRequest\x1a\x16.forebay.v1.Generation\x12I\n\rGetGeneration\x12 .forebay.v1.GetGenerationRequest\x1a\x16.forebay.v1.Generation\x12Q\n\x11ResolveGeneration\x12$.forebay.v1.ResolveGenerationRequest\x1a\x16.forebay.v1.Generation\x12\x45\n\x08ListRuns\x12\x1b.forebay.v1.ListRunsRequest\x1a\x1c.forebay.v1.ListRunsResponse\x12Z\n\x0fListGenerations\x12".forebay.v1.ListGenerationsRequest\x1a#.forebay.v1.ListGenerationsResponse\x12]\n\x10\x44\x65leteGeneration\x12#.forebay.v1.DeleteGenerationRequest\x1a$.forebay.v1.DeleteGenerationResponse\x12:\n\x06GetRun\x12\x19.forebay.v1.GetRunRequest\x1a\x15.forebay.v1.RunDetail\x12:\n\x06SetTag\x12\x19.forebay.v1.SetTagRequest\x1a\x15.forebay.v1.RunDetail\x12;\n\x06SetPin\x12\x19.forebay.v1.SetPinRequest\x1a\x16.forebay.v1.Generation\x12=\n\x07SetNote\x12\x1a.forebay.v1.SetNoteRequest\x1a\x16.forebay.v1.Generation\x12<\n\x07SetKeep\x12\x1a.forebay.v1.SetKeepRequest\x1a\x15.forebay.v1.RunDetail\x12<\n\x05Prune\x12\x18.forebay.v1.PruneRequest\x1a\x19.forebay.v1.PruneResponse\x12]\n\x10ReadFingerprints\x12#.forebay.v1.ReadFingerprintsRequest\x1a$.forebay.v1.ReadFingerprintsResponseb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!forebay_wire/v1/checkpoints.proto\x12\nforebay.v1\"\xc0\x01\n\x13\x42\x65ginAttemptRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nhas_parent\x18\x02 \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x03 \x01(\r\x12\x13\n\x0bparent_step\x18\x04 \x01(\x04\x12\x11\n\tnum_ranks\x18\x05 \x01(\r\x12\x0f\n\x07request\x18\x06 \x01(\t\x12\x12\n\nparent_run\x18\x07 \x01(\t\x12\x10\n\x08has_keep\x18\x08 \x01(\x08\x12\x11\n\tkeep_json\x18\t \x01(\t\"\x92\x01\n\x07\x41ttempt\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x12\n\nhas_parent\x18\x03 \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x04 \x01(\r\x12\x13\n\x0bparent_step\x18\x05 \x01(\x04\x12\x14\n\x0c\x63reated_unix\x18\x06 \x01(\x01\x12\x12\n\nparent_run\x18\x07 \x01(\t\"\xe6\x01\n\x10\x42\x65ginPackRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x11\n\tnum_ranks\x18\x05 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x04\x12\x12\n\nslot_bytes\x18\x07 \x01(\x04\x12\x13\n\x0bsave_number\x18\x08 \x01(\x04\x12\x11\n\tstructure\x18\t \x01(\t\x12\x0c\n\x04plan\x18\n \x01(\x04\x12\x10\n\x08may_skip\x18\x0b \x01(\x08\x12\x14\n\x0cwait_seconds\x18\x0c \x01(\x01\"\xa1\x01\n\x0bPackSession\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x12\n\nslot_bytes\x18\x02 \x01(\x04\x12\x15\n\rlease_seconds\x18\x03 \x01(\x01\x12\x12\n\nput_ticket\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x0f\n\x07verdict\x18\x06 \x01(\t\x12\x0c\n\x04plan\x18\x07 \x01(\x04\x12\x0e\n\x06reason\x18\x08 \x01(\t\"\xd4\x01\n\x0fSealPackRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x63uts\x18\x04 \x03(\r\x12\x19\n\x11\x64\x65scription_bytes\x18\x05 \x01(\x04\x12\x14\n\x0cmetrics_json\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x61taset_json\x18\x07 \x01(\t\x12\x0c\n\x04tags\x18\x08 \x03(\t\x12\x11\n\tnote_json\x18\t \x01(\t\x12\x15\n\rstall_seconds\x18\n \x01(\x01\"&\n\x10SealPackResponse\x12\x12\n\nall_sealed\x18\x01 \x01(\x08\"p\n\x15WaitGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ndurability\x18\x04 \x01(\t\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01\"\xed\x03\n\nGeneration\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\ndurability\x18\x05 \x01(\t\x12\x10\n\x08manifest\x18\x06 \x01(\t\x12\x11\n\tnum_ranks\x18\x07 \x01(\r\x12\x11\n\tnum_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x63reated_unix\x18\t \x01(\x01\x12\x14\n\x0cmetrics_json\x18\n \x01(\t\x12\x12\n\nhas_parent\x18\x0b \x01(\x08\x12\x16\n\x0eparent_attempt\x18\x0c \x01(\r\x12\x13\n\x0bparent_step\x18\r \x01(\x04\x12\r\n\x05\x65rror\x18\x0e \x01(\t\x12\x0c\n\x04tags\x18\x0f \x03(\t\x12\x11\n\tis_pinned\x18\x10 \x01(\x08\x12\x12\n\npin_reason\x18\x11 \x01(\t\x12\x18\n\x10pin_expires_unix\x18\x12 \x01(\x01\x12\x11\n\tnote_json\x18\x13 \x01(\t\x12\x14\n\x0c\x64\x61taset_json\x18\x14 \x01(\t\x12\x10\n\x08ram_unix\x18\x15 \x01(\x01\x12\x12\n\nlocal_unix\x18\x16 \x01(\x01\x12\x13\n\x0bremote_unix\x18\x17 \x01(\x01\x12\x12\n\nparent_run\x18\x18 \x01(\t\x12\x15\n\rstall_seconds\x18\x19 \x01(\x01\"B\n\x14GetGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\"\x87\x01\n\x18ResolveGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08selector\x18\x02 \x01(\t\x12\x12\n\ndurability\x18\x03 \x01(\t\x12\x0c\n\x04skip\x18\x04 \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x05 \x01(\x01\x12\x11\n\tlook_only\x18\x06 \x01(\x08\"/\n\x0fListRunsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"\xb7\x01\n\nRunSummary\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x14\n\x0cnum_attempts\x18\x02 \x01(\r\x12\x17\n\x0fnum_generations\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x12\n\nhas_latest\x18\x05 \x01(\x08\x12\x16\n\x0elatest_attempt\x18\x06 \x01(\r\x12\x13\n\x0blatest_step\x18\x07 \x01(\x04\x12\x19\n\x11latest_durability\x18\x08 \x01(\t\"F\n\x10ListRunsResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.forebay.v1.RunSummary\x12\x0c\n\x04next\x18\x02 \x01(\t\"C\n\x16ListGenerationsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\t\"{\n\x17ListGenerationsResponse\x12%\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32\x13.forebay.v1.Attempt\x12+\n\x0bgenerations\x18\x02 \x03(\x0b\x32\x16.forebay.v1.Generation\x12\x0c\n\x04next\x18\x03 \x01(\t\"_\n\x17\x44\x65leteGenerationRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\x12\x0b\n\x03now\x18\x05 \x01(\x08\"/\n\x18\x44\x65leteGenerationResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\r\"\x1c\n\rGetRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"1\n\x03Tag\x12\x0b\n\x03tag\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\"Q\n\x04\x46ork\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x16\n\x0eparent_attempt\x18\x03 \x01(\r\x12\x13\n\x0bparent_step\x18\x04 \x01(\x04\"\xac\x01\n\tRunDetail\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tkeep_json\x18\x02 \x01(\t\x12\x1d\n\x04tags\x18\x03 \x03(\x0b\x32\x0f.forebay.v1.Tag\x12\x1f\n\x05\x66orks\x18\x04 \x03(\x0b\x32\x10.forebay.v1.Fork\x12\x12\n\nparent_run\x18\x05 \x01(\t\x12\x16\n\x0eparent_attempt\x18\x06 \x01(\r\x12\x13\n\x0bparent_step\x18\x07 \x01(\x04\"X\n\rSetTagRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0e\n\x06remove\x18\x05 \x01(\x08\"q\n\rSetPinRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0chold_seconds\x18\x05 \x01(\x01\x12\x0e\n\x06remove\x18\x06 \x01(\x08\"O\n\x0eSetNoteRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x11\n\tnote_json\x18\x04 \x01(\t\"0\n\x0eSetKeepRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tkeep_json\x18\x02 \x01(\t\"?\n\x0cPruneRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\x12\x11\n\tkeep_json\x18\x03 \x01(\t\"b\n\x0cPruneVerdict\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07is_kept\x18\x03 \x01(\x08\x12\x0f\n\x07reasons\x18\x04 \x03(\t\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\"c\n\rPruneResponse\x12*\n\x08verdicts\x18\x01 \x03(\x0b\x32\x18.forebay.v1.PruneVerdict\x12\x13\n\x0bnum_deleted\x18\x02 \x01(\r\x12\x11\n\tkeep_json\x18\x03 \x01(\t\"t\n\x17ReadFingerprintsRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0f\n\x07\x63ompute\x18\x06 \x01(\x08\"\x99\x01\n\x18ReadFingerprintsResponse\x12\x11\n\tnum_packs\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x11\n\tjob_state\x18\x04 \x01(\t\x12\x12\n\ndone_bytes\x18\x05 \x01(\x04\x12\x11\n\tjob_bytes\x18\x06 \x01(\x04\x12\r\n\x05\x65rror\x18\x07 \x01(\t2\x9a\t\n\x0b\x43heckpoints\x12\x44\n\x0c\x42\x65ginAttempt\x12\x1f.forebay.v1.BeginAttemptRequest\x1a\x13.forebay.v1.Attempt\x12\x42\n\tBeginPack\x12\x1c.forebay.v1.BeginPackRequest\x1a\x17.forebay.v1.PackSession\x12\x45\n\x08SealPack\x12\x1b.forebay.v1.SealPackRequest\x1a\x1c.forebay.v1.SealPackResponse\x12K\n\x0eWaitGeneration\x12!.forebay.v1.WaitGenerationRequest\x1a\x16.forebay.v1.Generation\x12I\n\rGetGeneration\x12 .forebay.v1.GetGenerationRequest\x1a\x16.forebay.v1.Generation\x12Q\n\x11ResolveGeneration\x12$.forebay.v1.ResolveGenerationRequest\x1a\x16.forebay.v1.Generation\x12\x45\n\x08ListRuns\x12\x1b.forebay.v1.ListRunsRequest\x1a\x1c.forebay.v1.ListRunsResponse\x12Z\n\x0fListGenerations\x12\".forebay.v1.ListGenerationsRequest\x1a#.forebay.v1.ListGenerationsResponse\x12]\n\x10\x44\x65leteGeneration\x12#.forebay.v1.DeleteGenerationRequest\x1a$.forebay.v1.DeleteGenerationResponse\x12:\n\x06GetRun\x12\x19.forebay.v1.GetRunRequest\x1a\x15.forebay.v1.RunDetail\x12:\n\x06SetTag\x12\x19.forebay.v1.SetTagRequest\x1a\x15.forebay.v1.RunDetail\x12;\n\x06SetPin\x12\x19.forebay.v1.SetPinRequest\x1a\x16.forebay.v1.Generation\x12=\n\x07SetNote\x12\x1a.forebay.v1.SetNoteRequest\x1a\x16.forebay.v1.Generation\x12<\n\x07SetKeep\x12\x1a.forebay.v1.SetKeepRequest\x1a\x15.forebay.v1.RunDetail\x12<\n\x05Prune\x12\x18.forebay.v1.PruneRequest\x1a\x19.forebay.v1.PruneResponse\x12]\n\x10ReadFingerprints\x12#.forebay.v1.ReadFingerprintsRequest\x1a$.forebay.v1.ReadFingerprintsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "forebay_wire.v1.checkpoints_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forebay_wire.v1.checkpoints_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_BEGINATTEMPTREQUEST"]._serialized_start = 50
-    _globals["_BEGINATTEMPTREQUEST"]._serialized_end = 242
-    _globals["_ATTEMPT"]._serialized_start = 245
-    _globals["_ATTEMPT"]._serialized_end = 391
-    _globals["_BEGINPACKREQUEST"]._serialized_start = 394
-    _globals["_BEGINPACKREQUEST"]._serialized_end = 624
-    _globals["_PACKSESSION"]._serialized_start = 627
-    _globals["_PACKSESSION"]._serialized_end = 788
-    _globals["_SEALPACKREQUEST"]._serialized_start = 791
-    _globals["_SEALPACKREQUEST"]._serialized_end = 1003
-    _globals["_SEALPACKRESPONSE"]._serialized_start = 1005
-    _globals["_SEALPACKRESPONSE"]._serialized_end = 1043
-    _globals["_WAITGENERATIONREQUEST"]._serialized_start = 1045
-    _globals["_WAITGENERATIONREQUEST"]._serialized_end = 1157
-    _globals["_GENERATION"]._serialized_start = 1160
-    _globals["_GENERATION"]._serialized_end = 1653
-    _globals["_GETGENERATIONREQUEST"]._serialized_start = 1655
-    _globals["_GETGENERATIONREQUEST"]._serialized_end = 1721
-    _globals["_RESOLVEGENERATIONREQUEST"]._serialized_start = 1724
-    _globals["_RESOLVEGENERATIONREQUEST"]._serialized_end = 1859
-    _globals["_LISTRUNSREQUEST"]._serialized_start = 1861
-    _globals["_LISTRUNSREQUEST"]._serialized_end = 1908
-    _globals["_RUNSUMMARY"]._serialized_start = 1911
-    _globals["_RUNSUMMARY"]._serialized_end = 2094
-    _globals["_LISTRUNSRESPONSE"]._serialized_start = 2096
-    _globals["_LISTRUNSRESPONSE"]._serialized_end = 2166
-    _globals["_LISTGENERATIONSREQUEST"]._serialized_start = 2168
-    _globals["_LISTGENERATIONSREQUEST"]._serialized_end = 2235
-    _globals["_LISTGENERATIONSRESPONSE"]._serialized_start = 2237
-    _globals["_LISTGENERATIONSRESPONSE"]._serialized_end = 2360
-    _globals["_DELETEGENERATIONREQUEST"]._serialized_start = 2362
-    _globals["_DELETEGENERATIONREQUEST"]._serialized_end = 2457
-    _globals["_DELETEGENERATIONRESPONSE"]._serialized_start = 2459
-    _globals["_DELETEGENERATIONRESPONSE"]._serialized_end = 2506
-    _globals["_GETRUNREQUEST"]._serialized_start = 2508
-    _globals["_GETRUNREQUEST"]._serialized_end = 2536
-    _globals["_TAG"]._serialized_start = 2538
-    _globals["_TAG"]._serialized_end = 2587
-    _globals["_FORK"]._serialized_start = 2589
-    _globals["_FORK"]._serialized_end = 2670
-    _globals["_RUNDETAIL"]._serialized_start = 2673
-    _globals["_RUNDETAIL"]._serialized_end = 2845
-    _globals["_SETTAGREQUEST"]._serialized_start = 2847
-    _globals["_SETTAGREQUEST"]._serialized_end = 2935
-    _globals["_SETPINREQUEST"]._serialized_start = 2937
-    _globals["_SETPINREQUEST"]._serialized_end = 3050
-    _globals["_SETNOTEREQUEST"]._serialized_start = 3052
-    _globals["_SETNOTEREQUEST"]._serialized_end = 3131
-    _globals["_SETKEEPREQUEST"]._serialized_start = 3133
-    _globals["_SETKEEPREQUEST"]._serialized_end = 3181
-    _globals["_PRUNEREQUEST"]._serialized_start = 3183
-    _globals["_PRUNEREQUEST"]._serialized_end = 3246
-    _globals["_PRUNEVERDICT"]._serialized_start = 3248
-    _globals["_PRUNEVERDICT"]._serialized_end = 3346
-    _globals["_PRUNERESPONSE"]._serialized_start = 3348
-    _globals["_PRUNERESPONSE"]._serialized_end = 3447
-    _globals["_READFINGERPRINTSREQUEST"]._serialized_start = 3449
-    _globals["_READFINGERPRINTSREQUEST"]._serialized_end = 3565
-    _globals["_READFINGERPRINTSRESPONSE"]._serialized_start = 3568
-    _globals["_READFINGERPRINTSRESPONSE"]._serialized_end = 3721
-    _globals["_CHECKPOINTS"]._serialized_start = 3724
-    _globals["_CHECKPOINTS"]._serialized_end = 4902
+  DESCRIPTOR._loaded_options = None
+  _globals['_BEGINATTEMPTREQUEST']._serialized_start=50
+  _globals['_BEGINATTEMPTREQUEST']._serialized_end=242
+  _globals['_ATTEMPT']._serialized_start=245
+  _globals['_ATTEMPT']._serialized_end=391
+  _globals['_BEGINPACKREQUEST']._serialized_start=394
+  _globals['_BEGINPACKREQUEST']._serialized_end=624
+  _globals['_PACKSESSION']._serialized_start=627
+  _globals['_PACKSESSION']._serialized_end=788
+  _globals['_SEALPACKREQUEST']._serialized_start=791
+  _globals['_SEALPACKREQUEST']._serialized_end=1003
+  _globals['_SEALPACKRESPONSE']._serialized_start=1005
+  _globals['_SEALPACKRESPONSE']._serialized_end=1043
+  _globals['_WAITGENERATIONREQUEST']._serialized_start=1045
+  _globals['_WAITGENERATIONREQUEST']._serialized_end=1157
+  _globals['_GENERATION']._serialized_start=1160
+  _globals['_GENERATION']._serialized_end=1653
+  _globals['_GETGENERATIONREQUEST']._serialized_start=1655
+  _globals['_GETGENERATIONREQUEST']._serialized_end=1721
+  _globals['_RESOLVEGENERATIONREQUEST']._serialized_start=1724
+  _globals['_RESOLVEGENERATIONREQUEST']._serialized_end=1859
+  _globals['_LISTRUNSREQUEST']._serialized_start=1861
+  _globals['_LISTRUNSREQUEST']._serialized_end=1908
+  _globals['_RUNSUMMARY']._serialized_start=1911
+  _globals['_RUNSUMMARY']._serialized_end=2094
+  _globals['_LISTRUNSRESPONSE']._serialized_start=2096
+  _globals['_LISTRUNSRESPONSE']._serialized_end=2166
+  _globals['_LISTGENERATIONSREQUEST']._serialized_start=2168
+  _globals['_LISTGENERATIONSREQUEST']._serialized_end=2235
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_start=2237
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_end=2360
+  _globals['_DELETEGENERATIONREQUEST']._serialized_start=2362
+  _globals['_DELETEGENERATIONREQUEST']._serialized_end=2457
+  _globals['_DELETEGENERATIONRESPONSE']._serialized_start=2459
+  _globals['_DELETEGENERATIONRESPONSE']._serialized_end=2506
+  _globals['_GETRUNREQUEST']._serialized_start=2508
+  _globals['_GETRUNREQUEST']._serialized_end=2536
+  _globals['_TAG']._serialized_start=2538
+  _globals['_TAG']._serialized_end=2587
+  _globals['_FORK']._serialized_start=2589
+  _globals['_FORK']._serialized_end=2670
+  _globals['_RUNDETAIL']._serialized_start=2673
+  _globals['_RUNDETAIL']._serialized_end=2845
+  _globals['_SETTAGREQUEST']._serialized_start=2847
+  _globals['_SETTAGREQUEST']._serialized_end=2935
+  _globals['_SETPINREQUEST']._serialized_start=2937
+  _globals['_SETPINREQUEST']._serialized_end=3050
+  _globals['_SETNOTEREQUEST']._serialized_start=3052
+  _globals['_SETNOTEREQUEST']._serialized_end=3131
+  _globals['_SETKEEPREQUEST']._serialized_start=3133
+  _globals['_SETKEEPREQUEST']._serialized_end=3181
+  _globals['_PRUNEREQUEST']._serialized_start=3183
+  _globals['_PRUNEREQUEST']._serialized_end=3246
+  _globals['_PRUNEVERDICT']._serialized_start=3248
+  _globals['_PRUNEVERDICT']._serialized_end=3346
+  _globals['_PRUNERESPONSE']._serialized_start=3348
+  _globals['_PRUNERESPONSE']._serialized_end=3447
+  _globals['_READFINGERPRINTSREQUEST']._serialized_start=3449
+  _globals['_READFINGERPRINTSREQUEST']._serialized_end=3565
+  _globals['_READFINGERPRINTSRESPONSE']._serialized_start=3568
+  _globals['_READFINGERPRINTSRESPONSE']._serialized_end=3721
+  _globals['_CHECKPOINTS']._serialized_start=3724
+  _globals['_CHECKPOINTS']._serialized_end=4902
 # @@protoc_insertion_point(module_scope)

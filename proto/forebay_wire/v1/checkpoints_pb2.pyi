@@ -7,17 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class BeginAttemptRequest(_message.Message):
-    __slots__ = (
-        "run",
-        "has_parent",
-        "parent_attempt",
-        "parent_step",
-        "num_ranks",
-        "request",
-        "parent_run",
-        "has_keep",
-        "keep_json",
-    )
+    __slots__ = ("run", "has_parent", "parent_attempt", "parent_step", "num_ranks", "request", "parent_run", "has_keep", "keep_json")
     RUN_FIELD_NUMBER: _ClassVar[int]
     HAS_PARENT_FIELD_NUMBER: _ClassVar[int]
     PARENT_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -36,29 +26,10 @@ class BeginAttemptRequest(_message.Message):
     parent_run: str
     has_keep: bool
     keep_json: str
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        has_parent: _Optional[bool] = ...,
-        parent_attempt: _Optional[int] = ...,
-        parent_step: _Optional[int] = ...,
-        num_ranks: _Optional[int] = ...,
-        request: _Optional[str] = ...,
-        parent_run: _Optional[str] = ...,
-        has_keep: _Optional[bool] = ...,
-        keep_json: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., num_ranks: _Optional[int] = ..., request: _Optional[str] = ..., parent_run: _Optional[str] = ..., has_keep: _Optional[bool] = ..., keep_json: _Optional[str] = ...) -> None: ...
 
 class Attempt(_message.Message):
-    __slots__ = (
-        "run",
-        "attempt",
-        "has_parent",
-        "parent_attempt",
-        "parent_step",
-        "created_unix",
-        "parent_run",
-    )
+    __slots__ = ("run", "attempt", "has_parent", "parent_attempt", "parent_step", "created_unix", "parent_run")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     HAS_PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -73,32 +44,10 @@ class Attempt(_message.Message):
     parent_step: int
     created_unix: float
     parent_run: str
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        has_parent: _Optional[bool] = ...,
-        parent_attempt: _Optional[int] = ...,
-        parent_step: _Optional[int] = ...,
-        created_unix: _Optional[float] = ...,
-        parent_run: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., created_unix: _Optional[float] = ..., parent_run: _Optional[str] = ...) -> None: ...
 
 class BeginPackRequest(_message.Message):
-    __slots__ = (
-        "run",
-        "attempt",
-        "step",
-        "rank",
-        "num_ranks",
-        "total_bytes",
-        "slot_bytes",
-        "save_number",
-        "structure",
-        "plan",
-        "may_skip",
-        "wait_seconds",
-    )
+    __slots__ = ("run", "attempt", "step", "rank", "num_ranks", "total_bytes", "slot_bytes", "save_number", "structure", "plan", "may_skip", "wait_seconds")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -123,33 +72,10 @@ class BeginPackRequest(_message.Message):
     plan: int
     may_skip: bool
     wait_seconds: float
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        rank: _Optional[int] = ...,
-        num_ranks: _Optional[int] = ...,
-        total_bytes: _Optional[int] = ...,
-        slot_bytes: _Optional[int] = ...,
-        save_number: _Optional[int] = ...,
-        structure: _Optional[str] = ...,
-        plan: _Optional[int] = ...,
-        may_skip: _Optional[bool] = ...,
-        wait_seconds: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., save_number: _Optional[int] = ..., structure: _Optional[str] = ..., plan: _Optional[int] = ..., may_skip: _Optional[bool] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
 
 class PackSession(_message.Message):
-    __slots__ = (
-        "session",
-        "slot_bytes",
-        "lease_seconds",
-        "put_ticket",
-        "incarnation",
-        "verdict",
-        "plan",
-        "reason",
-    )
+    __slots__ = ("session", "slot_bytes", "lease_seconds", "put_ticket", "incarnation", "verdict", "plan", "reason")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -166,31 +92,10 @@ class PackSession(_message.Message):
     verdict: str
     plan: int
     reason: str
-    def __init__(
-        self,
-        session: _Optional[str] = ...,
-        slot_bytes: _Optional[int] = ...,
-        lease_seconds: _Optional[float] = ...,
-        put_ticket: _Optional[str] = ...,
-        incarnation: _Optional[str] = ...,
-        verdict: _Optional[str] = ...,
-        plan: _Optional[int] = ...,
-        reason: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., put_ticket: _Optional[str] = ..., incarnation: _Optional[str] = ..., verdict: _Optional[str] = ..., plan: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SealPackRequest(_message.Message):
-    __slots__ = (
-        "session",
-        "sequence",
-        "num_bytes",
-        "cuts",
-        "description_bytes",
-        "metrics_json",
-        "dataset_json",
-        "tags",
-        "note_json",
-        "stall_seconds",
-    )
+    __slots__ = ("session", "sequence", "num_bytes", "cuts", "description_bytes", "metrics_json", "dataset_json", "tags", "note_json", "stall_seconds")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -211,19 +116,7 @@ class SealPackRequest(_message.Message):
     tags: _containers.RepeatedScalarFieldContainer[str]
     note_json: str
     stall_seconds: float
-    def __init__(
-        self,
-        session: _Optional[str] = ...,
-        sequence: _Optional[int] = ...,
-        num_bytes: _Optional[int] = ...,
-        cuts: _Optional[_Iterable[int]] = ...,
-        description_bytes: _Optional[int] = ...,
-        metrics_json: _Optional[str] = ...,
-        dataset_json: _Optional[str] = ...,
-        tags: _Optional[_Iterable[str]] = ...,
-        note_json: _Optional[str] = ...,
-        stall_seconds: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., sequence: _Optional[int] = ..., num_bytes: _Optional[int] = ..., cuts: _Optional[_Iterable[int]] = ..., description_bytes: _Optional[int] = ..., metrics_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., note_json: _Optional[str] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
 
 class SealPackResponse(_message.Message):
     __slots__ = ("all_sealed",)
@@ -243,43 +136,10 @@ class WaitGenerationRequest(_message.Message):
     step: int
     durability: str
     timeout_seconds: float
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        durability: _Optional[str] = ...,
-        timeout_seconds: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., durability: _Optional[str] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class Generation(_message.Message):
-    __slots__ = (
-        "run",
-        "attempt",
-        "step",
-        "state",
-        "durability",
-        "manifest",
-        "num_ranks",
-        "num_bytes",
-        "created_unix",
-        "metrics_json",
-        "has_parent",
-        "parent_attempt",
-        "parent_step",
-        "error",
-        "tags",
-        "is_pinned",
-        "pin_reason",
-        "pin_expires_unix",
-        "note_json",
-        "dataset_json",
-        "ram_unix",
-        "local_unix",
-        "remote_unix",
-        "parent_run",
-        "stall_seconds",
-    )
+    __slots__ = ("run", "attempt", "step", "state", "durability", "manifest", "num_ranks", "num_bytes", "created_unix", "metrics_json", "has_parent", "parent_attempt", "parent_step", "error", "tags", "is_pinned", "pin_reason", "pin_expires_unix", "note_json", "dataset_json", "ram_unix", "local_unix", "remote_unix", "parent_run", "stall_seconds")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -330,34 +190,7 @@ class Generation(_message.Message):
     remote_unix: float
     parent_run: str
     stall_seconds: float
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        state: _Optional[str] = ...,
-        durability: _Optional[str] = ...,
-        manifest: _Optional[str] = ...,
-        num_ranks: _Optional[int] = ...,
-        num_bytes: _Optional[int] = ...,
-        created_unix: _Optional[float] = ...,
-        metrics_json: _Optional[str] = ...,
-        has_parent: _Optional[bool] = ...,
-        parent_attempt: _Optional[int] = ...,
-        parent_step: _Optional[int] = ...,
-        error: _Optional[str] = ...,
-        tags: _Optional[_Iterable[str]] = ...,
-        is_pinned: _Optional[bool] = ...,
-        pin_reason: _Optional[str] = ...,
-        pin_expires_unix: _Optional[float] = ...,
-        note_json: _Optional[str] = ...,
-        dataset_json: _Optional[str] = ...,
-        ram_unix: _Optional[float] = ...,
-        local_unix: _Optional[float] = ...,
-        remote_unix: _Optional[float] = ...,
-        parent_run: _Optional[str] = ...,
-        stall_seconds: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[str] = ..., durability: _Optional[str] = ..., manifest: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., metrics_json: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., error: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., is_pinned: _Optional[bool] = ..., pin_reason: _Optional[str] = ..., pin_expires_unix: _Optional[float] = ..., note_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., ram_unix: _Optional[float] = ..., local_unix: _Optional[float] = ..., remote_unix: _Optional[float] = ..., parent_run: _Optional[str] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
 
 class GetGenerationRequest(_message.Message):
     __slots__ = ("run", "attempt", "step")
@@ -367,9 +200,7 @@ class GetGenerationRequest(_message.Message):
     run: str
     attempt: int
     step: int
-    def __init__(
-        self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class ResolveGenerationRequest(_message.Message):
     __slots__ = ("run", "selector", "durability", "skip", "timeout_seconds", "look_only")
@@ -385,15 +216,7 @@ class ResolveGenerationRequest(_message.Message):
     skip: _containers.RepeatedScalarFieldContainer[str]
     timeout_seconds: float
     look_only: bool
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        selector: _Optional[str] = ...,
-        durability: _Optional[str] = ...,
-        skip: _Optional[_Iterable[str]] = ...,
-        timeout_seconds: _Optional[float] = ...,
-        look_only: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., selector: _Optional[str] = ..., durability: _Optional[str] = ..., skip: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., look_only: _Optional[bool] = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
     __slots__ = ("after", "limit")
@@ -404,16 +227,7 @@ class ListRunsRequest(_message.Message):
     def __init__(self, after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class RunSummary(_message.Message):
-    __slots__ = (
-        "run",
-        "num_attempts",
-        "num_generations",
-        "num_bytes",
-        "has_latest",
-        "latest_attempt",
-        "latest_step",
-        "latest_durability",
-    )
+    __slots__ = ("run", "num_attempts", "num_generations", "num_bytes", "has_latest", "latest_attempt", "latest_step", "latest_durability")
     RUN_FIELD_NUMBER: _ClassVar[int]
     NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -430,17 +244,7 @@ class RunSummary(_message.Message):
     latest_attempt: int
     latest_step: int
     latest_durability: str
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        num_attempts: _Optional[int] = ...,
-        num_generations: _Optional[int] = ...,
-        num_bytes: _Optional[int] = ...,
-        has_latest: _Optional[bool] = ...,
-        latest_attempt: _Optional[int] = ...,
-        latest_step: _Optional[int] = ...,
-        latest_durability: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., num_attempts: _Optional[int] = ..., num_generations: _Optional[int] = ..., num_bytes: _Optional[int] = ..., has_latest: _Optional[bool] = ..., latest_attempt: _Optional[int] = ..., latest_step: _Optional[int] = ..., latest_durability: _Optional[str] = ...) -> None: ...
 
 class ListRunsResponse(_message.Message):
     __slots__ = ("runs", "next")
@@ -448,11 +252,7 @@ class ListRunsResponse(_message.Message):
     NEXT_FIELD_NUMBER: _ClassVar[int]
     runs: _containers.RepeatedCompositeFieldContainer[RunSummary]
     next: str
-    def __init__(
-        self,
-        runs: _Optional[_Iterable[_Union[RunSummary, _Mapping]]] = ...,
-        next: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, runs: _Optional[_Iterable[_Union[RunSummary, _Mapping]]] = ..., next: _Optional[str] = ...) -> None: ...
 
 class ListGenerationsRequest(_message.Message):
     __slots__ = ("run", "limit", "after")
@@ -462,9 +262,7 @@ class ListGenerationsRequest(_message.Message):
     run: str
     limit: int
     after: str
-    def __init__(
-        self, run: _Optional[str] = ..., limit: _Optional[int] = ..., after: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., limit: _Optional[int] = ..., after: _Optional[str] = ...) -> None: ...
 
 class ListGenerationsResponse(_message.Message):
     __slots__ = ("attempts", "generations", "next")
@@ -474,12 +272,7 @@ class ListGenerationsResponse(_message.Message):
     attempts: _containers.RepeatedCompositeFieldContainer[Attempt]
     generations: _containers.RepeatedCompositeFieldContainer[Generation]
     next: str
-    def __init__(
-        self,
-        attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ...,
-        generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ...,
-        next: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ..., next: _Optional[str] = ...) -> None: ...
 
 class DeleteGenerationRequest(_message.Message):
     __slots__ = ("run", "attempt", "step", "all", "now")
@@ -493,14 +286,7 @@ class DeleteGenerationRequest(_message.Message):
     step: int
     all: bool
     now: bool
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        all: _Optional[bool] = ...,
-        now: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., all: _Optional[bool] = ..., now: _Optional[bool] = ...) -> None: ...
 
 class DeleteGenerationResponse(_message.Message):
     __slots__ = ("num_deleted",)
@@ -522,9 +308,7 @@ class Tag(_message.Message):
     tag: str
     attempt: int
     step: int
-    def __init__(
-        self, tag: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...
-    ) -> None: ...
+    def __init__(self, tag: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Fork(_message.Message):
     __slots__ = ("run", "attempt", "parent_attempt", "parent_step")
@@ -536,13 +320,7 @@ class Fork(_message.Message):
     attempt: int
     parent_attempt: int
     parent_step: int
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        parent_attempt: _Optional[int] = ...,
-        parent_step: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ...) -> None: ...
 
 class RunDetail(_message.Message):
     __slots__ = ("run", "keep_json", "tags", "forks", "parent_run", "parent_attempt", "parent_step")
@@ -560,16 +338,7 @@ class RunDetail(_message.Message):
     parent_run: str
     parent_attempt: int
     parent_step: int
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        keep_json: _Optional[str] = ...,
-        tags: _Optional[_Iterable[_Union[Tag, _Mapping]]] = ...,
-        forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ...,
-        parent_run: _Optional[str] = ...,
-        parent_attempt: _Optional[int] = ...,
-        parent_step: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., keep_json: _Optional[str] = ..., tags: _Optional[_Iterable[_Union[Tag, _Mapping]]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ..., parent_run: _Optional[str] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ...) -> None: ...
 
 class SetTagRequest(_message.Message):
     __slots__ = ("run", "tag", "attempt", "step", "remove")
@@ -583,14 +352,7 @@ class SetTagRequest(_message.Message):
     attempt: int
     step: int
     remove: bool
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        tag: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        remove: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., tag: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., remove: _Optional[bool] = ...) -> None: ...
 
 class SetPinRequest(_message.Message):
     __slots__ = ("run", "attempt", "step", "reason", "hold_seconds", "remove")
@@ -606,15 +368,7 @@ class SetPinRequest(_message.Message):
     reason: str
     hold_seconds: float
     remove: bool
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        reason: _Optional[str] = ...,
-        hold_seconds: _Optional[float] = ...,
-        remove: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ..., hold_seconds: _Optional[float] = ..., remove: _Optional[bool] = ...) -> None: ...
 
 class SetNoteRequest(_message.Message):
     __slots__ = ("run", "attempt", "step", "note_json")
@@ -626,13 +380,7 @@ class SetNoteRequest(_message.Message):
     attempt: int
     step: int
     note_json: str
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        note_json: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., note_json: _Optional[str] = ...) -> None: ...
 
 class SetKeepRequest(_message.Message):
     __slots__ = ("run", "keep_json")
@@ -650,12 +398,7 @@ class PruneRequest(_message.Message):
     run: str
     dry_run: bool
     keep_json: str
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        dry_run: _Optional[bool] = ...,
-        keep_json: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., dry_run: _Optional[bool] = ..., keep_json: _Optional[str] = ...) -> None: ...
 
 class PruneVerdict(_message.Message):
     __slots__ = ("attempt", "step", "is_kept", "reasons", "num_bytes")
@@ -669,14 +412,7 @@ class PruneVerdict(_message.Message):
     is_kept: bool
     reasons: _containers.RepeatedScalarFieldContainer[str]
     num_bytes: int
-    def __init__(
-        self,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        is_kept: _Optional[bool] = ...,
-        reasons: _Optional[_Iterable[str]] = ...,
-        num_bytes: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, attempt: _Optional[int] = ..., step: _Optional[int] = ..., is_kept: _Optional[bool] = ..., reasons: _Optional[_Iterable[str]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class PruneResponse(_message.Message):
     __slots__ = ("verdicts", "num_deleted", "keep_json")
@@ -686,12 +422,7 @@ class PruneResponse(_message.Message):
     verdicts: _containers.RepeatedCompositeFieldContainer[PruneVerdict]
     num_deleted: int
     keep_json: str
-    def __init__(
-        self,
-        verdicts: _Optional[_Iterable[_Union[PruneVerdict, _Mapping]]] = ...,
-        num_deleted: _Optional[int] = ...,
-        keep_json: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, verdicts: _Optional[_Iterable[_Union[PruneVerdict, _Mapping]]] = ..., num_deleted: _Optional[int] = ..., keep_json: _Optional[str] = ...) -> None: ...
 
 class ReadFingerprintsRequest(_message.Message):
     __slots__ = ("run", "attempt", "step", "rank", "offset", "compute")
@@ -707,26 +438,10 @@ class ReadFingerprintsRequest(_message.Message):
     rank: int
     offset: int
     compute: bool
-    def __init__(
-        self,
-        run: _Optional[str] = ...,
-        attempt: _Optional[int] = ...,
-        step: _Optional[int] = ...,
-        rank: _Optional[int] = ...,
-        offset: _Optional[int] = ...,
-        compute: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., offset: _Optional[int] = ..., compute: _Optional[bool] = ...) -> None: ...
 
 class ReadFingerprintsResponse(_message.Message):
-    __slots__ = (
-        "num_packs",
-        "data",
-        "total_bytes",
-        "job_state",
-        "done_bytes",
-        "job_bytes",
-        "error",
-    )
+    __slots__ = ("num_packs", "data", "total_bytes", "job_state", "done_bytes", "job_bytes", "error")
     NUM_PACKS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -741,13 +456,4 @@ class ReadFingerprintsResponse(_message.Message):
     done_bytes: int
     job_bytes: int
     error: str
-    def __init__(
-        self,
-        num_packs: _Optional[int] = ...,
-        data: _Optional[bytes] = ...,
-        total_bytes: _Optional[int] = ...,
-        job_state: _Optional[str] = ...,
-        done_bytes: _Optional[int] = ...,
-        job_bytes: _Optional[int] = ...,
-        error: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, num_packs: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., job_state: _Optional[str] = ..., done_bytes: _Optional[int] = ..., job_bytes: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
