@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from forebay.checkpoint.choice import ALL, Choice
 from forebay.checkpoint.flatten import FlatState, flatten, local_part
 from forebay.checkpoint.objects import Path, dotted, dtype_name
 from forebay_wire.errors import InvalidRequest
@@ -39,6 +40,12 @@ class SavedComponent:
     tensors: Mapping[Path, TensorStorageMetadata]
     """By path below the component; one inside a list or tuple has :func:`placeless`."""
     objects: frozenset[Path]
+    choice: Choice = ALL
+    """What of it is wanted; this class holds nothing else."""
+    same: Mapping[Path, object] = field(default_factory=dict)
+    """Equal for two names of one tensor, which becomes one again."""
+    problems: list[str] = field(default_factory=list)
+    """Why it does not fit here, one line for each name; whoever finds something appends to it."""
 
 
 def placeless(name: str) -> Path:
@@ -68,7 +75,7 @@ class Component(Protocol):
         ...
 
     def targets(self, saved: SavedComponent) -> Targets:
-        """Where to read the saved tensors to. Raises :class:`InvalidRequest` if they do not fit."""
+        """Where to read the saved tensors to. What does not fit goes into ``saved.problems``."""
         ...
 
     def apply(self, state: Any) -> None:
@@ -105,12 +112,14 @@ class ModuleComponent:
         present = {path[1:]: live.items[name] for name, path in live.paths.items()}
         stored = set(saved.tensors) | saved.objects
         here, there = ({path[:1] for path in paths} - {("",)} for paths in (present, stored))
-        _refuse_difference(self.name, missing=here - there, surplus=there - here)
+        wanted = {path for path in here if saved.choice.takes(dotted((self.name, *path)))}
+        _note_difference(saved, missing=wanted - there, surplus=there - here)
         found: Targets = {}
         for path in {**saved.tensors, **present}:
             item, whole = present.get(path), saved.tensors.get(path)
             if isinstance(item, torch.Tensor) and len(path) == 1:
-                found[path] = _fitting(dotted((self.name, *path)), item, whole)
+                if path in wanted & there and _fitting(saved, path, item, whole):
+                    found[path] = item
             elif whole is not None:  # inside a module's extra state, which is a value of its own
                 found[path] = torch.empty(whole.size, dtype=whole.properties.dtype)
         return found
@@ -150,7 +159,11 @@ class OptimizerComponent:
         for path, whole in saved.tensors.items():
             item = present.get(path)
             like = params.get(str(path[1])) if len(path) > 1 and path[0] == "state" else None
-            if isinstance(item, torch.Tensor) and _fits(item, whole):
+            if len(path) > 1 and path[0] == "state" and str(path[1]) not in params:
+                _note(saved, path, f"there is no parameter {path[1]} here")
+            elif isinstance(item, torch.Tensor) and item.shape != whole.size:
+                _fitting(saved, path, item, whole)
+            elif isinstance(item, torch.Tensor) and _fits(item, whole):
                 found[path] = item
             elif isinstance(like, torch.Tensor) and like.shape == whole.size:
                 found[path] = torch.empty_like(like, dtype=whole.properties.dtype)
@@ -213,15 +226,23 @@ class PlainComponent:
 
 
 def targets_like(name: str, state: Any, saved: SavedComponent) -> Targets:
-    """Sharded as in *state* where that has a DTensor of the same shape, else whole on the CPU."""
+    """Sharded as in *state* where that has a DTensor of the same shape, else whole on the CPU.
+
+    Two names of one tensor get one target.
+    """
     live = by_path(flatten({name: state}), name)
     found: Targets = {}
+    first: dict[object, torch.Tensor] = {}
     for path, whole in saved.tensors.items():
         like = live.get(path)
         if isinstance(like, DTensor) and like.shape == whole.size:
             found[path] = torch.empty_like(like, dtype=whole.properties.dtype)
+        elif saved.same.get(path) in first:
+            found[path] = first[saved.same.get(path)]
         else:
             found[path] = torch.empty(whole.size, dtype=whole.properties.dtype)
+            if path in saved.same:
+                first[saved.same[path]] = found[path]
     return found
 
 
@@ -308,30 +329,36 @@ def _kept_from_initialising(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             del optimizer.state[first]
 
 
-def _fitting(name: str, tensor: torch.Tensor, whole: TensorStorageMetadata | None) -> torch.Tensor:
+def _fitting(
+    saved: SavedComponent, path: Path, tensor: torch.Tensor, whole: TensorStorageMetadata | None
+) -> bool:
     if whole is None:
-        raise InvalidRequest(f"{name} is a tensor here and was saved as an object")
-    if not _fits(tensor, whole):
-        raise InvalidRequest(
-            f"{name} is {dtype_name(tensor.dtype)}{list(tensor.shape)} here and was saved as "
-            f"{dtype_name(whole.properties.dtype)}{list(whole.size)}: build the model as it was, "
-            "or convert the tensors yourself (nothing is cast silently)"
+        _note(saved, path, "it is a tensor here and was saved as an object")
+    elif not _fits(tensor, whole):
+        _note(
+            saved,
+            path,
+            f"it is {dtype_name(tensor.dtype)}{list(tensor.shape)} here and was saved as "
+            f"{dtype_name(whole.properties.dtype)}{list(whole.size)}",
         )
-    return tensor
+    else:
+        return True
+    return False
+
+
+def _note(saved: SavedComponent, path: Path, why: str) -> None:
+    saved.problems.append(f"{dotted((saved.name, *path))}: {why}")
 
 
 def _fits(tensor: torch.Tensor, whole: TensorStorageMetadata) -> bool:
     return tensor.shape == whole.size and tensor.dtype == whole.properties.dtype
 
 
-def _refuse_difference(name: str, missing: set[Path], surplus: set[Path]) -> None:
-    for paths, what in ((missing, "lacks"), (surplus, "has, unlike the module here,")):
-        if paths:
-            some = ", ".join(sorted(f"{name}.{dotted(path)}" for path in paths)[:5])
-            raise InvalidRequest(
-                f"the generation {what} {len(paths)} entries of {name}: {some}"
-                f"{', …' if len(paths) > 5 else ''}; build the module as it was when it was saved"
-            )
+def _note_difference(saved: SavedComponent, missing: set[Path], surplus: set[Path]) -> None:
+    for path in sorted(missing, key=dotted):
+        _note(saved, path, "it is here and was not saved")
+    for path in sorted(surplus, key=dotted):
+        _note(saved, path, "it was saved and is not here")
 
 
 def _below(flat: FlatState, name: str) -> dict[str, torch.Tensor]:

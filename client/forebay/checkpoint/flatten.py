@@ -51,6 +51,19 @@ def nest(values: Iterable[tuple[Path, Any]]) -> dict[str | int, Any]:
     return root
 
 
+def overlaid(base: Any, values: Iterable[tuple[Path, Any]]) -> Any:
+    """*base* with some values replaced, along its dicts; *base* itself stays as it is."""
+    root: dict[Any, Any] = dict(base)
+    for path, value in values:
+        place = root
+        for key in path[:-1]:
+            below = place.get(key)
+            place[key] = dict(below) if isinstance(below, Mapping) else {}
+            place = place[key]
+        place[path[-1]] = value
+    return root
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor that this rank holds of *tensor*."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -229,6 +229,17 @@ class SavedState:
     objects: Mapping[str, StoredObject]
     structure: Mapping[str, Path]
 
+    def memory_of(self, name: str) -> object | None:
+        """Equal for two names of one tensor; None for a tensor without elements."""
+        item = self.metadata.state_dict_metadata[name]
+        if not isinstance(item, TensorStorageMetadata) or not math.prod(item.size):
+            return None
+        found: list[object] = [item.properties.dtype, tuple(item.size)]
+        for chunk in item.chunks:
+            stored = self.parts[MetadataIndex(name, chunk.offsets)]
+            found.append((tuple(chunk.offsets), stored.pack.rank, stored.entry.pack_offset))
+        return tuple(found)
+
     @staticmethod
     def is_separate(manifest: GenerationManifest) -> bool:
         """Whether each rank's pack is a state of its own."""

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 
 from forebay.checkpoint.flatten import local_part
 from forebay.checkpoint.manifest import SavedState, StoredTensor
@@ -69,17 +69,27 @@ def spans(
         yield from spans(sizes, (tuple(part_offsets), tuple(part_lengths)), item_bytes, most)
 
 
+class Planner(Protocol):
+    """What is needed of torch's ``LoadPlanner``."""
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor: ...
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
+
+
 class PackReader:
     """Reads from the packs of one generation, verified. Not thread-safe; a context manager."""
 
-    def __init__(self, transfer: Transfer, saved: SavedState) -> None:
+    def __init__(self, transfer: Transfer, saved: SavedState, *, keeps_open: bool = False) -> None:
+        """*keeps_open*: packs stay open for the next read, which need not check them again."""
         self._transfer = transfer
+        self._keeps_open = keeps_open
         self.saved = saved
         self._blobs: dict[str, Blob] = {}
         self.bytes_read = 0
         """Bytes asked of the packs so far."""
 
-    def read(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
+    def read(self, items: Sequence[ReadItem], planner: Planner) -> None:
         """Fill the tensors that *planner* resolves for *items*.
 
         *planner* is called from this thread alone; the bytes are read and checked by several.
@@ -108,7 +118,8 @@ class PackReader:
             self.bytes_read += sum(reading.num_bytes for reading in readings)
             for item, target in targets:
                 planner.commit_tensor(item, target)
-            self._close_blobs()
+            if not self._keeps_open:
+                self._close_blobs()
 
     def read_bytes(self, pack: PackRef, offset: int, num_bytes: int) -> bytes:
         """Bytes of a pack: what did not fit into an object's JSON."""
@@ -162,6 +173,9 @@ class PackReader:
         """Open what is not open yet, all in one exchange with the daemon."""
         missing = list(dict.fromkeys(p.blob for p in packs if p.blob not in self._blobs))
         if missing:
+            if len(self._blobs) + len(missing) > PACKS_AT_ONCE:
+                self._close_blobs()
+                missing = list(dict.fromkeys(p.blob for p in packs))
             manifest = self.saved.manifest
             name = f"generation {manifest.run}@{manifest.attempt}/{manifest.step}"
             self._blobs.update(zip(missing, self._transfer.open(missing, name), strict=True))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,17 +12,18 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
 
+from forebay.checkpoint.choice import ALL, Choice
 from forebay.checkpoint.components import (
     RAW_STATE,
     Component,
     SavedComponent,
-    Targets,
     placeless,
     targets_like,
 )
-from forebay.checkpoint.flatten import nest
-from forebay.checkpoint.group import Ranks
+from forebay.checkpoint.flatten import nest, overlaid
+from forebay.checkpoint.group import Outcome, Ranks
 from forebay.checkpoint.manifest import SavedState
 from forebay.checkpoint.objects import Path, decode
 from forebay.checkpoint.read import PackReader
@@ -57,14 +59,33 @@ class Resumed:
     """Newer generations that were passed over because their bytes are damaged."""
     state: Mapping[str, Any]
     """What was given to ``save(step, state=...)``; tensors whole, on the CPU."""
+    left: tuple[str, ...] = ()
+    """Names of what the generation holds and ``only`` or ``ignore`` left alone."""
+    run: str = ""
+    """That saved it: another one for a fork that has nothing of its own yet."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A generation that fits here: what of it is read, and to where. Nothing is written yet."""
+
+    saved: SavedState
+    names: frozenset[str]
+    """Of the items of the structure that are restored."""
+    whole: frozenset[str]
+    """The components that are restored as a whole."""
+    targets: Mapping[str, torch.Tensor]
+    planner: DefaultLoadPlanner
+    plan: LoadPlan
+    left: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A generation's bytes, read and verified, not yet applied."""
+    """A generation's bytes, read and verified; what is no live tensor is not yet applied."""
 
-    manifest_metrics: Mapping[str, float]
-    state: Mapping[str | int, Any]
+    values: Mapping[str, Sequence[tuple[Path, Any]]]
+    """Component to paths below it with their values."""
     bytes_read: int
 
 
@@ -86,39 +107,75 @@ class Restorer:
         durability: str,
         raw: Mapping[str, Any] | None,
         deadline: Deadline,
+        choice: Choice = ALL,
     ) -> Resumed | None:
         """The generation restored, None if there is none.
 
         Damage makes all ranks go back together to the newest generation that all can verify, if
-        *selector* is ``latest``; otherwise it is an :class:`IntegrityError`.
+        *selector* is ``latest``; otherwise it is an :class:`IntegrityError`. What does not fit on
+        any rank is an error on all before any of them writes.
         """
         skipped: list[Skipped] = []
+        has_written = False
         while True:
-            found = self._resolve(selector, durability, skipped, deadline)
+            try:
+                found = self._resolve(selector, durability, skipped, deadline)
+            except IntegrityError as error:
+                raise _with_warning(error, has_written) from error
             if found is None:
                 return None
-            attempt, step, manifest = found
-            generation = GenerationId(self._service.run, attempt, step)
+            run, attempt, step, manifest = found
+            generation = GenerationId(run, attempt, step)
             what = f"restore generation {generation}"
-            outcome = self._ranks.attempt(what, partial(self._load, generation, manifest, raw))
+            prepared = self._ranks.attempt(
+                what, partial(self._prepare, generation, manifest, raw, choice)
+            )
+            outcome: Outcome[Any] = prepared
+            if not prepared.failures:
+                assert prepared.result is not None
+                has_written = True
+                outcome = self._ranks.attempt(what, partial(self._load, prepared.result))
             damaged = bool(outcome.failures) and outcome.failed_only_with(IntegrityError)
             if damaged and selector == "latest":
                 reason = min(outcome.failures.items())[1][1]
                 _log.warning("generation %s is damaged, going back further: %s", generation, reason)
                 skipped.append(Skipped(attempt, step, reason))
                 continue
-            outcome.raise_first(unless=IntegrityError)
-            loaded = outcome.result
-            assert loaded is not None
-            self._ranks.together(f"apply generation {generation}", partial(self._apply, loaded))
-            self.bytes_read = loaded.bytes_read
-            state = loaded.state.get(RAW_STATE, {})
-            return Resumed(step, attempt, loaded.manifest_metrics, tuple(skipped), state)
+            try:
+                outcome.raise_first(unless=IntegrityError)
+            except IntegrityError as error:
+                raise _with_warning(error, has_written) from error
+            assert prepared.result is not None
+            assert outcome.result is not None
+            return self._finish(generation, prepared.result, outcome.result, tuple(skipped))
+
+    def _finish(
+        self,
+        generation: GenerationId,
+        prepared: _Prepared,
+        loaded: _Loaded,
+        skipped: tuple[Skipped, ...],
+    ) -> Resumed:
+        self._ranks.together(
+            f"apply generation {generation}", partial(self._apply, prepared, loaded)
+        )
+        self.bytes_read = loaded.bytes_read
+        state = nest(loaded.values.get(RAW_STATE, ()))
+        metrics = prepared.saved.manifest.metrics
+        return Resumed(
+            generation.step,
+            generation.attempt,
+            metrics,
+            skipped,
+            {str(name): value for name, value in state.items()},
+            prepared.left,
+            generation.run,
+        )
 
     def _resolve(
         self, selector: str, durability: str, skipped: Sequence[Skipped], deadline: Deadline
     ) -> list[Any] | None:
-        """[attempt, step, manifest] on all ranks; None if there is no such generation."""
+        """[run, attempt, step, manifest] on all ranks; None if there is no such generation."""
         skip = [f"{one.attempt}/{one.step}" for one in skipped]
 
         def resolve() -> list[Any] | None:
@@ -132,57 +189,139 @@ class Restorer:
                         "(forebay recover) or delete the run"
                     ) from None
                 return None
-            return [found.attempt, found.step, found.manifest]
+            return [found.run, found.attempt, found.step, found.manifest]
 
         what = f"find generation {selector} of run {self._service.run}"
         answer: list[Any] | None = self._ranks.decide(what, resolve)
         return answer
 
-    def _load(
-        self, generation: GenerationId, manifest: str, raw: Mapping[str, Any] | None
-    ) -> _Loaded:
-        try:
+    def _prepare(
+        self,
+        generation: GenerationId,
+        manifest: str,
+        raw: Mapping[str, Any] | None,
+        choice: Choice,
+    ) -> _Prepared:
+        with _gone_is_damage(generation):
             saved = SavedState.of(self._service.manifest(manifest, generation))
-            names, targets = self._targets(saved, raw)
-            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            planner.set_up_planner(dict(targets), saved.metadata, self._ranks.rank == 0)
-            with PackReader(self._service.transfer, saved) as reader:
-                reader.read(planner.create_local_plan().items, planner)
-                state = _nested(saved, names, targets, reader)
-        except NotFound as error:
-            raise IntegrityError(
-                f"generation {generation}: its manifest, or bytes that it names, are gone "
-                f"({error.message})"
-            ) from error
-        return _Loaded(saved.manifest.metrics, state, reader.bytes_read)
+        places = _places(saved)
+        names = frozenset(name for name in saved.structure if choice.takes(name))
+        targets, problems = self._targets(saved, places, raw, choice, names)
+        if problems:
+            raise InvalidRequest(
+                f"generation {generation} does not fit what is here, in {len(problems)} "
+                f"{'place' if len(problems) == 1 else 'places'}; nothing is cast or left out "
+                "silently: build it as it was saved, or use only= and ignore=\n  "
+                + "\n  ".join(problems)
+            )
+        if not choice.is_all and not names:
+            raise InvalidRequest(
+                f"{choice} takes nothing of generation {generation}, whose first names are "
+                f"{', '.join(sorted(saved.structure)[:5])}"
+            )
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(dict(targets), saved.metadata, self._ranks.rank == 0)
+        left = tuple(sorted(saved.structure.keys() - names))
+        broken = {str(saved.structure[name][0]) for name in left}
+        return _Prepared(
+            saved,
+            names,
+            frozenset(places.keys() - broken),
+            targets,
+            planner,
+            planner.create_local_plan(),
+            left,
+        )
 
     def _targets(
-        self, saved: SavedState, raw: Mapping[str, Any] | None
-    ) -> tuple[set[str], dict[str, torch.Tensor]]:
-        """The components that take part, and the tensors to read into, by saved name."""
-        places = _places(saved)
-        wanted: dict[str, Targets] = {}
-        for component in self._components:
-            if component.name not in places:
-                raise InvalidRequest(
-                    f"generation {saved.manifest.run}@{saved.manifest.attempt}/"
-                    f"{saved.manifest.step} holds no {component.name!r}, only "
-                    f"{', '.join(sorted(places))}: make the Checkpointer without it to restore"
-                )
-            wanted[component.name] = component.targets(_component(component.name, saved, places))
+        self,
+        saved: SavedState,
+        places: Mapping[str, Mapping[Path, str]],
+        raw: Mapping[str, Any] | None,
+        choice: Choice,
+        names: frozenset[str],
+    ) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """The tensors to read into, by saved name; and what does not fit."""
+        problems: list[str] = []
+        targets: dict[str, torch.Tensor] = {}
+        sources = [(component.name, component.targets) for component in self._components]
         if RAW_STATE in places:
-            held = _component(RAW_STATE, saved, places)
-            wanted[RAW_STATE] = targets_like(RAW_STATE, dict(raw or {}), held)
-        targets = {
-            places[name][path]: tensor
-            for name, found in wanted.items()
-            for path, tensor in found.items()
-        }
-        return set(wanted), targets
+            sources.append((RAW_STATE, partial(targets_like, RAW_STATE, dict(raw or {}))))
+        for name, find in sources:
+            if name not in places:
+                if not choice.is_all and not _may_take(choice, name):
+                    continue
+                held = ", ".join(sorted(places))
+                problems.append(f"{name}: it is here and was not saved, only {held}")
+                continue
+            component = _component(name, saved, places, choice, names)
+            if choice.is_all or component.tensors or component.objects:
+                for path, tensor in find(component).items():
+                    targets[places[name][path]] = tensor
+                problems += component.problems
+        return targets, problems
 
-    def _apply(self, loaded: _Loaded) -> None:
+    def _load(self, prepared: _Prepared) -> _Loaded:
+        saved, targets = prepared.saved, prepared.targets
+        values: dict[str, list[tuple[Path, Any]]] = {}
+        taking = {component.name for component in self._components} | {RAW_STATE}
+        manifest = saved.manifest
+        generation = GenerationId(manifest.run, manifest.attempt, manifest.step)
+        with _gone_is_damage(generation), PackReader(self._service.transfer, saved) as reader:
+            reader.read(prepared.plan.items, prepared.planner)
+            for name, path in saved.structure.items():
+                component = str(path[0])
+                if name in prepared.names and component in taking:
+                    value = targets[name] if name in targets else _decoded(reader, name, targets)
+                    values.setdefault(component, []).append((path[1:], value))
+        return _Loaded(values, reader.bytes_read)
+
+    def _apply(self, prepared: _Prepared, loaded: _Loaded) -> None:
         for component in self._components:
-            component.apply(loaded.state[component.name])
+            values = loaded.values.get(component.name)
+            if component.name in prepared.whole:
+                component.apply(_as_saved(values or ()))
+            elif values:
+                component.apply(overlaid(component.state(), values))
+
+
+def _as_saved(values: Sequence[tuple[Path, Any]]) -> Any:
+    """Nested as it was; a component may have saved one value that is no dict."""
+    if len(values) == 1 and values[0][0] == ():
+        return values[0][1]
+    return nest(values)
+
+
+def _decoded(reader: PackReader, name: str, targets: Mapping[str, torch.Tensor]) -> Any:
+    stored = reader.saved.objects[name]
+    return decode(stored.json, lambda at, size: reader.read_bytes(stored.pack, at, size), targets)
+
+
+@contextlib.contextmanager
+def _gone_is_damage(generation: GenerationId) -> Iterator[None]:
+    try:
+        yield
+    except NotFound as error:
+        raise IntegrityError(
+            f"generation {generation}: its manifest, or bytes that it names, are gone "
+            f"({error.message})"
+        ) from error
+
+
+def _with_warning(error: IntegrityError, has_written: bool) -> IntegrityError:
+    if not has_written:
+        return error
+    return IntegrityError(
+        f"{error.message}; what was to be restored holds a part of it: do not train on, restore "
+        "another generation or start anew"
+    )
+
+
+def _may_take(choice: Choice, component: str) -> bool:
+    """Whether a component that was not saved has been asked for."""
+    return not choice.only or any(
+        pattern == component or pattern.startswith(f"{component}.") for pattern in choice.only
+    )
 
 
 def _places(saved: SavedState) -> dict[str, dict[Path, str]]:
@@ -199,33 +338,27 @@ def _places(saved: SavedState) -> dict[str, dict[Path, str]]:
 
 
 def _component(
-    name: str, saved: SavedState, places: Mapping[str, Mapping[Path, str]]
+    name: str,
+    saved: SavedState,
+    places: Mapping[str, Mapping[Path, str]],
+    choice: Choice,
+    names: frozenset[str],
 ) -> SavedComponent:
-    tensors, objects = {}, set()
+    tensors, objects, same = {}, set(), {}
     for path, saved_name in places[name].items():
         item = saved.metadata.state_dict_metadata.get(saved_name)
+        if saved_name in saved.structure:
+            is_wanted = saved_name in names
+        else:  # a tensor inside an object, which is wanted with that
+            is_wanted = choice.is_all or any(saved_name.startswith(f"{one}.") for one in names)
+        if not is_wanted:
+            continue
         if isinstance(item, TensorStorageMetadata):
             tensors[path] = item
+            if (memory := saved.memory_of(saved_name)) is not None:
+                same[path] = memory
         elif saved_name in saved.objects:
             objects.add(path)
         else:
             raise IntegrityError(f"{saved_name} has a place in the state and is in no pack")
-    return SavedComponent(name, tensors, frozenset(objects))
-
-
-def _nested(
-    saved: SavedState, names: set[str], targets: Mapping[str, torch.Tensor], reader: PackReader
-) -> dict[str | int, Any]:
-    """The state as it was saved: tensors that were read, objects decoded."""
-
-    def value_of(name: str) -> Any:
-        if name in targets:
-            return targets[name]
-        stored = saved.objects[name]
-        return decode(
-            stored.json, lambda at, size: reader.read_bytes(stored.pack, at, size), targets
-        )
-
-    return nest(
-        (path, value_of(name)) for name, path in saved.structure.items() if str(path[0]) in names
-    )
+    return SavedComponent(name, tensors, frozenset(objects), choice, same)

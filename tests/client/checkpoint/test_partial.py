@@ -1,0 +1,201 @@
+"""What a restore takes, leaves alone and refuses; and generations that are only looked into."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import forebay
+import forebay.checkpoint
+
+Make = Callable[..., forebay.Checkpointer]
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    return "".join(c if c.isalnum() else "-" for c in request.node.name)[:100].strip("-")
+
+
+class Values:
+    """A stateful whose state is what it was given last."""
+
+    def __init__(self, **state: Any) -> None:
+        self.held: dict[str, Any] = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.held
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.held = state
+
+
+class Net(torch.nn.Module):
+    def __init__(self, seed: int, outputs: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+        self.head = torch.nn.Linear(4, outputs)
+        self.register_buffer("count", torch.tensor(seed))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+def trained(net: Net) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    net(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def values(net: Net) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+@pytest.fixture
+def saved(client: forebay.Client, run: str) -> Net:
+    net = Net(1)
+    optimizer = trained(net)
+    with forebay.Checkpointer(
+        client, run, model=net, optimizer=optimizer, mine=Values(a=1, b={"c": torch.ones(3)})
+    ) as checkpointer:
+        checkpointer.save(5, metrics={"loss": 0.5}, state={"note": "x"}).wait("local", 60)
+    return net
+
+
+def test_only_and_ignore_choose_by_name_and_the_rest_stays(
+    client: forebay.Client, run: str, saved: Net
+) -> None:
+    net = Net(2)
+    optimizer, mine = trained(net), Values(a=7, b={"c": torch.zeros(3), "d": 4})
+    before, moments = values(net), optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    with forebay.Checkpointer(client, run, model=net, optimizer=optimizer, mine=mine) as one:
+        found = one.restore(only=["model.body", "mine.b.*"], ignore="*.bias")
+    assert found is not None
+    after, wanted = values(net), values(saved)
+    for name in after:
+        is_taken = name.startswith("body") and name.endswith("weight")
+        assert torch.equal(after[name], (wanted if is_taken else before)[name]), name
+    assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    assert mine.held["a"] == 7
+    assert mine.held["b"]["c"].tolist() == [1.0] * 3
+    assert mine.held["b"]["d"] == 4
+    assert found.state == {}
+    assert {"model.head.weight", "model.body.0.bias", "mine.a", "state.note"} <= set(found.left)
+    assert "model.body.0.weight" not in found.left
+
+
+def test_a_part_of_an_optimizer(client: forebay.Client, run: str, saved: Net) -> None:
+    net = Net(2)
+    optimizer = trained(net)
+    with forebay.Checkpointer(client, run, model=net, optimizer=optimizer) as one:
+        one.restore(only="optimizer.state.body.0.weight")
+        opened = one.open()
+        wanted = opened["optimizer.state.body.0.weight.exp_avg"].read()
+        other = opened["optimizer.state.body.1.weight.exp_avg"].read()
+        opened.close()
+    first, third = net.body[0].weight, net.body[1].weight
+    assert torch.equal(optimizer.state[first]["exp_avg"], wanted)
+    assert not torch.equal(optimizer.state[third]["exp_avg"], other)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_new_head_on_an_old_body(client: forebay.Client, run: str, saved: Net) -> None:
+    net = Net(2, outputs=9)
+    head = net.head.weight.detach().clone()
+    with forebay.Checkpointer(client, run, model=net) as one:
+        one.restore(only="model", ignore="model.head.*")
+    assert torch.equal(net.head.weight, head)
+    assert torch.equal(net.body[1].weight, saved.body[1].weight)
+
+
+def test_all_that_differs_is_listed_before_anything_is_written(
+    client: forebay.Client, run: str, saved: Net
+) -> None:
+    net = Net(2, outputs=9)
+    net.extra = torch.nn.Parameter(torch.zeros(2))
+    net.body[1].to(torch.bfloat16)
+    del net.body[0].bias
+    net.body[0].register_parameter("bias", None)
+    before = values(net)
+    with forebay.Checkpointer(client, run, model=net, other=Values(a=1)) as one:
+        with pytest.raises(forebay.InvalidRequest) as caught:
+            one.restore()
+        assert one.attempt == 0
+    text = str(caught.value)
+    for line in (
+        "in 7 places",
+        "model.body.0.bias: it was saved and is not here",
+        "model.body.1.bias: it is bfloat16[4] here and was saved as float32[4]",
+        "model.body.1.weight: it is bfloat16[4, 5] here and was saved as float32[4, 5]",
+        "model.extra: it is here and was not saved",
+        "model.head.bias: it is float32[9] here and was saved as float32[3]",
+        "model.head.weight: it is float32[9, 4] here and was saved as float32[3, 4]",
+        "other: it is here and was not saved",
+    ):
+        assert line in text, (line, text)
+    assert all(torch.equal(value, before[name]) for name, value in values(net).items())
+
+
+def test_patterns_that_take_nothing_are_an_error(
+    client: forebay.Client, run: str, saved: Net
+) -> None:
+    with forebay.Checkpointer(client, run, model=Net(2)) as one:
+        with pytest.raises(forebay.InvalidRequest, match="takes nothing of generation"):
+            one.restore(only="modle.*")
+        with pytest.raises(forebay.InvalidRequest, match="names nothing"):
+            one.restore(only=[])
+
+
+def test_a_generation_is_looked_into_without_a_model(
+    client: forebay.Client, run: str, saved: Net
+) -> None:
+    with forebay.checkpoint.open(client, run, "1/5") as opened:
+        assert (opened.generation.step, opened.metrics) == (5, {"loss": 0.5})
+        weight = opened["model.body.0.weight"]
+        assert (weight.shape, weight.dtype, weight.num_bytes) == ((5, 6), torch.float32, 120)
+        assert opened.bytes_read == 0
+        expected = saved.body[0].weight.detach()
+        assert torch.equal(weight[1:3], expected[1:3])
+        assert opened.bytes_read == 2 * 6 * 4
+        for index in (0, -1, (2, 3), (..., 1), slice(None, None, 2), (slice(1, 4), slice(2, -1))):
+            assert torch.equal(weight[index], expected[index]), index
+        assert weight[4:2].shape == (0, 6)
+        into = torch.zeros(6, 5).t()
+        assert torch.equal(weight.read(into), expected)
+        assert torch.equal(into, expected)
+        assert int(opened["model.count"].read()) == 1
+        assert opened.object("state.note") == "x"
+        net = Net(2)
+        net.load_state_dict(opened.state_dict("model"))
+        assert torch.equal(net.head.weight, saved.head.weight)
+        with pytest.raises(KeyError):
+            opened["model.nothing"]
+        with pytest.raises(forebay.NotFound, match="has no object"):
+            opened.object("model.nothing")
+        with pytest.raises(IndexError):
+            weight[5]
+        with pytest.raises(forebay.InvalidRequest, match="nothing is cast"):
+            weight.read(torch.zeros(5, 6, dtype=torch.float64))
+    with pytest.raises(forebay.InvalidRequest, match="closed"):
+        weight.read()
+
+
+def test_aliased_tensors_are_one_again(client: forebay.Client, run: str) -> None:
+    shared = torch.arange(10_000.0)
+    holder = Values(one=shared, two={"again": shared}, other=shared.clone())
+    with forebay.Checkpointer(client, run, mine=holder) as one:
+        one.save(1, state={"a": shared, "b": shared}).wait("local", 60)
+        found = one.restore()
+        assert found is not None
+        report = one.report()
+    assert report.saved_bytes < 2.5 * shared.nbytes
+    assert holder.held["one"] is holder.held["two"]["again"]
+    assert holder.held["other"] is not holder.held["one"]
+    assert found.state["a"] is found.state["b"]
+    with forebay.checkpoint.open(client, run) as opened:
+        state = opened.state_dict("mine")
+    assert state["one"] is state["two"]["again"]
+    assert state["one"] is not state["other"]
