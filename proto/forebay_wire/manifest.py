@@ -44,6 +44,8 @@ KIND_DATASET: Final = 1
 KIND_SELECTION: Final = 2
 KIND_GENERATION: Final = 3
 KIND_STATISTICS: Final = 4
+KIND_RUN_NOTES: Final = 5
+"""No manifest: what people said about a run, framed alike."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from forebay_server.catalog.queries_jobs import (
     ENDLESS_KINDS,
     FINGERPRINT,
     FLUSH,
+    NOTES,
     QUIET_KINDS,
     RETAIN,
     SLOW_KINDS,
@@ -72,6 +73,7 @@ from forebay_server.publish.origins import OriginDatasets
 from forebay_server.publish.parts import Parts
 from forebay_server.publish.reconcile import claim_objects, reconcile
 from forebay_server.publish.retention import Retention
+from forebay_server.publish.run_notes import RunNotes
 from forebay_server.publish.statistics import KeptStatistics
 from forebay_server.rpc.admin import AdminService, Attached, Identity
 from forebay_server.rpc.blobs import BlobsService
@@ -259,7 +261,9 @@ class Daemon:
         """What does each kind of job; without an object tier flushes stay queued for one."""
         catalog, opener = self._catalog, self._opener
         publisher: ObjectPublisher | None = None
+        notes: Handler | None = None
         if self._tiers.object is not None:
+            notes = RunNotes(catalog, self._tiers, self._tiers.object, locks)
             publisher = ObjectPublisher(
                 catalog, self._tiers, self._tiers.object, locks, forget=opener.forget
             )
@@ -284,6 +288,8 @@ class Daemon:
         )
         handlers[FINGERPRINT] = self._fingerprints
         handlers[RETAIN] = lambda progress: self._retention(progress)
+        if notes is not None:
+            handlers[NOTES] = notes
         if publisher is not None:
             handlers[FLUSH] = Flush(catalog, publisher, locks, self._budget)
         return handlers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import NOTES, RETAIN, enqueue_anew
 from forebay_server.catalog.queries_runs import at, fork_of
+from forebay_server.catalog.queries_stamps import stamp_of
 from forebay_server.catalog.tables import attempts, generations, runs, tags
 from forebay_server.model.states import GenerationState
 from forebay_wire.errors import NotFound
@@ -187,6 +188,16 @@ def _check_committed(connection: Connection, generation: GenerationId) -> None:
 # ------------------------------------------------------------------------- in the object tier
 
 
+def begun_of_run(connection: Connection, run: str) -> int | None:
+    """When *run* began, as the stamps of its manifests say; None if it has none."""
+    manifest = connection.scalar(
+        select(generations.c.manifest)
+        .where(generations.c.run == run, generations.c.manifest.is_not(None))
+        .limit(1)
+    )
+    return None if manifest is None else stamp_of(connection, manifest).begun_ns
+
+
 def notes_of(connection: Connection, run: str) -> dict[str, Any] | None:
     """What people said about *run*, and which runs its attempts forked: what a recovery cannot know
     from its manifests. None if there is nothing, or no such run."""
@@ -214,7 +225,7 @@ def notes_of(connection: Connection, run: str) -> dict[str, Any] | None:
     return {"run": run, "keep": keep, "forks": forks, "generations": named}
 
 
-def restore_notes(connection: Connection, said: dict[str, Any]) -> None:
+def restore_notes(connection: Connection, said: Mapping[str, Any]) -> None:
     """Say again about a recovered run what its notes say; of generations that are not there
     nothing."""
     run = said["run"]

@@ -188,6 +188,7 @@ def restore_generation(
             manifest=identity,
             metrics=json.dumps(found.metrics) if found.metrics else "",
             dataset=json.dumps(found.dataset) if found.dataset is not None else "",
+            committed=read_stamp(data).committed_ns / 1e9,
             created=found.created_unix,
         )
     )

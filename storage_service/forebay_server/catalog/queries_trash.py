@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, Table, delete, func, insert, select
+from sqlalchemy import Connection, Row, Table, and_, delete, func, insert, select
 
 from forebay_server.catalog.clock import now
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import (
     DELETE,
     FLUSH,
+    NOTES,
     TOMBSTONE,
     cancel_queued,
     enqueue,
+    enqueue_anew,
 )
 from forebay_server.catalog.queries_pins import end_pins_of
 from forebay_server.catalog.queries_runs import at
@@ -34,6 +36,7 @@ from forebay_server.catalog.tables import (
     runs,
     selections,
     statistics,
+    tags,
     trash,
     versions,
 )
@@ -101,7 +104,15 @@ def trash_generations(
         begun = connection.execute(
             select(attempts).where(attempts.c.run == one.run, attempts.c.attempt == one.attempt)
         ).one()
+        tagged = and_(tags.c.run == one.run, tags.c.attempt == one.attempt, tags.c.step == one.step)
         found[row.manifest] = {
+            runs.name: [
+                _plain(runs, of)
+                for of in connection.execute(select(runs).where(runs.c.run == one.run))
+            ],
+            tags.name: [
+                _plain(tags, tag) for tag in connection.execute(select(tags).where(tagged))
+            ],
             attempts.name: [_plain(attempts, begun)],
             generations.name: [_plain(generations, row)],
             packs.name: [_plain(packs, pack) for pack in packed],
@@ -249,7 +260,7 @@ def _restore_generations(
                 f"run {run} cannot come back: there is another one of that name; delete that "
                 "first, and restore by the deletion's own name"
             )
-        connection.execute(insert(runs).values(run=run))
+        connection.execute(insert(runs).values(**kept.get(runs.name, [{"run": run}])[0]))
     elif not is_known:
         raise Conflict(f"{target} cannot come back: its run is gone; restore the run first")
     elif not _is_same_run(connection, run, kept):
@@ -263,6 +274,16 @@ def _restore_generations(
         connection.execute(insert(generations).values(**row))
     for row in kept[packs.name]:
         connection.execute(insert(packs).values(**row))
+    _restore_tags(connection, run, kept.get(tags.name, ()))
+    enqueue_anew(connection, NOTES, run)
+
+
+def _restore_tags(connection: Connection, run: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Those that no other generation of the run has by now."""
+    for row in rows:
+        taken = select(tags.c.tag).where(tags.c.run == run, tags.c.tag == row["tag"])
+        if connection.scalar(taken) is None:
+            connection.execute(insert(tags).values(**row))
 
 
 def _is_same_run(

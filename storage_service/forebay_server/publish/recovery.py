@@ -12,11 +12,13 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from forebay_server.catalog import queries_recovery as queries
 from forebay_server.catalog.engine import Catalog, Connection, sqlite_url
+from forebay_server.catalog.queries_managing import restore_notes
 from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_settings import own_name, pass_moment
 from forebay_server.config import CONFIG_FILE_NAME, load_config
@@ -25,6 +27,7 @@ from forebay_server.model.chains import choose
 from forebay_server.model.extents import ObjectBlob
 from forebay_server.object_options import ObjectOptions
 from forebay_server.publish.manifests import BLOBS, MANIFESTS
+from forebay_server.publish.run_notes import RUNS, FoundNotes, newest_names, read_notes
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.owner import Owner, take_over
 from forebay_server.tier.publication import fsync_folder
@@ -299,8 +302,28 @@ class _Recovery:
             except Conflict as error:
                 self._leave_out(found.what, error)
             self._report("rows", number, len(choice.kept))
+        begun = {
+            found.manifest.run: found.stamp.begun_ns
+            for found in choice.kept
+            if isinstance(found.manifest, GenerationManifest)
+        }
+        await self._restore_notes(catalog, begun)
         await catalog.write(enqueue_missing)
         await self._count_all(catalog)
+
+    async def _restore_notes(self, catalog: Catalog, begun: Mapping[str, int]) -> None:
+        """What people said about the runs that came back."""
+        infos = await asyncio.to_thread(lambda: list(self._tier.list(RUNS)))
+        for run, names in newest_names([info.name for info in infos]).items():
+            if run not in begun:
+                continue
+            try:
+                found = await asyncio.to_thread(read_notes, self._tier, names)
+            except IntegrityError as error:
+                self._leave_out(f"what was said about run {run}", error)
+                continue
+            if found.begun_ns == begun[run]:
+                await catalog.write(partial(_restore_said, found=found))
 
     def _is_whole(self, found: _Found, located: Mapping[str, ObjectBlob | ForebayError]) -> bool:
         for blob in found.blobs:
@@ -370,6 +393,11 @@ class _Recovery:
         except BaseExceptionGroup as errors:  # the object tier itself failed: nothing is left out
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
+
+
+def _restore_said(connection: Connection, found: FoundNotes) -> None:
+    pass_moment(connection, found.moment)
+    restore_notes(connection, found.said)
 
 
 def _restore(connection: Connection, found: _Found) -> None:

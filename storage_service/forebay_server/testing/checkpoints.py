@@ -16,6 +16,7 @@ from forebay_server.catalog.queries_jobs import (
     COLLECT,
     DELETE,
     FLUSH,
+    NOTES,
     RETAIN,
     TOMBSTONE,
     are_settled,
@@ -34,6 +35,7 @@ from forebay_server.publish.checkpoint import Checkpoints, PackSeal, recover_cat
 from forebay_server.publish.lease import Grant
 from forebay_server.publish.manifests import ObjectPublisher
 from forebay_server.publish.retention import Retention
+from forebay_server.publish.run_notes import RunNotes
 from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.verify import verify_file
@@ -213,6 +215,7 @@ async def open_checkpoints(
         if storage.tiers.object is not None:
             publisher = ObjectPublisher(storage.catalog, storage.tiers, storage.tiers.object, locks)
             handlers[FLUSH] = Flush(storage.catalog, publisher, locks)
+            handlers[NOTES] = RunNotes(storage.catalog, storage.tiers, storage.tiers.object, locks)
         handlers[RETAIN] = lambda progress: retention(progress)
         jobs = Jobs(storage.catalog, new_random_name(), handlers)
         checkpoints = Checkpoints(
