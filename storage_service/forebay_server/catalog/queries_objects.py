@@ -26,6 +26,7 @@ from forebay_server.catalog.queries_blobs import (
     remove_replica,
 )
 from forebay_server.catalog.queries_jobs import DELETE, FLUSH, enqueue
+from forebay_server.catalog.queries_sharing import check_references
 from forebay_server.catalog.tables import (
     extents,
     files,
@@ -201,9 +202,18 @@ def remove_manifest(connection: Connection, manifest: str) -> list[str] | None:
 # -------------------------------------------------------------------------------------------- blobs
 
 
-def insert_object_replica(connection: Connection, blob: str, tier: str, found: ObjectBlob) -> None:
-    """Record where the object tier keeps *blob*."""
+def insert_object_replica(
+    connection: Connection, blob: str, tier: str, found: ObjectBlob, own_file: str | None = None
+) -> None:
+    """Record where the object tier keeps *blob*.
+
+    With *own_file*: the other files that it lies in belong to others, too;
+    :class:`StaleReference` if they are not all in service any more.
+    """
     table = found.table
+    if own_file is not None:
+        shared = [one for one in found.extents if one.file != own_file]
+        check_references(connection, tier, "", shared)
     insert_blob(connection, blob, table.total_bytes, table.num_segments)
     replica = new_random_name()
     connection.execute(

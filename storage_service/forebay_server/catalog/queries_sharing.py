@@ -91,6 +91,17 @@ def _replicas(connection: Connection, one: Any, tier: str, node: str) -> Sequenc
     ).all()
 
 
+def generation_of(connection: Connection, blob: str) -> GenerationId | None:
+    """A generation that has *blob* as a pack, None without one."""
+    row = connection.execute(
+        select(packs.c.run, packs.c.attempt, packs.c.step)
+        .where(packs.c.blob == blob)
+        .order_by(packs.c.created)
+        .limit(1)
+    ).one_or_none()
+    return GenerationId(*row) if row is not None else None
+
+
 def num_sharers(connection: Connection, names: Sequence[str]) -> dict[str, int]:
     """File to the number of replicas that name it."""
     found: dict[str, int] = {}

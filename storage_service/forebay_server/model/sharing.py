@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
+from forebay_server.model.encodings import RAW
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
 from forebay_wire.segments import SegmentTable
 
@@ -33,7 +34,7 @@ class Placed:
     """Of the file's plain bytes."""
     num_bytes: int
     file_bytes: int
-    encoding: str = "raw"
+    encoding: str = RAW
 
     def follows(self, other: Placed) -> bool:
         """Whether this lies right behind *other*."""
@@ -97,13 +98,42 @@ def _of_few_files(known: dict[bytes, Placed]) -> dict[bytes, Placed]:
     return {digest: placed for digest, placed in known.items() if placed.file in kept}
 
 
-def merged(placed: Iterable[Placed], own_file: str, own_file_bytes: int) -> Iterator[ObjectExtent]:
+@dataclass(frozen=True)
+class Division:
+    """Which segments of a blob have to be written, and where all of them lie then."""
+
+    placed: tuple[Placed, ...]
+    own: tuple[int, ...]
+    """Numbers of the segments that are new."""
+
+    @classmethod
+    def of(cls, table: SegmentTable, known: Mapping[bytes, Placed]) -> Division:
+        """Of a blob with *table*, where *known* segments lie in its tier."""
+        seen = dict(known)
+        placed: list[Placed] = []
+        own: list[int] = []
+        own_bytes = 0
+        for index, entry in enumerate(table.entries):
+            length, digest = int(entry["length"]), entry["blake3"].tobytes()
+            found = seen.get(digest)
+            if found is None:
+                found = seen[digest] = Placed("", own_bytes, length, 0)
+                own.append(index)
+                own_bytes += length
+            placed.append(found)
+        return cls(tuple(placed), tuple(own))
+
+
+def merged(
+    placed: Iterable[Placed], own_file: str, own_file_bytes: int, own_encoding: str = RAW
+) -> Iterator[ObjectExtent]:
     """The extents of a blob whose segments lie as *placed* says, in blob order; *own_file* stands
     for the empty name."""
     last: ObjectExtent | None = None
     offset = 0
+    own = own_file, own_file_bytes, own_encoding
     for one in placed:
-        file, size = (one.file, one.file_bytes) if one.file else (own_file, own_file_bytes)
+        file, size, encoding = (one.file, one.file_bytes, one.encoding) if one.file else own
         if (
             last is not None
             and last.file == file
@@ -113,7 +143,7 @@ def merged(placed: Iterable[Placed], own_file: str, own_file_bytes: int) -> Iter
         else:
             if last is not None:
                 yield last
-            last = ObjectExtent(offset, one.offset, one.num_bytes, size, file, one.encoding)
+            last = ObjectExtent(offset, one.offset, one.num_bytes, size, file, encoding)
         offset += one.num_bytes
     if last is not None:
         yield last

@@ -153,7 +153,7 @@ class Collector:
                     return False
                 failpoint("collect.after_object_row")
                 self._forget(blob)
-                await self._tiers.run(tier, _delete_objects, tier, blob, objects)
+                await self._delete_objects(tier, blob, objects)
                 failpoint("collect.after_blob_objects")
             gone = await self._catalog.write(
                 lambda connection: _forget(connection, blob, self._names, progress)
@@ -176,7 +176,14 @@ class Collector:
                 if located is not None and any(one.tier == tier.name for one in located.replicas):
                     await self._delete(files)  # it was published anew, with a list of its own
                 else:
-                    await self._tiers.run(tier, _delete_objects, tier, blob, files)
+                    await self._delete_objects(tier, blob, files)
+
+    async def _delete_objects(self, tier: Tier, blob: str, files: Iterable[FileRef]) -> None:
+        """Delete a blob's files, also those that only its list names, and the list last: a crash
+        in between leaves a list that leads nowhere, which the next publication replaces."""
+        listed = await self._tiers.run(tier, _files_of, tier, blob)
+        names = {ref.file for ref in files} | await self._unnamed(tier, listed)
+        await self._tiers.run(tier, _delete_named, tier, blob, names)
 
     async def _delete(self, files: Iterable[FileRef]) -> None:
         for ref in files:
@@ -272,11 +279,8 @@ def _forget(
     return gone
 
 
-def _delete_objects(tier: Tier, blob: str, files: Iterable[FileRef]) -> None:
-    """Delete a blob's files, also those that only its list names, and the list last: a crash in
-    between leaves a list that leads nowhere, which the next publication replaces."""
-    names = {ref.file for ref in files} | _files_of(tier, blob)
-    for file in names:
+def _delete_named(tier: Tier, blob: str, files: Iterable[str]) -> None:
+    for file in files:
         tier.delete(tier.blob_name(file))
     tier.delete(BLOBS + blob)
 

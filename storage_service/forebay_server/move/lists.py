@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from forebay_server.model.encodings import PIECES
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
 from forebay_server.move.collect import BLOBS
 from forebay_server.tier.encode import open_plain
@@ -18,7 +19,9 @@ def list_problem(tier: Tier, blob: str, file: str, encoding: str) -> str:
         found = ObjectBlob.decode(tier.get(BLOBS + blob), where, blob)
     except (IntegrityError, NotFound) as error:
         return error.message
-    files = [one.file for one in found.extents]
+    files = list(dict.fromkeys(one.file for one in found.extents))
+    if encoding == PIECES and found.encoding == PIECES and file in files:
+        return ""  # its pieces were just read
     if files != [file] or found.encoding != encoding:
         return f"it names {', '.join(files)} ({found.encoding}), the catalog {file} ({encoding})"
     return ""
@@ -30,6 +33,8 @@ def rewrite_list(tier: Tier, blob: str, file: str, encoding: str) -> None:
     Blocks. :class:`IntegrityError` or :class:`NotFound` if the file is no good: nothing is changed
     then.
     """
+    if encoding == PIECES:
+        raise IntegrityError(f"the list of blob {blob} is lost, and with it where its pieces lie")
     stored_bytes = tier.head(tier.blob_name(file))
     with open_plain(tier, file, encoding, blob, stored_bytes=stored_bytes) as reader:
         table = verify_file(reader, blob)

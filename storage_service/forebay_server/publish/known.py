@@ -17,7 +17,7 @@ from forebay_server.tier.encode import open_plain, read_list
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
 from forebay_server.tier.verify import read_table
-from forebay_wire.errors import ForebayError
+from forebay_wire.errors import ForebayError, StorageError
 from forebay_wire.ids import GenerationId
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ class KnownSegments:
     async def _source(self, tier: Tier, one: SourceReplica) -> Source:
         known = self._sources.get(one.replica_id)
         if known is None:
-            known = await self._tiers.run_landing(tier, _read_source, tier, one)
+            run = self._tiers.run if tier.kind == "object" else self._tiers.run_landing
+            known = await run(tier, _read_source, tier, one)
             self._sources[one.replica_id] = known
             self._forget_oldest()
         self._sources.move_to_end(one.replica_id)
@@ -72,11 +73,11 @@ class KnownSegments:
 
 
 def _read_source(tier: Tier, one: SourceReplica) -> Source:
-    if one.encoding == PIECES:
+    if one.encoding == PIECES or tier.kind == "object":
         return Source.of(read_list(tier, one.file, one.blob))
     with open_plain(tier, one.file, one.encoding, one.blob) as reader:
         table = read_table(reader, one.blob)
-        size = reader.size_bytes if one.encoding == RAW else 0
-    file_bytes = size or tier.head(tier.blob_name(one.file)) or 0
-    whole = ObjectExtent(0, 0, table.total_bytes, file_bytes, one.file, one.encoding)
+        if one.encoding != RAW:
+            raise StorageError(f"tier {tier.name} hands over only what is raw")
+        whole = ObjectExtent(0, 0, table.total_bytes, reader.size_bytes, one.file)
     return Source(table, (whole,))

@@ -8,22 +8,29 @@ everything that it names. Every step may be repeated: what exists is checked and
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import BlobLocation, Replica
 from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_objects import ManifestRecord, insert_object_replica
+from forebay_server.catalog.queries_sharing import StaleReference, generation_of
 from forebay_server.locks import NamedLocks
+from forebay_server.model.encodings import PIECES, RAW
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
+from forebay_server.model.sharing import Division, Placed, merged
+from forebay_server.publish.known import KnownSegments
 from forebay_server.tier.encode import StoredFile, encode_into, open_plain
+from forebay_server.tier.pieces import segments_of
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import Tier
-from forebay_server.tier.verify import verify_file
+from forebay_server.tier.store import Tier, TierReader
+from forebay_server.tier.verify import read_table, verify_file
 from forebay_wire.errors import AlreadyExists, IntegrityError, NotFound, StorageError
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import new_random_name
+from forebay_wire.segments import SegmentTable
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,16 @@ class Progress(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A blob that has been copied, up to its list."""
+
+    found: ObjectBlob
+    file: str
+    stored: StoredFile | None
+    """What was written into *file*; None: nothing was new."""
+
+
 class ObjectPublisher:
     """Brings manifests and blobs into the object tier. Belongs to the event loop."""
 
@@ -60,6 +77,7 @@ class ObjectPublisher:
         self._tiers = tiers
         self._tier = tier
         self._locks = locks
+        self._known = KnownSegments(catalog, tiers)
         self._forget = forget
 
     async def publish(self, record: ManifestRecord, progress: Progress) -> None:
@@ -93,12 +111,31 @@ class ObjectPublisher:
                 return
             await self._quarantine(location, known, "it is gone from the object tier")
         found = await self._tiers.run(self._tier, self.find, blob)
-        if found is None:
-            failpoint("flush.before_blob")
-            found = await self._copy(location, progress)
+        if found is not None:
+            await self._insert(blob, found)
+            return
+        failpoint("flush.before_blob")
+        made = await self._copy(location, progress, await self._shared(blob))
+        try:
+            await self._insert(*made)
+        except StaleReference as error:
+            logger.warning("object tier: %s", error)
+            await self._insert(*await self._copy(location, progress, None))
+
+    async def _insert(self, blob: str, found: ObjectBlob, own_file: str | None = None) -> None:
         await self._catalog.write(
-            lambda connection: insert_object_replica(connection, blob, self._tier.name, found)
+            lambda connection: insert_object_replica(
+                connection, blob, self._tier.name, found, own_file
+            )
         )
+
+    async def _shared(self, blob: str) -> Mapping[bytes, Placed] | None:
+        """What of a pack its run has in the object tier already; None for other blobs, which share
+        nothing."""
+        generation = await self._catalog.read(lambda connection: generation_of(connection, blob))
+        if generation is None:
+            return None
+        return await self._known.of(generation, self._tier)
 
     def _row(self, location: BlobLocation) -> Replica | None:
         """The live replica in the object tier that the catalog knows."""
@@ -120,12 +157,13 @@ class ObjectPublisher:
     # ---------------------------------------------------------- below: on a thread of the tier
 
     def _is_there(self, blob: str, replica: Replica) -> bool:
-        names = [BLOBS + blob, *(self._tier.blob_name(one.file) for one in replica.extents)]
+        names = {BLOBS + blob, *(self._tier.blob_name(one.file) for one in replica.extents)}
         return all(self._tier.head(name) is not None for name in names)
 
     def find(self, blob: str) -> ObjectBlob | None:
         """What an earlier try, or another daemon, has put under the blob's id, with every byte
-        checked; blocks. A list that leads nowhere stays until another one takes its place."""
+        checked; blocks. A list that leads nowhere stays until another one takes its place, and so
+        does one whose pieces others may have given up."""
         if self._tier.head(BLOBS + blob) is None:
             return None
         try:
@@ -138,26 +176,30 @@ class ObjectPublisher:
             return None
         return found
 
-    async def _copy(self, location: BlobLocation, progress: Progress) -> ObjectBlob:
-        """Copy a blob from its best good replica, verified on both sides."""
+    async def _copy(
+        self, location: BlobLocation, progress: Progress, known: Mapping[bytes, Placed] | None
+    ) -> tuple[str, ObjectBlob, str | None]:
+        """Copy a blob from its best good replica, verified on both sides: what of it is not
+        *known*. With where it lies, and its own file if it shares others."""
         names = {tier.name for tier in self._tiers.all} - {self._tier.name}
         away = [one.tier for one in location.live() if one.tier not in {*names, self._tier.name}]
         for replica in location.live():
             if replica.tier not in names:
                 continue
             try:
-                made, stored = await self._tiers.run(
-                    self._tier, self._copy_file, location.blob, replica, progress
+                made = await self._tiers.run(
+                    self._tier, self._copy_file, location.blob, replica, progress, known
                 )
             except (IntegrityError, NotFound) as error:
                 await self._quarantine(location, replica, str(error))
                 continue
             failpoint("flush.after_blob")
-            if not stored.is_proven:
-                await self._tiers.run(self._tier, self._read_back, location.blob, made)
+            if made.stored is not None and not made.stored.is_proven:
+                await self._tiers.run(self._tier, self._read_back, made)
             found = await self._tiers.run(self._tier, self._put_list, location.blob, made)
             failpoint("flush.after_extents")
-            return found
+            shares = found.encoding == PIECES
+            return location.blob, found, made.file if shares else None
         if away:
             raise StorageError(
                 f"blob {location.blob} lies in tier {away[0]}, which this daemon was started "
@@ -169,41 +211,70 @@ class ObjectPublisher:
         )
 
     def _copy_file(
-        self, blob: str, replica: Replica, progress: Progress
-    ) -> tuple[ObjectBlob, StoredFile]:
+        self,
+        blob: str,
+        replica: Replica,
+        progress: Progress,
+        known: Mapping[bytes, Placed] | None,
+    ) -> _Made:
         source, file = self._tiers.get(replica.tier), new_random_name()
         with open_plain(source, replica.extents[0].file, replica.encoding, blob) as reader:
+            if known is not None:
+                table = read_table(reader, blob)
+                division = Division.of(table, known)
+                if len(division.own) < table.num_segments:
+                    return self._copy_own(reader, table, division, file, progress)
             stored = encode_into(
                 reader, self._tier, file, self._tier.encoding, blob, advance=progress.advance
             )
         size = stored.table.total_bytes
         extent = ObjectExtent(0, 0, size, stored.num_bytes, file, stored.encoding)
-        return ObjectBlob(stored.table, (extent,), stored.encoding), stored
+        return _Made(ObjectBlob(stored.table, (extent,), stored.encoding), file, stored)
 
-    def _read_back(self, blob: str, made: ObjectBlob) -> None:
+    def _copy_own(
+        self,
+        reader: TierReader,
+        table: SegmentTable,
+        division: Division,
+        file: str,
+        progress: Progress,
+    ) -> _Made:
+        """Copy the segments that are new, as a blob file of their own."""
+        stored: StoredFile | None = None
+        if division.own:
+            own = segments_of(reader, table, division.own)
+            stored = encode_into(
+                own, self._tier, file, self._tier.encoding, None, advance=progress.advance
+            )
+        size, encoding = (stored.num_bytes, stored.encoding) if stored else (0, RAW)
+        extents = tuple(merged(division.placed, file, size, encoding))
+        return _Made(ObjectBlob(table, extents, PIECES), file, stored)
+
+    def _read_back(self, made: _Made) -> None:
         """Check the copy; what is wrong is removed."""
-        file = made.extents[0].file
+        file, stored = made.file, made.stored
+        assert stored is not None, "something was written"
         try:
-            with open_plain(self._tier, file, made.encoding, blob) as reader:
-                verify_file(reader, blob)
+            with open_plain(self._tier, file, stored.encoding, stored.table.blob_id) as reader:
+                verify_file(reader, stored.table.blob_id)
         except (IntegrityError, NotFound) as error:
             self._tier.delete(self._tier.blob_name(file))
             raise StorageError(
                 f"what was just written into the object tier reads back wrong: {error}"
             ) from error
 
-    def _put_list(self, blob: str, made: ObjectBlob) -> ObjectBlob:
+    def _put_list(self, blob: str, made: _Made) -> ObjectBlob:
         """Publish the blob's extent list; somebody else's, if that came first."""
         try:
-            self._put(BLOBS + blob, made.encode())
+            self._put(BLOBS + blob, made.found.encode())
         except AlreadyExists:
             if (theirs := self.find(blob)) is not None:
-                self._tier.delete(self._tier.blob_name(made.extents[0].file))
+                self._tier.delete(self._tier.blob_name(made.file))
                 return theirs
             # Only now: a damaged copy without a good one beside it could not be found without it.
             self._tier.delete(BLOBS + blob)
-            self._put(BLOBS + blob, made.encode())
-        return made
+            self._put(BLOBS + blob, made.found.encode())
+        return made.found
 
     def _put(self, name: str, data: bytes) -> None:
         """Publish a small object and read it back; one that is there already has to be equal.

@@ -24,6 +24,7 @@ from forebay_server.catalog.queries_settings import own_name, pass_moment
 from forebay_server.config import CONFIG_FILE_NAME, load_config
 from forebay_server.folder import FolderLock, load_node, write_private
 from forebay_server.model.chains import choose
+from forebay_server.model.encodings import PIECES
 from forebay_server.model.extents import ObjectBlob
 from forebay_server.object_options import ObjectOptions
 from forebay_server.publish.manifests import BLOBS, MANIFESTS
@@ -231,13 +232,10 @@ class _Recovery:
         where = f"tier {self._tier.name}, file {BLOBS}{blob}"
         try:
             found = ObjectBlob.decode(self._tier.get(BLOBS + blob), where, blob)
-            extent = found.single(where)
+            extent = found.extents[0]
+            size = None if found.encoding == PIECES else extent.file_bytes
             with open_plain(
-                self._tier,
-                extent.file,
-                found.encoding,
-                blob,
-                stored_bytes=extent.file_bytes,
+                self._tier, extent.file, found.encoding, blob, stored_bytes=size
             ) as reader:
                 read_table(reader, blob)
         except NotFound as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from forebay_server.model.extents import ObjectBlob
+from forebay_server.model.encodings import PIECES
+from forebay_server.model.extents import ObjectBlob, ObjectExtent
 from forebay_server.tier.store import TierReader
 from forebay_wire.errors import IntegrityError
-from forebay_wire.segments import encode_trailer, file_bytes_for
+from forebay_wire.segments import SegmentTable, encode_trailer, file_bytes_for
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -59,3 +60,15 @@ class PiecesReader(TierReader):
             part = view[: one.num_bytes - skip]
             self._readers[one.file].read_into(one.file_offset + skip, part)
             view, offset, index = view[len(part) :], offset + len(part), index + 1
+
+
+def segments_of(reader: TierReader, table: SegmentTable, numbers: Sequence[int]) -> PiecesReader:
+    """The raw image of a blob that has but the segments *numbers* of the one with *table*, which
+    *reader* reads and its owner closes."""
+    own = SegmentTable(table.entries[list(numbers)])
+    starts = table.offsets.tolist()
+    extents = tuple(
+        ObjectExtent(int(offset), starts[number], starts[number + 1] - starts[number], 0, "")
+        for number, offset in zip(numbers, own.offsets[:-1], strict=True)
+    )
+    return PiecesReader(ObjectBlob(own, extents, PIECES), {"": reader}, reader.where)

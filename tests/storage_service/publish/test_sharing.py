@@ -1,0 +1,235 @@
+"""What a run has stored already is referenced, not written again, and stays as long as needed."""
+
+import asyncio
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from forebay_server.catalog.queries_damage import quarantine
+from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH
+from forebay_server.model.encodings import PIECES, RAW
+from forebay_server.model.sharing import MAX_SHARERS, Placed
+from forebay_server.publish.recovery import recover
+from forebay_server.testing.checkpoints import CUT_BYTES, RUN, CheckpointNode, open_checkpoints
+from forebay_server.tier.store import Tier
+from forebay_wire.ids import GenerationId
+from forebay_wire.limits import MIB
+
+
+def at(step: int, attempt: int = 1) -> GenerationId:
+    return GenerationId(RUN, attempt, step)
+
+
+def stored_bytes(folder: Path, tier: str = "ssd") -> int:
+    where = folder / tier / ("files" if tier == "ssd" else "data")
+    return sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
+
+
+async def encodings(node: CheckpointNode, generation: GenerationId) -> dict[str, str]:
+    """Tier to the encoding of the first pack's live replica."""
+    blob = (await node.manifest(generation)).packs[0].blob
+    located = (await node.storage.catalog.locate([blob]))[blob]
+    return {one.tier: one.encoding for one in located.live()}
+
+
+async def test_a_second_generation_costs_what_has_changed(tmp_path: Path) -> None:
+    frozen, first, second = os.urandom(8 * MIB), os.urandom(MIB), os.urandom(MIB)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin()
+        await node.wait(await node.save(1, [frozen + first]))
+        before = stored_bytes(tmp_path)
+        await node.wait(await node.save(2, [frozen + second]))
+        added = stored_bytes(tmp_path) - before
+        assert MIB <= added < 1.05 * MIB
+        assert (await encodings(node, at(2)))["ssd"] == PIECES
+        assert await node.restore(at(1)) == [frozen + first]
+        assert await node.restore(at(2)) == [frozen + second]
+        assert node.storage.uploads.recorder.shared_bytes == 8 * MIB
+
+
+async def test_equal_segments_of_one_pack_are_written_once(tmp_path: Path) -> None:
+    twin = os.urandom(4 * MIB)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin()
+        await node.wait(await node.save(1, [twin + twin]))
+        assert stored_bytes(tmp_path) < 4.1 * MIB
+        assert await node.restore(at(1)) == [twin + twin]
+
+
+async def test_a_generation_without_anything_new_is_a_list(tmp_path: Path) -> None:
+    one, two = os.urandom(MIB), os.urandom(MIB)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin()
+        await node.wait(await node.save(1, [one + two]))
+        before = stored_bytes(tmp_path)
+        await node.wait(await node.save(2, [two + one]))
+        assert stored_bytes(tmp_path) - before < 0.01 * MIB
+        assert await node.restore(at(2)) == [two + one]
+
+
+async def test_what_others_refer_to_outlives_its_generation_and_nothing_outlives_all(
+    tmp_path: Path,
+) -> None:
+    frozen = os.urandom(2 * MIB)
+    async with open_checkpoints(tmp_path, grace_seconds=-1) as node:
+        await node.begin()
+        for step in (1, 2, 3):
+            saved = await node.save(step, [frozen + bytes([step]) * CUT_BYTES])
+            await node.wait(saved, "remote")
+        assert (await encodings(node, at(2)))["object"] == PIECES
+        assert stored_bytes(tmp_path, "object") < 2.2 * MIB
+        for step in (1, 2):
+            await node.checkpoints.delete_generation_now(at(step))
+        await node.settle(DELETE, COLLECT)
+        assert await node.restore(at(3)) == [frozen + bytes([3]) * CUT_BYTES]
+        found = await recover(f"file://{tmp_path / 'object'}", tmp_path / "recovered")
+        assert (found.num_generations, found.left_out) == (1, [])
+        await node.checkpoints.delete_run_now(RUN)
+        await node.settle(DELETE, COLLECT)
+        assert stored_bytes(tmp_path) == stored_bytes(tmp_path, "object") == 0
+        assert node.storage.files() == []
+
+
+async def test_a_recovered_run_restores_from_shared_objects(tmp_path: Path) -> None:
+    frozen = os.urandom(2 * MIB)
+    packs = [frozen + os.urandom(CUT_BYTES) for _ in range(3)]
+    async with open_checkpoints(tmp_path) as node:
+        await node.begin()
+        for step, data in enumerate(packs):
+            await node.wait(await node.save(step, [data]), "remote")
+    found = await recover(f"file://{tmp_path / 'object'}", tmp_path / "new")
+    assert (found.num_generations, found.left_out) == (3, [])
+    os.rename(tmp_path / "object", tmp_path / "new" / "object")
+    async with open_checkpoints(tmp_path / "new") as node:
+        for step, data in enumerate(packs):
+            assert await node.restore(at(step)) == [data]
+
+
+async def test_references_that_went_meanwhile_are_written_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lay there when the landing began is gone, or quarantined, when it ends."""
+    frozen = os.urandom(2 * MIB)
+    async with open_checkpoints(tmp_path, with_object=False, grace_seconds=-1) as node:
+        known = node.storage.uploads.known
+        asked = known.of
+        stale: list[Mapping[bytes, Placed]] = []
+
+        async def old(generation: GenerationId, tier: Tier) -> Mapping[bytes, Placed]:
+            return stale[0] if stale else await asked(generation, tier)
+
+        monkeypatch.setattr(known, "of", old)
+        await node.begin()
+        await node.wait(await node.save(1, [frozen]))
+        stale.append(await asked(at(2), node.storage.tiers.get("ssd")))
+        assert stale[0]
+        await node.wait(await node.save(2, [b"other" * 1000]))
+        await node.checkpoints.delete_generation_now(at(1))
+        await node.settle(DELETE, COLLECT)
+        await node.wait(await node.save(3, [frozen + b"new"]))
+        assert (await encodings(node, at(3)))["ssd"] == RAW
+        assert await node.restore(at(3)) == [frozen + b"new"]
+
+        stale[:] = [await asked(at(4), node.storage.tiers.get("ssd"))]
+        blob = (await node.manifest(at(3))).packs[0].blob
+        [replica] = (await node.storage.catalog.locate([blob]))[blob].live()
+        await node.storage.catalog.write(lambda c: quarantine(c, replica.replica_id, "a test"))
+        await node.wait(await node.save(4, [frozen + b"newer"]))
+        assert (await encodings(node, at(4)))["ssd"] == RAW
+        assert await node.restore(at(4)) == [frozen + b"newer"]
+
+
+async def test_few_generations_share_one_copy_unless_another_tier_has_it(tmp_path: Path) -> None:
+    frozen = os.urandom(MIB)
+
+    async def save_many(node: CheckpointNode, folder: Path, durability: str) -> int:
+        await node.begin()
+        for step in range(MAX_SHARERS + 3):
+            saved = await node.save(step, [frozen + os.urandom(100)])
+            await node.wait(saved, durability)
+        return stored_bytes(folder) // MIB
+
+    async with open_checkpoints(tmp_path / "alone", with_object=False) as node:
+        assert await save_many(node, tmp_path / "alone", "local") == 2
+    async with open_checkpoints(tmp_path / "both") as node:
+        assert await save_many(node, tmp_path / "both", "remote") == 1
+
+
+async def test_a_damaged_shared_piece_is_found_in_all_that_refer_to_it(tmp_path: Path) -> None:
+    frozen = os.urandom(MIB)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin()
+        for step in (1, 2):
+            await node.wait(await node.save(step, [frozen + os.urandom(100)]))
+        files = sorted((tmp_path / "ssd" / "files").rglob("*"), key=lambda p: p.stat().st_size)
+        with files[-1].open("r+b") as file:
+            file.seek(1000)
+            file.write(b"damaged")
+        for step in (1, 2):
+            with pytest.raises(Exception, match="does not match its BLAKE3"):
+                await node.restore(at(step))
+
+
+SEGMENTS = [random.Random(number).randbytes(CUT_BYTES) for number in range(6)]
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("save"), st.lists(st.integers(0, 5), min_size=1, max_size=5)),
+            st.tuples(st.just("delete"), st.integers(0, 8)),
+            st.tuples(st.just("restart"), st.none()),
+        ),
+        max_size=12,
+    )
+)
+def test_any_history_keeps_what_it_should_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, object]]
+) -> None:
+    folder = tmp_path_factory.mktemp("history")
+    asyncio.run(play(folder, history))
+
+
+async def play(folder: Path, history: list[tuple[str, object]]) -> None:
+    wanted: dict[int, bytes] = {}
+    step = 0
+    waiting = [list(history)]
+    has_begun = False
+    while waiting:
+        rest = waiting.pop()
+        async with open_checkpoints(folder, grace_seconds=-1) as node:
+            if not has_begun:
+                await node.begin()
+            has_begun = True
+            while rest:
+                action, detail = rest.pop(0)
+                if action == "restart":
+                    waiting.append(rest)
+                    break
+                if action == "save":
+                    assert isinstance(detail, list)
+                    step += 1
+                    wanted[step] = b"".join(SEGMENTS[number] for number in detail)
+                    await node.wait(await node.save(step, [wanted[step]]), "remote")
+                elif wanted:
+                    assert isinstance(detail, int)
+                    old = sorted(wanted)[detail % len(wanted)]
+                    await node.checkpoints.delete_generation_now(at(old))
+                    del wanted[old]
+            await node.settle(DELETE, COLLECT, FLUSH)
+            for number, data in wanted.items():
+                assert await node.restore(at(number)) == [data]
+            numbers = {i for data in wanted.values() for i in range(6) if SEGMENTS[i] in data}
+            slack = 0.02 * MIB * (len(wanted) + 1)
+            # What a file has beside what is still needed goes with its compaction.
+            assert stored_bytes(folder) >= len(numbers) * CUT_BYTES
+            if not wanted:
+                assert stored_bytes(folder) + stored_bytes(folder, "object") < slack
