@@ -120,6 +120,9 @@ CLIENT_SAVE: Final = (
 )
 """Failpoints of the writing client."""
 
+CLIENT_EXPORT: Final = ("client.export.after_file", "client.export.before_rename")
+"""Failpoints of writing a generation as foreign files, in the order in which it passes them."""
+
 ALL: Final = frozenset(
     DATASET_COMMIT
     + SELECTION_COMMIT
@@ -131,6 +134,7 @@ ALL: Final = frozenset(
     + REPAIR
     + COLLECT
     + CLIENT_SAVE
+    + CLIENT_EXPORT
     + ORIGIN
 )
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forebay.checkpoint.checkpointer import Checkpointer, CheckpointReport
     from forebay.checkpoint.dcp import StorageReader, StorageWriter
+    from forebay.checkpoint.dcp_folder import export_dcp
     from forebay.checkpoint.export import Exported, export_safetensors
-    from forebay.checkpoint.export_dcp import export_dcp
     from forebay.checkpoint.handle import Saved
     from forebay.checkpoint.importing import Imported, import_checkpoint
     from forebay.checkpoint.lazy import LazyTensor, Opened, open
@@ -39,7 +39,7 @@ __all__ = [
 _LAZY = {
     "Exported": "forebay.checkpoint.export",
     "Imported": "forebay.checkpoint.importing",
-    "export_dcp": "forebay.checkpoint.export_dcp",
+    "export_dcp": "forebay.checkpoint.dcp_folder",
     "export_safetensors": "forebay.checkpoint.export",
     "import_checkpoint": "forebay.checkpoint.importing",
     "CheckpointReport": "forebay.checkpoint.checkpointer",

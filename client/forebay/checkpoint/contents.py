@@ -80,10 +80,12 @@ class Contents:
         objects: dict[str, tuple[Any, PackRef]] = {}
         for pack in manifest.packs:
             try:
+                # Each rank saved a state of its own, whose names say nothing of the others'.
+                before = f"rank{pack.rank}/" if pack.description.get("separate") else ""
                 for index, entry in enumerate(pack.description.get("tensors", [])):
-                    _collect(found, pack, index, entry)
+                    _collect(found, pack, index, {**entry, "name": before + entry["name"]})
                 for name, encoded in pack.description.get("objects", {}).items():
-                    objects.setdefault(name, (encoded, pack))
+                    objects.setdefault(before + name, (encoded, pack))
             except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
                 raise IntegrityError(
                     f"description of rank {pack.rank}'s pack lacks or bends a field: {error!r}"
@@ -191,4 +193,6 @@ def _collect(
             f"tensor {entry['name']} of rank {pack.rank} does not fit its pack of "
             f"{pack.num_bytes} bytes; the description is damaged"
         )
+    if any(part.box == (offsets, sizes) for part in one.parts):
+        return  # saved by several ranks
     one.parts.append(TensorPart((offsets, sizes), pack.rank, index, pack_offset, num_bytes))

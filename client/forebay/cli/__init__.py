@@ -12,6 +12,8 @@ import click
 from forebay.cli.checkpoint_cat import cat_tensor
 from forebay.cli.checkpoint_delete import delete_checkpoint
 from forebay.cli.checkpoint_diff import diff_checkpoints
+from forebay.cli.checkpoint_export import export_checkpoint
+from forebay.cli.checkpoint_import import import_checkpoint
 from forebay.cli.checkpoint_list import list_checkpoints
 from forebay.cli.checkpoint_show import show_checkpoint
 from forebay.cli.checkpoint_verify import verify_checkpoint
@@ -78,6 +80,8 @@ for command in (
     verify_checkpoint,
     diff_checkpoints,
     cat_tensor,
+    export_checkpoint,
+    import_checkpoint,
     delete_checkpoint,
 ):
     checkpoint.add_command(command)

@@ -188,7 +188,9 @@ def test_commands_are_exactly_these(forebay_command) -> None:
             *("append", "columns", "delete", "head", "import", "list", "pin", "register"),
             *("select", "show", "split", "stats", "verify", "warm"),
         ],
-        "checkpoint": ["cat", "delete", "diff", "list", "show", "verify"],
+        "checkpoint": [
+            *("cat", "delete", "diff", "export", "import", "list", "show", "verify"),
+        ],
         "jobs": [],
         "why": [],
         "pin": [],
