@@ -137,7 +137,9 @@ class Restorer:
                 outcome = self._ranks.attempt(what, partial(self._load, prepared.result))
             damaged = bool(outcome.failures) and outcome.failed_only_with(IntegrityError)
             if damaged and selector == "latest":
-                reason = min(outcome.failures.items())[1][1]
+                rank, (_, reason) = min(outcome.failures.items())
+                if self._ranks.size > 1:
+                    reason = f"rank {rank}: {reason}"
                 _log.warning("generation %s is damaged, going back further: %s", generation, reason)
                 skipped.append(Skipped(attempt, step, reason))
                 continue

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import forebay
 from forebay.checkpoint import StorageReader, StorageWriter
 
-HANG_SECONDS = 25.0
+HANG_SECONDS = 100.0
 RESULT = "RESULT "
 
 Json = Any
@@ -262,9 +263,108 @@ def cached_plans(job: Job) -> None:
         assert torch.equal(zeros.to_local(), local)
 
 
+def local_value(tensor: DTensor) -> list[float]:
+    return tensor.to_local().unique().tolist()
+
+
+def damaged(job: Job) -> None:
+    """One file of the newest generation is bad, which only rank 2 needs: all go back together."""
+    a = job.arguments
+    mesh = DeviceMesh("cpu", list(range(job.size)))
+    weight = DTensor.from_local(torch.zeros(150, 1000), mesh, [Shard(0)], run_check=False)
+    checkpointer = forebay.Checkpointer(job.client, a["run"])
+    for step in (1, 2):
+        weight.to_local().fill_(a["base"] + 10.0 * step + job.rank)
+        checkpointer.save(step, state={"weight": weight}).wait("local", 60)
+    dist.barrier()
+    if job.rank == 0:
+        damage(Path(a["data"]), a["kind"], torch.full((300,), a["base"] + 22.0).numpy().tobytes())
+    dist.barrier()
+    found = checkpointer.restore("latest", state={"weight": weight})
+    assert found is not None
+    assert (found.attempt, found.step) == (1, 1)
+    assert [(one.attempt, one.step) for one in found.skipped] == [(1, 2)]
+    assert found.skipped[0].reason.startswith("rank 2: "), found.skipped
+    assert local_value(found.state["weight"]) == [a["base"] + 10.0 + job.rank]
+    assert checkpointer.attempt == 2
+    reasons: list[Any] = [None] * job.size
+    dist.all_gather_object(reasons, found.skipped[0].reason)
+    assert len(set(reasons)) == 1, reasons
+    weight.to_local().fill_(a["base"] + 30.0 + job.rank)
+    checkpointer.save(2, state={"weight": weight}).wait("local", 60)
+    found = checkpointer.restore("latest", state={"weight": weight})
+    assert found is not None
+    assert (found.attempt, found.step, found.skipped) == (2, 2, ())
+    assert local_value(found.state["weight"]) == [a["base"] + 30.0 + job.rank]
+    checkpointer.close()
+
+
+def damage(folder: Path, kind: str, pattern: bytes) -> None:
+    """Spoil the one file below *folder* that holds *pattern*."""
+    holding = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and "catalog" not in path.name and pattern in path.read_bytes()
+    ]
+    assert len(holding) == 1, holding
+    (path,) = holding
+    path.chmod(0o600)
+    data = path.read_bytes()
+    if kind == "flipped":
+        at = data.index(pattern) + 99
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    elif kind == "cut short":
+        path.write_bytes(data[: data.index(pattern) + 99])
+    else:
+        path.unlink()
+
+
+def resharded(job: Job) -> None:
+    """Bytes that this rank had read from the disk while it restored, and bytes that it needed."""
+    a = job.arguments
+    mesh = DeviceMesh("cpu", list(range(job.size)))
+    placement = Shard(a["dimension"])
+    shape, _ = compute_local_shape_and_global_offset(torch.Size(a["shape"]), mesh, (placement,))
+    weight = DTensor.from_local(
+        torch.zeros(shape),
+        mesh,
+        [placement],
+        run_check=False,
+        shape=torch.Size(a["shape"]),
+        stride=(a["shape"][1], 1),
+    )
+    checkpointer = forebay.Checkpointer(job.client, a["run"])
+    if a["saves"]:
+        generator = torch.Generator().manual_seed(job.rank)
+        weight.to_local().random_(generator=generator)
+        checkpointer.save(1, state={"weight": weight}).wait("local", 60)
+    else:
+        before = read_bytes()
+        found = checkpointer.restore("latest", state={"weight": weight})
+        assert found is not None
+        name = f"{job.rank}-{a['dimension']}.json"
+        needed = found.state["weight"].to_local().nbytes
+        Path(a["folder"], name).write_text(json.dumps([read_bytes() - before, needed]))
+    checkpointer.close()
+
+
+def read_bytes() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
 SCENARIOS: dict[str, Callable[[Job], None]] = {
     scenario.__name__: scenario
-    for scenario in (save_both, load_both, faults, separate, asynchronous, cached_plans)
+    for scenario in (
+        save_both,
+        load_both,
+        faults,
+        separate,
+        asynchronous,
+        cached_plans,
+        damaged,
+        resharded,
+    )
 }
 
 
