@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -22,10 +23,11 @@ import torch.distributed as dist
 from forebay.checkpoint.choice import Choice, Patterns
 from forebay.checkpoint.components import components
 from forebay.checkpoint.group import Ranks
-from forebay.checkpoint.handle import Keeper, Saved
+from forebay.checkpoint.handle import Keeper, Saved, SkippedSave
 from forebay.checkpoint.lazy import Opened, open_generation
+from forebay.checkpoint.overlapped import Overlap, SavedBehind
 from forebay.checkpoint.restore import Restorer, Resumed
-from forebay.checkpoint.save import Saver, SaveRequest
+from forebay.checkpoint.save import Saver, SaveRequest, SaveWork
 from forebay.checkpoint.service import CheckpointService, Client, parse_fork
 from forebay.runs import note_json
 from forebay.waiting import Deadline
@@ -64,6 +66,12 @@ class CheckpointReport:
     """Saves by the plan that the ranks had agreed on before."""
     num_planned: int = 0
     """Saves for which all ranks planned anew: the first one, and those after a change."""
+    num_overlapped: int = 0
+    overlapped_bytes: int = 0
+    """Copied while the training went on."""
+    wait_seconds_p50: float = 0.0
+    """Of overlapped saves: what ``wait_snapshot()`` and ``optimizer.step()`` waited for each."""
+    wait_seconds_p99: float = 0.0
 
 
 class Checkpointer:
@@ -88,6 +96,7 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer] | None = None,
         process_group: dist.ProcessGroup | None = None,
         timeout: float = TIMEOUT_SECONDS,
+        when_busy: str = "wait",
         keep: Keep | None = None,
         fork_from: str | tuple[str, str | int] | None = None,
         **stateful: Any,
@@ -95,7 +104,8 @@ class Checkpointer:
         """*keep*: what is kept of the run from its next attempt on, the same on all ranks; without
         it nothing changes. *fork_from*: ``"run"``, ``"run@SELECTOR"`` or ``(run, selector)`` of the
         generation of another run that this one begins from if it is new: ``restore()`` brings that
-        back until the run has one of its own."""
+        back until the run has one of its own. *when_busy*, ``"wait"`` or ``"skip"``, the same on
+        all ranks: what a save does while the two before it are still landing."""
         self.run = check_name("run", run)
         self._keep_json = None if keep is None else keep.to_json()
         self.timeout = timeout
@@ -103,6 +113,11 @@ class Checkpointer:
         self._components = components({"model": model, "optimizer": optimizer, **stateful})
         fork = None if fork_from is None else parse_fork(fork_from)
         self._service = CheckpointService(client, run, fork)
+        if when_busy not in ("wait", "skip"):
+            raise InvalidRequest(f"when_busy={when_busy!r}: use 'wait' or 'skip'")
+        self._when_busy = when_busy
+        self._overlap = Overlap(self._components)
+        self._num_overlapped = 0
         self._keeper = Keeper()
         self._ranks_: Ranks | None = None
         self._saver: Saver | None = None
@@ -137,9 +152,80 @@ class Checkpointer:
         in this attempt, Fenced if a newer attempt of the run exists, UnsupportedObject naming what
         cannot be saved, ResourceExhausted without room; then nothing was saved, on any rank. Only
         if a rank is gone (DeadlineExceeded) it may have been saved all the same, whole.
+
+        While the two saves before are still landing this waits for the first of them; with
+        ``when_busy="skip"`` it saves nothing then, on any rank, and answers an object that is false
+        and ``skipped``.
         """
-        self._check_step(step)
         started = time.monotonic()
+        self.settle_snapshot()
+        saver, request = self._begin(step, metrics, state, tags, note)
+        upload = saver.save(request)
+        if upload is None:
+            return SkippedSave(self._service, request.generation)
+        saved = Saved(self._service, request.generation, upload, self.timeout)
+        self._count(saved, upload.was_chunked)
+        self._keeper.follow(saved)
+        self._durations.append(time.monotonic() - started)
+        return saved
+
+    def save_overlapped(
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        state: Mapping[str, Any] | None = None,
+        *,
+        tags: Sequence[str] = (),
+        note: Mapping[str, Any] | None = None,
+    ) -> Saved:
+        """:meth:`save`, with the large tensors copied while forward and backward go on.
+
+        On return everything has been copied but parameters and optimizer state of 1 MiB and more
+        of the optimizers given to this Checkpointer: those must stay as they are until
+        :meth:`wait_snapshot`, which every ``optimizer.step()`` calls by itself. If one changes
+        before its copy has ended the save fails (Conflict) on all ranks, and nothing is saved.
+        What fails after the return is raised by :meth:`wait_snapshot`, and by the object returned.
+
+        The copy of what lies on a GPU runs on a stream of its own. Where the daemon's memory does
+        not hold the pack at once, everything is copied before this returns.
+        """
+        started = time.monotonic()
+        self.settle_snapshot()
+        saver, request = self._begin(step, metrics, state, tags, note, is_overlapped=True)
+        holder: list[SavedBehind] = []
+        is_there = threading.Event()
+
+        def sealed(work: SaveWork) -> None:
+            is_there.wait()
+            holder[0].sealed()
+            self._keeper.follow(holder[0])
+
+        try:
+            begun = self._overlap.start(saver, request, sealed, lambda: Deadline(self.timeout))
+            if begun is None:
+                return SkippedSave(self._service, request.generation)
+            work, snapshot = begun
+            saved = SavedBehind(self._service, request.generation, work.upload, self.timeout)
+            saved.follow(snapshot)
+            holder.append(saved)
+        finally:
+            is_there.set()
+        self._count(saved, work.upload.was_chunked)
+        self._num_overlapped += 1
+        self._durations.append(time.monotonic() - started)
+        return saved
+
+    def _begin(
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None,
+        state: Mapping[str, Any] | None,
+        tags: Sequence[str],
+        note: Mapping[str, Any] | None,
+        *,
+        is_overlapped: bool = False,
+    ) -> tuple[Saver, SaveRequest]:
+        self._check_step(step)
         deadline = Deadline(self.timeout)
         ranks = self._ranks()
         if not self._attempt:
@@ -148,16 +234,16 @@ class Checkpointer:
             self._saver = Saver(self._service, ranks, self._components)
         said = (tuple(map(check_tag, tags)), note_json(note))
         generation = GenerationId(self.run, self._attempt, step)
-        upload = self._saver.save(SaveRequest(generation, metrics, state, deadline, *said))
-        assert upload is not None
-        saved = Saved(self._service, generation, upload, self.timeout)
+        may_skip = self._when_busy == "skip"
+        return self._saver, SaveRequest(
+            generation, metrics, state, deadline, *said, may_skip, is_overlapped
+        )
+
+    def _count(self, saved: Saved, was_chunked: bool) -> None:
         self._last = saved
         self._num_saves += 1
-        self._saved_bytes += upload.num_bytes
-        self._num_chunked += upload.was_chunked
-        self._keeper.follow(saved)
-        self._durations.append(time.monotonic() - started)
-        return saved
+        self._saved_bytes += saved.num_bytes
+        self._num_chunked += was_chunked
 
     def restore(
         self,
@@ -189,6 +275,7 @@ class Checkpointer:
         if nothing could be verified; then the tensors here may hold a part of what was read.
         """
         self._check_open()
+        self.settle_snapshot()
         started = time.monotonic()
         ranks = self._ranks()
         restorer = Restorer(self._service, ranks, self._components)
@@ -217,13 +304,21 @@ class Checkpointer:
     def start(self) -> None:
         """Open a new attempt that stands on nothing: the training begins afresh."""
         self._check_open()
+        self.settle_snapshot()
         self._begin_attempt(self._ranks(), None)
 
     def wait_snapshot(self) -> None:
-        """Return when no copy of the state is under way: before the state changes.
+        """Return when the state may change: no copy of it is under way.
 
-        At once here, since ``save`` returns after its copy.
+        At once, unless :meth:`save_overlapped` copies still; then raises what made that fail, on
+        all ranks. Copies from a GPU are waited for by the compute stream and not by the host, and
+        their errors are raised by the next call after they are known.
         """
+        self._overlap.wait()
+
+    def settle_snapshot(self) -> None:
+        """:meth:`wait_snapshot`, and until the ranks know that all of them have sealed."""
+        self._overlap.settle()
 
     def report(self) -> CheckpointReport:
         """What saving and restoring cost on this rank so far."""
@@ -239,6 +334,10 @@ class Checkpointer:
             *self._restored,
             num_reused=self._saver.num_reused if self._saver else 0,
             num_planned=self._saver.num_planned if self._saver else 0,
+            num_overlapped=self._num_overlapped,
+            overlapped_bytes=self._overlap.num_bytes,
+            wait_seconds_p50=self._overlap.waited(50),
+            wait_seconds_p99=self._overlap.waited(99),
         )
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:
@@ -252,6 +351,7 @@ class Checkpointer:
         self._is_closed = True
         atexit.unregister(self._at_exit)
         try:
+            self._overlap.close()
             self._say_what_became(timeout)
         finally:
             self._keeper.stop()

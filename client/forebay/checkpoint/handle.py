@@ -42,6 +42,9 @@ class Saved:
     then it keeps the pack's memory mapped, so that a daemon which restarts meanwhile gets it again.
     """
 
+    skipped = False
+    """Whether nothing was saved: only with ``when_busy="skip"``."""
+
     def __init__(
         self,
         service: CheckpointService,
@@ -217,6 +220,42 @@ class Saved:
         self._error = error
         self._upload.close()
         raise error
+
+
+class SkippedSave(Saved):
+    """A save that was skipped on all ranks, for earlier ones were still landing. It is false."""
+
+    skipped = True
+
+    def __init__(self, service: CheckpointService, generation: GenerationId) -> None:
+        self.generation = generation
+        self.num_bytes = 0
+        self._service = service
+        self._reached = Durability.NONE
+
+    def __bool__(self) -> bool:
+        return False
+
+    @property
+    def durability(self) -> Durability:
+        return Durability.NONE
+
+    def reached(self, durability: str) -> bool:
+        _check(durability)
+        return False
+
+    def wait(self, durability: str = "local", timeout: float | None = None) -> None:
+        _check(durability)
+        raise InvalidRequest(
+            f"generation {self.generation} was skipped, for two earlier saves were still landing "
+            "(when_busy='skip'): look at .skipped first"
+        )
+
+    def on(self, durability: str, callback: Callable[[Saved], object]) -> None:
+        """Never called: nothing was saved."""
+
+    def release(self) -> None:
+        """There is nothing to let go of."""
 
 
 class Keeper:

@@ -49,6 +49,7 @@ class SaveRequest:
     tags: tuple[str, ...] = ()
     note_json: str = ""
     may_skip: bool = False
+    is_overlapped: bool = False
 
 
 @dataclass
@@ -121,11 +122,36 @@ class Saver:
             self.num_reused += 1
             return work
         self._plan_together(work)
-        work.state = NEW
-        if self._join(work, lambda: self._act_by_new_plan(work, act)) != SEALED:
-            raise Conflict(f"could not {work.what}: the ranks lost each other; save another step")
-        self.num_planned += 1
+        self._join_sealed(work, lambda: self._act_by_new_plan(work, act))
         return work
+
+    def begin_overlapped(
+        self,
+        request: SaveRequest,
+        start: Callable[[SaveWork], None],
+        rest: Callable[[SaveWork], None],
+    ) -> tuple[SaveWork, Callable[[], None]] | None:
+        """Plan if need be and *start* here; what is left to do on another thread: *rest*, and to
+        hear of the other ranks, whose errors that raises. None if all ranks skip it."""
+        work = SaveWork(request, self._terms(request, ""))
+        error = self._ask(work)
+        if error is None and work.state == BEGUN:
+            error = _caught(lambda: start(work))
+            if error is None:
+                self.num_reused += 1
+                return work, lambda: self._join_sealed(work, lambda: rest(work))
+        if self._join(work, lambda: _go_on(work, error, _nothing)) == SKIP:
+            return None
+        self._plan_together(work)
+        error = _caught(lambda: self._act_by_new_plan(work, start))
+        if error is not None:  # the others hear of it while they copy
+            self._join(work, lambda: _go_on(work, error, _nothing))
+        return work, lambda: self._join_sealed(work, lambda: rest(work))
+
+    def _join_sealed(self, work: SaveWork, act: Callable[[], None]) -> None:
+        if self._join(work, act) != SEALED:
+            work.drop()
+            raise _lost(work)
 
     # ------------------------------------------------------------------------------------ asking
 
@@ -216,6 +242,8 @@ class Saver:
         keep = self._ranks.scatter(what, answers)
         self._ranks.together(what, lambda: _raise(error, keep))
         self._plan = CachedPlan(self._number, local, offered, keep, structure)
+        self.num_planned += 1
+        work.state = NEW
 
     def _act_by_new_plan(self, work: SaveWork, act: Callable[[SaveWork], None]) -> None:
         assert self._plan is not None
@@ -237,6 +265,11 @@ class Saver:
     # ------------------------------------------------------------------------------- copy, seal
 
     def _copy_and_seal(self, work: SaveWork) -> None:
+        self.copy(work)
+        seal_work(work)
+
+    def copy(self, work: SaveWork) -> None:
+        """All of the pack, on this thread."""
         try:
             work.upload.copy(work.request.deadline)
         except (NotFound, DaemonUnavailable) as error:
@@ -244,8 +277,6 @@ class Saver:
             _log.warning("the daemon went away while a pack was copied (%s); copying again", error)
             work.drop()
             work.uploads.append(self._copied_anew(work))
-        seal(work.upload)
-        work.state = SEALED
 
     def _copied_anew(self, work: SaveWork) -> PackUpload:
         def copy() -> PackUpload:
@@ -292,6 +323,8 @@ class Saver:
         if states & {BEGUN, SEALED}:  # the daemon restarted between one rank's answer and another's
             self._all_sealed(work)
         work.drop()
+        if work.request.is_overlapped:
+            raise _lost(work)
         return REPLAN
 
     def _leave_nothing(self, work: SaveWork) -> None:
@@ -329,6 +362,34 @@ def _go_on(work: SaveWork, error: Exception | None, act: Callable[[SaveWork], No
         raise error
     if work.state == BEGUN:
         act(work)
+
+
+def seal_work(work: SaveWork) -> None:
+    """Hand over what has been copied: the daemon lands it without this process."""
+    deadline = work.request.deadline
+    work.upload.stall_seconds = deadline.seconds - deadline.remaining
+    seal(work.upload)
+    work.state = SEALED
+
+
+def _caught(act: Callable[[], None]) -> Exception | None:
+    """The error of *act*, which other ranks have to hear of."""
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001 - it is raised again on every rank
+        return error
+    return None
+
+
+def _nothing(work: SaveWork) -> None:
+    """What a rank does that only listens."""
+
+
+def _lost(work: SaveWork) -> Conflict:
+    return Conflict(
+        f"could not {work.what}: the daemon restarted meanwhile, and the state has moved on since; "
+        "nothing of it is saved: save another step"
+    )
 
 
 def _end_unsealed(uploads: Sequence[PackUpload]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-import numpy as np
 import torch
 
 from forebay.checkpoint.layout import Extent, Layout, padded, place
@@ -55,6 +55,7 @@ class Source:
     data: torch.Tensor | memoryview
     tensors: tuple[torch.Tensor, ...] = ()
     """Those whose bytes these are: names of one tensor, or views that overlap."""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,8 @@ def _address(part: Part) -> int:
 
 def _source(stored: _Stored, offset: int, tensors: Sequence[torch.Tensor]) -> Source:
     members = tuple(tensors[index] for index, _ in stored.members)
-    return Source(offset, stored.num_bytes, _bytes_of(stored, tensors), members)
+    name = str(stored.name[1])
+    return Source(offset, stored.num_bytes, _bytes_of(stored, tensors), members, name)
 
 
 def _bytes_of(stored: _Stored, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -310,6 +312,7 @@ def copy_bytes(target: torch.Tensor, source: Source, start: int, stop: int) -> N
     # A piece of a tensor (chunked save) is addressed by bytes, which needs them in a row.
     flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     if flat.device.type == "cpu" and stop - start < PARALLEL_BYTES:
-        np.copyto(target.numpy(), flat.numpy()[start:stop])
+        # Not by numpy(): that would leave the storage unable to be resized for ever.
+        ctypes.memmove(target.data_ptr(), flat.data_ptr() + start, stop - start)
     else:
         target.copy_(flat[start:stop])

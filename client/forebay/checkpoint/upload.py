@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from forebay.checkpoint.layout import Piece, pieces
+from forebay.checkpoint.samples import check_staged
 from forebay.checkpoint.service import CheckpointService, PackTerms, PlanAsk
 from forebay.checkpoint.snapshot import Pack, Source
 from forebay.transfer import UploadSlot
@@ -88,6 +89,8 @@ class PackUpload:
         self._incarnation = ""
         self._sequence = 0
         self._copied: _Copied | None = None
+        self.stall_seconds = 0.0
+        """How long this save has held its rank up so far; kept with the generation."""
         self.reason = ""
         """Why the daemon did not let this begin."""
 
@@ -145,6 +148,8 @@ class PackUpload:
             self._append(last, deadline)
             last = Piece(last.stop, last.stop, ())
         self._fill(last)
+        if not self.was_chunked:
+            check_staged(pack.sources, self._slot.buffer)
         self._finish(last)
 
     def copy_some(self, chosen: Collection[Source]) -> memoryview:
@@ -188,6 +193,7 @@ class PackUpload:
                 description_bytes=self._copied.description_bytes,
                 metrics_json=terms.metrics_json,
                 dataset_json=terms.dataset_json,
+                stall_seconds=self.stall_seconds,
                 tags=terms.tags,
                 note_json=terms.note_json,
             )
