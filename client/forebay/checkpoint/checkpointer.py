@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from forebay.checkpoint.advise import Advice, advise
 from forebay.checkpoint.choice import Choice, Patterns
 from forebay.checkpoint.components import components
 from forebay.checkpoint.group import Ranks
@@ -72,6 +73,8 @@ class CheckpointReport:
     wait_seconds_p50: float = 0.0
     """Of overlapped saves: what ``wait_snapshot()`` and ``optimizer.step()`` waited for each."""
     wait_seconds_p99: float = 0.0
+    advice: Advice | None = None
+    """How often to save, if ``report`` was told how often the run fails."""
 
 
 class Checkpointer:
@@ -320,8 +323,10 @@ class Checkpointer:
         """:meth:`wait_snapshot`, and until the ranks know that all of them have sealed."""
         self._overlap.settle()
 
-    def report(self) -> CheckpointReport:
-        """What saving and restoring cost on this rank so far."""
+    def report(self, mtbf: float | None = None) -> CheckpointReport:
+        """What saving and restoring cost on this rank so far; with *mtbf*, the seconds between two
+        failures of the run, also how often to save (see ``forebay.checkpoint.advise``)."""
+        advice = None if mtbf is None else advise(mtbf, list(self._durations))
         durations = np.array(self._durations or [0.0])
         p50, p99 = (float(value) for value in np.percentile(durations, [50, 99]))
         return CheckpointReport(
@@ -338,6 +343,7 @@ class Checkpointer:
             overlapped_bytes=self._overlap.num_bytes,
             wait_seconds_p50=self._overlap.waited(50),
             wait_seconds_p99=self._overlap.waited(99),
+            advice=advice,
         )
 
     def close(self, timeout: float = CLOSE_SECONDS) -> None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import click
 
+from forebay.cli.checkpoint_advise import advise_interval
 from forebay.cli.checkpoint_cat import cat_tensor
 from forebay.cli.checkpoint_delete import delete_checkpoint
 from forebay.cli.checkpoint_diff import diff_checkpoints
@@ -82,6 +83,7 @@ for command in (
     cat_tensor,
     export_checkpoint,
     import_checkpoint,
+    advise_interval,
     delete_checkpoint,
 ):
     checkpoint.add_command(command)

@@ -117,6 +117,21 @@ def test_show_has_a_tree_and_warns_of_nan(forebay_command, data: Path) -> None:
     assert forebay_command(*arguments[:-3], "--depth", 0, *arguments[-3:]).json["modules"] == []
 
 
+def test_advice_goes_by_what_saves_cost(forebay_command, data: Path) -> None:
+    arguments = ("checkpoint", "advise", "run", "--mtbf", "6h", "--step-seconds", 0.5)
+    found = forebay_command(*arguments, "--data", data, "--json").json
+    shown = forebay_command("checkpoint", "show", "run@2", "--data", data, "--json").json
+    assert 0 < shown["stall_seconds"] < 60
+    assert found["num_saves"] == 3
+    assert 0 < found["cost_seconds"] < 60
+    expected = (2 * found["cost_seconds"] * 6 * 3600) ** 0.5
+    assert found["interval_seconds"] == pytest.approx(expected, rel=0.2)
+    assert found["interval_steps"] == round(found["interval_seconds"] / 0.5)
+    given = forebay_command(*arguments, "--cost", "2s", "--data", data)
+    assert "2.000 s (given)" in given.out
+    assert "4.9 min (Daly)" in given.out
+
+
 def test_verify_of_what_is_good(forebay_command, data: Path) -> None:
     ended = forebay_command("checkpoint", "verify", "run@1", "--data", data, "--json")
     assert ended.status == ExitCode.OK

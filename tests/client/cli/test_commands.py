@@ -189,7 +189,7 @@ def test_commands_are_exactly_these(forebay_command) -> None:
             *("select", "show", "split", "stats", "verify", "warm"),
         ],
         "checkpoint": [
-            *("cat", "delete", "diff", "export", "import", "list", "show", "verify"),
+            *("advise", "cat", "delete", "diff", "export", "import", "list", "show", "verify"),
         ],
         "jobs": [],
         "why": [],
