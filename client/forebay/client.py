@@ -279,14 +279,23 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
 
         return drop_columns(self, self.dataset(name) if base is None else base, columns)
 
-    def delete_dataset(self, name: str, *, now: bool = False) -> bool:
+    def delete_dataset(self, name: str, *, now: bool = False, force: bool = False) -> bool:
         """Put a dataset with all versions into the trash; whether it existed.
 
         Its name is free, and :meth:`restore_trash` brings it back within the daemon's grace
-        period. *now*: it goes for good, in the object tier first.
+        period. *now*: it goes for good, in the object tier first. Conflict while a committed
+        checkpoint stands on a version of it, which *force* takes its data from.
         """
-        request = datasets_pb2.DeleteDatasetRequest(name=check_name("dataset", name), now=now)
-        return self.channel.call(Datasets.DeleteDataset, request, timeout=DELETE_SECONDS).existed
+        return self.remove_dataset(name, now=now, force=force).existed
+
+    def remove_dataset(
+        self, name: str, *, now: bool = False, force: bool = False
+    ) -> datasets_pb2.DeleteDatasetResponse:
+        """:meth:`delete_dataset`, with the checkpoints that stood on it."""
+        request = datasets_pb2.DeleteDatasetRequest(
+            name=check_name("dataset", name), now=now, force=force
+        )
+        return self.channel.call(Datasets.DeleteDataset, request, timeout=DELETE_SECONDS)
 
     def define_splits(
         self, name: str, version: int, shares: Mapping[str, float], seed: int = 0

@@ -439,7 +439,9 @@ def _check_same_step(asides: Sequence[Json]) -> None:
 def _dataset_json(states: Any) -> str:
     """What the loader says of its dataset version and position, if one is saved along."""
     for state in states:
-        if isinstance(state, dict) and {"dataset", "version"} <= set(state):
+        if not isinstance(state, dict):
+            continue
+        if {"dataset", "version"} <= set(state) or state.get("kind") == "mixture":
             try:
                 return to_json(state)
             except (TypeError, ValueError):

@@ -15,9 +15,12 @@ from forebay_wire.errors import NotFound
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--now", is_flag=True, help="For good, not into the trash.")
+@click.option("--force", is_flag=True, help="Also if checkpoints stand on it; names them.")
 @click.option("--missing-ok", is_flag=True, help="A dataset that does not exist is no failure.")
 @with_session
-def delete_dataset(session: Session, name: str, yes: bool, now: bool, missing_ok: bool) -> None:
+def delete_dataset(
+    session: Session, name: str, yes: bool, now: bool, force: bool, missing_ok: bool
+) -> None:
     """Put a dataset with all its versions and splits into the trash (see forebay trash)."""
     with session.connect() as client:
         confirm(
@@ -25,11 +28,19 @@ def delete_dataset(session: Session, name: str, yes: bool, now: bool, missing_ok
             is_sure=yes,
         )
         with telling(client, f"dataset {name}") as made:
-            existed = client.delete_dataset(name, now=now)
+            answer = client.remove_dataset(name, now=now, force=force)
+    existed, stranded = answer.existed, list(answer.stranded)
     if not existed and not missing_ok:
         raise NotFound(f"there is no dataset {name!r}: forebay dataset list shows what there is")
     said = f"There was no dataset {name!r}."
     if existed:
         said = f"Deleted dataset {name!r}. {way_back(made)}"
-    value = {"name": name, "existed": existed, "trash": [record(one) for one in made]}
+    if stranded:
+        said += f" Checkpoints that stood on it: {', '.join(stranded)}."
+    value = {
+        "name": name,
+        "existed": existed,
+        "stranded": stranded,
+        "trash": [record(one) for one in made],
+    }
     session.show(value, lambda: print(said))

@@ -8,6 +8,7 @@ from typing import Final
 
 from forebay_server.catalog import queries_why as queries
 from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_bindings import generations_on
 from forebay_server.catalog.queries_datasets import find_dataset
 from forebay_server.catalog.queries_history import Event, list_events
 from forebay_server.catalog.queries_jobs import COPY, Job
@@ -100,8 +101,8 @@ class Story:
         if subject.kind == "blob" and not number and not events:
             raise NotFound(f"there is no {subject}, and nothing is known of its past")
         blob = subject.name if subject.kind == "blob" else ""
-        kept_by = queries.owners_of(connection, blob) if blob else []
-        policy, source = self._policy(connection, subject, kept_by)
+        kept_by = queries.owners_of(connection, blob) if blob else _standing(connection, subject)
+        policy, source = self._policy(connection, subject, kept_by if blob else [])
         copies = queries.count_copies(connection, blobs)
         pins = self._pins(connection, subject, name)
         jobs = queries.jobs_about(connection, manifests, blobs, MAX_JOBS)
@@ -238,6 +239,15 @@ def describe(policy: Policy) -> str:
         parts.append(f"what nobody used for {after:g} s leaves {kind}")
     parts.extend(f"copies in {kind} are {name}" for kind, name in policy.encoding.items())
     return "; ".join(parts)
+
+
+def _standing(connection: Connection, subject: Subject) -> list[str]:
+    """The generations because of which a dataset cannot be deleted, with the version of each."""
+    if subject.kind != "dataset":
+        return []
+    found = generations_on(connection, subject.name, subject.version)
+    listed = [f"generation {one.generation} (version {one.version})" for one in found]
+    return listed[: queries.MAX_NAMED]
 
 
 def _owner_of(kept_by: str) -> str:

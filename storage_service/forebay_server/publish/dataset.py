@@ -12,6 +12,11 @@ from typing import Any, Final, Protocol
 
 from forebay_server.catalog import queries_datasets as queries
 from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.catalog.queries_bindings import (
+    Standing,
+    check_nothing_stands_on,
+    generations_on,
+)
 from forebay_server.catalog.queries_datasets import (
     DatasetInfo,
     DatasetSummary,
@@ -355,19 +360,29 @@ class Datasets:
 
     # ----------------------------------------------------------------------------------- delete
 
-    async def delete(self, name: str) -> bool:
+    async def standing_on(self, name: str) -> Sequence[Standing]:
+        """The committed generations whose loaders go on in a version of the dataset."""
+        check_name("dataset", name)
+        return await self._catalog.read(lambda connection: generations_on(connection, name))
+
+    async def delete(self, name: str, *, force: bool = False) -> bool:
         """Put a dataset with all versions and selections into the trash; whether there was one.
 
         It is gone for readers at once, and its name is free. On return the object tier says so
-        too. Without a grace period as :meth:`delete_now`.
+        too. Without a grace period as :meth:`delete_now`. :class:`Conflict` while a committed
+        generation stands on it, unless *force*.
         """
         if not self._trash_seconds:
-            return await self.delete_now(name)
+            return await self.delete_now(name, force=force)
         check_name("dataset", name)
         grace = self._trash_seconds
-        doomed = await self._catalog.write(
-            lambda connection: trash_dataset(connection, name, grace)
-        )
+
+        def forget(connection: Connection) -> list[str]:
+            if not force:
+                check_nothing_stands_on(connection, name)
+            return trash_dataset(connection, name, grace)
+
+        doomed = await self._catalog.write(forget)
         self._jobs.wake()
         for manifest in doomed:
             job = await self._jobs.wait(TOMBSTONE, manifest, DELETE_SECONDS)
@@ -378,17 +393,22 @@ class Datasets:
                 )
         return bool(doomed)
 
-    async def delete_now(self, name: str) -> bool:
+    async def delete_now(self, name: str, *, force: bool = False) -> bool:
         """Delete a dataset with all versions and selections for good; whether there was one.
 
         It is gone for readers at once. On return it is gone from the object tier too, its bytes
         with it unless something else names them. :class:`DeadlineExceeded` if the object tier takes
-        longer: the rest goes on in the background, and after a restart.
+        longer: the rest goes on in the background, and after a restart. :class:`Conflict` while a
+        committed generation stands on it, unless *force*.
         """
         check_name("dataset", name)
-        doomed = await self._catalog.write(
-            lambda connection: queries.delete_dataset(connection, name)
-        )
+
+        def forget(connection: Connection) -> list[str]:
+            if not force:
+                check_nothing_stands_on(connection, name)
+            return queries.delete_dataset(connection, name)
+
+        doomed = await self._catalog.write(forget)
         self._jobs.wake()
         for manifest in doomed:
             job = await self._jobs.wait(DELETE, manifest, DELETE_SECONDS)

@@ -176,7 +176,11 @@ class DatasetsService(datasets_pb2_grpc.DatasetsServicer):
         self, request: messages.DeleteDatasetRequest, context: Context
     ) -> messages.DeleteDatasetResponse:
         delete = self._datasets.delete_now if request.now else self._datasets.delete
-        return messages.DeleteDatasetResponse(existed=await delete(request.name))
+        standing = await self._datasets.standing_on(request.name)
+        existed = await delete(request.name, force=request.force)
+        return messages.DeleteDatasetResponse(
+            existed=existed, stranded=[str(one.generation) for one in standing]
+        )
 
     async def RegisterOrigins(
         self, request: messages.RegisterOriginsRequest, context: Context

@@ -225,6 +225,44 @@ def test_durability_is_typed_recorded_and_told(
         make().restore(durability="replicated")
 
 
+# ---------------------------------------------------------------------------------------- datasets
+
+
+def a_dataset(client: forebay.Client, name: str) -> forebay.Dataset:
+    with client.create_dataset(name) as writer:
+        for number in range(10):
+            writer.write(x=number)
+    return client.dataset(name)
+
+
+def test_a_dataset_stays_while_a_generation_stands_on_it(
+    client: forebay.Client, make: Make, run: str
+) -> None:
+    name, other = f"{run}-data", f"{run}-other"
+    mixture = forebay.Mixture(
+        {"a": a_dataset(client, name), "b": a_dataset(client, other)},
+        {"a": 1, "b": 1},
+        num_samples=10,
+    )
+    with forebay.DataLoader(client.dataset(name), global_batch_size=2) as loader:
+        make(loader=loader).save(1).wait("local")
+    with forebay.DataLoader(mixture, global_batch_size=2) as loader:
+        make(f"{run}-mixed", loader=loader).save(1).wait("local")
+    assert client.run(run).get(1).dataset["dataset"] == name
+    for now in (True, False):
+        with pytest.raises(forebay.Conflict, match=rf"2 committed.*{run}@1/1.*{run}-mixed@1/1"):
+            client.delete_dataset(name, now=now)
+        with pytest.raises(forebay.Conflict, match=rf"1 committed.*{run}-mixed@1/1"):
+            client.delete_dataset(other, now=now)
+    kept = client.why(f"dataset {name}").kept_by
+    assert kept == [f"generation {run}@1/1 (version 1)", f"generation {run}-mixed@1/1 (version 1)"]
+    client.delete_checkpoints(f"{run}-mixed")
+    assert client.delete_dataset(other, now=True)
+    assert list(client.remove_dataset(name, force=True).stranded) == [f"{run}@1/1"]
+    a_dataset(client, name)  # another one of that name: nothing stands on it
+    assert client.delete_dataset(name, now=True)
+
+
 # ----------------------------------------------------------------------------------------- readers
 
 READER = """
