@@ -62,7 +62,7 @@ from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.movement import Movement
 from forebay_server.node_tiers import open_tiers
-from forebay_server.observe.metrics import Metrics
+from forebay_server.observe.metrics import Metrics, Sample
 from forebay_server.origins import find_sources
 from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.dataset import Datasets
@@ -465,6 +465,8 @@ class Daemon:
             *await self._status.read_samples(),
             *self._ahead.samples(),
             *self._integrity.samples(),
+            Sample("forebay_landed_bytes", (), self._uploads.recorder.landed_bytes),
+            Sample("forebay_shared_bytes", (), self._uploads.recorder.shared_bytes),
         ]
         return self._metrics.render(samples)
 

@@ -135,6 +135,9 @@ def _print(value: dict[str, Any], *, show_all: bool, shows_figures: bool) -> Non
         ("metrics", json.dumps(value["metrics"])),
         ("manifest", value["manifest"] or "–"),
     ]
+    if value["shared_bytes"]:
+        written = value["num_bytes"] - value["shared_bytes"]
+        fields.append(("written", f"{size(written)}; the run had the rest already"))
     if value["stall_seconds"]:
         fields.append(("held up by the save", f"{value['stall_seconds']:.3f} s"))
     if value["tags"]:

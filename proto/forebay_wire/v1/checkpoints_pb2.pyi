@@ -139,7 +139,7 @@ class WaitGenerationRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., durability: _Optional[str] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class Generation(_message.Message):
-    __slots__ = ("run", "attempt", "step", "state", "durability", "manifest", "num_ranks", "num_bytes", "created_unix", "metrics_json", "has_parent", "parent_attempt", "parent_step", "error", "tags", "is_pinned", "pin_reason", "pin_expires_unix", "note_json", "dataset_json", "ram_unix", "local_unix", "remote_unix", "parent_run", "stall_seconds")
+    __slots__ = ("run", "attempt", "step", "state", "durability", "manifest", "num_ranks", "num_bytes", "created_unix", "metrics_json", "has_parent", "parent_attempt", "parent_step", "error", "tags", "is_pinned", "pin_reason", "pin_expires_unix", "note_json", "dataset_json", "ram_unix", "local_unix", "remote_unix", "parent_run", "stall_seconds", "shared_bytes")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class Generation(_message.Message):
     REMOTE_UNIX_FIELD_NUMBER: _ClassVar[int]
     PARENT_RUN_FIELD_NUMBER: _ClassVar[int]
     STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     step: int
@@ -190,7 +191,8 @@ class Generation(_message.Message):
     remote_unix: float
     parent_run: str
     stall_seconds: float
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[str] = ..., durability: _Optional[str] = ..., manifest: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., metrics_json: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., error: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., is_pinned: _Optional[bool] = ..., pin_reason: _Optional[str] = ..., pin_expires_unix: _Optional[float] = ..., note_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., ram_unix: _Optional[float] = ..., local_unix: _Optional[float] = ..., remote_unix: _Optional[float] = ..., parent_run: _Optional[str] = ..., stall_seconds: _Optional[float] = ...) -> None: ...
+    shared_bytes: int
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., state: _Optional[str] = ..., durability: _Optional[str] = ..., manifest: _Optional[str] = ..., num_ranks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., created_unix: _Optional[float] = ..., metrics_json: _Optional[str] = ..., has_parent: _Optional[bool] = ..., parent_attempt: _Optional[int] = ..., parent_step: _Optional[int] = ..., error: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., is_pinned: _Optional[bool] = ..., pin_reason: _Optional[str] = ..., pin_expires_unix: _Optional[float] = ..., note_json: _Optional[str] = ..., dataset_json: _Optional[str] = ..., ram_unix: _Optional[float] = ..., local_unix: _Optional[float] = ..., remote_unix: _Optional[float] = ..., parent_run: _Optional[str] = ..., stall_seconds: _Optional[float] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
 
 class GetGenerationRequest(_message.Message):
     __slots__ = ("run", "attempt", "step")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import (
     Connection,
@@ -388,7 +388,18 @@ def _check_descriptions(connection: Connection, generation: GenerationId) -> Non
     )
 
 
-def land_pack(connection: Connection, session: str, blob: str, num_bytes: int) -> str | None:
+class Landed(Protocol):
+    """What is needed of :class:`forebay_server.publish.session.LandedBlob`."""
+
+    @property
+    def blob(self) -> str: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+
+
+def land_pack(connection: Connection, session: str, landed: Landed) -> str | None:
     """A sealed pack's blob is durable on this node; the manifest that this committed, if any.
 
     Of two last ranks exactly one sees the other's pack landed: the generation's row is locked. The
@@ -401,7 +412,12 @@ def land_pack(connection: Connection, session: str, blob: str, num_bytes: int) -
     connection.execute(
         update(packs)
         .where(packs.c.session == session)
-        .values(state=PackState.LANDED, blob=blob, num_bytes=num_bytes)
+        .values(
+            state=PackState.LANDED,
+            blob=landed.blob,
+            num_bytes=landed.num_bytes,
+            shared_bytes=landed.shared_bytes,
+        )
     )
     generation = pack.generation
     if _state_by_packs(connection, generation) is not GenerationState.COMMITTED:

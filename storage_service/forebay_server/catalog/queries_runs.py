@@ -70,6 +70,8 @@ class GenerationInfo:
     local_unix: float = 0.0
     remote_unix: float = 0.0
     stall_seconds: float = 0.0
+    shared_bytes: int = 0
+    """Of ``num_bytes``: what the run, or this generation twice, had already when it landed."""
     """How long the save held its slowest rank up; 0: not known."""
 
 
@@ -121,6 +123,7 @@ def _generation_rows() -> Select[Any]:
             packs.c.attempt,
             packs.c.step,
             func.sum(packs.c.num_bytes).label("num_bytes"),
+            func.sum(packs.c.shared_bytes).label("shared_bytes"),
             func.sum(sealed).label("num_sealed"),
         )
         .group_by(packs.c.run, packs.c.attempt, packs.c.step)
@@ -132,6 +135,7 @@ def _generation_rows() -> Select[Any]:
         attempts.c.parent_attempt,
         attempts.c.parent_step,
         sums.c.num_bytes,
+        sums.c.shared_bytes,
         sums.c.num_sealed,
         manifest_remote.c.at.label("remote_at"),
         or_(generations.c.pin_expires.is_(None), generations.c.pin_expires > now()).label("holds"),
@@ -178,6 +182,7 @@ def _generation_info(row: Row[Any]) -> GenerationInfo:
         local_unix=row.committed or 0.0,
         remote_unix=row.remote_at or 0.0,
         stall_seconds=row.stall,
+        shared_bytes=row.shared_bytes or 0,
     )
 
 

@@ -9,15 +9,9 @@ from typing import Any
 from sqlalchemy import Connection, and_, distinct, exists, func, insert, select
 
 from forebay_server.catalog.queries_blobs import batches, insert_blob
-from forebay_server.catalog.tables import (
-    attempts,
-    extents,
-    files,
-    generations,
-    manifest_remote,
-    packs,
-    replicas,
-)
+from forebay_server.catalog.queries_lineage import Ancestor, ancestors
+from forebay_server.catalog.queries_runs import at
+from forebay_server.catalog.tables import extents, files, manifest_remote, packs, replicas
 from forebay_server.model.encodings import PIECES
 from forebay_server.model.extents import ObjectExtent
 from forebay_server.model.sharing import Named, unsafe
@@ -44,30 +38,17 @@ class SourceReplica:
     is_remote: bool
 
 
-def shareable(
-    connection: Connection, generation: GenerationId, tier: str, node: str
-) -> list[SourceReplica]:
-    """The replicas in *tier* of the packs that *generation*'s run committed last, and of the
-    generation that its attempt stands on; those newest first."""
-    mine = and_(attempts.c.run == generation.run, attempts.c.attempt == generation.attempt)
-    row = connection.execute(select(attempts).where(mine)).one_or_none()
-    columns = (generations.c.run, generations.c.attempt, generations.c.step, generations.c.manifest)
-    committed = select(*columns).where(generations.c.state == "committed")
-    own = committed.where(generations.c.run == generation.run)
-    found = list(connection.execute(own.order_by(generations.c.created.desc()).limit(RECENT)))
-    if row is not None and row.parent_attempt is not None:
-        parent = own.where(
-            generations.c.attempt == row.parent_attempt, generations.c.step == row.parent_step
-        )
-        found += [one for one in connection.execute(parent) if one not in found]
+def shareable(connection: Connection, run: str, tier: str, node: str) -> list[SourceReplica]:
+    """The replicas in *tier* of the packs of the last generations that *run* stands on, its own or
+    those of the run that it was forked from; newest first."""
     return [
         SourceReplica(row.replica, row.blob, row.file, row.encoding, bool(row.is_remote))
-        for one in found
+        for one in ancestors(connection, run, RECENT)
         for row in _replicas(connection, one, tier, node)
     ]
 
 
-def _replicas(connection: Connection, one: Any, tier: str, node: str) -> Sequence[Any]:
+def _replicas(connection: Connection, one: Ancestor, tier: str, node: str) -> Sequence[Any]:
     remote = exists().where(manifest_remote.c.manifest == one.manifest)
     return connection.execute(
         select(
@@ -80,9 +61,7 @@ def _replicas(connection: Connection, one: Any, tier: str, node: str) -> Sequenc
         .join(packs, packs.c.blob == replicas.c.blob)
         .join(extents, and_(extents.c.replica == replicas.c.replica, extents.c.seq == 0))
         .where(
-            packs.c.run == one.run,
-            packs.c.attempt == one.attempt,
-            packs.c.step == one.step,
+            at(GenerationId(one.run, one.attempt, one.step), packs),
             replicas.c.tier == tier,
             replicas.c.node == node,
             replicas.c.state == "live",
@@ -91,15 +70,11 @@ def _replicas(connection: Connection, one: Any, tier: str, node: str) -> Sequenc
     ).all()
 
 
-def generation_of(connection: Connection, blob: str) -> GenerationId | None:
-    """A generation that has *blob* as a pack, None without one."""
-    row = connection.execute(
-        select(packs.c.run, packs.c.attempt, packs.c.step)
-        .where(packs.c.blob == blob)
-        .order_by(packs.c.created)
-        .limit(1)
-    ).one_or_none()
-    return GenerationId(*row) if row is not None else None
+def run_of_pack(connection: Connection, blob: str) -> str | None:
+    """A run that has *blob* as a pack, None without one."""
+    found = select(packs.c.run).where(packs.c.blob == blob).order_by(packs.c.created).limit(1)
+    run: str | None = connection.scalar(found)
+    return run
 
 
 def num_sharers(connection: Connection, names: Sequence[str]) -> dict[str, int]:

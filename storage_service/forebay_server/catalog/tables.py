@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 
 metadata: Final = MetaData()
 
@@ -289,6 +289,8 @@ packs = Table(
     Column("session", _name(32), nullable=False, unique=True),
     Column("blob", ForeignKey("blobs.blob")),
     Column("num_bytes", BigInteger, nullable=False),
+    # Of those, what was referenced and not written when it landed.
+    Column("shared_bytes", BigInteger, nullable=False, default=0, server_default="0"),
     # Canonical JSON, UTF-8: what the rank wrote where; known from the seal on.
     Column("description", LargeBinary),
     _created(),

@@ -110,6 +110,18 @@ METRICS: Final[dict[str, MetricSpec]] = {
             "Sealed uploads and generations that have not landed: lost if the daemon dies now.",
         ),
         MetricSpec(
+            "forebay_landed_bytes",
+            "gauge",
+            (),
+            "Bytes of blobs that landed since the start, whether they had to be written or not.",
+        ),
+        MetricSpec(
+            "forebay_shared_bytes",
+            "gauge",
+            (),
+            "Of those, bytes that a run had stored already: they were referenced, not written.",
+        ),
+        MetricSpec(
             "forebay_jobs", "gauge", ("kind", "state"), "Background jobs by kind and state."
         ),
         MetricSpec(

@@ -313,7 +313,7 @@ class Checkpoints:
             return queries.seal_pack(connection, *given)
 
         def landed(connection: Connection, blob: LandedBlob) -> list[str]:
-            if queries.land_pack(connection, session, blob.blob, blob.num_bytes) is None:
+            if queries.land_pack(connection, session, blob) is None:
                 return []
             return queries.sessions_of(connection, pack.generation)
 
@@ -324,7 +324,7 @@ class Checkpoints:
             piece,
             sealed=sealed,
             landed=landed,
-            known=partial(self._uploads.known.of, pack.generation),
+            known=partial(self._uploads.known.of, pack.generation.run),
         )
         failpoint("pack.after_seal")
         self._follow(pack, landing)

@@ -18,7 +18,6 @@ from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
 from forebay_server.tier.verify import read_table
 from forebay_wire.errors import ForebayError, StorageError
-from forebay_wire.ids import GenerationId
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +34,13 @@ class KnownSegments:
         self._node = node
         self._sources: OrderedDict[str, Source] = OrderedDict()
 
-    async def of(self, generation: GenerationId, tier: Tier) -> Mapping[bytes, Placed]:
-        """BLAKE3 to place in *tier* of the segments that a pack of *generation* may refer to.
+    async def of(self, run: str, tier: Tier) -> Mapping[bytes, Placed]:
+        """BLAKE3 to place in *tier* of the segments that a pack of *run* may refer to.
 
         Nothing that cannot be read now: it is written anew then.
         """
         found = await self._catalog.read(
-            lambda connection: shareable(connection, generation, tier.name, self._node)
+            lambda connection: shareable(connection, run, tier.name, self._node)
         )
         sources: list[Source] = []
         for one in found:

@@ -16,7 +16,7 @@ from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import BlobLocation, Replica
 from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_objects import ManifestRecord, insert_object_replica
-from forebay_server.catalog.queries_sharing import StaleReference, generation_of
+from forebay_server.catalog.queries_sharing import StaleReference, run_of_pack
 from forebay_server.locks import NamedLocks
 from forebay_server.model.encodings import PIECES, RAW
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
@@ -132,10 +132,8 @@ class ObjectPublisher:
     async def _shared(self, blob: str) -> Mapping[bytes, Placed] | None:
         """What of a pack its run has in the object tier already; None for other blobs, which share
         nothing."""
-        generation = await self._catalog.read(lambda connection: generation_of(connection, blob))
-        if generation is None:
-            return None
-        return await self._known.of(generation, self._tier)
+        run = await self._catalog.read(lambda connection: run_of_pack(connection, blob))
+        return None if run is None else await self._known.of(run, self._tier)
 
     def _row(self, location: BlobLocation) -> Replica | None:
         """The live replica in the object tier that the catalog knows."""

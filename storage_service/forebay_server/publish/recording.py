@@ -47,7 +47,7 @@ class Recorder:
         Where it shares pieces that are not safe any more, what *again* publishes takes its place.
         """
         done = await publishing
-        blob = LandedBlob(found.name, done.blob, done.num_bytes, done.num_segments)
+        blob = _landed(found, done)
         trusted = await self._duplicates.trusted_tiers(blob.blob, found.tier.name)
 
         def note(connection: Connection) -> tuple[list[FileRef], T]:
@@ -73,7 +73,12 @@ class Recorder:
             logger.warning("upload session %s: %s", found.name, error)
             await self._leftovers.delete_files([FileRef(found.tier.name, done.list_file)])
             done = await again()
+            blob = _landed(found, done)
             spare, value = await self._catalog.write(note)
         self.landed_bytes += done.num_bytes
         self.shared_bytes += done.shared_bytes
         return blob, value, spare
+
+
+def _landed(found: Session, done: PublishedBlob) -> LandedBlob:
+    return LandedBlob(found.name, done.blob, done.num_bytes, done.num_segments, done.shared_bytes)

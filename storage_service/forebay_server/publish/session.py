@@ -36,6 +36,8 @@ class LandedBlob:
     blob: str
     num_bytes: int
     num_segments: int
+    shared_bytes: int = 0
+    """Of those, what others had already: it was not written."""
 
 
 @dataclass(frozen=True)

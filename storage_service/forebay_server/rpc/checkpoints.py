@@ -287,6 +287,7 @@ def _generation(found: GenerationInfo) -> pb.Generation:
         local_unix=found.local_unix,
         remote_unix=found.remote_unix,
         stall_seconds=found.stall_seconds,
+        shared_bytes=found.shared_bytes,
         **_parent(found.parent, found.fork),
     )
 

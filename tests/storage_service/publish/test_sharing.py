@@ -50,6 +50,22 @@ async def test_a_second_generation_costs_what_has_changed(tmp_path: Path) -> Non
         assert await node.restore(at(1)) == [frozen + first]
         assert await node.restore(at(2)) == [frozen + second]
         assert node.storage.uploads.recorder.shared_bytes == 8 * MIB
+        info = await node.checkpoints.generations.look(at(2))
+        assert (info.num_bytes, info.shared_bytes) == (9 * MIB, 8 * MIB)
+
+
+async def test_a_fork_refers_to_the_run_that_it_stands_on(tmp_path: Path) -> None:
+    base, own = os.urandom(4 * MIB), os.urandom(MIB)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        await node.begin()
+        await node.wait(await node.save(1, [base]))
+        before = stored_bytes(tmp_path)
+        await node.begin(run="fork", fork=at(1))
+        await node.wait(await node.save(1, [base + own], run="fork"))
+        assert stored_bytes(tmp_path) - before < 1.05 * MIB
+        await node.begin(run="stranger")
+        await node.wait(await node.save(1, [base + own], run="stranger"))
+        assert await node.restore(GenerationId("fork", 1, 1)) == [base + own]
 
 
 async def test_equal_segments_of_one_pack_are_written_once(tmp_path: Path) -> None:
@@ -120,13 +136,13 @@ async def test_references_that_went_meanwhile_are_written_after_all(
         asked = known.of
         stale: list[Mapping[bytes, Placed]] = []
 
-        async def old(generation: GenerationId, tier: Tier) -> Mapping[bytes, Placed]:
-            return stale[0] if stale else await asked(generation, tier)
+        async def old(run: str, tier: Tier) -> Mapping[bytes, Placed]:
+            return stale[0] if stale else await asked(run, tier)
 
         monkeypatch.setattr(known, "of", old)
         await node.begin()
         await node.wait(await node.save(1, [frozen]))
-        stale.append(await asked(at(2), node.storage.tiers.get("ssd")))
+        stale.append(await asked(RUN, node.storage.tiers.get("ssd")))
         assert stale[0]
         await node.wait(await node.save(2, [b"other" * 1000]))
         await node.checkpoints.delete_generation_now(at(1))
@@ -135,7 +151,7 @@ async def test_references_that_went_meanwhile_are_written_after_all(
         assert (await encodings(node, at(3)))["ssd"] == RAW
         assert await node.restore(at(3)) == [frozen + b"new"]
 
-        stale[:] = [await asked(at(4), node.storage.tiers.get("ssd"))]
+        stale[:] = [await asked(RUN, node.storage.tiers.get("ssd"))]
         blob = (await node.manifest(at(3))).packs[0].blob
         [replica] = (await node.storage.catalog.locate([blob]))[blob].live()
         await node.storage.catalog.write(lambda c: quarantine(c, replica.replica_id, "a test"))

@@ -20,6 +20,7 @@ from forebay_server.catalog.migrations import (
     v0005_decisions,
     v0006_retention,
     v0007_fingerprints,
+    v0008_shared,
 )
 
 
@@ -39,5 +40,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(5, "decisions", v0005_decisions.apply),
     Migration(6, "retention", v0006_retention.apply),
     Migration(7, "fingerprints", v0007_fingerprints.apply),
+    Migration(8, "shared", v0008_shared.apply),
 )
 """In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""
