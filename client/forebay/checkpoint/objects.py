@@ -87,6 +87,14 @@ def dotted(path: Sequence[str | int]) -> str:
     return ".".join(map(str, path))
 
 
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, in a row.
+
+    A dimension of one element may have any stride: ``view`` alone would refuse it.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def unsupported(value: Any, path: Sequence[str | int], why: str = "") -> UnsupportedObject:
     """The error for a *value* that cannot be saved; names its path and its type."""
     reason = why or "it would need pickle, which can run code when it is read"
@@ -205,8 +213,8 @@ class _Encoder:
     def _tensor(self, value: torch.Tensor, path: Path) -> Json:
         if self._tensors is not None:
             return self._tensors(value, path)
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        raw = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+        flat = value.detach().cpu().contiguous()
+        raw = byte_view(flat).numpy() if flat.numel() else np.empty(0, np.uint8)
         return [dtype_name(value.dtype), list(value.shape), self._bytes(raw.data)]
 
     def _bytes(self, data: memoryview) -> Json:

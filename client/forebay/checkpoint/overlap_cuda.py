@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from forebay.checkpoint.objects import byte_view
 from forebay.checkpoint.snapshot import Source
 
 _log = logging.getLogger(__name__)
@@ -124,6 +125,6 @@ def _enqueue(source: Source, staged: memoryview, side: Any) -> None:
         staged, dtype=torch.uint8, offset=source.offset, count=source.num_bytes
     )
     # What is gathered first is written to memory of the side stream.
-    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    flat = byte_view(tensor.resolve_conj().resolve_neg().contiguous())
     target.copy_(flat, non_blocking=True)
     flat.record_stream(side)

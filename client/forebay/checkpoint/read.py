@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from forebay.checkpoint.flatten import local_part
 from forebay.checkpoint.manifest import SavedState, StoredTensor
+from forebay.checkpoint.objects import byte_view
 from forebay.checkpoint.reading import PIECE_BYTES, Reading, Warm, run
 from forebay.transfer import Blob, Transfer
 from forebay_wire.limits import MAX_OPEN_BLOBS_PER_CLIENT, MAX_SEGMENT_BYTES
@@ -161,7 +162,7 @@ class PackReader:
             offset = entry.pack_offset + span.start
             dense = span.num_bytes == place.numel() * entry.dtype.itemsize
             if dense and _is_plain(place, entry.dtype) and place.is_contiguous():
-                memory = place.reshape(-1).view(torch.uint8).numpy().data
+                memory = byte_view(place).numpy().data
                 for start, stop in _whole_segments(blob, offset, span.num_bytes):
                     part = memory[start - offset : stop - offset]
                     yield Reading(blob, start, stop - start, _Straight(blob, start, part))

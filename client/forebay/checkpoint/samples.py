@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 
+from forebay.checkpoint.objects import byte_view
 from forebay.checkpoint.snapshot import Source
 from forebay_wire.errors import IntegrityError
 
@@ -50,7 +51,7 @@ class Samples:
             last = max(0, source.num_bytes - SAMPLE_BYTES)
             between = (random.randrange(0, last + 1, 64) for _ in range(NUM_SAMPLES - 2))
             offsets = (0, *between, last)
-        raw = source.data.detach().reshape(-1).view(torch.uint8)
+        raw = byte_view(source.data.detach())
         data = tuple(_read(raw[at : at + SAMPLE_BYTES]) for at in offsets)
         return cls(offsets, data)
 

@@ -12,7 +12,7 @@ import torch
 
 from forebay.checkpoint.layout import Extent, Layout, padded, place
 from forebay.checkpoint.manifest import Description, TensorEntry
-from forebay.checkpoint.objects import EncodedObject, Json, Path
+from forebay.checkpoint.objects import EncodedObject, Json, Path, byte_view
 from forebay_wire.limits import MAX_DESCRIPTION_BYTES, MIB, check_limit
 
 PARALLEL_BYTES: Final = 8 * MIB
@@ -310,7 +310,7 @@ def copy_bytes(target: torch.Tensor, source: Source, start: int, stop: int) -> N
         target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         return
     # A piece of a tensor (chunked save) is addressed by bytes, which needs them in a row.
-    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    flat = byte_view(tensor.resolve_conj().resolve_neg().contiguous())
     if flat.device.type == "cpu" and stop - start < PARALLEL_BYTES:
         # Not by numpy(): that would leave the storage unable to be resized for ever.
         ctypes.memmove(target.data_ptr(), flat.data_ptr() + start, stop - start)

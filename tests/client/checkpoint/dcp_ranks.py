@@ -83,7 +83,8 @@ def held(spec: Json, how: Json, mesh: DeviceMesh | None, filled: bool) -> torch.
 
 def bits(tensor: torch.Tensor) -> list[Any]:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    data = local.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = local.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+    data = data.view(torch.uint8).numpy().tobytes()
     return [str(local.dtype), list(local.shape), data]
 
 
