@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -208,6 +209,14 @@ class System:
             ram = next(tier for tier in status.tiers if tier.name == "ram").used_bytes
         return {"files": sorted(files), "rows": rows_of(data), "ram": ram}
 
+    def age(self) -> None:
+        """Files that no row names are left alone for an hour: it is over."""
+        long_ago = time.time() - 7200
+        for tier in ("ssd", "object"):
+            for path in (self.daemon.data / tier).rglob("*"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path, (long_ago, long_ago))
+
     def save_before(self, run: str) -> None:
         """The generation before, settled as far as it goes."""
         with self.connect() as client, forebay.Checkpointer(client, run) as checkpointer:
@@ -236,6 +245,7 @@ class System:
         """Once the run is gone, so is all that it took."""
         with self.connect() as client:
             client.delete_checkpoints(run, now=True)
+            self.age()
             client.collect_garbage()
             found: dict[str, Any] = {}
 
