@@ -67,6 +67,8 @@ class CheckpointReport:
     """Saves by the plan that the ranks had agreed on before."""
     num_planned: int = 0
     """Saves for which all ranks planned anew: the first one, and those after a change."""
+    num_skipped: int = 0
+    """For earlier saves were still landing; they count nowhere else."""
     num_overlapped: int = 0
     overlapped_bytes: int = 0
     """Copied while the training went on."""
@@ -120,7 +122,7 @@ class Checkpointer:
             raise InvalidRequest(f"when_busy={when_busy!r}: use 'wait' or 'skip'")
         self._when_busy = when_busy
         self._overlap = Overlap(self._components)
-        self._num_overlapped = 0
+        self._num_overlapped = self._num_skipped = 0
         self._keeper = Keeper()
         self._ranks_: Ranks | None = None
         self._saver: Saver | None = None
@@ -165,6 +167,7 @@ class Checkpointer:
         saver, request = self._begin(step, metrics, state, tags, note)
         upload = saver.save(request)
         if upload is None:
+            self._num_skipped += 1
             return SkippedSave(self._service, request.generation)
         saved = Saved(self._service, request.generation, upload, self.timeout)
         self._count(saved, upload.was_chunked)
@@ -206,6 +209,7 @@ class Checkpointer:
         try:
             begun = self._overlap.start(saver, request, sealed, lambda: Deadline(self.timeout))
             if begun is None:
+                self._num_skipped += 1
                 return SkippedSave(self._service, request.generation)
             work, snapshot = begun
             saved = SavedBehind(self._service, request.generation, work.upload, self.timeout)
@@ -339,6 +343,7 @@ class Checkpointer:
             *self._restored,
             num_reused=self._saver.num_reused if self._saver else 0,
             num_planned=self._saver.num_planned if self._saver else 0,
+            num_skipped=self._num_skipped,
             num_overlapped=self._num_overlapped,
             overlapped_bytes=self._overlap.num_bytes,
             wait_seconds_p50=self._overlap.waited(50),

@@ -81,6 +81,13 @@ def test_all_ranks_plan_or_none_does_and_what_all_have_is_saved_evenly(
 
 
 @pytest.mark.timeout(200)
+def test_overlapped_saves_of_wrapped_models_and_an_error_of_one_rank(
+    daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    assert outcome(start("overlapped,overlapped_error", 2, daemon, tmp_path)) == [0] * 2
+
+
+@pytest.mark.timeout(200)
 def test_after_a_restart_of_the_daemon_all_ranks_plan_anew(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "data") as daemon:
         ranks = start("restarted_plan", 2, daemon, tmp_path)

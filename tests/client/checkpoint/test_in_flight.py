@@ -1,0 +1,169 @@
+"""Saves that begin while earlier ones are on their way to disk: two slots, and never a mix-up."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import forebay
+from forebay.checkpoint.snapshot import Pack
+from forebay.transfer import local
+from forebay_server.testing.daemon import DaemonProcess
+
+SECONDS = 60.0
+
+
+class Landing:
+    """A daemon whose landings are held up as long as the FIFO is open for writing."""
+
+    def __init__(self, data: Path, fifo: Path) -> None:
+        self.fifo = fifo
+        os.mkfifo(fifo)
+        hold = {"FOREBAY_FAILPOINTS": f"upload.before_publish@{fifo}"}
+        self.daemon = DaemonProcess(data, environment=hold)
+        self._descriptor = -1
+
+    def hold(self) -> None:
+        self._descriptor = os.open(self.fifo, os.O_RDWR)
+
+    def go_on(self) -> None:
+        self.fifo.unlink()
+        os.close(self._descriptor)
+
+
+@pytest.fixture
+def landing(tmp_path: Path) -> Iterator[Landing]:
+    found = Landing(tmp_path / "data", tmp_path / "hold")
+    found.hold()
+    with found.daemon:
+        yield found
+
+
+def new(
+    client: forebay.Client, model: torch.nn.Module, run: str = "run", **rules: Any
+) -> forebay.Checkpointer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return forebay.Checkpointer(
+        client, run, model=model, optimizer=optimizer, timeout=SECONDS, **rules
+    )
+
+
+@pytest.mark.parametrize("verb", ["save", pytest.param("save_overlapped", marks=pytest.mark.slow)])
+def test_saves_in_flight_keep_their_own_values_and_a_third_waits(
+    landing: Landing, verb: str
+) -> None:
+    model = torch.nn.Linear(600, 600)
+    with forebay.connect(landing.daemon.address()["rpc"]) as client:
+        checkpointer = new(client, model)
+        saved = []
+
+        def save(step: int) -> None:
+            with torch.no_grad():
+                model.weight.fill_(step)
+            saved.append(getattr(checkpointer, verb)(step))
+            checkpointer.settle_snapshot()
+
+        for step in (1, 2):
+            save(step)
+            assert not saved[-1].reached("local")
+        third = threading.Thread(target=save, args=(3,))
+        third.start()
+        third.join(1.0)
+        assert third.is_alive(), "it waits for a slot"
+        landing.go_on()
+        third.join(SECONDS)
+        assert not third.is_alive()
+        for one in saved:
+            one.wait("local", SECONDS)
+        for step in (1, 2, 3):
+            assert checkpointer.restore(f"1/{step}") is not None
+            assert bool((model.weight == step).all())
+        checkpointer.close()
+
+
+def test_a_third_save_is_skipped_if_asked_for_and_later_ones_are_not(landing: Landing) -> None:
+    model = torch.nn.Linear(600, 600)
+    with forebay.connect(landing.daemon.address()["rpc"]) as client:
+        checkpointer = new(client, model, when_busy="skip")
+        saved = [checkpointer.save(step) for step in (1, 2)]
+        for step, verb in enumerate((checkpointer.save, checkpointer.save_overlapped), 3):
+            skipped = verb(step)
+            assert skipped.skipped
+            assert not skipped
+            assert not skipped.reached("ram")
+            with pytest.raises(forebay.InvalidRequest, match="was skipped"):
+                skipped.wait()
+        assert all(saved)
+        landing.go_on()
+        for one in saved:
+            one.wait("local", SECONDS)
+        checkpointer.save(3).wait("local", SECONDS)
+        assert [one.step for one in client.checkpoints("run")] == [3, 2, 1]
+        report = checkpointer.report()
+        assert (report.num_saves, report.num_skipped) == (3, 2)
+        checkpointer.close()
+
+
+@pytest.mark.slow
+def test_a_third_save_that_waits_too_long_is_a_clear_error(landing: Landing) -> None:
+    model = torch.nn.Linear(600, 600)
+    with forebay.connect(landing.daemon.address()["rpc"]) as client:
+        checkpointer = new(client, model)
+        checkpointer.timeout = 6.0
+        saved = [checkpointer.save(step) for step in (1, 2)]
+        with pytest.raises(forebay.ResourceExhausted, match="2 earlier saves were still on their"):
+            checkpointer.save(3)
+        landing.go_on()
+        for one in saved:
+            one.wait("local", SECONDS)
+        checkpointer.save(3).wait("local", SECONDS)
+        checkpointer.close()
+
+
+def test_slots_stay_mapped_between_saves(daemon: DaemonProcess, monkeypatch: Any) -> None:
+    mapped: list[int] = []
+    real = local._SlotMemory
+
+    def counted(descriptor: int, capacity: int) -> Any:
+        mapped.append(capacity)
+        return real(descriptor, capacity)
+
+    monkeypatch.setattr(local, "_SlotMemory", counted)
+    model = torch.nn.Linear(600, 600)
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        checkpointer = new(client, model)
+        for step in range(8):
+            saved = checkpointer.save(step)
+            if step % 3 == 2:
+                saved.wait("local", SECONDS)
+        assert 1 <= len(mapped) <= 2, mapped
+        checkpointer.close()
+
+
+@pytest.mark.parametrize("verb", ["save", "save_overlapped"])
+def test_no_room_is_found_out_before_anything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    limits = ("--ssd-bytes", "16MiB", "--hdd-path", "none")
+    small, large = torch.nn.Linear(600, 600), torch.nn.Linear(3000, 3000)
+    before = small.weight.detach().clone()
+    copies: list[object] = []
+    with (
+        DaemonProcess(tmp_path / "data", *limits) as daemon,
+        forebay.connect(daemon.address()["rpc"]) as client,
+        new(client, small) as first,
+        new(client, large, "large") as second,
+    ):
+        first.save(1).wait("local", SECONDS)
+        monkeypatch.setattr(Pack, "copy_some", lambda *what: copies.append(what))
+        with pytest.raises(forebay.ResourceExhausted, match="room"):
+            getattr(second, verb)(2)
+        assert copies == []
+        with torch.no_grad():
+            small.weight.zero_()
+        assert first.restore() is not None
+        assert torch.equal(small.weight, before)
