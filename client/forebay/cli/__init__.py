@@ -15,7 +15,9 @@ from forebay.cli.checkpoint_delete import delete_checkpoint
 from forebay.cli.checkpoint_diff import diff_checkpoints
 from forebay.cli.checkpoint_export import export_checkpoint
 from forebay.cli.checkpoint_import import import_checkpoint
+from forebay.cli.checkpoint_lineage import show_lineage
 from forebay.cli.checkpoint_list import list_checkpoints
+from forebay.cli.checkpoint_manage import pin_checkpoint, prune_checkpoints, tag_checkpoint
 from forebay.cli.checkpoint_show import show_checkpoint
 from forebay.cli.checkpoint_verify import verify_checkpoint
 from forebay.cli.daemon import backup, recover, serve
@@ -84,6 +86,10 @@ for command in (
     export_checkpoint,
     import_checkpoint,
     advise_interval,
+    tag_checkpoint,
+    pin_checkpoint,
+    prune_checkpoints,
+    show_lineage,
     delete_checkpoint,
 ):
     checkpoint.add_command(command)

@@ -11,6 +11,7 @@ from forebay.cli.session import Session, with_session
 
 if TYPE_CHECKING:
     from forebay.client import Client
+    from forebay_wire.v1.checkpoints_pb2 import Generation
 
 
 @click.command("list")
@@ -59,13 +60,15 @@ def _list_generations(session: Session, client: Client, run: str) -> None:
                 str(one.num_ranks),
                 size(one.num_bytes),
                 moment(one.created_unix),
-                f"{one.parent_attempt}/{one.parent_step}" if one.has_parent else "–",
+                _parent(one),
+                _marks(one),
                 one.error or one.metrics_json,
             )
             for one in generations
         ]
         columns = (">attempt", ">step", "state", "durability", ">ranks", ">bytes", "created")
-        print_table((*columns, "attempt began from", "metrics or error"), rows, title=f"Run {run}")
+        last = ("attempt began from", "tags", "metrics or error")
+        print_table((*columns, *last), rows, title=f"Run {run}")
 
     value = {
         "run": run,
@@ -73,3 +76,15 @@ def _list_generations(session: Session, client: Client, run: str) -> None:
         "generations": [record(one) for one in generations],
     }
     session.show(value, people)
+
+
+def _parent(one: Generation) -> str:
+    if not one.has_parent:
+        return "–"
+    run = f"{one.parent_run}@" if one.parent_run else ""
+    return f"{run}{one.parent_attempt}/{one.parent_step}"
+
+
+def _marks(one: Generation) -> str:
+    pinned = [f"pinned: {one.pin_reason}" if one.pin_reason else "pinned"] if one.is_pinned else []
+    return ", ".join([*one.tags, *pinned])

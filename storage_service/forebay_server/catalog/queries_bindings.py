@@ -29,7 +29,8 @@ class Standing:
 def generations_on(connection: Connection, dataset: str, version: int = 0) -> list[Standing]:
     """The committed generations that stand on *dataset* (0: on any version of it), oldest first.
 
-    They name versions by manifest: those of a dataset that was deleted and made again do not count.
+    They name versions by manifest: of a dataset that was deleted and made again only what is equal
+    counts.
     """
     known = {
         row.manifest: row.version
@@ -62,7 +63,7 @@ def check_nothing_stands_on(connection: Connection, dataset: str) -> None:
     some = ", ".join(f"{one.generation} (version {one.version})" for one in found[:MAX_NAMED])
     more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
     raise Conflict(
-        f"{len(found)} committed generation{'s' if len(found) > 1 else ''} stand on dataset "
+        f"{len(found)} committed generation{'s stand' if len(found) > 1 else ' stands'} on dataset "
         f"{dataset}: {some}{more}. Without it their loaders cannot go on where they were: delete "
         "those generations first, or delete the dataset all the same with force"
     )

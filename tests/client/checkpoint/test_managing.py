@@ -228,9 +228,9 @@ def test_durability_is_typed_recorded_and_told(
 # ---------------------------------------------------------------------------------------- datasets
 
 
-def a_dataset(client: forebay.Client, name: str) -> forebay.Dataset:
+def a_dataset(client: forebay.Client, name: str, num_rows: int = 10) -> forebay.Dataset:
     with client.create_dataset(name) as writer:
-        for number in range(10):
+        for number in range(num_rows):
             writer.write(x=number)
     return client.dataset(name)
 
@@ -247,7 +247,9 @@ def test_a_dataset_stays_while_a_generation_stands_on_it(
     with forebay.DataLoader(client.dataset(name), global_batch_size=2) as loader:
         make(loader=loader).save(1).wait("local")
     with forebay.DataLoader(mixture, global_batch_size=2) as loader:
-        make(f"{run}-mixed", loader=loader).save(1).wait("local")
+        mixed = make(f"{run}-mixed", loader=loader)
+        mixed.save(1).wait("local")
+        mixed.close()
     assert client.run(run).get(1).dataset["dataset"] == name
     for now in (True, False):
         with pytest.raises(forebay.Conflict, match=rf"2 committed.*{run}@1/1.*{run}-mixed@1/1"):
@@ -259,7 +261,7 @@ def test_a_dataset_stays_while_a_generation_stands_on_it(
     client.delete_checkpoints(f"{run}-mixed")
     assert client.delete_dataset(other, now=True)
     assert list(client.remove_dataset(name, force=True).stranded) == [f"{run}@1/1"]
-    a_dataset(client, name)  # another one of that name: nothing stands on it
+    a_dataset(client, name, 11)  # another one of that name: nothing stands on it
     assert client.delete_dataset(name, now=True)
 
 
