@@ -46,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from checkpoint_cold import drop_cached
 from checkpoint_contender import PEERS_PYTHON, Contender, PeakMemory
 from checkpoint_extra import measure_frozen, measure_reshard
 from checkpoint_state import SharedState, shape_of
@@ -301,16 +302,6 @@ def extras(took: Samples) -> list[float] | None:
 # ---------------------------------------------------------------------------------------- restores
 
 
-def drop_cached(folder: Path) -> None:
-    """Have nothing of the files of *folder* in the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fdatasync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
 def read_raw(path: Path, into: memoryview, way: tuple[int, int]) -> float:
     """Seconds of a plain cold read of all of *path*."""
     piece_bytes, num_threads = way
@@ -392,7 +383,7 @@ def run(options: Options, settings: Settings, folder: Path) -> Report:
     for name in ("frozen", "reshard"):
         (folder / name).mkdir()
     measure_frozen(folder / "frozen", report)
-    measure_reshard(folder / "reshard", report, drop_cached)
+    measure_reshard(folder / "reshard", report)
     return report
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_own import settle
 from harness import MIB, Report
 
 import forebay
@@ -85,15 +85,7 @@ def ranks(do: str, num_ranks: int, **what: Any) -> list[dict[str, Any]]:
     return found
 
 
-def disk_reads(pid: int) -> int:
-    """Bytes that a process had disks read, so far."""
-    for line in Path(f"/proc/{pid}/io").read_text().splitlines():
-        if line.startswith("read_bytes: "):
-            return int(line.split()[1])
-    raise ValueError(f"/proc/{pid}/io says nothing of reads")
-
-
-def measure_reshard(folder: Path, report: Report, drop_cached: Callable[[Path], None]) -> None:
+def measure_reshard(folder: Path, report: Report) -> None:
     """Tensors cut by rows and by columns, each loaded by more ranks, cold."""
     daemon = DaemonProcess(
         folder / "data",
@@ -103,17 +95,17 @@ def measure_reshard(folder: Path, report: Report, drop_cached: Callable[[Path], 
         for cut, dimension in CUTS.items():
             where = {"address": daemon.address()["rpc"], "run": cut, "dimension": dimension}
             ranks("save_sharded", SAVING_RANKS, **where, shard_bytes=SHARD_BYTES)
+        with forebay.connect(daemon.address()["rpc"]) as client:
+            settle(client)
+        daemon.terminate()  # what it has in memory goes
+        daemon.start().wait_ready()
         for cut, dimension in CUTS.items():
-            daemon.terminate()
-            daemon.start().wait_ready()
-            drop_cached(daemon.data)
-            before = disk_reads(daemon.pid)
             where = {"address": daemon.address()["rpc"], "run": cut, "dimension": dimension}
-            loaded = ranks(
-                "load_sharded", LOADING_RANKS, **where, num_bytes=SAVING_RANKS * SHARD_BYTES
-            )
-            read = disk_reads(daemon.pid) - before + sum(one["disk_bytes"] for one in loaded)
+            where |= {"data": str(daemon.data), "daemon": daemon.pid}
+            num_bytes = SAVING_RANKS * SHARD_BYTES
+            loaded = ranks("load_sharded", LOADING_RANKS, **where, num_bytes=num_bytes)
             needed = sum(one["needed_bytes"] for one in loaded)
+            read = sum(one["disk_bytes"] for one in loaded)
             asked = sum(one["asked_bytes"] for one in loaded)
             report.value(f"reshard_{cut}_asked_amplification", [asked / needed])
             report.ratio("reshard_node_read_amplification", [read / needed], at_most=1.1)

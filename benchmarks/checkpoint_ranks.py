@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
+from checkpoint_cold import drop_cached
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -29,23 +30,25 @@ Answer = dict[str, Any]
 
 
 def cut(num_bytes: int, dimension: int, mesh: DeviceMesh) -> DTensor:
-    """This rank's part of a float32 matrix of *num_bytes*, all zeros."""
+    """This rank's part of an int32 matrix of *num_bytes*, all zeros."""
     columns = 1 << int(math.log2(num_bytes // 4) / 2)
     sizes = [num_bytes // 4 // columns, columns]
     sizes[dimension] //= mesh.size()
-    return DTensor.from_local(torch.zeros(sizes), mesh, [Shard(dimension)], run_check=False)
+    return DTensor.from_local(
+        torch.zeros(sizes, dtype=torch.int32), mesh, [Shard(dimension)], run_check=False
+    )
 
 
 def numbers(tensor: DTensor, dimension: int) -> torch.Tensor:
-    """What a rank's part has to hold: each element its place in the whole, modulo 2**23."""
-    rows, columns = tensor.shape
+    """What a rank's part has to hold: each element its place in the whole, so that no two pieces
+    are equal and stored once."""
+    columns = tensor.shape[1]
     local = tensor.to_local()
     first = [0, 0]
     first[dimension] = dist.get_rank() * local.shape[dimension]
-    down = torch.arange(first[0], first[0] + local.shape[0], dtype=torch.int64)
-    across = torch.arange(first[1], first[1] + local.shape[1], dtype=torch.int64)
-    assert rows * columns >= local.numel()
-    return ((down[:, None] * columns + across) % (1 << 23)).float()
+    down = torch.arange(first[0], first[0] + local.shape[0], dtype=torch.int32)
+    across = torch.arange(first[1], first[1] + local.shape[1], dtype=torch.int32)
+    return down[:, None] * columns + across
 
 
 def save_sharded(address: str, run: str, dimension: int, shard_bytes: int) -> Answer:
@@ -57,14 +60,23 @@ def save_sharded(address: str, run: str, dimension: int, shard_bytes: int) -> An
     return {}
 
 
-def load_sharded(address: str, run: str, dimension: int, num_bytes: int) -> Answer:
+def load_sharded(
+    address: str, run: str, dimension: int, num_bytes: int, data: str, daemon: int
+) -> Answer:
+    """A cold load: what the ranks had the disk read, and rank 0 tells what the *daemon* had."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
     tensor = cut(num_bytes, dimension, mesh)
     with forebay.connect(address) as client, forebay.Checkpointer(client, run) as checkpointer:
         dist.barrier()
+        if not dist.get_rank():
+            drop_cached(Path(data))
+        dist.barrier()
         before = disk_reads()
+        serving = disk_reads(daemon)
         resumed = checkpointer.restore("latest", state={"weight": tensor})
         dist.barrier()
+        if not dist.get_rank():
+            before -= disk_reads(daemon) - serving
         assert resumed is not None
         found = resumed.state["weight"].to_local()
         assert torch.equal(found, numbers(tensor, dimension)), "not what was saved"
@@ -75,8 +87,9 @@ def load_sharded(address: str, run: str, dimension: int, num_bytes: int) -> Answ
         }
 
 
-def disk_reads() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
+def disk_reads(pid: int | str = "self") -> int:
+    """Bytes that a process had disks read, so far."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes: "))
 
 
