@@ -53,6 +53,13 @@ GENERATION_COMMIT: Final = (
 )
 """Failpoints of a generation commit, in the order in which it passes them."""
 
+RETENTION: Final = (
+    "retain.before_delete",
+    "retain.inside_delete",
+    "retain.after_delete",
+)
+"""Failpoints of deleting what a policy does not keep, in the order in which it passes them."""
+
 REMOTE_FLUSH: Final = (
     "flush.before_blob",
     "flush.after_blob",
@@ -133,6 +140,7 @@ ALL: Final = frozenset(
     + EVICT
     + REPAIR
     + COLLECT
+    + RETENTION
     + CLIENT_SAVE
     + CLIENT_EXPORT
     + ORIGIN
