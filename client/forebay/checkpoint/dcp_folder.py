@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,8 +73,17 @@ def export_dcp(
         leaves = _leaves(reader, choice, strip_prefix)
         planner = _Planner(reader, leaves, progress)
         writer = FileSystemWriter(folder, overwrite=False)
-        save({}, storage_writer=writer, planner=planner, no_dist=True)
+        with alone():
+            save({}, storage_writer=writer, planner=planner, no_dist=True)
     return Exported(contents.name, sorted(path.iterdir()), len(leaves.tensors), planner.total_bytes)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, torch does not warn that there are no other ranks: none are meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from forebay.checkpoint.dcp_folder import alone
 from forebay.checkpoint.flatten import FlatState, flatten
 from forebay.checkpoint.objects import EncodedObject, dtype_of
 from forebay.checkpoint.safetensors_format import INDEX_FILE, Entry, read_header
@@ -214,7 +215,8 @@ def read_dcp(path: Path) -> FlatState:
             state[name] = _NOT_READ
     planner = _SafePlanner()
     try:
-        load(state, storage_reader=reader, planner=planner, no_dist=True)
+        with alone():
+            load(state, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
         raise _cause(error, path) from error
     # Torch takes lists apart; ours stay what they were.
