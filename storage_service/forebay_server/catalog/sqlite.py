@@ -87,8 +87,9 @@ class SqliteDatabase:
         return False
 
     def is_fatal(self, error: BaseException) -> bool:
-        """After an I/O error the file may hold the commit or not; a repeated fsync would lie."""
-        return is_sqlite_io_error(error)
+        """After an I/O error the file may hold the commit or not; a repeated fsync would lie. What
+        could not be marked was committed, though its callers are told that it failed."""
+        return is_sqlite_io_error(error) or isinstance(error, wal.MarkFailed)
 
     def moment(self, connection: Connection) -> str:
         return ""  # nobody else writes

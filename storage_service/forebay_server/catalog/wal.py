@@ -67,6 +67,10 @@ def mark_path(path: Path) -> Path:
     return path.with_name(path.name + MARK_SUFFIX)
 
 
+class MarkFailed(OSError):
+    """What was committed is durable, and could not be marked so."""
+
+
 class Marker:
     """Keeps the mark of an open catalog. Belongs to the thread that commits."""
 
@@ -78,7 +82,13 @@ class Marker:
         self._last: bytes = b""
 
     def note(self) -> None:
-        """A commit is durable: write down how far the log goes."""
+        """A commit is durable: write down how far the log goes. Raises :class:`MarkFailed`."""
+        try:
+            self._note()
+        except OSError as error:
+            raise MarkFailed(*error.args) from error
+
+    def _note(self) -> None:
         if self._index < 0 and not self._open():
             return
         header = os.pread(self._index, _INDEX.size, 0)

@@ -1,6 +1,7 @@
 """What only the SQLite catalog does: its files, damage to them, full and failing disks, backups."""
 
 import asyncio
+import errno
 import os
 import sqlite3
 import stat
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, update
 
-from forebay_server.catalog import queries_blobs, sqlite
+from forebay_server.catalog import queries_blobs, sqlite, wal
 from forebay_server.catalog.engine import Catalog, sqlite_url
 from forebay_server.catalog.migrations import Migration
 from forebay_server.catalog.queries_settings import get_setting, put_setting
@@ -271,3 +272,27 @@ def test_a_backup_replaces_nothing_and_leaves_nothing_half_done(path: Path) -> N
     with pytest.raises(IntegrityError):
         sqlite.back_up(path, path.with_name("backup"))
     assert not list(path.parent.glob("backup*"))
+
+
+async def test_a_commit_that_cannot_be_marked_is_a_failure_of_the_catalog(
+    catalog: Catalog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is durable though its caller hears of an error: nobody may go on from what it thinks."""
+    told: list[BaseException] = []
+    catalog.listen_failure(told.append)
+    await catalog.write(put("before"))
+    mark = wal.mark_path(path).stat()
+    write = os.pwrite
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        if os.path.samestat(os.fstat(descriptor), mark):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="No space left"):
+        await catalog.write(put("during"))
+    monkeypatch.undo()
+    assert len(told) == 1
+    with pytest.raises(StorageError, match="failed before"):
+        await catalog.read(get("during"))
