@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from forebay.checkpoint.balance import Offer, share
 from forebay.checkpoint.components import RAW_STATE, Component
 from forebay.checkpoint.flatten import FlatState, flatten, local_part
-from forebay.checkpoint.objects import EncodedObject, Json, Path
+from forebay.checkpoint.objects import EncodedObject, Json, Path, unsupported
 from forebay.checkpoint.planning import StateSavePlanner, decode_plan, encode_plan
 from forebay.checkpoint.snapshot import Pack, PackTemplate, Part, shared_memory
 from forebay_wire.errors import UnsupportedObject
@@ -45,6 +45,9 @@ class LocalState:
         if raw is not None:
             values[RAW_STATE] = dict(raw)
         flat = flatten(values)
+        for path, tensor in flat.wrappers.items():
+            if path[0] == RAW_STATE:
+                raise unsupported(tensor, path, "there is nothing here to rebuild it into")
         lowest = {name for name in flat.tensors() if name.startswith(f"{RAW_STATE}.")}
         frozen: set[str] = set()
         for component in components:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from forebay.checkpoint.choice import ALL, Choice
 from forebay.checkpoint.flatten import FlatState, flatten, local_part
 from forebay.checkpoint.objects import Path, dotted, dtype_name
+from forebay.checkpoint.wrappers import class_name, class_of, plain_parts, rewrapped
 from forebay_wire.errors import InvalidRequest
 
 
@@ -114,11 +115,12 @@ class ModuleComponent:
         here, there = ({path[:1] for path in paths} - {("",)} for paths in (present, stored))
         wanted = {path for path in here if saved.choice.takes(dotted((self.name, *path)))}
         _note_difference(saved, missing=wanted - there, surplus=there - here)
+        live_wrappers = _same_wrappers(saved, live, wanted & there)
         found: Targets = {}
         for path in {**saved.tensors, **present}:
             item, whole = present.get(path), saved.tensors.get(path)
-            if isinstance(item, torch.Tensor) and len(path) == 1:
-                if path in wanted & there and _fitting(saved, path, item, whole):
+            if isinstance(item, torch.Tensor) and (len(path) == 1 or path[:1] in live_wrappers):
+                if path[:1] in wanted & there and _fitting(saved, path, item, whole):
                     found[path] = item
             elif whole is not None:  # inside a module's extra state, which is a value of its own
                 found[path] = torch.empty(whole.size, dtype=whole.properties.dtype)
@@ -126,7 +128,7 @@ class ModuleComponent:
 
     def apply(self, state: Any) -> None:
         if state:
-            set_model_state_dict(self.module, state)
+            set_model_state_dict(self.module, rewrapped(state, self.state(), (self.name,)))
 
 
 class OptimizerComponent:
@@ -155,6 +157,7 @@ class OptimizerComponent:
         live = flatten({self.name: self.state()})
         present = {path[1:]: live.items[name] for name, path in live.paths.items()}
         params = get_model_state_dict(self.module)
+        _same_wrappers(saved, live, {path[:1] for path in saved.tensors})
         found: Targets = {}
         for path, whole in saved.tensors.items():
             item = present.get(path)
@@ -174,6 +177,7 @@ class OptimizerComponent:
     def apply(self, state: Any) -> None:
         # Parameters that never had a gradient have no state: that is no error.
         options = StateDictOptions(strict=False)
+        state = rewrapped(state, self.state(), (self.name,))
         wanted = {name: dict(held) for name, held in state.get("state", {}).items()}
         with _kept_from_initialising(self.optimizer), self._explained():
             set_optimizer_state_dict(self.module, self.optimizer, state, options=options)
@@ -219,10 +223,13 @@ class PlainComponent:
         return set()
 
     def targets(self, saved: SavedComponent) -> Targets:
-        return targets_like(self.name, self.source.state_dict(), saved)
+        state = self.source.state_dict()
+        flat = flatten({self.name: state})
+        _same_wrappers(saved, flat, {path[:1] for path in saved.tensors})
+        return targets_like(self.name, state, saved)
 
     def apply(self, state: Any) -> None:
-        self.source.load_state_dict(state)
+        self.source.load_state_dict(rewrapped(state, self.source.state_dict(), (self.name,)))
 
 
 def targets_like(name: str, state: Any, saved: SavedComponent) -> Targets:
@@ -361,13 +368,30 @@ def _note_difference(saved: SavedComponent, missing: set[Path], surplus: set[Pat
         _note(saved, path, "it was saved and is not here")
 
 
+def _same_wrappers(saved: SavedComponent, live: FlatState, tops: set[Path]) -> set[Path]:
+    """The paths, one long, of live wrappers; those that were saved as something else, or the other
+    way round, are noted. Only what is below *tops* is looked at."""
+    here = {path[1:]: class_name(tensor) for path, tensor in live.wrappers.items()}
+    there = dict(filter(None, map(class_of, saved.objects)))
+    for path in sorted({*here, *there}, key=dotted):
+        if here.get(path) != there.get(path) and path[:1] in tops:
+            now, then = here.get(path, "none"), there.get(path, "none")
+            _note(
+                saved,
+                path,
+                f"it was saved as a wrapper of class {then}, and here is {now}: build it (and step "
+                "the optimizer once, if it is its state) as it was",
+            )
+    return {path for path in here if len(path) == 1}
+
+
 def _below(flat: FlatState, name: str) -> dict[str, torch.Tensor]:
     prefix = f"{name}."
     return {key: tensor for key, tensor in flat.tensors().items() if key.startswith(prefix)}
 
 
 def _memories(params: Iterable[torch.nn.Parameter]) -> set[tuple[str, int]]:
-    return {_memory(param) for param in params}
+    return {_memory(part) for param in params for part in plain_parts(param)}
 
 
 def _memory(tensor: torch.Tensor) -> tuple[str, int]:

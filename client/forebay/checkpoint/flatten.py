@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from forebay.checkpoint.objects import EncodedObject, Path, dotted, encode, unsupported
+from forebay.checkpoint.wrappers import MARK, class_name, inner_tensors, is_wrapper, wrapping
 
 
 @dataclass
@@ -23,6 +24,9 @@ class FlatState:
     """Tensors (plain or DTensor) and encoded objects by name."""
     paths: dict[str, Path] = field(default_factory=dict)
     """Where each item hangs; tensors inside a list or tuple have no place of their own."""
+
+    wrappers: dict[Path, torch.Tensor] = field(default_factory=dict)
+    """Tensors of which only the inner ones are items, by path."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: item for name, item in self.items.items() if isinstance(item, torch.Tensor)}
@@ -99,7 +103,14 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def _walk(flat: FlatState, path: Path, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and is_wrapper(value):
+        flat.wrappers[path] = value
+        about = encode(wrapping(value), path)  # refuses a context that would need pickle
+        mark = (*path, MARK, class_name(value))
+        flat.paths[_add(flat, mark, about)] = mark
+        for attribute, inner in inner_tensors(value).items():
+            _walk(flat, (*path, attribute), inner)
+    elif isinstance(value, torch.Tensor):
         flat.paths[_add(flat, path, check_plain(value, path))] = path
     elif type(value) in (dict, OrderedDict) and value and _plain_keys(value):
         for key, item in value.items():

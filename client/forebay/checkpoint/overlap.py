@@ -13,15 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 import numpy as np
 import torch
 
 from forebay.checkpoint.components import Component, OptimizerComponent
-from forebay.checkpoint.flatten import local_part
 from forebay.checkpoint.samples import Samples, is_run
 from forebay.checkpoint.snapshot import Source, copy_bytes
+from forebay.checkpoint.wrappers import plain_parts
 from forebay.waiting import Deadline
 from forebay_wire.errors import Conflict, DeadlineExceeded
 from forebay_wire.limits import MIB
@@ -42,11 +43,11 @@ def owned_memory(components: Iterable[Component]) -> set[tuple[object, ...]]:
         if not isinstance(component, OptimizerComponent):
             continue
         for group in component.optimizer.param_groups:
-            found.update(_place(local_part(param.detach())) for param in group["params"])
+            found.update(map(_place, chain.from_iterable(map(plain_parts, group["params"]))))
         for held in component.optimizer.state.values():
             for value in held.values() if isinstance(held, dict) else ():
                 if isinstance(value, torch.Tensor):
-                    found.add(_place(local_part(value.detach())))
+                    found.update(map(_place, plain_parts(value)))
     return found
 
 
