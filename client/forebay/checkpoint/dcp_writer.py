@@ -111,6 +111,8 @@ class StorageWriter(TorchStorageWriter):
         self._metrics = dict(metrics or {})
         self._process_group = process_group
         self._timeout = timeout
+        self.saved: GenerationId | None = None
+        """What the last save that ended well has made, on the coordinator."""
         self._lock = threading.Lock()
         # A save runs in one thread, and async_save may have two of them under way.
         self._saves = threading.local()
@@ -248,6 +250,7 @@ class StorageWriter(TorchStorageWriter):
             self._service().wait(generation, "local", self._timeout)
         finally:
             upload.close()
+        self.saved = generation
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
