@@ -171,3 +171,16 @@ def test_text_example_makes_the_same_again(daemon: DaemonProcess) -> None:
     assert len(set(texts)) == len(texts)
     by_epoch = [{line[9:] for line in lines if line.startswith(f"epoch {n}")} for n in (0, 1)]
     assert by_epoch[0] != by_epoch[1], "texts are rewritten anew each epoch"
+
+
+def test_script_of_the_page_about_managing_checkpoints(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(daemon.data.parent)
+    page = "docs/checkpoints/managing.md"
+    [script] = SCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    exec(compile(script, page, "exec"), names)  # noqa: S102 - our own page
+    names["client"].close()
+    assert names["kept"] == [2000, 1900, 1800, 1000, 300]
+    assert (names["resumed"].run, names["resumed"].step) == ("base", 300)
