@@ -60,6 +60,10 @@ RETENTION: Final = (
 )
 """Failpoints of deleting what a policy does not keep, in the order in which it passes them."""
 
+SHARING: Final = ("upload.before_list", "upload.after_list")
+"""Failpoints of publishing a pack that shares pieces with others, between its file and its row, in
+the order in which it passes them."""
+
 REMOTE_FLUSH: Final = (
     "flush.before_blob",
     "flush.after_blob",
@@ -109,6 +113,15 @@ COLLECT: Final = (
 """Failpoints of deleting a manifest and then the blobs that nothing names any more, in the order in
 which it passes them."""
 
+COMPACT: Final = (
+    "compact.before_file",
+    "compact.after_files",
+    "compact.inside_rows",
+    "compact.after_rows",
+    "compact.after_delete",
+)
+"""Failpoints of making a file smaller, in the order in which it passes them."""
+
 ORIGIN: Final = (
     "origin.before_row",
     "origin.after_row",
@@ -140,6 +153,8 @@ ALL: Final = frozenset(
     + EVICT
     + REPAIR
     + COLLECT
+    + COMPACT
+    + SHARING
     + RETENTION
     + CLIENT_SAVE
     + CLIENT_EXPORT

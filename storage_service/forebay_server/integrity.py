@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_jobs import (
     COLLECT,
+    COMPACT,
     DELETE,
     FLUSH,
     GARBAGE,
@@ -24,6 +25,7 @@ from forebay_server.catalog.queries_scrub import plan_scrub, repair_outcome
 from forebay_server.locks import NamedLocks
 from forebay_server.move.budget import Budget
 from forebay_server.move.collect import Collector
+from forebay_server.move.compact import Compactor
 from forebay_server.move.copy import Copier
 from forebay_server.move.fsck import Finding, Fsck
 from forebay_server.move.garbage import Doomed, Garbage
@@ -112,6 +114,9 @@ class Integrity:
             return_good=opener.return_good,
             forget=opener.forget,
         )
+        self.compactor = Compactor(
+            catalog, tiers, budget, is_open=opener.is_open, forget=opener.forget
+        )
         self._tiers = tiers
         self._fsck = Fsck(
             catalog, tiers, self.collector, opener.quarantine, locks, grace_seconds=grace_seconds
@@ -119,6 +124,7 @@ class Integrity:
         self.garbage = Garbage(catalog, tiers, self.collector, is_in_use)
         self.handlers: dict[str, Handler] = {
             COLLECT: self.collector.collect,
+            COMPACT: self.compactor,
             DELETE: self.collector.delete_manifest,
             REPAIR: self.repairer,
             RETURN: Returns(catalog, opener.return_good),

@@ -33,6 +33,8 @@ COLLECT = "collect"
 """Reclaim blobs that nothing names any more; with the target
 :data:`GARBAGE` also files that no row names."""
 GARBAGE = "garbage"
+COMPACT = "compact"
+"""Make files smaller of which most is not needed any more."""
 REPAIR = "repair"
 """Replace quarantined copies by good ones: those of a blob in a tier, with the target
 ``BLOB TIER``, or with the target ``quarantined`` all."""
@@ -56,7 +58,7 @@ NOTES = "notes"
 """Have the object tier say what people said about a run; the target is ``RUN NUMBER``."""
 FINGERPRINT = "fingerprint"
 """Compute the fingerprints of a generation, whose manifest is the target."""
-SLOW_KINDS: frozenset[str] = frozenset({COPY, MIGRATE, PIN, REPAIR})
+SLOW_KINDS: frozenset[str] = frozenset({COMPACT, COPY, MIGRATE, PIN, REPAIR})
 """Kinds that move many bytes for nobody who waits: they have workers of their own, so that what
 makes data safe (:data:`FLUSH`) never stands behind them."""
 

@@ -16,7 +16,7 @@ from typing import Final
 from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_blobs import FileRef, orphan_blobs, remove_orphan
 from forebay_server.catalog.queries_history import record
-from forebay_server.catalog.queries_jobs import GARBAGE, enqueue_collection
+from forebay_server.catalog.queries_jobs import COMPACT, GARBAGE, enqueue, enqueue_collection
 from forebay_server.catalog.queries_objects import (
     OBJECT_TIER,
     may_be_in_tier,
@@ -35,6 +35,8 @@ from forebay_wire.failpoints import failpoint
 
 logger = logging.getLogger(__name__)
 
+EVERYTHING: Final = "files"
+"""The target of a compaction."""
 OBJECTS: Final = "objects"
 """Key of the journal: blob to its files in the object tier, whose row is gone."""
 GRACE_SECONDS: Final = 3600.0
@@ -274,6 +276,7 @@ def _forget(
 ) -> list[FileRef]:
     progress.guard(connection)
     gone = remove_orphan(connection, blob, tiers)
+    enqueue(connection, COMPACT, EVERYTHING)  # of what it shared a part may be left
     for ref in gone:
         record(connection, f"blob {blob}", "deleted", f"{ref.tier}: nothing names it any more")
     return gone

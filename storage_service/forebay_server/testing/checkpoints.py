@@ -14,6 +14,7 @@ from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_checkpoints import PackPlan
 from forebay_server.catalog.queries_jobs import (
     COLLECT,
+    COMPACT,
     DELETE,
     FLUSH,
     NOTES,
@@ -27,7 +28,9 @@ from forebay_server.catalog.queries_objects import enqueue_missing
 from forebay_server.catalog.queries_runs import AttemptInfo, GenerationInfo
 from forebay_server.locks import NamedLocks
 from forebay_server.model.lineage import Point
+from forebay_server.move.budget import Budget
 from forebay_server.move.collect import Collector
+from forebay_server.move.compact import Compactor
 from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.move.trash import Tombstones, Trash
@@ -209,6 +212,7 @@ async def open_checkpoints(
         )
         handlers: dict[str, Handler] = {
             COLLECT: collector.collect,
+            COMPACT: Compactor(storage.catalog, storage.tiers, Budget({}), is_open=is_open),
             DELETE: collector.delete_manifest,
             TOMBSTONE: Tombstones(storage.catalog, storage.tiers, locks),
         }
