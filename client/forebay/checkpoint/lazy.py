@@ -55,6 +55,7 @@ class Opened(Mapping[str, "LazyTensor"]):
 
     def __init__(self, generation: GenerationId, saved: SavedState, reader: PackReader) -> None:
         self.generation = generation
+        self.manifest = saved.manifest
         self.metrics: Mapping[str, float] = saved.manifest.metrics
         self._saved = saved
         self._reader: PackReader | None = reader
