@@ -294,8 +294,7 @@ _SAFE_NAMES: Final = frozenset(
 
 class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_plain = "." not in name and not name.startswith("__")
-        if module in _SAFE_MODULES and is_plain:
+        if module in _SAFE_MODULES:
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__ == module:
                 return found

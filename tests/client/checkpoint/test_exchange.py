@@ -229,6 +229,28 @@ def test_what_would_run_code_is_refused_by_name(
     assert "harm" not in {one.run for one in client.runs()}
 
 
+@pytest.mark.parametrize("name", ["os.mkdir", "dataclass", "Sequence"])
+def test_what_torch_s_descriptions_import_is_none_of_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.distcp").touch()
+    module = b"torch.distributed.checkpoint.metadata"
+    text = [bytes([0x8C, len(one)]) + one for one in (module, name.encode())]
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04" + b"".join(text) + b"\x93.")
+    with pytest.raises((UnsupportedObject, IntegrityError)) as raised:
+        read_foreign(tmp_path)
+    assert "Metadata" not in str(raised.value)
+
+
+@pytest.mark.parametrize("export", [export_safetensors, export_dcp])
+def test_an_export_that_fails_leaves_nothing(client: Client, tmp_path: Path, export: Any) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    for output in ("out", "out.safetensors")[: 1 + (export is export_safetensors)]:
+        with pytest.raises(BaseException):  # noqa: B017 - torch wraps it
+            export(client, "run", tmp_path / output, only=["model.*"], progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_cut_or_no_checkpoint_is_refused(client: Client, tmp_path: Path) -> None:
     export_safetensors(client, "run", tmp_path / "out", only=["model.*"], max_shard_bytes=5000)
     file = sorted((tmp_path / "out").glob("*.safetensors"))[0]

@@ -76,6 +76,7 @@ def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     found = {"a.big": torch.randn(60, 44, 5), "a.half": torch.randn(33, 40).bfloat16()}
     found["a.big"][50, 40, 4] = math.inf
+    found["a.big"][0, 0, 0] = math.nan
     return found
 
 
