@@ -199,3 +199,22 @@ def test_aliased_tensors_are_one_again(client: forebay.Client, run: str) -> None
         state = opened.state_dict("mine")
     assert state["one"] is state["two"]["again"]
     assert state["one"] is not state["other"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_onto_a_gpu_in_place_whole_and_in_columns(client: forebay.Client, run: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(3000, 5000, generator=generator)  # more than one piece
+    model = torch.nn.Linear(5000, 3000)
+    model.weight.data.copy_(whole)
+    with forebay.Checkpointer(client, run, model=model) as one:
+        one.save(1).wait("local", 60)
+    there = torch.nn.Linear(5000, 3000, device="cuda")
+    address = there.weight.data_ptr()
+    with forebay.Checkpointer(client, run, model=there) as one:
+        one.restore()
+    assert there.weight.data_ptr() == address
+    assert torch.equal(there.weight.cpu(), whole)
+    with forebay.checkpoint.open(client, run) as opened:
+        target = torch.zeros(5000, 3000, device="cuda").t()
+        assert torch.equal(opened["model.weight"].read(target).cpu(), whole)
