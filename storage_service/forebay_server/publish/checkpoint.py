@@ -219,8 +219,9 @@ class Checkpoints:
         """
         _check_plan(plan)
         owner = slot_owner(uid, _owner(plan.generation, plan.rank))
-        await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
-        await self._uploads.slots.wait_for_one_of(owner, NUM_SLOTS, wait_seconds)
+        if self._uploads.slots.num_in_use(owner) >= NUM_SLOTS:
+            await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
+            await self._uploads.slots.wait_for_one_of(owner, NUM_SLOTS, wait_seconds)
         return await self._finish(self._begin_pack(uid, plan, slot_bytes))
 
     async def ask_to_save(self, uid: int, plan: PackPlan, asked: SaveAsk) -> Ruling:

@@ -378,6 +378,7 @@ def own_daemon_small(tmp_path: Any) -> Iterator[forebay.Client]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::UserWarning")
 def test_compiled_models_and_steps(make: Make, gate: Gate) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
