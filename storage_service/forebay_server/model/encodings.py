@@ -6,7 +6,7 @@ are part of the formats in ``docs/formats/encoding.md`` and ``docs/formats/blob-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -72,22 +72,30 @@ def ways_to_try(setting: str) -> tuple[Way, ...]:
     return _WAYS[setting]
 
 
-def choose_way(plain_bytes: int, encoded_bytes: Mapping[Way, int]) -> Way:
-    """The way for a blob of whose samples *plain_bytes* became *encoded_bytes* in each way.
+def best_way(encoded_bytes: Mapping[Way, int]) -> Way:
+    """That with the smallest result, of equal ones the first."""
+    return min(encoded_bytes, key=lambda way: encoded_bytes[way])
 
-    The smallest result, of equal ones the first, if it is small enough to pay.
+
+def choose_ways(plain_bytes: int, samples: Sequence[Mapping[Way, int]]) -> tuple[Way, ...]:
+    """The ways for a blob of whose *samples*, *plain_bytes* together, each became so many bytes in
+    each way: those that are the best of some sample, or none if it does not pay.
+
+    A pack has tensors of several types, and each wants a way of its own.
     """
-    best = min(encoded_bytes, key=lambda way: encoded_bytes[way], default=RAW_WAY)
-    if best is RAW_WAY or encoded_bytes[best] > plain_bytes * LARGEST_SHARE:
-        return RAW_WAY
-    return best
+    found = [sample for sample in samples if sample]
+    best = [best_way(sample) for sample in found]
+    encoded_bytes = sum(sample[way] for sample, way in zip(found, best, strict=True))
+    if not found or encoded_bytes > plain_bytes * LARGEST_SHARE:
+        return ()
+    return tuple(dict.fromkeys(best))
 
 
-def encoding_of(way: Way) -> str:
-    """The encoding of a blob whose segments are treated in *way*."""
-    if way.method is Method.RAW:
+def encoding_of(ways: Collection[Way]) -> str:
+    """The encoding of a blob whose segments are treated in one of *ways* each."""
+    if not ways:
         return RAW
-    return LZ4 if way.method is Method.LZ4 else SHUFFLE_LZ4
+    return LZ4 if all(way.method is Method.LZ4 for way in ways) else SHUFFLE_LZ4
 
 
 def name_of(code: int) -> str | None:

@@ -19,7 +19,8 @@ from forebay_server.model.encodings import (
     RAW,
     RAW_WAY,
     Way,
-    choose_way,
+    best_way,
+    choose_ways,
     encoding_of,
     ways_to_try,
 )
@@ -140,38 +141,50 @@ def encode_into(
     raise to end it. Durable on return; nothing is left of a copy that failed.
     """
     table = read_table(reader, blob)
-    way = _choose(reader, table, setting)
+    ways = _choose(reader, table, setting)
     name = tier.blob_name(file)
-    if way == RAW_WAY:
+    if not ways:
         with tier.create(name, copy_bytes(table)) as writer:
             copy_verified(reader, _Telling(writer, advance), blob)
             writer.publish()
         return StoredFile(RAW, copy_bytes(table), table, writer.is_proven)
     with tier.create(name, encoded_bytes_for(table.total_bytes, table.num_segments)) as writer:
-        entries = _Pipeline(reader, table, way).write_all(writer, advance)
+        entries = _Pipeline(reader, table, ways).write_all(writer, advance)
         index = EncodedIndex(table, np.array(entries, dtype=ENTRY_DTYPE))
-        writer.write(index.encode(encoding_of(way)))
+        writer.write(index.encode(encoding_of(ways)))
         writer.publish()
     num_bytes = encoded_bytes_for(index.offsets[-1], table.num_segments)
-    return StoredFile(encoding_of(way), num_bytes, table)
+    return StoredFile(encoding_of(ways), num_bytes, table)
 
 
-def _choose(reader: TierReader, table: SegmentTable, setting: str) -> Way:
-    """The way that pays most for this blob, by trying all on samples of it."""
+def _choose(reader: TierReader, table: SegmentTable, setting: str) -> tuple[Way, ...]:
+    """The ways that pay most for this blob, by trying all on samples of it; none: it stays raw."""
     ways = ways_to_try(setting)
     if not ways or not table.num_segments:
-        return RAW_WAY
+        return ()
     plain_bytes = 0
-    encoded = dict.fromkeys(ways, 0)
+    encoded: list[dict[Way, int]] = []
     with SEGMENT_BUFFERS.borrow() as buffer:
         for start, stop in _sample_ranges(table.offsets.tolist()):
             sample = buffer[: stop - start]
             reader.read_into(start, sample)
             plain_bytes += len(sample)
-            for way in ways:
-                stored = min(len(encode_segment(way, sample)), len(sample))
-                encoded[way] += stored + ENTRY_DTYPE.itemsize
-    return choose_way(plain_bytes, encoded)
+            encoded.append(_tried(ways, sample))
+    return choose_ways(plain_bytes, encoded)
+
+
+def _tried(ways: Sequence[Way], sample: memoryview) -> dict[Way, int]:
+    """What *sample* takes in each of *ways*, in bytes."""
+    most = len(sample)
+    return {way: min(len(encode_segment(way, sample)), most) + ENTRY_DTYPE.itemsize for way in ways}
+
+
+def _way_of(ways: Sequence[Way], segment: memoryview) -> Way:
+    """That of *ways* which is the best for the middle of *segment*."""
+    if len(ways) == 1:
+        return ways[0]
+    start = max(0, len(segment) - SAMPLE_BYTES) // 2 // 64 * 64
+    return best_way(_tried(ways, segment[start : start + SAMPLE_BYTES]))
 
 
 def _sample_ranges(offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -193,10 +206,10 @@ _Encoded = tuple[list[memoryview], list[Entry]]
 class _Pipeline:
     """Encodes the segments of one blob on the codec threads, a few buffers ahead of the writer."""
 
-    def __init__(self, reader: TierReader, table: SegmentTable, way: Way) -> None:
+    def __init__(self, reader: TierReader, table: SegmentTable, ways: Sequence[Way]) -> None:
         self._reader = reader
         self._table = table
-        self._way = way
+        self._ways = ways
         self._offsets: list[int] = table.offsets.tolist()
         self._running: deque[tuple[memoryview, list[Future[_Encoded]]]] = deque()
 
@@ -239,7 +252,8 @@ class _Pipeline:
         for index in part:
             plain = piece[self._offsets[index] - start : self._offsets[index + 1] - start]
             self._table.check_identity(index, plain, self._reader.where)
-            encoded, used = encode_segment(self._way, plain), self._way
+            used = _way_of(self._ways, plain)
+            encoded = encode_segment(used, plain)
             if len(encoded) >= len(plain):
                 encoded, used = plain, RAW_WAY
             stored.append(encoded)

@@ -269,6 +269,25 @@ def test_the_width_of_the_elements_is_found(tier: Tier, width: int) -> None:
     assert entries["width"].tolist() == [width]
 
 
+def test_each_segment_has_the_way_of_its_own_type(tier: Tier) -> None:
+    """A pack of a model in one type and moments in another."""
+    rng = np.random.default_rng(3)
+    wide = [np.cumsum(rng.integers(0, 200, MIB // 8)).astype("<u8").tobytes() for _ in range(4)]
+    narrow = [np.cumsum(rng.integers(0, 3, MIB // 2)).astype("<u2").tobytes() for _ in range(4)]
+    file, mixed = store(tier, [*wide, *narrow], "auto")
+    alone = [store(tier, parts, "auto")[1].num_bytes for parts in (wide, narrow)]
+    assert mixed.num_bytes < sum(alone) * 1.01
+    with open_plain(tier, file, mixed.encoding, mixed.table.blob_id) as reader:
+        assert verify_file(reader, mixed.table.blob_id).encoded == mixed.table.encoded
+    entries = np.frombuffer(
+        tier.get(tier.blob_name(file)),
+        ENTRY_DTYPE,
+        count=8,
+        offset=mixed.num_bytes - TRAILER.size - 8 * ENTRY_DTYPE.itemsize,
+    )
+    assert entries["width"].tolist() == [8] * 4 + [2] * 4
+
+
 def test_one_segment_of_noise_lies_as_it_is(tier: Tier) -> None:
     noise = random_bytes(200_000, 5)
     file, stored = store(tier, [text(MIB), noise, text(MIB)], "lz4")
