@@ -284,6 +284,7 @@ class Daemon:
             opener.bringer,
             self._budget,
             bytes_per_second=self._config.fingerprint_bytes_per_second,
+            is_landing=lambda: self._uploads.num_landing > 0,
             wake=lambda: self._jobs.wake(),
         )
         handlers[FINGERPRINT] = self._fingerprints

@@ -8,6 +8,7 @@ the figures that they had there.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Protocol, TypeVar
@@ -29,6 +30,9 @@ from forebay_wire.manifest import GenerationManifest, PackRef, parse
 T = TypeVar("T")
 
 ALL_TIERS: Final = "all"
+STEP_BACK_SECONDS: Final = 1.0
+"""The longest that one segment waits for saves that land."""
+LOOK_SECONDS: Final = 0.02
 
 
 class BlobReader(Protocol):
@@ -59,15 +63,18 @@ class Fingerprints:
         budget: Budget,
         *,
         bytes_per_second: float = 0,
+        is_landing: Callable[[], bool] = lambda: False,
         wake: Callable[[], object] = lambda: None,
     ) -> None:
         """*bytes_per_second* holds for what nobody waits for; 0: nothing is done unless somebody
-        asks for it. *wake* is called when a job was queued."""
+        asks for it. *is_landing*: whether uploads become durable, for which it steps back. *wake*
+        is called when a job was queued."""
         self._catalog = catalog
         self._reader = reader
         self._budget = budget
         self._rate = Budget({ALL_TIERS: bytes_per_second})
         self._is_idle = bytes_per_second == 0
+        self._is_landing = is_landing
         self._wake = wake
 
     async def read(
@@ -109,6 +116,13 @@ class Fingerprints:
 
             await self._catalog.write(keep)
 
+    def _step_back(self, check: Callable[[], object]) -> None:
+        """On a thread, before each segment: wait while a save lands, but never for ever."""
+        until = time.monotonic() + STEP_BACK_SECONDS
+        while self._is_landing() and time.monotonic() < until:
+            check()
+            time.sleep(LOOK_SECONDS)
+
     async def _manifest(self, target: str) -> GenerationManifest | None:
         data = await self._catalog.read(lambda connection: read_manifest(connection, target))
         if data is None:
@@ -142,6 +156,7 @@ class Fingerprints:
             self._budget.take(tier, num_bytes, check)
             if not progress.priority:
                 self._rate.take(ALL_TIERS, num_bytes, check)
+                self._step_back(check)
             progress.advance(num_bytes)
 
         def use(tier: str, reader: TierReader) -> dict[_Extent, Fingerprint]:

@@ -287,13 +287,17 @@ def test_exports_say_what_does_not_fit(client: Client, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "there", "wide.pt"]
 
 
-@pytest.mark.parametrize("point", CLIENT_EXPORT)
-@pytest.mark.parametrize("form", ["safetensors", "dcp"])
+@pytest.mark.parametrize(
+    ("form", "point"),
+    [
+        ("safetensors", CLIENT_EXPORT[0]),
+        pytest.param("safetensors", CLIENT_EXPORT[1], marks=pytest.mark.slow),
+        pytest.param("dcp", CLIENT_EXPORT[1], marks=pytest.mark.slow),  # torch writes its files
+    ],
+)
 def test_a_killed_export_leaves_nothing_that_looks_whole(
     process: DaemonProcess, client: Client, tmp_path: Path, point: str, form: str
 ) -> None:
-    if form == "dcp" and point == "client.export.after_file":
-        pytest.skip("torch writes the files of DCP")
     arguments = ["checkpoint", "export", "run@7", str(tmp_path / "out"), "--format", form]
     ended = subprocess.run(
         [sys.executable, "-m", "forebay.cli", *arguments, "--data", str(process.data)],

@@ -255,6 +255,23 @@ async def test_without_a_rate_only_what_is_asked_for(node: CheckpointNode) -> No
         await handler.ask(GenerationId("run", 1, 9))
 
 
+async def test_it_steps_back_while_saves_land(node: CheckpointNode) -> None:
+    await node.begin()
+    generation = await save(node, 1, [floats(2 * CUT)])
+    looks = 0
+
+    def is_landing() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks < 5
+
+    options: dict[str, Any] = {"bytes_per_second": 1e12, "is_landing": is_landing}
+    handler = Fingerprints(node.storage.catalog, Reading(node), Budget({}), **options)
+    await work(node, handler)
+    assert looks == 5
+    assert (await handler.read(generation, 0, 0, 1)).num_packs == 1
+
+
 def test_tables_are_those_of_the_blob() -> None:
     reader = InMemory(floats(3 * CUT))
     assert isinstance(reader.table, SegmentTable)
