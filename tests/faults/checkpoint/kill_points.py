@@ -14,6 +14,7 @@ from forebay_wire.failpoints import (
     GENERATION_BEGIN,
     GENERATION_COMMIT,
     REMOTE_FLUSH,
+    SHARING,
 )
 
 Outcome = Literal["before", "saved", "whole"]
@@ -76,6 +77,10 @@ POINTS: Final = (
           "saved", "saved", "before", "whole"),
     Point("upload.after_publish", "daemon", "the file is durable, the catalog does not know it",
           "saved", "saved", "before", "whole"),
+    Point("upload.before_list", "daemon", "of a pack that shares bytes: its list is not written",
+          "saved", "saved", "before", "whole"),
+    Point("upload.after_list", "daemon", "its list is durable, the catalog does not know it",
+          "saved", "saved", "before", "whole"),
     Point("generation.before_commit", "daemon", "within the last rank's transaction",
           "saved", "saved", "before", "whole"),
     Point("generation.inside_commit", "daemon", "all rows are written, nothing is committed",
@@ -97,7 +102,7 @@ POINTS: Final = (
 )  # fmt: skip
 
 PASSED: Final = frozenset(
-    [*GENERATION_BEGIN, *GENERATION_COMMIT, *REMOTE_FLUSH, "upload.after_row"]
+    [*GENERATION_BEGIN, *GENERATION_COMMIT, *SHARING, *REMOTE_FLUSH, "upload.after_row"]
     + [name for name in CLIENT_SAVE if name.startswith("client.save.")]
 )
 """All points that a save passes: each is in the table."""

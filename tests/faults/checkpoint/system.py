@@ -40,10 +40,12 @@ def load(name: str) -> ModuleType:
 trainers = load("trainers")
 
 
-def until(condition: Callable[[], bool], what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
+def until(
+    condition: Callable[[], bool], what: Callable[[], object], seconds: float = SECONDS
+) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {SECONDS} s: {what()}"
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what()}"
         time.sleep(0.02)
 
 
