@@ -389,6 +389,15 @@ def lost_rank(world: World) -> None:
     assert "another rank did not answer" in message
 
 
+def lost_before_asking(world: World) -> None:
+    """A rank that dies before it asks how to save is named to the others."""
+    checkpointer = world.checkpointer("early", world.size, holder=Holder(torch.ones(10)))
+    checkpointer.save(1).wait("local")
+    message = raised(lambda: checkpointer.save(2), forebay.DeadlineExceeded)
+    assert f"rank {world.size - 1} did not come in time" in message
+    assert [one.step for one in world.client.checkpoints("early")] == [1]
+
+
 def torch_functions(world: World) -> None:
     """``dcp.save`` and ``dcp.load`` with our writer and reader, rows to columns."""
     mesh = DeviceMesh("cpu", list(range(world.size)))
@@ -656,6 +665,7 @@ SCENARIOS = {
         errors,
         lost_answer,
         lost_rank,
+        lost_before_asking,
         restart,
         replicated,
         torch_functions,

@@ -80,6 +80,7 @@ def test_all_ranks_plan_or_none_does_and_what_all_have_is_saved_evenly(
     assert outcome(start(scenarios, 4, daemon, tmp_path)) == [0] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_overlapped_saves_of_wrapped_models_and_an_error_of_one_rank(
     daemon: DaemonProcess, tmp_path: Path
@@ -87,6 +88,7 @@ def test_overlapped_saves_of_wrapped_models_and_an_error_of_one_rank(
     assert outcome(start("overlapped,overlapped_error", 2, daemon, tmp_path)) == [0] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_after_a_restart_of_the_daemon_all_ranks_plan_anew(tmp_path: Path) -> None:
     with DaemonProcess(tmp_path / "data") as daemon:
@@ -110,6 +112,12 @@ def test_a_killed_rank_fails_the_save_of_the_others(
 ) -> None:
     killed = {"FOREBAY_FAILPOINTS": f"client.save.{place}:2"}
     assert outcome(start("lost_rank", 2, daemon, tmp_path, **killed)) == [0, -9]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_before_it_asks_is_named(daemon: DaemonProcess, tmp_path: Path) -> None:
+    killed = {"FOREBAY_FAILPOINTS": "client.save.after_plan:2"}
+    assert outcome(start("lost_before_asking", 2, daemon, tmp_path, **killed)) == [0, -9]
 
 
 @pytest.mark.timeout(200)
