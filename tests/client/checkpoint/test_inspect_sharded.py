@@ -166,3 +166,35 @@ def test_what_a_reader_reads_is_what_is_needed(client: Client, tensors) -> None:
         assert reader.bytes_read == data.nbytes == 2 * 44 * 5 * 4
     values = np.ascontiguousarray(data).view(np.float32).reshape(2, 44, 5)
     assert (values == tensors["a.big"][7:9].numpy()).all()
+
+
+@pytest.mark.slow
+def test_fingerprints_of_an_encoded_copy_when_the_other_is_damaged(tmp_path: Path) -> None:
+    """Nobody asked before the damage: the object tier's copy is read, decoded."""
+    options = ("--fingerprint-bytes-per-second", "0")
+    with (
+        DaemonProcess(tmp_path / "data", *options) as process,
+        forebay.connect(process.address()["rpc"]) as client,
+    ):
+        steady = {"x": torch.arange(700_000, dtype=torch.float32) / 7}
+        found = save(client, "one", steady, by(0, 1), 1)
+        CheckpointService(client, "one").wait(found.id, "remote", 60.0)
+        assert fingerprints_of(client, found) is None
+        needle = steady["x"].numpy().tobytes()[:64]
+        [file] = [
+            one
+            for one in (tmp_path / "data" / "ssd" / "files").rglob("*")
+            if one.is_file() and needle in one.read_bytes()
+        ]
+        content = file.read_bytes()
+        with file.open("r+b") as raw:
+            raw.seek(content.index(needle) + 1000)
+            raw.write(b"\xff")
+        for one in (tmp_path / "data" / "object" / "data").iterdir():
+            assert needle not in one.read_bytes()  # encoded
+        known = fingerprints_of(client, found, 60.0)
+        assert known is not None
+        [[one]] = known.values()
+        assert one.norm == pytest.approx(float(steady["x"].double().norm()), rel=1e-12)
+        assert one.max == float(steady["x"][-1])
+        assert "is quarantined" in process.log()
