@@ -18,6 +18,8 @@ from forebay_server.model.sharing import Named, unsafe
 from forebay_wire.errors import Conflict
 from forebay_wire.ids import GenerationId, new_random_name
 
+SLACK_BYTES = 16 << 20
+
 RECENT = 3
 """Generations whose segments are looked at: each refers to older ones for all that it shares."""
 
@@ -68,6 +70,21 @@ def _replicas(connection: Connection, one: Ancestor, tier: str, node: str) -> Se
         )
         .order_by(packs.c.rank)
     ).all()
+
+
+def likely_new_bytes(connection: Connection, run: str, rank: int) -> int:
+    """Half as much again as *rank* wrote of its pack in the last generation that *run* stands on;
+    0 if it shared nothing then."""
+    found = ancestors(connection, run, 1)
+    if not found:
+        return 0
+    mine = at(GenerationId(found[0].run, found[0].attempt, found[0].step), packs)
+    row = connection.execute(
+        select(packs.c.num_bytes, packs.c.shared_bytes).where(mine, packs.c.rank == rank)
+    ).one_or_none()
+    if row is None or not row.shared_bytes:
+        return 0
+    return int(row.num_bytes - row.shared_bytes) * 3 // 2 + SLACK_BYTES
 
 
 def run_of_pack(connection: Connection, blob: str) -> str | None:

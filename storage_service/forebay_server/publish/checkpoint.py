@@ -18,6 +18,7 @@ from forebay_server.catalog.queries_jobs import COLLECT, GARBAGE, enqueue, enque
 from forebay_server.catalog.queries_lineage import forks_needing, forks_needing_run
 from forebay_server.catalog.queries_managing import queue_notes, set_keep
 from forebay_server.catalog.queries_runs import AttemptInfo, find_generation, load_lineage
+from forebay_server.catalog.queries_sharing import likely_new_bytes
 from forebay_server.catalog.queries_trash import trash_generations
 from forebay_server.model.lineage import Point, needed_as_parent
 from forebay_server.model.save_rounds import Ask, Ruling
@@ -253,6 +254,9 @@ class Checkpoints:
             await self._uploads.end([replaced])
         generation = plan.generation
         owner = _owner(generation, plan.rank)
+        likely = await self._catalog.read(
+            lambda connection: likely_new_bytes(connection, generation.run, plan.rank)
+        )
         failpoint("pack.before_begin")
         try:
             grant = await self._uploads.begin(
@@ -260,6 +264,7 @@ class Checkpoints:
                 owner,
                 plan.num_bytes,
                 min(slot_bytes, MAX_UPLOAD_SLOT_BYTES),
+                new_bytes=min(likely, plan.num_bytes),
                 bind=lambda connection, session: queries.insert_pack(connection, plan, session),
             )
         except ResourceExhausted as error:

@@ -158,11 +158,13 @@ class Uploads:
         slot_bytes: int,
         *,
         minimum_bytes: int = 0,
+        new_bytes: int = 0,
         bind: Callable[[Connection, str], object] | None = None,
     ) -> Grant:
         """Open a session with a slot of at most *slot_bytes* and room for *total_bytes* reserved.
 
-        With *minimum_bytes* room for as little as that will do, and the slot is no larger then.
+        With *minimum_bytes* room for as little as that will do, and the slot is no larger then;
+        with *new_bytes* for as little as that, as the rest is likely to be shared.
 
         *owner* says what it is for (``dataset NAME``); its slots are reused among its sessions.
         *bind* is called with the new session's name in the transaction that records it; if it
@@ -177,7 +179,7 @@ class Uploads:
                 f"{len(self._sessions)} upload sessions are open, the limit is {MAX_SESSIONS}: "
                 "commit or abort some"
             )
-        what = uid, owner, total_bytes, slot_bytes, minimum_bytes, bind
+        what = uid, owner, total_bytes, slot_bytes, minimum_bytes, new_bytes, bind
         return await self._slots.wait_for_memory(lambda: self._finish(self._begin(*what)))
 
     async def append(self, session: str, uid: int, piece: Piece) -> int:
@@ -308,6 +310,7 @@ class Uploads:
         total_bytes: int,
         slot_bytes: int,
         minimum_bytes: int,
+        new_bytes: int,
         bind: Callable[[Connection, str], object] | None,
     ) -> Grant:
         slot = await self._slots.lend(slot_owner(uid, owner), slot_bytes)
@@ -319,6 +322,7 @@ class Uploads:
                 total_bytes,
                 self._writing,
                 minimum_bytes=minimum_bytes,
+                new_bytes=new_bytes,
                 order=self._landing_order(owner),
             )
         except BaseException:
@@ -332,7 +336,8 @@ class Uploads:
             raise
         found.renewed_at = asyncio.get_running_loop().time()
         self._sessions[found.name] = found
-        usable = slot.capacity_bytes if room >= total_bytes else min(slot.capacity_bytes, room)
+        has_room = bool(new_bytes) or room >= total_bytes
+        usable = slot.capacity_bytes if has_room else min(slot.capacity_bytes, room)
         return Grant(found.name, usable, self.lease_seconds)
 
     def _insert(

@@ -33,21 +33,23 @@ async def begin_landing(
     writing: ThreadPoolExecutor,
     *,
     minimum_bytes: int = 0,
+    new_bytes: int = 0,
     without: Sequence[Tier] = (),
     order: Sequence[str] = (),
 ) -> tuple[Tier, BlobLanding, int]:
     """A landing in the best tier that has room for *data_bytes*, those in *without* left out; and
     for how many bytes it has room: where no tier has it for all, for less, *minimum_bytes* at
-    least unless they are 0. *order*: kinds of tiers, best first; kinds that it does not name come
-    last.
+    least unless they are 0. A tier that has no room for all, and has it for *new_bytes*, will do,
+    unless these are 0. *order*: kinds of tiers, best first; kinds that it does not name come last.
 
     :class:`ResourceExhausted` with the numbers of all if none has; :class:`StorageError` if all
     fail.
     """
     while True:
         try:
+            sizes = [data_bytes, new_bytes] if 0 < new_bytes < data_bytes else [data_bytes]
             tier, landing = await _begin_somewhere(
-                tiers, file, data_bytes, writing, without=without, order=order
+                tiers, file, sizes, writing, without=without, order=order
             )
         except ResourceExhausted:
             if not 0 < minimum_bytes < data_bytes:
@@ -60,24 +62,27 @@ async def begin_landing(
 async def _begin_somewhere(
     tiers: Tiers,
     file: str,
-    data_bytes: int,
+    sizes: Sequence[int],
     writing: ThreadPoolExecutor,
     *,
     without: Sequence[Tier],
     order: Sequence[str],
 ) -> tuple[Tier, BlobLanding]:
+    """In the best tier that has room for one of *sizes*, the first of them that fits there."""
     refusals, failures = [], list[StorageError]()
     ranks = {kind: rank for rank, kind in enumerate(order)}
     for tier in sorted(tiers.landing, key=lambda one: ranks.get(one.kind, len(ranks))):
         if tier in without:
             continue
-        try:
-            return tier, await _begin_in(tiers, tier, file, data_bytes, writing)
-        except ResourceExhausted as error:
-            refusals.append(error.message)
-        except StorageError as error:
-            logger.warning("nothing lands in tier %s now: %s", tier.name, error)
-            failures.append(error)
+        for data_bytes in sizes:
+            try:
+                return tier, await _begin_in(tiers, tier, file, data_bytes, writing)
+            except ResourceExhausted as error:
+                refusals.append(error.message)
+            except StorageError as error:
+                logger.warning("nothing lands in tier %s now: %s", tier.name, error)
+                failures.append(error)
+                break
     if failures and not refusals:
         raise failures[0]
     raise ResourceExhausted("; ".join(refusals) or "no other tier takes new bytes")

@@ -64,6 +64,20 @@ async def test_a_second_generation_costs_what_has_changed(tmp_path: Path) -> Non
         assert (info.num_bytes, info.shared_bytes) == (9 * MIB, 8 * MIB)
 
 
+async def test_a_run_that_shares_goes_on_where_there_is_no_room_for_all_of_it(
+    tmp_path: Path,
+) -> None:
+    frozen = os.urandom(64 * MIB)
+    async with open_checkpoints(tmp_path, with_object=False, limit_bytes=140 * MIB) as node:
+        await node.begin()
+        for step in (1, 2):
+            await node.wait(await node.save(step, [frozen + os.urandom(MIB)]))
+        await node.storage.upload(os.urandom(30 * MIB))
+        assert node.storage.tiers.get("ssd").space().free_bytes < 64 * MIB
+        await node.wait(await node.save(3, [frozen + os.urandom(MIB)]))
+        assert await encodings(node, at(3)) == {"ssd": PIECES}
+
+
 async def test_a_fork_refers_to_the_run_that_it_stands_on(tmp_path: Path) -> None:
     base, own = os.urandom(4 * MIB), os.urandom(MIB)
     async with open_checkpoints(tmp_path, with_object=False) as node:
