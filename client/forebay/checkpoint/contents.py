@@ -166,16 +166,16 @@ def module_tree(contents: Contents) -> Module:
 class _Collected:
     dtype: str
     shape: tuple[int, ...]
-    parts: list[TensorPart] = field(default_factory=list)
+    parts: dict[Box, TensorPart] = field(default_factory=dict)
 
     def info(self, name: str) -> TensorInfo:
-        covered = sum(math.prod(part.box[1]) for part in self.parts)
+        covered = sum(math.prod(sizes) for _, sizes in self.parts)
         if covered != math.prod(self.shape):
             raise IntegrityError(
                 f"{name} has {math.prod(self.shape)} elements and the packs hold {covered} of them"
             )
-        parts = sorted(self.parts, key=lambda part: part.box)
-        return TensorInfo(name, self.dtype, self.shape, tuple(parts))
+        parts = tuple(self.parts[box] for box in sorted(self.parts))
+        return TensorInfo(name, self.dtype, self.shape, parts)
 
 
 def _collect(
@@ -193,6 +193,5 @@ def _collect(
             f"tensor {entry['name']} of rank {pack.rank} does not fit its pack of "
             f"{pack.num_bytes} bytes; the description is damaged"
         )
-    if any(part.box == (offsets, sizes) for part in one.parts):
-        return  # saved by several ranks
-    one.parts.append(TensorPart((offsets, sizes), pack.rank, index, pack_offset, num_bytes))
+    box = (offsets, sizes)  # several ranks may have saved the same
+    one.parts.setdefault(box, TensorPart(box, pack.rank, index, pack_offset, num_bytes))

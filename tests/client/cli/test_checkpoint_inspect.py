@@ -84,6 +84,16 @@ def test_diff_of_a_generation_with_itself(forebay_command, data: Path) -> None:
     assert ended.json["is_equal"]
 
 
+def test_tags_name_generations(forebay_command, data: Path) -> None:
+    with forebay.connect(data) as client:
+        client.run("run").tag("good", "1/2")
+    arguments = ("checkpoint", "diff", "run@good", "run@2", "--data", data, "--json")
+    assert forebay_command(*arguments).json["a"] == "run@1/2"
+    shown = forebay_command("checkpoint", "show", "run", "good", "--data", data)
+    assert "good" in shown.out
+    assert "run@1/2" in shown.out
+
+
 def test_exact_diff_reads(forebay_command, data: Path, states) -> None:
     arguments = ("checkpoint", "diff", "run@1", "run@2", "--exact", "--data", data, "--json")
     found = {one["name"]: one for one in forebay_command(*arguments).json["tensors"]}
