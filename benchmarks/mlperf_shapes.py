@@ -5,8 +5,15 @@ The data have the sizes, batches and accelerator times of that benchmark's train
 accelerator is a sleep. *Utilisation* is the compute time over the time of the run, the first step
 left out. Time and bytes are scaled by the same factor where one accelerator wants more than a
 machine of two cores can move, so the demand in bytes per second that is printed is what was asked
-of this machine, not what the published rules ask. Nothing here is a result of MLPerf, nor verified
-by MLCommons.
+of this machine, not what the published rules ask.
+
+And its checkpoints of the 8B model: 8 ranks with an eighth of weights and optimizer state each
+(13.1 GiB there), which all save and then, as fresh processes from cold files, all load, a number of
+times; a save ends when it is synced. In the benchmark's form: the duration is that of the slowest
+rank, the throughput that of the slowest rank over all of its saves or loads. Scaled down to
+``CHECKPOINT_SCALE``, on as many cores as there are.
+
+Nothing here is a result of MLPerf, nor verified by MLCommons.
 """
 
 from __future__ import annotations
@@ -19,9 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from checkpoint_cold import drop_cached
+from checkpoint_extra import ranks
 from harness import Options, Report, parse_options
 
 import forebay
+from forebay_server.testing.daemon import DaemonProcess
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,16 @@ class Shape:
         share = self.columns[1] / self.columns[0]
         return self.batch * self.sample_bytes * share / self.step_seconds
 
+
+CHECKPOINT_RANKS = 8
+CHECKPOINT_RANK_BYTES = 105 * 2**30 // CHECKPOINT_RANKS
+CHECKPOINT_SCALE = {False: 1 / 100, True: 1 / 400}
+"""Quickly or not: of the bytes of each rank."""
+
+PART_BYTES = 8 * 256 * 4
+"""A rank's state is eight matrices of float32, 256 columns wide."""
+
+CHECKPOINT_TIMES = {False: 10, True: 3}
 
 SHAPES = (
     # a fifth of an A100: volumes of 146.6 MB, 7 a step of 0.636 s; here 29.3 MB
@@ -110,6 +130,34 @@ def train(client: forebay.Client, shape: Shape, epoch: int) -> tuple[float, floa
     return steps * shape.step_seconds / taken, num_bytes / taken
 
 
+def checkpoint(options: Options, data: Path, report: Report) -> None:
+    """Saves and loads of 8 ranks."""
+    data.parent.mkdir(parents=True)
+    scaled = int(CHECKPOINT_RANK_BYTES * CHECKPOINT_SCALE[options.quick])
+    rank_bytes = scaled // PART_BYTES * PART_BYTES
+    ram = str(3 * CHECKPOINT_RANKS * rank_bytes)
+    daemon = DaemonProcess(data, "--object-url", "none", "--hdd-path", "none", "--ram-bytes", ram)
+    with daemon:
+        for name, work in (("save", "save_many"), ("load", "load_many")):
+            if name == "load":
+                daemon.restart()  # a load is that of another machine: nothing is in memory
+                drop_cached(data)
+            found = ranks(
+                work,
+                CHECKPOINT_RANKS,
+                address=daemon.address()["rpc"],
+                run="llama3-8b",
+                rank_bytes=rank_bytes,
+                times=CHECKPOINT_TIMES[options.quick],
+            )
+            seconds = [one["seconds"] for one in found]
+            slowest = [max(at_once) for at_once in zip(*seconds, strict=True)]
+            rates = [rank_bytes * len(one) / 1e9 / sum(one) for one in seconds]
+            report.value(f"checkpoint_8b_{name}_max_duration_s", slowest)
+            report.value(f"checkpoint_8b_{name}_min_throughput_gb_per_s", [min(rates)])
+    report.details["checkpoint_8b_rank_bytes"] = rank_bytes
+
+
 def run(options: Options, folder: Path) -> Report:
     report = Report("shapes of MLPerf Storage, scaled down: unofficial, not verified by MLCommons")
     with forebay.connect(folder / "data") as client:
@@ -122,6 +170,7 @@ def run(options: Options, folder: Path) -> Report:
             report.value(f"{shape.name}_mb_per_s", [rate / 1e6 for _, rate in ran])
             wanted = shape.wanted_bytes_per_second / 1e6
             report.value(f"{shape.name}_mb_per_s_wanted", [wanted])
+    checkpoint(options, folder / "checkpoint" / "data", report)
     return report
 
 
