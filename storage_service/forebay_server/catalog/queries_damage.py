@@ -33,11 +33,23 @@ def quarantine(connection: Connection, replica_id: str, reason: str) -> bool:
         return False
     found = select(replicas.c.blob, replicas.c.tier).where(replicas.c.replica == replica_id)
     row = connection.execute(found).one()
+    _suspect_sharers(connection, replica_id)
     if row.tier == OBJECT_TIER:
         flush_again(connection, row.blob)
     record(connection, f"blob {row.blob}", "quarantined", f"{row.tier}: {reason}")
     enqueue_repair(connection, row.blob, row.tier)
     return True
+
+
+def _suspect_sharers(connection: Connection, replica_id: str) -> None:
+    """What shares files with a damaged replica is read first by the next scrub."""
+    piece, other = extents.alias("piece"), extents.alias("other")
+    sharing = (
+        select(other.c.replica)
+        .join(piece, piece.c.file == other.c.file)
+        .where(piece.c.replica == replica_id, other.c.replica != replica_id)
+    )
+    connection.execute(update(replicas).where(replicas.c.replica.in_(sharing)).values(verified=0.0))
 
 
 def enqueue_repair(connection: Connection, blob: str, tier: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, distinct, exists, func, insert, select
+from sqlalchemy import Connection, and_, distinct, exists, func, insert, select, update
 
 from forebay_server.catalog.queries_blobs import batches, insert_blob
 from forebay_server.catalog.queries_lineage import Ancestor, ancestors
@@ -14,7 +14,7 @@ from forebay_server.catalog.queries_runs import at
 from forebay_server.catalog.tables import extents, files, manifest_remote, packs, replicas
 from forebay_server.model.encodings import PIECES
 from forebay_server.model.extents import ObjectExtent
-from forebay_server.model.sharing import Named, unsafe
+from forebay_server.model.sharing import MAX_SHARERS, Named, unsafe
 from forebay_wire.errors import Conflict
 from forebay_wire.ids import GenerationId, new_random_name
 
@@ -156,6 +156,7 @@ def insert_sharing(connection: Connection, new: SharingReplica, *, node: str) ->
     foreign = [one for one in new.pieces if one.file != new.file]
     check_references(connection, new.tier, node, foreign)
     insert_blob(connection, new.blob, new.num_bytes, new.num_segments)
+    _verify_soon(connection, [one.file for one in foreign])
     own = [(new.list_file, new.list_bytes), (new.file, new.file_bytes)]
     connection.execute(
         insert(files),
@@ -166,6 +167,25 @@ def insert_sharing(connection: Connection, new: SharingReplica, *, node: str) ->
         ],
     )
     return add_pieces(connection, new.blob, new.tier, new.list_file, new.pieces, node=node)
+
+
+def _verify_soon(connection: Connection, names: Sequence[str]) -> None:
+    """Have a scrub look first at those of the files *names* that many refer to: at one replica of
+    each."""
+    many = [
+        name
+        for name, number in num_sharers(connection, sorted(set(names))).items()
+        if number >= MAX_SHARERS
+    ]
+    for part in batches(many):
+        chosen = (
+            select(func.min(extents.c.replica))
+            .where(extents.c.file.in_(part))
+            .group_by(extents.c.file)
+        )
+        connection.execute(
+            update(replicas).where(replicas.c.replica.in_(chosen)).values(verified=0.0)
+        )
 
 
 def add_pieces(

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
@@ -13,12 +14,15 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from forebay_server.catalog import queries_compaction
 from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_blobs import known_files
 from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_jobs import COLLECT, COMPACT, DELETE, FLUSH, job_of
+from forebay_server.catalog.queries_scrub import due_copies, mark_verified
+from forebay_server.catalog.tables import replicas
 from forebay_server.model.encodings import PIECES, RAW
 from forebay_server.model.sharing import MAX_SHARERS, Placed
 from forebay_server.move.collect import EVERYTHING
@@ -198,6 +202,16 @@ async def test_few_generations_share_one_copy_unless_another_tier_has_it(tmp_pat
         assert await save_many(node, tmp_path / "alone", "local") == 2
     async with open_checkpoints(tmp_path / "both") as node:
         assert await save_many(node, tmp_path / "both", "remote") == 1
+        catalog = node.storage.catalog
+        blob = (await node.manifest(at(0))).packs[0].blob
+        [owner] = [one for one in (await catalog.locate([blob]))[blob].live() if one.tier == "ssd"]
+        file = owner.extents[0].file
+        await catalog.write(lambda c: mark_verified(c, everything(c)))
+        await node.wait(await node.save(99, [frozen]))
+        late = await catalog.read(lambda c: due_copies(c, "ssd", time.time() + 60, (0.0, ""), 99))
+        first = next(one for one in late if not one.verified_unix)
+        named = (await catalog.locate([first.blob]))[first.blob]
+        assert file in {piece.file for one in named.live() for piece in one.extents}
 
 
 async def test_a_damaged_shared_piece_is_found_in_all_that_refer_to_it(tmp_path: Path) -> None:
@@ -302,6 +316,10 @@ async def test_a_pack_or_a_compaction_that_is_killed_loses_and_leaves_nothing(
             assert await node.restore(at(step)) == [frozen + bytes([step]) * 70_000]
         assert set(node.storage.files()) == await named_files(node)
         assert stored_bytes(tmp_path) < (1.3 if steps else 8.1) * MIB
+
+
+def everything(connection: Connection) -> list[str]:
+    return list(connection.scalars(select(replicas.c.replica)))
 
 
 SEGMENTS = [random.Random(number).randbytes(CUT_BYTES) for number in range(6)]
