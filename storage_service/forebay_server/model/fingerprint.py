@@ -65,7 +65,7 @@ class FingerprintBuilder:
         self._num_values = self._num_nan = self._num_inf = 0
         self._norm = 0.0
         self._min, self._max = math.inf, -math.inf
-        self._turned = np.zeros((NUM_BUCKETS, NUM_BUCKETS))
+        self._turned: NDArray[np.float64] | None = None
 
     def update(self, data: memoryview) -> None:
         """The part's next bytes; nothing of them is kept."""
@@ -113,6 +113,8 @@ class FingerprintBuilder:
         largest = max(abs(self._min), abs(self._max))
         if self._num_values <= 1 or (largest > _LARGEST_SKETCHED and self._norm):
             return None
+        if self._turned is None:
+            return np.zeros(NUM_BUCKETS, np.float32)
         bucket, turn = np.arange(NUM_BUCKETS), np.arange(NUM_BUCKETS)[:, None]
         buckets = self._turned[turn, (bucket - turn) % NUM_BUCKETS].sum(axis=0)
         found: NDArray[np.float32] = (buckets / (self._norm or 1.0)).astype(np.float32)
@@ -142,8 +144,10 @@ class FingerprintBuilder:
         smallest, largest = float(looked.min()), float(looked.max())
         self._min, self._max = min(self._min, smallest), max(self._max, largest)
         self._norm = math.hypot(self._norm, _norm(values, max(-smallest, largest)))
-        if max(-smallest, largest) <= _LARGEST_SKETCHED:
-            self._turned += _turned(values, first)
+        # One value alone has no sketch.
+        if max(-smallest, largest) <= _LARGEST_SKETCHED and self._num_values > 1:
+            turned = _turned(values, first)
+            self._turned = turned if self._turned is None else self._turned + turned
 
 
 def fingerprint(key: bytes, dtype: str, data: bytes | memoryview) -> Fingerprint:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from forebay_server.catalog import queries_fingerprints as queries
@@ -207,30 +207,44 @@ def look(
     """
     table = read_table(reader, blob)
     found: dict[_Extent, Fingerprint] = {}
-    todo: list[tuple[_Extent, FingerprintBuilder]] = []
+    todo: list[tuple[_Extent, bytes]] = []
     for one in sorted(extents, key=lambda one: (one.offset, one.num_bytes, one.dtype)):
         key = extent_key(one.dtype, one.offset, one.num_bytes, table)
         if key in known:
-            found[one] = replace(known[key], key=key)
+            found[one] = known[key]
+        elif one.num_bytes:
+            todo.append((one, key))
         else:
-            todo.append((one, FingerprintBuilder(key, one.dtype)))
+            found[one] = FingerprintBuilder(key, one.dtype).finish()
     wanted = _segments([table.covering(one.offset, one.num_bytes) for one, _ in todo])
-    open_ones: list[tuple[_Extent, FingerprintBuilder]] = []
-    waiting = iter(todo)
-    following = next(waiting, None)
+    # A builder has some memory: only those of the parts within the piece are there.
+    building: dict[_Extent, FingerprintBuilder] = {}
+    following = 0
     for start, piece in checked_ranges(reader, table, wanted):
         advance(len(piece))
         stop = start + len(piece)
-        while following is not None and following[0].offset < stop:
-            open_ones.append(following)
-            following = next(waiting, None)
-        for one, builder in open_ones:
-            begin, end = max(one.offset, start), min(one.offset + one.num_bytes, stop)
-            if begin < end:
-                builder.update(piece[begin - start : end - start])
-        open_ones = [each for each in open_ones if each[0].offset + each[0].num_bytes > stop]
-    found.update((one, builder.finish()) for one, builder in todo)
+        for one in list(building):
+            _feed(one, start, piece, building, found)
+        while following < len(todo) and todo[following][0].offset < stop:
+            one, key = todo[following]
+            following += 1
+            building[one] = FingerprintBuilder(key, one.dtype)
+            _feed(one, start, piece, building, found)
     return found
+
+
+def _feed(
+    one: _Extent,
+    start: int,
+    piece: memoryview,
+    building: dict[_Extent, FingerprintBuilder],
+    found: dict[_Extent, Fingerprint],
+) -> None:
+    """Look at what the *piece* at *start* has of a part; its figures are *found* at its end."""
+    end, stop = one.offset + one.num_bytes, start + len(piece)
+    building[one].update(piece[max(one.offset, start) - start : min(end, stop) - start])
+    if end <= stop:
+        found[one] = building.pop(one).finish()
 
 
 def _segments(covering: Sequence[range]) -> list[range]:
