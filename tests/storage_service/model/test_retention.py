@@ -46,6 +46,7 @@ def with_metrics(values: dict[int, float]) -> tuple[Lineage, dict[Point, Facts]]
         (Keep(every_hours=25 / 3600), [0, 30, 60]),
         (Keep(last=2, every_steps=30), [0, 30, 50, 60]),
         (Keep(ttl=15), [50, 60]),
+        (Keep(every_steps=1000), [0, 60]),
     ],
 )
 def test_rules_keep_their_union_and_the_newest(keep: Keep, steps: list[int]) -> None:
@@ -69,6 +70,10 @@ def test_values_that_are_not_finite_are_never_the_best() -> None:
     run = with_metrics({1: 0.1, 2: math.nan, 3: math.inf, 4: -math.inf, 5: math.nan})
     assert kept(Keep(best="m"), run) == [1, 5]
     assert kept(Keep(best="m", mode="min"), run) == [1, 5]
+
+
+def test_the_steps_before_the_first_multiple_are_not_kept_for_it() -> None:
+    assert kept(Keep(every_steps=100), run_of(50, 90, 130, 170, 230)) == [130, 230]
 
 
 def test_of_equal_ones_the_newer_is_better() -> None:
@@ -228,13 +233,15 @@ def best(keep: Keep, line: list[Point], facts: dict[Point, Facts]) -> set[Point]
 class Run(RuleBasedStateMachine):
     """A run that is saved, fails, is damaged, tagged, pinned, rolled back and pruned."""
 
-    @initialize(keep=KEEPS)
-    def begin(self, keep: Keep) -> None:
+    @initialize(keep=KEEPS, saves=st.lists(st.integers(1, 4), min_size=2, max_size=6))
+    def begin(self, keep: Keep, saves: list[int]) -> None:
         self.keep = keep
         self.now = 0.0
         self.parents: dict[int, Point | None] = {1: None}
         self.facts: dict[Point, Facts] = {}
         self.states: dict[Point, GenerationState] = {}
+        for more in saves:
+            self.save(more, float(more % 3))
 
     @property
     def lineage(self) -> Lineage:
@@ -321,5 +328,5 @@ class Run(RuleBasedStateMachine):
             assert own or parent in self.facts
 
 
-Run.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Run.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
 TestRun = Run.TestCase
