@@ -171,6 +171,8 @@ def test_a_generation_is_looked_into_without_a_model(
         net = Net(2)
         net.load_state_dict(opened.state_dict("model"))
         assert torch.equal(net.head.weight, saved.head.weight)
+        with forebay.checkpoint.open(client, run, 5) as again:
+            assert torch.equal(again["model.body.0.weight"][0], expected[0])
         with pytest.raises(KeyError):
             opened["model.nothing"]
         with pytest.raises(forebay.NotFound, match="has no object"):
