@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Final
 from forebay.checkpoint.contents import Contents
 from forebay.checkpoint.diff import Fingerprints
 from forebay.methods import Checkpoints
-from forebay_wire.errors import DeadlineExceeded, IntegrityError, NotFound, StorageError
+from forebay_wire.errors import (
+    DeadlineExceeded,
+    IntegrityError,
+    InvalidRequest,
+    NotFound,
+    StorageError,
+)
 from forebay_wire.fingerprint import Fingerprint, decode_fingerprints
 from forebay_wire.ids import GenerationId
 from forebay_wire.manifest import GenerationManifest, parse
@@ -82,6 +88,10 @@ def _look(client: Client, run: str, selector: str) -> pb.Generation:
                 "shows them"
             )
         return max(wanted, key=lambda one: (one.state == "committed" or bool(slash), one.attempt))
+    if slash:
+        raise InvalidRequest(
+            f"generation {selector!r} is not of the form STEP, ATTEMPT/STEP or TAG"
+        )
     request = pb.ResolveGenerationRequest(run=run, selector=selector, durability="local")
     return client.channel.call(Checkpoints.ResolveGeneration, request)
 
