@@ -12,7 +12,7 @@ from forebay.methods import Checkpoints
 from forebay_wire.durability import Durability, check_durability
 from forebay_wire.errors import InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId, check_name
-from forebay_wire.keep import Keep
+from forebay_wire.keep import Keep, check_tag
 from forebay_wire.v1 import checkpoints_pb2 as pb
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ class Run:
 
         What has a tag is kept. ``restore(tag)`` brings it back.
         """
+        check_tag(tag)
         found = self._own(selector)
         self._call(
             Checkpoints.SetTag,

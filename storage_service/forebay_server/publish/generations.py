@@ -199,6 +199,8 @@ class Generations:
         self, run: str, selector: str, wanted: Durability, skip: frozenset[Point], sealed: bool
     ) -> GenerationId:
         check_name("run", run)
+        if "/" in selector:
+            parse_point(selector)
 
         def look(connection: Connection) -> tuple[Lineage | None, set[Point], _Named]:
             named = _named(connection, run, selector)
