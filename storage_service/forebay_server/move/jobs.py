@@ -268,7 +268,9 @@ class Jobs:
             progress.interrupt(STOPPING)
             raise
         finally:
-            del self._running[job.job]
+            # Another worker of ours may have taken it over, if this one was too slow to renew.
+            if self._running.get(job.job) is progress:
+                del self._running[job.job]
 
     async def _attempt(self, job: Job, progress: Progress) -> Exception | None:
         try:
