@@ -125,7 +125,11 @@ def test_safetensors_are_what_the_reference_reads(
 
 def test_safetensors_go_round(client: Client, saved: dict[str, Any], tmp_path: Path) -> None:
     export_safetensors(client, "run", tmp_path / "m.safetensors", only=["model.*"])
-    done = import_checkpoint(client, "again", tmp_path / "m.safetensors")
+    told: list[tuple[int, int]] = []
+    done = import_checkpoint(
+        client, "again", tmp_path / "m.safetensors", progress=lambda *both: told.append(both)
+    )
+    assert told[-1] == (done.num_bytes, done.num_bytes)
     flat = read_foreign(tmp_path / "m.safetensors")
     assert set(flat.items) == tensors(saved).keys()
     found = forebay.checkpoint.open(client, "again")

@@ -51,6 +51,10 @@ def process(tmp_path_factory: pytest.TempPathFactory, states: list[dict[str, tor
                     saved = checkpointer.save(step, state={"extra": extra, "note": step})
                     saved.wait("local", timeout=60)
                     states.append({k: v.clone() for k, v in model.state_dict().items()})
+                advice = checkpointer.report(mtbf=3600.0).advice
+                assert advice is not None
+                assert 0 < advice.cost_seconds < advice.interval_seconds < 3600
+                assert checkpointer.report().advice is None
         yield process
 
 
