@@ -43,14 +43,14 @@ class Samples:
     data: tuple[bytes, ...]
 
     @classmethod
-    def of(cls, source: Source, offsets: tuple[int, ...] | None = None) -> Samples:
-        """Samples at *offsets*, or anywhere; none of what does not lie there as it is stored."""
+    def of(cls, source: Source) -> Samples:
+        """Of its first bytes, its last and some between; none of what does not lie in memory as it
+        is stored."""
         if not isinstance(source.data, torch.Tensor) or not is_run(source.data):
             return cls((), ())
-        if offsets is None:
-            last = max(0, source.num_bytes - SAMPLE_BYTES)
-            between = (random.randrange(0, last + 1, 64) for _ in range(NUM_SAMPLES - 2))
-            offsets = (0, *between, last)
+        last = max(0, source.num_bytes - SAMPLE_BYTES)
+        between = (random.randrange(0, last + 1, 64) for _ in range(NUM_SAMPLES - 2))
+        offsets = (0, *between, last)
         raw = byte_view(source.data.detach())
         data = tuple(_read(raw[at : at + SAMPLE_BYTES]) for at in offsets)
         return cls(offsets, data)
