@@ -14,12 +14,15 @@ import forebay
 RUN = "benchmark"
 WAIT_SECONDS = 600.0
 
+NODE_JOBS = {"collect", "compact", "fingerprint", "retain"}
+"""Background work on this node."""
+
 
 def settle(client: forebay.Client) -> None:
     """Return when the daemon's work in the background is done: it belongs to the save before, not
-    to what is measured next. Flushes wait for ever where there is no object tier."""
+    to what is measured next. What is for the object tier waits for ever where there is none."""
     deadline = time.monotonic() + WAIT_SECONDS
-    while any(job.kind != "flush" for job in client.jobs()):
+    while any(job.kind in NODE_JOBS for job in client.jobs()):
         if time.monotonic() > deadline:
             raise TimeoutError("the daemon's background work does not end")
         time.sleep(0.02)
