@@ -7,6 +7,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,15 +126,36 @@ def test_pins_keep_from_pruning(client: forebay.Client, make: Make, run: str) ->
     assert found.get(3).pinned is None
 
 
-def test_a_policy_that_the_ranks_disagree_about_is_refused(
-    client: forebay.Client, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from forebay.checkpoint.group import Ranks
+RANK = """
+    import sys, forebay, torch.distributed as dist
+    rank = int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
+    keep = forebay.Keep(last=1 + rank)
+    with forebay.connect(sys.argv[1]) as client:
+        with forebay.Checkpointer(client, "disagreed", keep=keep) as checkpointer:
+            try:
+                checkpointer.start()
+            except forebay.InvalidRequest as error:
+                assert "different keep or fork_from: rank 0" in str(error), error
+                print("refused")
+        assert "disagreed" not in [one.run for one in client.runs()]
+    dist.destroy_process_group()
+"""
 
-    other = forebay.Keep(last=9).to_json()
-    monkeypatch.setattr(Ranks, "exchange", lambda self, what, value: [value, [other, None]])
-    with pytest.raises(forebay.InvalidRequest, match="different keep or fork_from: rank 0"):
-        make(keep=forebay.Keep(last=1)).start()
+
+@pytest.mark.slow
+def test_a_policy_that_the_ranks_disagree_about_is_refused(
+    client: forebay.Client, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", textwrap.dedent(RANK), client.status().addresses[0]]
+    ranks = [
+        subprocess.Popen(
+            [*words, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=100)[0] for rank in ranks] == ["refused\n", "refused\n"]
+    assert [rank.returncode for rank in ranks] == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------- forks
