@@ -20,31 +20,54 @@ SECONDS = 60.0
 class Landing:
     """A daemon whose landings are held up as long as the FIFO is open for writing."""
 
-    def __init__(self, data: Path, fifo: Path) -> None:
-        self.fifo = fifo
-        os.mkfifo(fifo)
-        hold = {"FOREBAY_FAILPOINTS": f"upload.before_publish@{fifo}"}
-        self.daemon = DaemonProcess(data, environment=hold)
+    def __init__(self, folder: Path) -> None:
+        self._fifo = folder / "hold"
+        hold = {"FOREBAY_FAILPOINTS": f"upload.before_publish@{self._fifo}"}
+        self.daemon = DaemonProcess(folder / "data", environment=hold)
         self._descriptor = -1
 
     def hold(self) -> None:
-        self._descriptor = os.open(self.fifo, os.O_RDWR)
+        os.mkfifo(self._fifo)
+        self._descriptor = os.open(self._fifo, os.O_RDWR)
 
     def go_on(self) -> None:
-        self.fifo.unlink()
-        os.close(self._descriptor)
+        """Idempotent."""
+        if self._descriptor >= 0:
+            self._fifo.unlink()
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
-@pytest.fixture
-def landing(tmp_path: Path) -> Iterator[Landing]:
-    found = Landing(tmp_path / "data", tmp_path / "hold")
-    found.hold()
+@pytest.fixture(scope="module")
+def held_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Landing]:
+    found = Landing(tmp_path_factory.mktemp("landing"))
     with found.daemon:
         yield found
 
 
+@pytest.fixture
+def landing(held_daemon: Landing) -> Iterator[Landing]:
+    held_daemon.hold()
+    yield held_daemon
+    held_daemon.go_on()
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    """A run of the test's own."""
+    return "".join(c if c.isalnum() else "-" for c in request.node.name).strip("-")[:100]
+
+
+@pytest.fixture(scope="module")
+def small_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon that has room for little."""
+    limits = ("--ssd-bytes", "16MiB", "--hdd-path", "none")
+    with DaemonProcess(tmp_path_factory.mktemp("small") / "data", *limits) as daemon:
+        yield daemon
+
+
 def new(
-    client: forebay.Client, model: torch.nn.Module, run: str = "run", **rules: Any
+    client: forebay.Client, model: torch.nn.Module, run: str, **rules: Any
 ) -> forebay.Checkpointer:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return forebay.Checkpointer(
@@ -54,11 +77,11 @@ def new(
 
 @pytest.mark.parametrize("verb", ["save", pytest.param("save_overlapped", marks=pytest.mark.slow)])
 def test_saves_in_flight_keep_their_own_values_and_a_third_waits(
-    landing: Landing, verb: str
+    landing: Landing, run: str, verb: str
 ) -> None:
     model = torch.nn.Linear(600, 600)
     with forebay.connect(landing.daemon.address()["rpc"]) as client:
-        checkpointer = new(client, model)
+        checkpointer = new(client, model, run)
         saved = []
 
         def save(step: int) -> None:
@@ -85,10 +108,12 @@ def test_saves_in_flight_keep_their_own_values_and_a_third_waits(
         checkpointer.close()
 
 
-def test_a_third_save_is_skipped_if_asked_for_and_later_ones_are_not(landing: Landing) -> None:
+def test_a_third_save_is_skipped_if_asked_for_and_later_ones_are_not(
+    landing: Landing, run: str
+) -> None:
     model = torch.nn.Linear(600, 600)
     with forebay.connect(landing.daemon.address()["rpc"]) as client:
-        checkpointer = new(client, model, when_busy="skip")
+        checkpointer = new(client, model, run, when_busy="skip")
         saved = [checkpointer.save(step) for step in (1, 2)]
         for step, verb in enumerate((checkpointer.save, checkpointer.save_overlapped), 3):
             skipped = verb(step)
@@ -102,17 +127,17 @@ def test_a_third_save_is_skipped_if_asked_for_and_later_ones_are_not(landing: La
         for one in saved:
             one.wait("local", SECONDS)
         checkpointer.save(3).wait("local", SECONDS)
-        assert [one.step for one in client.checkpoints("run")] == [3, 2, 1]
+        assert [one.step for one in client.checkpoints(run)] == [3, 2, 1]
         report = checkpointer.report()
         assert (report.num_saves, report.num_skipped) == (3, 2)
         checkpointer.close()
 
 
 @pytest.mark.slow
-def test_a_third_save_that_waits_too_long_is_a_clear_error(landing: Landing) -> None:
+def test_a_third_save_that_waits_too_long_is_a_clear_error(landing: Landing, run: str) -> None:
     model = torch.nn.Linear(600, 600)
     with forebay.connect(landing.daemon.address()["rpc"]) as client:
-        checkpointer = new(client, model)
+        checkpointer = new(client, model, run)
         checkpointer.timeout = 6.0
         saved = [checkpointer.save(step) for step in (1, 2)]
         with pytest.raises(forebay.ResourceExhausted, match="2 earlier saves were still on their"):
@@ -124,7 +149,7 @@ def test_a_third_save_that_waits_too_long_is_a_clear_error(landing: Landing) -> 
         checkpointer.close()
 
 
-def test_slots_stay_mapped_between_saves(daemon: DaemonProcess, monkeypatch: Any) -> None:
+def test_slots_stay_mapped_between_saves(daemon: DaemonProcess, run: str, monkeypatch: Any) -> None:
     mapped: list[int] = []
     real = local._SlotMemory
 
@@ -135,7 +160,7 @@ def test_slots_stay_mapped_between_saves(daemon: DaemonProcess, monkeypatch: Any
     monkeypatch.setattr(local, "_SlotMemory", counted)
     model = torch.nn.Linear(600, 600)
     with forebay.connect(daemon.address()["rpc"]) as client:
-        checkpointer = new(client, model)
+        checkpointer = new(client, model, run)
         for step in range(8):
             saved = checkpointer.save(step)
             if step % 3 == 2:
@@ -146,17 +171,15 @@ def test_slots_stay_mapped_between_saves(daemon: DaemonProcess, monkeypatch: Any
 
 @pytest.mark.parametrize("verb", ["save", "save_overlapped"])
 def test_no_room_is_found_out_before_anything_is_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+    small_daemon: DaemonProcess, run: str, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    limits = ("--ssd-bytes", "16MiB", "--hdd-path", "none")
     small, large = torch.nn.Linear(600, 600), torch.nn.Linear(3000, 3000)
     before = small.weight.detach().clone()
     copies: list[object] = []
     with (
-        DaemonProcess(tmp_path / "data", *limits) as daemon,
-        forebay.connect(daemon.address()["rpc"]) as client,
-        new(client, small) as first,
-        new(client, large, "large") as second,
+        forebay.connect(small_daemon.address()["rpc"]) as client,
+        new(client, small, run) as first,
+        new(client, large, f"{run}-large") as second,
     ):
         first.save(1).wait("local", SECONDS)
         monkeypatch.setattr(Pack, "copy_some", lambda *what: copies.append(what))
