@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
@@ -325,25 +325,37 @@ def everything(connection: Connection) -> list[str]:
 SEGMENTS = [random.Random(number).randbytes(CUT_BYTES) for number in range(6)]
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+HISTORIES = st.lists(
+    st.one_of(
+        st.tuples(st.just("save"), st.lists(st.integers(0, 5), min_size=1, max_size=5)),
+        st.tuples(st.just("delete"), st.integers(0, 8)),
+        st.tuples(st.just("restart"), st.none()),
+    ),
+    max_size=12,
 )
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(st.just("save"), st.lists(st.integers(0, 5), min_size=1, max_size=5)),
-            st.tuples(st.just("delete"), st.integers(0, 8)),
-            st.tuples(st.just("restart"), st.none()),
-        ),
-        max_size=12,
-    )
-)
-def test_any_history_keeps_what_it_should_and_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, object]]
-) -> None:
+
+
+def check_history(tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, object]]):
     folder = tmp_path_factory.mktemp("history")
     with mock.patch.object(queries_compaction, "MIN_BYTES", 0):
         asyncio.run(play(folder, history))
+
+
+@settings(max_examples=6, deadline=None)
+@given(HISTORIES)
+def test_any_history_keeps_what_it_should_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, object]]
+) -> None:
+    check_history(tmp_path_factory, history)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(HISTORIES)
+def test_many_histories_keep_what_they_should_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, object]]
+) -> None:
+    check_history(tmp_path_factory, history)
 
 
 async def play(folder: Path, history: list[tuple[str, object]]) -> None:
