@@ -78,6 +78,7 @@ class PublishedBlob:
 
     shared_bytes: int = 0
     """Of the blob, that were not written."""
+    table: SegmentTable | None = None
 
 
 NOTHING_KNOWN: Mapping[bytes, Placed] = {}
@@ -161,7 +162,9 @@ class BlobLanding:
         if self._own_bytes == self.num_bytes:
             self._publish_file(table)
             file_bytes = file_bytes_for(table.total_bytes, table.num_segments)
-            return PublishedBlob(table.blob_id, table.total_bytes, table.num_segments, file_bytes)
+            return PublishedBlob(
+                table.blob_id, table.total_bytes, table.num_segments, file_bytes, table=table
+            )
         return self._publish_pieces(table)
 
     def _publish_file(self, table: SegmentTable) -> None:
@@ -195,6 +198,7 @@ class BlobLanding:
             len(data),
             pieces,
             table.total_bytes - own.total_bytes,
+            table,
         )
 
     def abort(self) -> None:

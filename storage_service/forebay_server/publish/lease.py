@@ -505,11 +505,12 @@ class Uploads:
         """Take the slot back, or hold it where nobody knows yet whether it may be used again."""
         self._tiers.sealed.forget(found.name)
         if found.state == "sealed" and found.keeps_slot is None:
-            self._slots.hold(found.name, found.slot)
+            self._slots.hold(found.name, found.slot, found.table_in_slot)
         elif found.keeps_slot is False:
             await self._slots.close(found.slot)
         else:
-            self._slots.keep_warm(found.slot)
+            table = found.table_in_slot if found.state == "sealed" else None
+            self._slots.keep_warm(found.slot, table)
 
     # --------------------------------------------------------------------------------- leases
 

@@ -75,6 +75,7 @@ class Recorder:
             done = await again()
             blob = _landed(found, done)
             spare, value = await self._catalog.write(note)
+        found.table = done.table
         self.landed_bytes += done.num_bytes
         self.shared_bytes += done.shared_bytes
         return blob, value, spare

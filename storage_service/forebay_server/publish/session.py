@@ -11,7 +11,7 @@ from forebay_server.tier.memory import Slot
 from forebay_server.tier.store import Tier
 from forebay_wire.errors import Conflict, InvalidRequest, NotFound, PermissionDenied
 from forebay_wire.limits import MAX_SEGMENTS_PER_APPEND, check_limit
-from forebay_wire.segments import check_cuts
+from forebay_wire.segments import SegmentTable, check_cuts
 
 SessionState = Literal["open", "sealed", "landed", "ended"]
 
@@ -86,6 +86,8 @@ class Session:
         known yet, and until then the slot is held."""
         self.background: tuple[Any, asyncio.Task[Any]] | None = None
         """What sealing answered, and the landing that it began."""
+        self.table: SegmentTable | None = None
+        """Of what has landed."""
         self.sealed_piece: Piece | None = None
         """The last piece of what lands in the background."""
 
@@ -104,6 +106,12 @@ class Session:
         if self.state != "sealed" or self.landing is None or piece is None or piece.sequence:
             return None
         return piece
+
+    @property
+    def table_in_slot(self) -> SegmentTable | None:
+        """Of the blob that has landed, if the slot holds all of it."""
+        piece = self.sealed_piece
+        return self.table if piece is not None and not piece.sequence else None
 
     def check_user(self, uid: int) -> None:
         if uid != self.uid:

@@ -17,6 +17,7 @@ from forebay_server.tier.memory import Slot
 from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import ResourceExhausted
 from forebay_wire.limits import MAX_SEGMENT_BYTES
+from forebay_wire.segments import SegmentTable
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class SlotKeeper:
         self._tiers = tiers
         self._pool = tiers.slots
         self._held: dict[str, Slot] = {}  # by session, oldest first
+        self._tables: dict[str, SegmentTable | None] = {}
         self._last_used: dict[str, float] = {}
         self.returned = asyncio.Event()
         """Set, and replaced, when a slot has come back."""
@@ -65,7 +67,7 @@ class SlotKeeper:
                     (name for name, slot in self._held.items() if slot.owner == owner), ""
                 )
                 if oldest:
-                    await self.close(self._held.pop(oldest))
+                    await self.close_held(oldest)
                 elif returned.is_set() or self._pool.num_lent > len(self._held):
                     raise NoSlotNow(error.message) from error
                 else:
@@ -125,8 +127,11 @@ class SlotKeeper:
                 f"after {seconds:.0f} s: save less often, or skip saves (when_busy='skip')"
             ) from None
 
-    def keep_warm(self, slot: Slot) -> None:
-        """Take *slot* back for its owner's next session: its client has let it go."""
+    def keep_warm(self, slot: Slot, table: SegmentTable | None = None) -> None:
+        """Take *slot* back for its owner's next session: its client has let it go. With *table*
+        that blob, which is committed, is read from it until then."""
+        if table is not None:
+            self._tiers.sealed.keep(slot, table)
         self._pool.release(slot)
         self._last_used[slot.owner] = asyncio.get_running_loop().time()
         self._tell_returned()
@@ -140,17 +145,21 @@ class SlotKeeper:
         self.returned.set()
         self.returned = asyncio.Event()
 
-    def hold(self, session: str, slot: Slot) -> None:
-        """Leave *slot* lent, though its session has landed, until one of the next two calls."""
+    def hold(self, session: str, slot: Slot, table: SegmentTable | None) -> None:
+        """Leave *slot* lent, though its session has landed, until one of the next two calls. With
+        *table* it holds all of that blob."""
         self._held[session] = slot
+        self._tables[session] = table
 
     def reuse_held(self, session: str) -> None:
-        """Keep the slot warm that is held for *session*, if one is."""
+        """Keep the slot warm that is held for *session*, if one is; its blob is read from there."""
+        table = self._tables.pop(session, None)
         if (slot := self._held.pop(session, None)) is not None:
-            self.keep_warm(slot)
+            self.keep_warm(slot, table)
 
     async def close_held(self, session: str) -> None:
         """Close the slot that is held for *session*, if one is."""
+        self._tables.pop(session, None)
         if (slot := self._held.pop(session, None)) is not None:
             await self.close(slot)
 

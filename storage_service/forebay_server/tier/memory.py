@@ -52,6 +52,8 @@ class Slot:
         self.owner = owner
         self.capacity_bytes = num_bytes
         self.fd = -1
+        self.num_uses = 0
+        """How often it has been lent: what it holds is what the last one left."""
         self.view = memoryview(b"")
         self._map: mmap.mmap | None = None
         self._reservation = reservation
@@ -223,9 +225,28 @@ class SlotPool:
         wanted = in_blocks(max(num_bytes, 1))
         minimum = min(wanted, in_blocks(max(minimum_bytes, 1)))
         slot = self._take_warm(owner, wanted) or self._make(owner, wanted, minimum)
+        slot.num_uses += 1
         with self._lock:
             self._lent[slot.slot_id] = slot
         return slot
+
+    def pin_warm(self, slot: Slot, num_uses: int) -> bool:
+        """:meth:`pin` a *slot* that lies warm, as it was left after so many uses; False if it does
+        not, or not any more. Its owner gets another one until :meth:`unpin`."""
+        with self._lock:
+            warm = self._warm.get(slot.owner, [])
+            if slot.num_uses != num_uses:
+                return False
+            if slot in warm:
+                warm.remove(slot)
+                if not warm:
+                    del self._warm[slot.owner]
+                self._lent[slot.slot_id] = slot
+                self._given_back[slot.slot_id] = self.release
+            elif slot.slot_id not in self._given_back:
+                return False
+            self._pins[slot.slot_id] += 1
+            return True
 
     def release(self, slot: Slot) -> None:
         """Take *slot* back and keep it warm for its owner. Idempotent."""

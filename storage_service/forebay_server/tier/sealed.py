@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from forebay_server.tier.buffers import SEGMENT_BUFFERS
 from forebay_server.tier.memory import Slot, SlotPool, Window
-from forebay_wire.errors import IntegrityError, NotFound
+from forebay_wire.errors import IntegrityError, NotFound, ResourceExhausted
 from forebay_wire.segments import SegmentTable, SegmentTableBuilder
 
 
@@ -39,8 +39,20 @@ class _Sealed:
     window: Window
 
 
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A blob from the start of a warm slot, as it was left after so many uses."""
+
+    slot: Slot
+    num_uses: int
+    table: SegmentTable
+
+
 class SealedBlobs:
     """Which blobs lie in which slots. Thread-safe.
+
+    Those that are landing, and those that have: as long as their slots lie warm, and nobody else
+    has used these since, they are the fastest copies.
 
     A client that sealed a slot may still map it writable. So whoever reads one checks what it read
     against the table, as with any replica; the daemon's own copy for the disk is made elsewhere.
@@ -51,6 +63,7 @@ class SealedBlobs:
         self._lock = threading.Lock()
         self._blobs: dict[str, dict[str, _Sealed]] = {}  # by blob, then by session
         self._sessions: dict[str, _Sealed] = {}
+        self._kept: dict[str, _Kept] = {}  # by slot
 
     def add(self, session: str, slot: Slot, table: SegmentTable) -> None:
         """From here on the blob of *table* is read from the start of *slot*, which is lent.
@@ -93,26 +106,56 @@ class SealedBlobs:
         found.window.close()
         self._pool.unpin(found.slot)
 
+    def keep(self, slot: Slot, table: SegmentTable) -> None:
+        """The blob of *table* has landed from the start of *slot*, which is warm now, or is about
+        to be: it is read from there until the slot is lent again, or goes."""
+        made = _Kept(slot, slot.num_uses, table)
+        with self._lock:
+            self._kept = {
+                key: one
+                for key, one in self._kept.items()
+                if one.num_uses == one.slot.num_uses and one.slot.fd >= 0
+            }
+            self._kept[slot.slot_id] = made
+
+    def _forget_kept(self, found: _Kept) -> None:
+        with self._lock:
+            if self._kept.get(found.slot.slot_id) is found:
+                del self._kept[found.slot.slot_id]
+
     def close(self) -> None:
         """Forget all. Idempotent."""
         for session in list(self._sessions):
             self.forget(session)
+        self._kept.clear()
 
     def open(self, blob: str) -> OpenedSlot | None:
         """Open *blob* in one of the slots that hold it; None if none does."""
         with self._lock:
             found = next(iter(self._blobs.get(blob, {}).values()), None)
             if found is None:
-                return None
+                return self._open_kept(blob)
             self._pool.pin(found.slot)
             release = partial(self._pool.unpin, found.slot)
-            with contextlib.ExitStack() as undo:
-                undo.callback(release)
-                data = found.slot.open_read_only()
-                undo.callback(os.close, data)
-                table = found.window.open_read_only()
-                undo.pop_all()
-        return OpenedSlot(found.table.total_bytes, data, table, len(found.table.encoded), release)
+            return _opened(found.slot, found.table, found.window, release)
+
+    def _open_kept(self, blob: str) -> OpenedSlot | None:
+        """The same of one that has landed; its table has memory only while it is open."""
+        kept = (one for one in self._kept.values() if one.table.blob_id == blob)
+        found = next((one for one in kept if self._pool.pin_warm(one.slot, one.num_uses)), None)
+        if found is None:
+            return None
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._pool.unpin, found.slot)
+            try:
+                window = self._pool.window(len(found.table.encoded))
+            except ResourceExhausted:
+                return None  # there are other copies
+            undo.callback(window.close)
+            window.write(found.table.encoded)
+            window.seal()
+            release = undo.pop_all().close
+        return _opened(found.slot, found.table, window, release)
 
     def check(self, blob: str) -> bool:
         """Read *blob* in all slots that hold it; whether one is good. Bad ones are forgotten.
@@ -121,7 +164,18 @@ class SealedBlobs:
         """
         with self._lock:
             held = list(self._blobs.get(blob, {}).items())
+            kept = [one for one in self._kept.values() if one.table.blob_id == blob]
         is_good = False
+        for one in kept:
+            if not self._pool.pin_warm(one.slot, one.num_uses):
+                continue
+            try:
+                check_slot(one.slot, one.table)
+                is_good = True
+            except (IntegrityError, NotFound):
+                self._forget_kept(one)
+            finally:
+                self._pool.unpin(one.slot)
         for session, found in held:
             try:
                 with self._pool.pinned(found.slot):
@@ -131,6 +185,19 @@ class SealedBlobs:
             else:
                 is_good = True
         return is_good
+
+
+def _opened(
+    slot: Slot, table: SegmentTable, window: Window, release: Callable[[], None]
+) -> OpenedSlot:
+    """Takes *release* over: it is called if that fails."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(release)
+        data = slot.open_read_only()
+        undo.callback(os.close, data)
+        descriptor = window.open_read_only()
+        undo.pop_all()
+    return OpenedSlot(table.total_bytes, data, descriptor, len(table.encoded), release)
 
 
 def digest_slot(slot: Slot, cuts: Sequence[int]) -> SegmentTable:

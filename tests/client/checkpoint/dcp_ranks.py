@@ -269,18 +269,24 @@ def local_value(tensor: DTensor) -> list[float]:
 
 
 def damaged(job: Job) -> None:
-    """One file of the newest generation is bad, which only rank 2 needs: all go back together."""
+    """One file of the newest generation is bad, which only rank 2 needs: all go back together.
+
+    First they save, and the file is damaged; then, behind a restart of the daemon, whose memory has
+    it still, they restore."""
     a = job.arguments
     mesh = DeviceMesh("cpu", list(range(job.size)))
     weight = DTensor.from_local(torch.zeros(150, 1000), mesh, [Shard(0)], run_check=False)
     checkpointer = forebay.Checkpointer(job.client, a["run"])
-    for step in (1, 2):
-        weight.to_local().fill_(a["base"] + 10.0 * step + job.rank)
-        checkpointer.save(step, state={"weight": weight}).wait("local", 60)
-    dist.barrier()
-    if job.rank == 0:
-        damage(Path(a["data"]), a["kind"], torch.full((300,), a["base"] + 22.0).numpy().tobytes())
-    dist.barrier()
+    if a["saves"]:
+        for step in (1, 2):
+            weight.to_local().fill_(a["base"] + 10.0 * step + job.rank)
+            checkpointer.save(step, state={"weight": weight}).wait("local", 60)
+        dist.barrier()
+        pattern = torch.full((300,), a["base"] + 22.0).numpy().tobytes()
+        if job.rank == 0:
+            damage(Path(a["data"]), a["kind"], pattern)
+        checkpointer.close()
+        return
     found = checkpointer.restore("latest", state={"weight": weight})
     assert found is not None
     assert (found.attempt, found.step) == (1, 1)

@@ -55,7 +55,7 @@ def flip_a_bit(folder: Path, known: set[Path]) -> set[Path]:
 def test_damage_makes_latest_fall_back_and_a_named_step_an_error(
     data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with DaemonProcess(data, *RAW), forebay.connect(data) as client:
+    with DaemonProcess(data, *RAW) as daemon, forebay.connect(data) as client:
         for step in (1, 2):
             weights = Weights(step)
             checkpointer = forebay.Checkpointer(client, "run", weights=weights)
@@ -67,6 +67,7 @@ def test_damage_makes_latest_fall_back_and_a_named_step_an_error(
             if step == 1:
                 known = {path for path in data.rglob("*") if path.is_file()}
         flip_a_bit(data, known)
+        daemon.restart()  # its memory has what was saved
 
         found = Weights(3)
         restorer = forebay.Checkpointer(client, "run", weights=found)
@@ -84,12 +85,36 @@ def test_damage_makes_latest_fall_back_and_a_named_step_an_error(
 
 
 def test_nothing_undamaged_left_is_an_error_that_names_it(data: Path) -> None:
-    with DaemonProcess(data, *RAW), forebay.connect(data) as client:
+    with DaemonProcess(data, *RAW) as daemon, forebay.connect(data) as client:
         checkpointer = forebay.Checkpointer(client, "run", weights=Weights(1))
         checkpointer.save(1).wait("remote", 60)
         flip_a_bit(data, set())
+        daemon.restart()
         with pytest.raises(forebay.IntegrityError, match=r"no generation could be verified.*1/1"):
             checkpointer.restore()
+        checkpointer.close()
+
+
+def test_what_was_saved_last_is_restored_from_memory(data: Path) -> None:
+    """Also when it is committed: its files are not read as long as the slots lie warm."""
+    with DaemonProcess(data, *RAW), forebay.connect(data) as client:
+        weights = Weights(1)
+        checkpointer = forebay.Checkpointer(client, "run", weights=weights)
+        checkpointer.save(1).wait("remote", 60)
+        flip_a_bit(data, set())
+        saved, weights.tensor = weights.tensor, torch.zeros(1)
+        resumed = checkpointer.restore()
+        assert resumed is not None
+        assert (resumed.step, resumed.skipped) == (1, ())
+        assert torch.equal(weights.tensor, saved)
+        for step in range(2, 5):  # both slots are used again: nothing stale is read
+            weights.tensor = Weights(step).tensor
+            checkpointer.save(step).wait("local", 60)
+            weights.tensor = torch.zeros(1)
+            resumed = checkpointer.restore()
+            assert resumed is not None
+            assert resumed.step == step
+            assert torch.equal(weights.tensor, Weights(step).tensor)
         checkpointer.close()
 
 
