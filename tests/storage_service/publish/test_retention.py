@@ -185,9 +185,10 @@ async def test_a_tag_of_a_save_that_fails_stays_where_it_was(node: CheckpointNod
 async def test_a_pin_for_a_while_ends_by_itself(node: CheckpointNode) -> None:
     await node.begin(keep=Keep(last=1))
     first = await save(node, 1)
-    await node.checkpoints.managing.pin(first, "", 1.0)
+    await node.checkpoints.managing.pin(first, "", 3600.0)
     await save(node, 2)
     assert await steps_of(node) == ["1/2", "1/1"]
+    await node.checkpoints.managing.pin(first, "", 0.1)
     await until(node, ["1/2"])
 
 
