@@ -73,14 +73,13 @@ def _replicas(connection: Connection, one: Ancestor, tier: str, node: str) -> Se
 
 
 def likely_new_bytes(connection: Connection, run: str, rank: int) -> int:
-    """Half as much again as *rank* wrote of its pack in the last generation that *run* stands on;
-    0 if it shared nothing then."""
-    found = ancestors(connection, run, 1)
-    if not found:
-        return 0
-    mine = at(GenerationId(found[0].run, found[0].attempt, found[0].step), packs)
+    """Half as much again as *rank* wrote of the pack of *run* that landed last; 0 if that shared
+    nothing."""
     row = connection.execute(
-        select(packs.c.num_bytes, packs.c.shared_bytes).where(mine, packs.c.rank == rank)
+        select(packs.c.num_bytes, packs.c.shared_bytes)
+        .where(packs.c.run == run, packs.c.rank == rank, packs.c.state == "landed")
+        .order_by(packs.c.attempt.desc(), packs.c.step.desc())
+        .limit(1)
     ).one_or_none()
     if row is None or not row.shared_bytes:
         return 0
