@@ -65,19 +65,13 @@ def test_saved_on_four_ranks_loads_bit_exact_on_any_number(
 
 
 @pytest.mark.timeout(200)
-def test_wrappers_errors_replicas_and_torch_functions(
+def test_wrappers_errors_replicas_and_torch_functions_and_all_ranks_plan_or_none_does(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
+    """One start of the ranks for all: it costs more than what they do."""
     scenarios = "wrappers,errors,lost_answer,replicated,torch_functions"
-    assert outcome(start(scenarios, 3, daemon, tmp_path)) == [0] * 3
-
-
-@pytest.mark.timeout(200)
-def test_all_ranks_plan_or_none_does_and_what_all_have_is_saved_evenly(
-    daemon: DaemonProcess, tmp_path: Path
-) -> None:
-    scenarios = "steady,late_state,balanced"
-    assert outcome(start(scenarios, 4, daemon, tmp_path)) == [0] * 4
+    plans = "steady,late_state,balanced"
+    assert outcome(start(f"{scenarios},{plans}", 3, daemon, tmp_path)) == [0] * 3
 
 
 @pytest.mark.slow
