@@ -170,17 +170,16 @@ class ImportCalls(ABC):
 
         if not (append or columns) and name in self.datasets():
             raise AlreadyExists(
-                f"there is a dataset {name!r} already: choose another name, append to it "
-                "(--append), or delete it first"
+                f"there is a dataset {name!r}: choose another name, append (--append), or delete it"
             )
-        options = Options(dict(types or {}), delimiter, has_header)
+        options = given = Options(dict(types or {}), delimiter, has_header)
         found = source_of(source, format)
         base = self.dataset(name) if append or columns else None
         schema = base.schema if base is not None and append else found.schema(options)
         if base is not None and columns:
             options = _with_types_of(base.schema, schema, options)
             schema = options.schema(schema.arrow)
-        told = repr((Options(dict(types or {}), delimiter, has_header), shard_bytes, batch_bytes))
+        told = repr((given, shard_bytes, batch_bytes))
         if base is not None and columns and not again and self._has_columns(base, found, told):
             return base
         # An append of files that were appended before is the same one, whatever came between.
