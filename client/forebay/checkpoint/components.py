@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from forebay.checkpoint.choice import ALL, Choice
 from forebay.checkpoint.flatten import FlatState, flatten, local_part
 from forebay.checkpoint.objects import Path, dotted, dtype_name
+from forebay.checkpoint.optimizer_fit import note_groups
 from forebay.checkpoint.wrappers import class_name, class_of, plain_parts, rewrapped
 from forebay_wire.errors import InvalidRequest
 
@@ -47,6 +48,10 @@ class SavedComponent:
     """Equal for two names of one tensor, which becomes one again."""
     problems: list[str] = field(default_factory=list)
     """Why it does not fit here, one line for each name; whoever finds something appends to it."""
+    outline: Callable[[Path], Any] = lambda path: None
+    """The object at a path, without the values of what is large in it."""
+    shape_of: Callable[[str], torch.Size | None] = lambda name: None
+    """Of any tensor of the generation, by its whole name."""
 
 
 def placeless(name: str) -> Path:
@@ -135,11 +140,16 @@ class OptimizerComponent:
     """An optimizer; its state is named by the parameters of ``module``."""
 
     def __init__(
-        self, name: str, optimizer: torch.optim.Optimizer, module: torch.nn.Module
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        module: torch.nn.Module,
+        module_name: str = "model",
     ) -> None:
         self.name = name
         self.optimizer = optimizer
         self.module = module
+        self.module_name = module_name
 
     def state(self) -> dict[str, Any]:
         with _kept_from_initialising(self.optimizer), self._explained():
@@ -154,25 +164,57 @@ class OptimizerComponent:
         return set()
 
     def targets(self, saved: SavedComponent) -> Targets:
-        live = flatten({self.name: self.state()})
+        state = self.state()
+        live = flatten({self.name: state})
         present = {path[1:]: live.items[name] for name, path in live.paths.items()}
         params = get_model_state_dict(self.module)
         _same_wrappers(saved, live, {path[:1] for path in saved.tensors})
+        if ("param_groups",) in saved.objects:
+            groups = saved.outline(("param_groups",))
+            note_groups(groups, state["param_groups"], lambda path, why: _note(saved, path, why))
+        unfit = self._unfit(saved, params, state["param_groups"])
         found: Targets = {}
         for path, whole in saved.tensors.items():
             item = present.get(path)
-            like = params.get(str(path[1])) if len(path) > 1 and path[0] == "state" else None
-            if len(path) > 1 and path[0] == "state" and str(path[1]) not in params:
-                _note(saved, path, f"there is no parameter {path[1]} here")
-            elif isinstance(item, torch.Tensor) and item.shape != whole.size:
-                _fitting(saved, path, item, whole)
-            elif isinstance(item, torch.Tensor) and _fits(item, whole):
-                found[path] = item
+            like = params.get(str(path[1])) if path[0] == "state" and len(path) > 1 else None
+            if path[:2] in unfit:
+                continue
+            if isinstance(item, torch.Tensor):
+                if _fitting(saved, path, item, whole):
+                    found[path] = item
             elif isinstance(like, torch.Tensor) and like.shape == whole.size:
                 found[path] = torch.empty_like(like, dtype=whole.properties.dtype)
             else:
                 found[path] = torch.empty(whole.size, dtype=whole.properties.dtype)
         return found
+
+    def _unfit(
+        self, saved: SavedComponent, params: Mapping[str, Any], groups: Any
+    ) -> set[tuple[str | int, ...]]:
+        """The parameters, as the first two parts of a path, whose state has no place here."""
+        held: dict[str, torch.nn.Parameter] = {}
+        for named, live in zip(groups, self.optimizer.param_groups, strict=True):
+            held.update(zip(named["params"], live["params"], strict=True))
+        unfit: set[tuple[str | int, ...]] = set()
+        for path in sorted({one[:2] for one in (*saved.tensors, *saved.objects)}, key=dotted):
+            if path[0] != "state" or len(path) < 2:
+                continue
+            name = str(path[1])
+            then = saved.shape_of(f"{self.module_name}.{name}")
+            if name not in params:
+                why = f"there is no parameter {name} here"
+            elif name not in held:
+                why = "it was saved, and no group here has this parameter"
+            elif not held[name].requires_grad:
+                why = "it was saved, and here this parameter is frozen (requires_grad=False)"
+            elif then is not None and then != params[name].shape:
+                now = list(params[name].shape)
+                why = f"its parameter is {now} here and was saved as {list(then)}"
+            else:
+                continue
+            _note(saved, path, why)
+            unfit.add(path)
+        return unfit
 
     def apply(self, state: Any) -> None:
         # Parameters that never had a gradient have no state: that is no error.
@@ -273,7 +315,8 @@ def components(named: Mapping[str, Any]) -> list[Component]:
     found: list[Component] = [ModuleComponent(name, module) for name, module in modules.items()]
     for name, one in single.items():
         if isinstance(one, torch.optim.Optimizer):
-            found.append(OptimizerComponent(name, one, _owner(name, one, modules)))
+            owner = _owner(name, one, modules)
+            found.append(OptimizerComponent(name, one, modules[owner], owner))
     for name, one in single.items():
         if isinstance(one, (torch.nn.Module, torch.optim.Optimizer)):
             continue
@@ -303,11 +346,11 @@ RAW_STATE = "state"
 
 def _owner(
     name: str, optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]
-) -> torch.nn.Module:
+) -> str:
     wanted = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    for module in modules.values():
+    for owner, module in modules.items():
         if wanted <= {id(param) for param in module.parameters()}:
-            return module
+            return owner
     raise InvalidRequest(
         f"{name}: its parameters belong to no module given ({', '.join(modules) or 'none given'}); "
         "pass the module too, and make the optimizer after wrapping it (fully_shard replaces "

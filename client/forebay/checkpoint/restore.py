@@ -18,6 +18,7 @@ from forebay.checkpoint.choice import ALL, Choice
 from forebay.checkpoint.components import (
     RAW_STATE,
     Component,
+    OptimizerComponent,
     SavedComponent,
     placeless,
     targets_like,
@@ -29,7 +30,7 @@ from forebay.checkpoint.objects import Path, decode
 from forebay.checkpoint.read import PackReader
 from forebay.checkpoint.service import CheckpointService
 from forebay.waiting import Deadline
-from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound
+from forebay_wire.errors import ForebayError, IntegrityError, InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId
 
 _log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Restorer:
         while True:
             try:
                 found = self._resolve(selector, durability, skipped, deadline)
-            except IntegrityError as error:
+            except ForebayError as error:
                 raise _with_warning(error, has_written) from error
             if found is None:
                 return None
@@ -145,7 +146,7 @@ class Restorer:
                 continue
             try:
                 outcome.raise_first(unless=IntegrityError)
-            except IntegrityError as error:
+            except ForebayError as error:
                 raise _with_warning(error, has_written) from error
             assert prepared.result is not None
             assert outcome.result is not None
@@ -213,8 +214,8 @@ class Restorer:
             raise InvalidRequest(
                 f"generation {generation} does not fit what is here, in {len(problems)} "
                 f"{'place' if len(problems) == 1 else 'places'}; nothing is cast or left out "
-                "silently: build it as it was saved, or use only= and ignore=\n  "
-                + "\n  ".join(problems)
+                f"silently: build it as it was saved, or use only= and ignore={self._way(problems)}"
+                "\n  " + "\n  ".join(problems)
             )
         if not choice.is_all and not names:
             raise InvalidRequest(
@@ -234,6 +235,17 @@ class Restorer:
             planner.create_local_plan(),
             left,
         )
+
+    def _way(self, problems: Sequence[str]) -> str:
+        """What else to do about an optimizer: it may be another one on purpose."""
+        for one in self._components:
+            named = (f"{one.name}.", f"{one.name}:")
+            if isinstance(one, OptimizerComponent) and any(p.startswith(named) for p in problems):
+                return (
+                    f'; ignore=["{one.name}*"], or a Checkpointer without it, leaves an optimizer '
+                    "that differs on purpose as it is here"
+                )
+        return ""
 
     def _targets(
         self,
@@ -310,10 +322,12 @@ def _gone_is_damage(generation: GenerationId) -> Iterator[None]:
         ) from error
 
 
-def _with_warning(error: IntegrityError, has_written: bool) -> IntegrityError:
+def _with_warning(error: ForebayError, has_written: bool) -> ForebayError:
+    """*error*, which may come of an older generation that was to take the place of a damaged one:
+    with what it has to say once some of that has been read into place."""
     if not has_written:
         return error
-    return IntegrityError(
+    return type(error)(
         f"{error.message}; what was to be restored holds a part of it: do not train on, restore "
         "another generation or start anew"
     )
@@ -321,6 +335,8 @@ def _with_warning(error: IntegrityError, has_written: bool) -> IntegrityError:
 
 def _may_take(choice: Choice, component: str) -> bool:
     """Whether a component that was not saved has been asked for."""
+    if choice.ignore and not Choice(ignore=choice.ignore).takes(component):
+        return False
     return not choice.only or any(
         pattern == component or pattern.startswith(f"{component}.") for pattern in choice.only
     )
@@ -363,4 +379,27 @@ def _component(
             objects.add(path)
         else:
             raise IntegrityError(f"{saved_name} has a place in the state and is in no pack")
-    return SavedComponent(name, tensors, frozenset(objects), choice, same)
+    return SavedComponent(
+        name,
+        tensors,
+        frozenset(objects),
+        choice,
+        same,
+        outline=lambda path: _outline(saved, places[name][path]),
+        shape_of=partial(_shape_of, saved),
+    )
+
+
+def _shape_of(saved: SavedState, name: str) -> torch.Size | None:
+    item = saved.metadata.state_dict_metadata.get(name)
+    return torch.Size(item.size) if isinstance(item, TensorStorageMetadata) else None
+
+
+def _outline(saved: SavedState, name: str) -> Any:
+    """The object *name* without reading a pack: tensors are on no device, long bytes are zeros."""
+    empty = {
+        one: torch.empty(item.size, dtype=item.properties.dtype, device="meta")
+        for one, item in saved.metadata.state_dict_metadata.items()
+        if one.startswith(f"{name}.") and isinstance(item, TensorStorageMetadata)
+    }
+    return decode(saved.objects[name].json, lambda at, size: bytes(size), empty)

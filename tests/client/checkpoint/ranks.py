@@ -76,7 +76,7 @@ def _load_reshard(
     world: World, size: int, mesh: DeviceMesh | None, expected: dict[str, Any]
 ) -> None:
     model = fsdp(Model(2), mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, amsgrad=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
     loader = world.checkpointer(
         "reshard", size, model=model, optimizer=optimizer, scheduler=scheduler
@@ -115,7 +115,7 @@ def wrappers(world: World) -> None:
                 model: Any = fsdp(Model(4), mesh)
                 if size == 2:
                     model = DistributedDataParallel(model, process_group=world.group(2))
-                optimizer = torch.optim.AdamW(model.parameters())
+                optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
                 with world.checkpointer(
                     "wrappers", size, model=model, optimizer=optimizer
                 ) as checkpointer:

@@ -1,5 +1,6 @@
 """What a restore takes, leaves alone and refuses; and generations that are only looked into."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 import forebay
 import forebay.checkpoint
+from forebay_server.testing.daemon import DaemonProcess
 
 Make = Callable[..., forebay.Checkpointer]
 
@@ -63,6 +65,18 @@ def saved(client: forebay.Client, run: str) -> Net:
     ) as checkpointer:
         checkpointer.save(5, metrics={"loss": 0.5}, state={"note": "x"}).wait("local", 60)
     return net
+
+
+@pytest.fixture(scope="module")
+def saved_once(daemon: DaemonProcess) -> str:
+    """A run of which nothing more is saved."""
+    net = Net(1)
+    with (
+        forebay.connect(daemon.address()["rpc"]) as connected,
+        forebay.Checkpointer(connected, "saved-once", model=net, optimizer=trained(net)) as one,
+    ):
+        one.save(5).wait("local", 60)
+    return "saved-once"
 
 
 def test_only_and_ignore_choose_by_name_and_the_rest_stays(
@@ -137,6 +151,132 @@ def test_all_that_differs_is_listed_before_anything_is_written(
     ):
         assert line in text, (line, text)
     assert all(torch.equal(value, before[name]) for name, value in values(net).items())
+
+
+GROUPS = "optimizer.param_groups"
+FROZEN = "it was saved, and here this parameter is frozen (requires_grad=False)"
+
+
+def momentum(net: Net) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+
+def two_groups(net: Net) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([{"params": net.body.parameters()}, {"params": net.head.parameters()}])
+
+
+def fewer(net: Net) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.body.parameters())
+
+
+def frozen(net: Net) -> torch.optim.Optimizer:
+    net.head.requires_grad_(False)
+    return torch.optim.AdamW(net.parameters())
+
+
+def other_moments(net: Net) -> torch.optim.Optimizer:
+    optimizer = trained(net)
+    optimizer.state[net.head.bias]["exp_avg"] = torch.ones(3, dtype=torch.float64)
+    return optimizer
+
+
+def plain_adam(net: Net) -> torch.optim.Optimizer:
+    return torch.optim.Adam(net.parameters(), amsgrad=True)
+
+
+@pytest.mark.parametrize(
+    ("build", "lines"),
+    [
+        (
+            momentum,
+            [
+                f"{GROUPS}.0.momentum: it is here and was not saved",
+                f"{GROUPS}.0.betas: it was saved and is not here",
+            ],
+        ),
+        (two_groups, [f"{GROUPS}: there are 2 groups here and 1 were saved"]),
+        (
+            fewer,
+            [
+                f"{GROUPS}.0.params: head.weight was in it when it was saved and is not here",
+                "optimizer.state.head.bias: it was saved, and no group here has this parameter",
+            ],
+        ),
+        (
+            frozen,
+            [f"optimizer.state.head.bias: {FROZEN}", f"optimizer.state.head.weight: {FROZEN}"],
+        ),
+        (
+            other_moments,
+            ["optimizer.state.head.bias.exp_avg: it is float64[3] here and was saved as float32"],
+        ),
+        (
+            plain_adam,
+            [
+                f"{GROUPS}.0.amsgrad: it is True here and was saved as False",
+                f"{GROUPS}.0.decoupled_weight_decay: it is False here and was saved as True",
+            ],
+        ),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_an_optimizer_that_differs_is_refused_by_name(
+    client: forebay.Client,
+    saved_once: str,
+    build: Callable[[Net], torch.optim.Optimizer],
+    lines: list[str],
+) -> None:
+    net = Net(2)
+    optimizer = build(net)
+    before, moments = values(net), copy.deepcopy(optimizer.state_dict())
+    with forebay.Checkpointer(client, saved_once, model=net, optimizer=optimizer) as one:
+        with pytest.raises(forebay.InvalidRequest) as caught:
+            one.restore()
+        assert one.attempt == 0
+        text = str(caught.value)
+        for line in (*lines, 'ignore=["optimizer*"], or a Checkpointer without it'):
+            assert line in text, (line, text)
+        assert all(torch.equal(value, before[name]) for name, value in values(net).items())
+        assert repr(optimizer.state_dict()) == repr(moments)
+        found = one.restore(ignore="optimizer*")
+    assert found is not None
+    assert f"{GROUPS}" in found.left
+    assert repr(optimizer.state_dict()) == repr(moments)
+
+
+def test_state_of_a_parameter_of_another_shape_is_refused(
+    client: forebay.Client, saved_once: str
+) -> None:
+    net = Net(2, outputs=9)
+    optimizer = torch.optim.AdamW(net.parameters())
+    line = r"optimizer.state.head.weight: its parameter is \[9, 4\] here and was saved as \[3, 4\]"
+    with (
+        forebay.Checkpointer(client, saved_once, model=net, optimizer=optimizer) as one,
+        pytest.raises(forebay.InvalidRequest, match=line),
+    ):
+        one.restore(ignore="model.head.*")
+
+
+def test_an_optimizer_that_fits_takes_the_values_of_the_generation(
+    client: forebay.Client, saved_once: str, run: str
+) -> None:
+    net = Net(2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=7.0, weight_decay=3.0, foreach=True)
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)  # its initial_lr is no hyperparameter
+    with forebay.Checkpointer(client, saved_once, model=net, optimizer=optimizer) as one:
+        one.restore()
+    assert (optimizer.param_groups[0]["lr"], len(optimizer.state)) == (0.1, 6)
+    partly = Net(3)
+    optimizer = torch.optim.AdamW(partly.parameters())
+    partly.body(torch.ones(2, 6)).sum().backward()
+    optimizer.step()  # the head never had a gradient: it has no state
+    with forebay.Checkpointer(client, run, model=partly, optimizer=optimizer) as one:
+        one.save(1).wait("local", 60)
+    again = trained(net)
+    with forebay.Checkpointer(client, run, model=net, optimizer=again) as one:
+        one.restore()
+    assert len(again.state) == 4
+    assert again.param_groups[0]["lr"] == 0.001
 
 
 def test_patterns_that_take_nothing_are_an_error(
