@@ -26,9 +26,9 @@ class Keep:
     Only committed generations of which every byte has a good copy count: what failed, was aborted
     or is damaged takes nobody's place. Whatever the rules: the newest good one stays, what the
     newest attempt stands on, what is pinned, what somebody reads, what a fork still needs, and
-    with ``tags`` what has a tag. Rules are about the lineage of the newest attempt; generations
-    that a rollback left behind go once something newer is committed on it, unless ``ttl`` keeps
-    them.
+    with ``tags`` what has a tag. Rules are about the lineage of the newest attempt, and about each
+    that an attempt ended which restored nothing, for itself; generations that a rollback left
+    behind go once something newer is committed on theirs, unless ``ttl`` keeps them.
     """
 
     last: int = 0
@@ -41,7 +41,8 @@ class Keep:
     """``every_seconds`` in hours; one of the two."""
     best: str = ""
     """The metric by which the best ``best_k`` are kept. One without it, or whose value is not
-    finite, is none of them; of equal ones the newer is better."""
+    finite, is none of them; of equal ones the newer is better. While no generation has it, all
+    stay."""
     best_k: int = 1
     mode: str = "max"
     """Whether more of the metric is better (``"max"``) or less (``"min"``)."""

@@ -11,6 +11,7 @@ from forebay_server.catalog.engine import Catalog, Connection
 from forebay_server.catalog.queries_lineage import fork_of_run, forks_of
 from forebay_server.catalog.queries_managing import TagInfo
 from forebay_server.catalog.queries_runs import GenerationInfo, find_generation
+from forebay_server.publish.retention import check_metric
 from forebay_wire.errors import InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId, check_name
 from forebay_wire.keep import Keep, check_tag
@@ -55,11 +56,14 @@ class Managing:
 
     async def set_keep(self, run: str, keep_json: str) -> RunDetail:
         """Replace what is kept of *run* (empty: everything); what no rule keeps goes in the
-        background. :class:`InvalidRequest` for what is no policy."""
+        background. :class:`InvalidRequest` for what is no policy, or one by a metric that no
+        generation of the run has."""
         check_name("run", run)
-        Keep.from_json(keep_json)
+        keep = Keep.from_json(keep_json)
 
         def change(connection: Connection) -> RunDetail:
+            if keep is not None:
+                check_metric(connection, run, keep)
             queries.set_keep(connection, run, keep_json)
             return _detail(connection, run)
 

@@ -19,7 +19,14 @@ from forebay_server.catalog.queries_managing import check_run, read_keep
 from forebay_server.catalog.queries_retention import Candidate, load_candidates
 from forebay_server.catalog.queries_runs import load_lineage
 from forebay_server.model.lineage import Lineage, Point
-from forebay_server.model.retention import Facts, Verdict, decide, seconds_until_change
+from forebay_server.model.retention import (
+    Facts,
+    Verdict,
+    decide,
+    knows_metric,
+    metrics_known,
+    seconds_until_change,
+)
 from forebay_server.publish.readers import Readers
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.failpoints import failpoint
@@ -72,6 +79,8 @@ class Retention:
         self._readers = readers
         self._is_open = is_open
         self._wake = wake
+        self._warned: set[tuple[str, str]] = set()
+        """Runs and metrics that no generation of them had."""
 
     async def __call__(self, progress: Progress) -> None:
         """Handles jobs of the kind ``retain``; the target is ``RUN NUMBER``. Idempotent."""
@@ -129,6 +138,7 @@ class Retention:
         self, connection: Connection, run: str, keep: Keep | None, lent: set[GenerationId]
     ) -> Pruned:
         check_run(connection, run)
+        is_own = keep is None
         keep = keep or Keep.from_json(read_keep(connection, run))
         if keep is None:
             raise InvalidRequest(
@@ -138,9 +148,38 @@ class Retention:
         lineage = load_lineage(connection, run) or Lineage({}, {})
         found = load_candidates(connection, run)
         facts = {one.point: _facts(one, run, lent) for one in found.generations}
+        if facts and not knows_metric(keep, facts):
+            self._no_metric(run, keep, facts, is_own=is_own)
         verdicts = decide(keep, lineage, facts, found.now)
         sizes = {one.point: one.num_bytes for one in found.generations}
         return Pruned(keep, tuple(verdicts), sizes, 0)
+
+    def _no_metric(
+        self, run: str, keep: Keep, facts: Mapping[Point, Facts], *, is_own: bool
+    ) -> None:
+        """No generation has the metric of *keep*. A trainer may say it before it saves one."""
+        if not is_own:
+            raise InvalidRequest(_unknown_metric(run, keep, facts))
+        if (run, keep.best) not in self._warned:
+            self._warned.add((run, keep.best))
+            logger.warning(
+                "%s; until one has it all of them stay", _unknown_metric(run, keep, facts)
+            )
+
+
+def check_metric(connection: Connection, run: str, keep: Keep) -> None:
+    """:class:`InvalidRequest` if *run* has generations and none has the metric of *keep*."""
+    found = load_candidates(connection, run).generations if keep.best else ()
+    facts = {one.point: _facts(one, run, set()) for one in found}
+    if facts and not knows_metric(keep, facts):
+        raise InvalidRequest(_unknown_metric(run, keep, facts))
+
+
+def _unknown_metric(run: str, keep: Keep, facts: Mapping[Point, Facts]) -> str:
+    names = ", ".join(metrics_known(facts)) or "none"
+    return (
+        f"no good generation of run {run} has the metric {keep.best!r} of {keep}, they have {names}"
+    )
 
 
 def _facts(one: Candidate, run: str, lent: set[GenerationId]) -> Facts:

@@ -59,7 +59,7 @@ def test_rules_keep_their_union_and_the_newest(keep: Keep, steps: list[int]) -> 
         (Keep(best="m"), [2, 4]),
         (Keep(best="m", best_k=2), [1, 2, 4]),
         (Keep(best="m", mode="min"), [3, 4]),
-        (Keep(best="other"), [4]),
+        (Keep(last=1, best="other"), [1, 2, 3, 4]),
     ],
 )
 def test_best_by_a_metric(keep: Keep, steps: list[int]) -> None:
@@ -125,6 +125,18 @@ def test_a_rolled_back_one_goes_first_and_not_before_something_newer_is_committe
     assert {one.reasons for one in after if not one.is_kept} == {("a rollback left it behind",)}
 
 
+def test_an_attempt_that_restored_nothing_is_no_rollback() -> None:
+    facts = {Point(1, step): Facts(step) for step in (10, 20, 30)}
+    facts |= {Point(2, 11): Facts(40), Point(3, 1): Facts(50)}
+    found = decide(
+        Keep(last=2), lineage_of({1: None, 2: Point(1, 10), 3: None}, facts), facts, 100.0
+    )
+    assert [one.point for one in found if one.is_kept] == [(3, 1), (2, 11), (1, 10)]
+    said = {one.point: one.reasons for one in found}
+    assert said[Point(2, 11)] == ("last=2 (the lineage of attempt 2)", "the newest good one")
+    assert said[Point(1, 20)] == ("a rollback left it behind",)
+
+
 def test_what_the_newest_attempt_stands_on_stays() -> None:
     facts = {Point(1, step): Facts(step) for step in (10, 20)}
     facts[Point(1, 10)] = Facts(10, is_good=False)
@@ -187,23 +199,40 @@ KEEPS = st.builds(
 
 def oracle(keep: Keep, lineage: Lineage, facts: dict[Point, Facts], now: float) -> set[Point]:
     """The good ones that have to stay, rule by rule, told as the documentation tells them."""
-    line = [point for point in lineage.walk() if point in facts and facts[point].is_good]
+    stays: set[Point] = set()
+    for point, one in facts.items():
+        young = keep.ttl_seconds and now - one.committed < keep.ttl_seconds
+        if young or one.tags or one.pin is not None or one.forks or one.is_read:
+            stays.add(point)
+    roots = {attempt: root_of(lineage, attempt) for attempt in lineage.parents}
+    is_known = any(keep.best in one.metrics for one in facts.values() if one.is_good)
+    for root in set(roots.values()):
+        mine = {point: one for point, one in facts.items() if roots[point.attempt] == root}
+        parents = {a: parent for a, parent in lineage.parents.items() if roots[a] == root}
+        stays |= of_one(keep, lineage_of(parents, mine), mine)
+        if keep.best and not is_known:
+            stays |= set(lineage_of(parents, mine).walk())
+    return {point for point in stays if facts[point].is_good}
+
+
+def root_of(lineage: Lineage, attempt: int) -> int:
+    parent = lineage.parents[attempt]
+    return attempt if parent is None else root_of(lineage, parent.attempt)
+
+
+def of_one(keep: Keep, lineage: Lineage, facts: dict[Point, Facts]) -> set[Point]:
+    line = [point for point in lineage.walk() if facts[point].is_good]
     stays = set(line[: max(keep.last, 1)]) | by_time(keep, line, facts) | best(keep, line, facts)
     if keep.every_steps:
         for multiple in range(200):
             bucket = [point for point in line if point.step // keep.every_steps == multiple]
             if bucket and (multiple or bucket[-1].step == 0):
                 stays.add(bucket[-1])
-    for point, one in facts.items():
-        young = keep.ttl_seconds and now - one.committed < keep.ttl_seconds
-        if young or one.tags or one.pin is not None or one.forks or one.is_read:
-            stays.add(point)
     parent = lineage.parents[max(lineage.parents)]
     if parent in facts and (not line or line[0].attempt != max(lineage.parents)):
         stays.add(parent)
     behind = facts.keys() - set(lineage.walk())
-    stays |= {point for point in behind if not line or point.attempt >= line[0].attempt}
-    return {point for point in stays if facts[point].is_good}
+    return stays | {point for point in behind if not line or point.attempt >= line[0].attempt}
 
 
 def by_time(keep: Keep, line: list[Point], facts: dict[Point, Facts]) -> set[Point]:
@@ -289,6 +318,11 @@ class Run(RuleBasedStateMachine):
         points = sorted(self.facts)
         parent = data.draw(st.sampled_from(points)) if points else None
         self.parents[max(self.parents) + 1] = parent
+        self.prune()
+
+    @rule()
+    def start_afresh(self) -> None:
+        self.parents[max(self.parents) + 1] = None
         self.prune()
 
     @rule(keep=KEEPS)

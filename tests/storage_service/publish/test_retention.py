@@ -97,6 +97,31 @@ async def test_the_next_start_applies_the_policy(tmp_path: Path) -> None:
             assert await steps_of(node) == ["1/3"]
 
 
+async def test_a_metric_that_no_generation_has_deletes_nothing(
+    node: CheckpointNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    await node.begin(keep=Keep(last=1, best="typo"))
+    await save(node, 1, 2, metrics_json='{"loss": 1}')
+    assert await steps_of(node) == ["1/2", "1/1"]
+    assert [one for one in caplog.messages if "'typo'" in one and "loss" in one] != []
+    for refused in (
+        node.retention.prune(RUN, Keep(best="other").to_json(), is_dry=False),
+        node.checkpoints.managing.set_keep(RUN, Keep(best="other").to_json()),
+    ):
+        with pytest.raises(InvalidRequest, match=r"'other'.*they have loss"):
+            await refused
+    await save(node, 3, metrics_json='{"typo": 1}')
+    assert await steps_of(node) == ["1/3"]
+
+
+async def test_a_restore_that_was_forgotten_costs_nothing(node: CheckpointNode) -> None:
+    await node.begin(keep=Keep(last=2))
+    await save(node, 10, 20, 30)
+    await node.begin()
+    await save(node, 1, attempt=2)
+    assert await steps_of(node) == ["2/1", "1/30", "1/20"]
+
+
 async def test_dry_run_says_what_would_go_and_why(node: CheckpointNode) -> None:
     await node.begin()
     await save(node, 1, 2, 3, metrics_json='{"m": 1}')
