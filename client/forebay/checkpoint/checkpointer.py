@@ -278,8 +278,9 @@ class Checkpointer:
         ``.left``.
 
         Raises InvalidRequest if the generation does not fit (names, shapes, dtypes: all that
-        differ are listed, nothing is cast), before anything is written on any rank. IntegrityError
-        if nothing could be verified; then the tensors here may hold a part of what was read.
+        differ are listed, nothing is cast), before anything of it is written on any rank.
+        IntegrityError if nothing could be verified. Whatever is raised after a damaged generation
+        was begun says that the tensors here hold a part of that.
         """
         self._check_open()
         self.settle_snapshot()

@@ -44,16 +44,31 @@ class Samples:
 
     @classmethod
     def of(cls, source: Source) -> Samples:
-        """Of its first bytes, its last and some between; none of what does not lie in memory as it
-        is stored."""
-        if not isinstance(source.data, torch.Tensor) or not is_run(source.data):
+        """Of its first bytes, its last and some between, as they are stored: row by row."""
+        if not isinstance(source.data, torch.Tensor):
             return cls((), ())
+        if not is_run(source.data):
+            return cls._of_strided(source.data.detach())
         last = max(0, source.num_bytes - SAMPLE_BYTES)
         between = (random.randrange(0, last + 1, 64) for _ in range(NUM_SAMPLES - 2))
         offsets = (0, *between, last)
         raw = byte_view(source.data.detach())
         data = tuple(_read(raw[at : at + SAMPLE_BYTES]) for at in offsets)
         return cls(offsets, data)
+
+    @classmethod
+    def _of_strided(cls, tensor: torch.Tensor) -> Samples:
+        """The same of one whose elements do not lie in memory in the order of its indices."""
+        size = tensor.dtype.itemsize
+        count = min(tensor.numel(), SAMPLE_BYTES // size)
+        last = tensor.numel() - count
+        firsts = (0, *(random.randint(0, last) for _ in range(NUM_SAMPLES - 2)), last)
+        data = []
+        for first in firsts:
+            places = torch.arange(first, first + count, device=tensor.device)
+            picked = tensor[torch.unravel_index(places, tensor.shape)]
+            data.append(_read(byte_view(picked.resolve_conj().resolve_neg().contiguous())))
+        return cls(tuple(first * size for first in firsts), tuple(data))
 
     def are_in(self, staged: memoryview, source: Source) -> bool:
         """Whether the pack *staged* holds these bytes of *source*."""

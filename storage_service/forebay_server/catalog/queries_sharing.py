@@ -23,6 +23,9 @@ SLACK_BYTES = 16 << 20
 RECENT = 3
 """Generations whose segments are looked at: each refers to older ones for all that it shares."""
 
+LOOKED_AT = 32
+"""Generations among which those are looked for: some may have landed in another tier."""
+
 
 class StaleReference(Conflict):
     """A piece that a new replica refers to is not safe there any more: its bytes have to be
@@ -42,12 +45,19 @@ class SourceReplica:
 
 def shareable(connection: Connection, run: str, tier: str, node: str) -> list[SourceReplica]:
     """The replicas in *tier* of the packs of the last generations that *run* stands on, its own or
-    those of the run that it was forked from; newest first."""
-    return [
-        SourceReplica(row.replica, row.blob, row.file, row.encoding, bool(row.is_remote))
-        for one in ancestors(connection, run, RECENT)
-        for row in _replicas(connection, one, tier, node)
-    ]
+    those of the run that it was forked from, and that have any there; newest first."""
+    found: list[SourceReplica] = []
+    num_generations = 0
+    for one in ancestors(connection, run, LOOKED_AT):
+        rows = _replicas(connection, one, tier, node)
+        num_generations += bool(rows)
+        found += [
+            SourceReplica(row.replica, row.blob, row.file, row.encoding, bool(row.is_remote))
+            for row in rows
+        ]
+        if num_generations == RECENT:
+            break
+    return found
 
 
 def _replicas(connection: Connection, one: Ancestor, tier: str, node: str) -> Sequence[Any]:

@@ -84,6 +84,28 @@ def test_damage_makes_latest_fall_back_and_a_named_step_an_error(
         restorer.close()
 
 
+def test_a_fallback_that_does_not_fit_says_that_something_was_written(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+
+    def net(num_layers: int) -> torch.nn.Module:
+        return torch.nn.Sequential(*(torch.nn.Linear(300, 300) for _ in range(num_layers)))
+
+    with DaemonProcess(data, "--object-url", "none") as daemon, forebay.connect(data) as client:
+        with forebay.Checkpointer(client, "run", model=net(2)) as checkpointer:
+            checkpointer.save(1).wait("local", 60)
+        known = {path for path in data.rglob("*") if path.is_file()}
+        with forebay.Checkpointer(client, "run", model=net(3)) as checkpointer:
+            checkpointer.restore(only="model.0.bias")
+            checkpointer.save(2).wait("local", 60)
+        flip_a_bit(data, known)
+        daemon.restart()
+        with (
+            forebay.Checkpointer(client, "run", model=net(3)) as checkpointer,
+            pytest.raises(forebay.InvalidRequest, match="holds a part of it"),
+        ):
+            checkpointer.restore()
+
+
 def test_nothing_undamaged_left_is_an_error_that_names_it(data: Path) -> None:
     with DaemonProcess(data, *RAW) as daemon, forebay.connect(data) as client:
         checkpointer = forebay.Checkpointer(client, "run", weights=Weights(1))

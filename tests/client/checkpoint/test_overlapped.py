@@ -272,6 +272,22 @@ def _replace(weight: torch.nn.Parameter) -> None:
     weight.data = torch.zeros_like(weight)
 
 
+def test_a_write_behind_torchs_back_is_seen_whatever_the_strides(make: Make, gate: Gate) -> None:
+    """Channels last: what lies in memory is in another order than what is stored."""
+    model = torch.nn.Conv2d(192, 192, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpointer = make(model=model, optimizer=optimizer)
+    expected = copied(model)
+    checkpointer.save(1).wait("local", SECONDS)
+    checkpointer.save_overlapped(2)
+    model.weight.data.mul_(2.0)
+    with pytest.raises(forebay.Conflict, match=r"model\.weight changed while it was saved"):
+        checkpointer.wait_snapshot()
+    checkpointer.restore()
+    assert same(copied(model), expected)
+    checkpointer.save_overlapped(3).wait("local", SECONDS)
+
+
 @pytest.mark.parametrize("change", [_add_to_data, _add])
 def test_what_changes_without_a_wait_fails_the_save_and_the_next_one_works(
     make: Make, gate: Gate, client: forebay.Client, change: Callable[[torch.nn.Parameter], None]

@@ -82,6 +82,26 @@ async def test_a_run_that_shares_goes_on_where_there_is_no_room_for_all_of_it(
         assert await encodings(node, at(3)) == {"ssd": PIECES}
 
 
+async def test_a_run_in_two_tiers_shares_in_each(tmp_path: Path) -> None:
+    """Where one tier is full the first pack in the other is whole, and the next ones are not."""
+    frozen = os.urandom(16 * MIB)
+    async with open_checkpoints(tmp_path, with_object=False) as node:
+        kinds = [["ssd"], ["hdd"]]
+        node.storage.uploads.prefer(lambda owner: kinds[0])
+        await node.begin()
+        shared = []
+        for step in range(1, 9):
+            kinds.insert(0, kinds.pop()) if step % 4 == 1 else None
+            await node.wait(await node.save(step, [frozen + os.urandom(CUT_BYTES)]))
+            info = await node.checkpoints.generations.look(at(step))
+            shared.append(info.shared_bytes == len(frozen))
+        assert shared == [False, True, True, True] * 2
+        kinds.insert(0, kinds.pop())
+        await node.wait(await node.save(9, [frozen + os.urandom(CUT_BYTES)]))
+        info = await node.checkpoints.generations.look(at(9))
+        assert info.shared_bytes == len(frozen)
+
+
 async def test_a_fork_refers_to_the_run_that_it_stands_on(tmp_path: Path) -> None:
     base, own = os.urandom(4 * MIB), os.urandom(MIB)
     async with open_checkpoints(tmp_path, with_object=False) as node:
