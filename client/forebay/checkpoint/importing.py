@@ -53,6 +53,10 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], object]
 TIMEOUT_SECONDS: Final = 3600.0
 DCP_FILE: Final = ".metadata"
+FORMATS: Final = (
+    "what is imported is a folder of torch.distributed.checkpoint, a folder or file of safetensors "
+    "(NAME.safetensors), or a file of torch.save"
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def import_checkpoint(
     *,
     step: int = 0,
     metrics: Mapping[str, float] | None = None,
+    add_prefix: str = "",
     timeout: float = TIMEOUT_SECONDS,
     progress: Progress = lambda done, total: None,
 ) -> Imported:
@@ -81,20 +86,38 @@ def import_checkpoint(
     *path*: a DCP folder (with ``.metadata``), a folder of safetensors (with an index, or all files
     in it), a ``.safetensors`` file, or a file of ``torch.save``. Durable (``local``) on return, and
     visible as a whole or not at all. safetensors and torch.save files are mapped; a DCP folder is
-    read into memory first. *progress* is told bytes copied.
+    read into memory first. *add_prefix* comes before every name: with ``"model."`` a plain
+    ``model.state_dict()`` becomes what ``Checkpointer(model=…)`` restores. *progress* is told bytes
+    copied.
 
     :class:`UnsupportedObject` names what cannot be represented, :class:`IntegrityError` a file that
     is cut or no checkpoint, :class:`NotFound`.
     """
     check_name("run", run)
-    flat = read_foreign(Path(path))
+    flat = prefixed(read_foreign(Path(path)), add_prefix)
     return _save(client, run, step, flat, metrics or {}, Deadline(timeout), progress)
+
+
+def prefixed(flat: FlatState, prefix: str) -> FlatState:
+    """*flat* with *prefix* before each name; up to each of its dots it is a level of its own."""
+    *levels, start = prefix.split(".")
+    if "" in levels:
+        raise InvalidRequest(f"add_prefix={prefix!r} has an empty part: use one such as 'model.'")
+
+    def moved(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        return (*levels, f"{start}{path[0]}" if start else path[0], *path[1:])
+
+    return FlatState(
+        {f"{prefix}{name}": item for name, item in flat.items.items()},
+        {f"{prefix}{name}": moved(path) for name, path in flat.paths.items()},
+        {moved(path): wrapper for path, wrapper in flat.wrappers.items()},
+    )
 
 
 def read_foreign(path: Path) -> FlatState:
     """What *path* holds, under its own names."""
     if not path.exists():
-        raise NotFound(f"there is no {path}")
+        raise NotFound(f"there is no file or folder {path}")
     if path.is_dir():
         if (path / DCP_FILE).is_file():
             return read_dcp(path)
@@ -102,7 +125,7 @@ def read_foreign(path: Path) -> FlatState:
             return read_safetensors(path)
         raise InvalidRequest(
             f"{path} is no checkpoint that is known here: neither {DCP_FILE} nor *.safetensors "
-            "lies in it"
+            f"lies in it; {FORMATS}"
         )
     return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
@@ -181,9 +204,11 @@ def read_torch(path: Path) -> FlatState:
                 f"{path} holds {name}, which only running its code could read: save state_dict()s "
                 "alone"
             ) from error
-        raise IntegrityError(f"{path} is no file of torch.save: {error}") from error
+        raise IntegrityError(f"{path} is no file of torch.save ({error}); {FORMATS}") from error
     except Exception as error:  # what is junk makes the unpickler fail in any way
-        raise IntegrityError(f"{path} is no file of torch.save, or cut short: {error!r}") from error
+        raise IntegrityError(
+            f"{path} is no file of torch.save, or cut short ({error!r}); {FORMATS}"
+        ) from error
     return flatten(found if isinstance(found, dict) else {"value": found})
 
 

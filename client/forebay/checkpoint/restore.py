@@ -35,6 +35,9 @@ from forebay_wire.ids import GenerationId
 
 _log = logging.getLogger(__name__)
 
+SHOWN_NAMES = 20
+"""Of those that an error lists because one was not found."""
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -265,8 +268,7 @@ class Restorer:
             if name not in places:
                 if not choice.is_all and not _may_take(choice, name):
                     continue
-                held = ", ".join(sorted(places))
-                problems.append(f"{name}: it is here and was not saved, only {held}")
+                problems.append(f"{name}: it is here and was not saved, {_instead(name, places)}")
                 continue
             component = _component(name, saved, places, choice, names)
             if choice.is_all or component.tensors or component.objects:
@@ -331,6 +333,19 @@ def _with_warning(error: ForebayError, has_written: bool) -> ForebayError:
         f"{error.message}; what was to be restored holds a part of it: do not train on, restore "
         "another generation or start anew"
     )
+
+
+def _instead(name: str, places: Mapping[str, Mapping[Path, str]]) -> str:
+    """What a generation without the component *name* has; and how a bare state dict gets it."""
+    held = sorted(places)
+    more = f" and {len(held) - SHOWN_NAMES} more" if len(held) > SHOWN_NAMES else ""
+    text = f"only {', '.join(held[:SHOWN_NAMES])}{more}"
+    if any(() in paths for paths in places.values()) and any("." in one for one in held):
+        text += (
+            f"; a plain state_dict() is imported with --add-prefix {name}. (forebay checkpoint "
+            "import; what is exported with its own prefix, with export --strip-prefix before)"
+        )
+    return text
 
 
 def _may_take(choice: Choice, component: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -183,6 +184,44 @@ def test_dcp_goes_round_with_names_and_paths(
     assert equal(target["weight"], saved["model"]["weight"])
 
 
+def test_plain_weights_come_into_a_checkpointer_as_the_page_says(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[3] / "docs" / "checkpoints" / "inspecting.md"
+    found = re.search(
+        r"^```python\n(torch\.save.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert found is not None
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    wanted = model[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters())
+    save, _, restore = found[1].partition("checkpointer = ")
+    names = {"torch": torch, "forebay": forebay, "client": client}
+    names |= {"model": model, "optimizer": optimizer}
+    monkeypatch.chdir(tmp_path)
+    exec(save, names)  # noqa: S102
+    with torch.no_grad():
+        model[0].weight.zero_()
+    exec(f"checkpointer = {restore}", names)  # noqa: S102
+    names["checkpointer"].close()
+    assert equal(model[0].weight, wanted)
+
+    export_safetensors(client, "pretrained", tmp_path / "plain.safetensors", strip_prefix="model.")
+    import_checkpoint(client, "bare", tmp_path / "plain.safetensors")
+    import_checkpoint(client, "round", tmp_path / "plain.safetensors", add_prefix="model.")
+    other = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    with (
+        forebay.Checkpointer(client, "bare", model=other) as one,
+        pytest.raises(forebay.InvalidRequest, match=r"only 0.bias, 0.weight; .*add-prefix model\."),
+    ):
+        one.restore()
+    with forebay.Checkpointer(client, "round", model=other) as one:
+        one.restore()
+    assert equal(other[0].weight, wanted)
+    with pytest.raises(forebay.InvalidRequest, match="empty part"):
+        import_checkpoint(client, "none", tmp_path / "weights.pt", add_prefix="model..")
+
+
 def test_a_checkpointer_restores_what_was_imported(client: Client, tmp_path: Path) -> None:
     model = torch.nn.Linear(4, 3)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -272,6 +311,11 @@ def test_what_is_cut_or_no_checkpoint_is_refused(client: Client, tmp_path: Path)
     (tmp_path / "junk.pt").write_bytes(b"junk" * 100)
     with pytest.raises((IntegrityError, UnsupportedObject)):
         import_checkpoint(client, "cut", tmp_path / "junk.pt")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(IntegrityError, match=r"what is imported is a folder of .*safetensors"):
+        import_checkpoint(client, "cut", tmp_path / "notes.txt")
+    with pytest.raises(NotFound, match=r"there is no file or folder .*absent"):
+        import_checkpoint(client, "cut", tmp_path / "absent")
 
 
 def test_exports_say_what_does_not_fit(client: Client, tmp_path: Path) -> None:

@@ -62,6 +62,15 @@ def test_unknown_generation_names_the_command_that_lists_them(forebay_command, d
     assert "forebay checkpoint list run" in ended.err
 
 
+def test_import_with_a_prefix(forebay_command, data: Path, tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
+    prefix = ("--add-prefix", "model.", "--data", data)
+    forebay_command("checkpoint", "import", "bare", tmp_path / "w.pt", *prefix)
+    shown = forebay_command("checkpoint", "show", "bare", "--data", data, "--json").json
+    assert [one["name"] for one in shown["tensors"]] == ["model.weight", "model.bias"]
+    forebay_command("checkpoint", "delete", "bare", "--all", "--yes", "--now", "--data", data)
+
+
 def test_delete_one_then_all(forebay_command, data: Path) -> None:
     """The last test of this module: nothing is left."""
     one = forebay_command("checkpoint", "delete", "run", "1/5", "--yes", "--data", data)
