@@ -55,6 +55,11 @@ class NotFound(ForebayError, LookupError):
     status = "NOT_FOUND"
 
 
+class NothingSaved(NotFound):
+    """The run has no generation to go on from: not "not that one", but none (for ``latest``: none
+    on the newest attempt's lineage that is durable as asked for)."""
+
+
 class AlreadyExists(ForebayError):
     """The name is taken, or this step was already saved in this attempt."""
 

@@ -267,7 +267,8 @@ class Checkpointer:
         *selector*: ``"latest"`` (the newest on the current lineage), a step, or
         ``"ATTEMPT/STEP"``. What is damaged is passed over for the newest that all ranks can verify,
         and named in ``.skipped``. *state* may hold DTensors like those given to ``save``, whose
-        sharding then applies. None with *missing_ok* if there is nothing; NotFound without.
+        sharding then applies. None with *missing_ok* if nothing is saved yet; NotFound without, and
+        for a step or tag that is not there while others are.
 
         *durability* ``"local"`` first waits for what all ranks have sealed and is still landing.
         ``"ram"`` reads that out of the daemon's memory at once; until it is ``local`` the daemon's

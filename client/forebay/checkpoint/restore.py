@@ -30,7 +30,13 @@ from forebay.checkpoint.objects import Path, decode
 from forebay.checkpoint.read import PackReader
 from forebay.checkpoint.service import CheckpointService
 from forebay.waiting import Deadline
-from forebay_wire.errors import ForebayError, IntegrityError, InvalidRequest, NotFound
+from forebay_wire.errors import (
+    ForebayError,
+    IntegrityError,
+    InvalidRequest,
+    NotFound,
+    NothingSaved,
+)
 from forebay_wire.ids import GenerationId
 
 _log = logging.getLogger(__name__)
@@ -187,13 +193,15 @@ class Restorer:
         def resolve() -> list[Any] | None:
             try:
                 found = self._service.resolve(selector, durability, skip, deadline.remaining)
-            except NotFound:
+            except NotFound as error:
                 if skipped:
                     raise IntegrityError(
                         f"run {self._service.run}: no generation could be verified; damaged are "
                         f"{'; '.join(map(str, skipped))}; restore the files from the object tier "
                         "(forebay recover) or delete the run"
                     ) from None
+                if not isinstance(error, NothingSaved):
+                    raise
                 return None
             return [found.run, found.attempt, found.step, found.manifest]
 

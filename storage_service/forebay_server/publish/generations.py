@@ -37,6 +37,7 @@ from forebay_wire.errors import (
     IntegrityError,
     InvalidRequest,
     NotFound,
+    NothingSaved,
     StorageError,
 )
 from forebay_wire.ids import GenerationId, check_name
@@ -202,13 +203,16 @@ class Generations:
         if "/" in selector:
             parse_point(selector)
 
-        def look(connection: Connection) -> tuple[Lineage | None, set[Point], _Named]:
-            named = _named(connection, run, selector)
-            return load_lineage(connection, run), remote_points(connection, run), named
+        def look(connection: Connection) -> tuple[Lineage, set[Point], _Named]:
+            lineage = load_lineage(connection, run)
+            if lineage is None:
+                raise NothingSaved(f"there is no run {run}: nothing has been saved under that name")
+            named = _Named(fork=fork_at_root(connection, run))
+            if _has_any(lineage) or named.fork is not None:
+                named = _named(connection, run, selector)
+            return lineage, remote_points(connection, run), named
 
         lineage, remote, named = await self._catalog.read(look)
-        if lineage is None:
-            raise NotFound(f"there is no run {run}: nothing has been saved under that name")
         if wanted is Durability.REMOTE:
             skip = skip | {point for point in lineage.states if point not in remote}
         states = COMMITTED_OR_LANDING if sealed else COMMITTED
@@ -222,7 +226,8 @@ class Generations:
             text = _nothing_found(run, selector, lineage, wanted, skip)
             if wanted is Durability.REMOTE and self._why_not_remote:
                 raise InvalidRequest(f"{text}. Nothing becomes remote: {self._why_not_remote}")
-            raise NotFound(text)
+            is_none = named.fork is None and not _has_any(lineage)
+            raise (NothingSaved if is_none or selector in ("", "latest") else NotFound)(text)
         return GenerationId(run, *point)
 
     async def _fork(self, generation: GenerationId, wanted: Durability) -> GenerationId:
@@ -334,6 +339,11 @@ def _named(connection: Connection, run: str, selector: str) -> _Named:
     return _Named(Point(found.attempt, found.step), fork=fork)
 
 
+def _has_any(lineage: Lineage) -> bool:
+    """Whether anything of the run is committed, or about to be."""
+    return any(state in COMMITTED_OR_LANDING for state in lineage.states.values())
+
+
 def _best(connection: Connection, run: str) -> list[Point]:
     keep = Keep.from_json(read_keep(connection, run))
     if keep is None or not keep.best:
@@ -360,6 +370,8 @@ def _select(
     if selector == "best":
         walked = set(lineage.candidates(COMMITTED, skip))
         return next((point for point in named.best if point in walked), None)
+    if named.tag is None and "/" not in selector:
+        return None
     point = named.tag or parse_point(selector)
     return point if lineage.states.get(point) in states and point not in skip else None
 

@@ -347,6 +347,15 @@ def test_start_begins_afresh(make: Make) -> None:
 def test_what_is_not_there(make: Make) -> None:
     with pytest.raises(forebay.NotFound, match=r"has no generation latest.*missing_ok=True"):
         make().restore()
+    for selector in ("latest", "a-tag", 7, "best"):
+        assert make().restore(selector, missing_ok=True) is None
+    make(mine=Values(a=1)).save(1).wait("local")
+    for selector in ("mistyped", 7, "1/7"):
+        with pytest.raises(forebay.NotFound):
+            make(mine=Values(a=1)).restore(selector, missing_ok=True)
+    with pytest.raises(forebay.InvalidRequest, match="no metric"):
+        make(mine=Values(a=1)).restore("best", missing_ok=True)
+    assert make(mine=Values(a=1)).restore(missing_ok=True) is not None
 
 
 @pytest.mark.parametrize(
