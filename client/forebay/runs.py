@@ -149,7 +149,8 @@ class Run:
     def tag(self, tag: str, selector: Selector = "latest") -> None:
         """Give a committed generation a tag; another one of the run that has it loses it.
 
-        What has a tag is kept. ``restore(tag)`` brings it back.
+        No retention takes what has a tag; who deletes it by name does. ``restore(tag)`` brings it
+        back.
         """
         check_tag(tag)
         found = self._own(selector)
