@@ -539,6 +539,8 @@ def _absent(address: Address, details: str) -> DaemonUnavailable:
     advice = "check host and port and that a daemon listens there (forebay serve --listen …)"
     if isinstance(address, SocketAddress):
         advice = "start it (forebay serve --data DIR), or connect by its data folder"
+        if not address.path.exists():
+            details = f"there is no {address.path}"
     elif isinstance(address, FolderAddress):
         advice = f"start it (forebay serve --data {address.folder}), or look into its log"
     return DaemonUnavailable(f"no daemon answers at {address} ({details}): {advice}")

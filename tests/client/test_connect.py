@@ -132,6 +132,7 @@ def test_nobody_there_within_the_timeout(address: str) -> None:
     assert time.monotonic() - started < 5
     assert address in caught.value.message
     assert "forebay serve" in caught.value.message
+    assert "data.sock" not in caught.value.message
 
 
 def test_file_instead_of_a_folder(tmp_path: Path) -> None:

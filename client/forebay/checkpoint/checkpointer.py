@@ -25,7 +25,7 @@ from forebay.checkpoint.choice import Choice, Patterns
 from forebay.checkpoint.components import components
 from forebay.checkpoint.group import Ranks
 from forebay.checkpoint.handle import Keeper, Saved, SkippedSave
-from forebay.checkpoint.lazy import Opened, open_generation
+from forebay.checkpoint.lazy import Opened, named, open_generation
 from forebay.checkpoint.overlapped import Overlap, SavedBehind
 from forebay.checkpoint.restore import Restorer, Resumed
 from forebay.checkpoint.save import Saver, SaveRequest, SaveWork
@@ -145,7 +145,7 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         state: Mapping[str, Any] | None = None,
         *,
-        tags: Sequence[str] = (),
+        tags: str | Sequence[str] = (),
         note: Mapping[str, Any] | None = None,
     ) -> Saved:
         """Save the state as generation (run, attempt, *step*) on all ranks.
@@ -181,7 +181,7 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         state: Mapping[str, Any] | None = None,
         *,
-        tags: Sequence[str] = (),
+        tags: str | Sequence[str] = (),
         note: Mapping[str, Any] | None = None,
     ) -> Saved:
         """:meth:`save`, with the large tensors copied while forward and backward go on.
@@ -227,7 +227,7 @@ class Checkpointer:
         step: int,
         metrics: Mapping[str, float] | None,
         state: Mapping[str, Any] | None,
-        tags: Sequence[str],
+        tags: str | Sequence[str],
         note: Mapping[str, Any] | None,
         *,
         is_overlapped: bool = False,
@@ -239,7 +239,8 @@ class Checkpointer:
             self._begin_attempt(ranks, self._forked(ranks))
         if self._saver is None:
             self._saver = Saver(self._service, ranks, self._components)
-        said = (tuple(map(check_tag, tags)), note_json(note))
+        all_tags = (tags,) if isinstance(tags, str) else tags
+        said = (tuple(map(check_tag, all_tags)), note_json(note))
         generation = GenerationId(self.run, self._attempt, step)
         may_skip = self._when_busy == "skip"
         return self._saver, SaveRequest(
@@ -289,7 +290,7 @@ class Checkpointer:
         ranks = self._ranks()
         restorer = Restorer(self._service, ranks, self._components)
         found = restorer.restore(
-            str(selector) or "latest",
+            named(selector),
             durability,
             state,
             Deadline(self.timeout),
@@ -308,7 +309,7 @@ class Checkpointer:
     def open(self, selector: str | int = "latest", *, durability: str = "local") -> Opened:
         """A generation of this run whose values are read when they are asked for; for this rank
         alone. See :func:`forebay.checkpoint.open`."""
-        return open_generation(self._service, str(selector) or "latest", durability, self.timeout)
+        return open_generation(self._service, named(selector), durability, self.timeout)
 
     def start(self) -> None:
         """Open a new attempt that stands on nothing: the training begins afresh."""
@@ -393,7 +394,9 @@ class Checkpointer:
             return
         try:
             saved.wait("ram", timeout)
-            outcome = f"is {saved.durability}"
+            outcome = f"is {(durability := saved.durability)}"
+            if durability == "ram":
+                outcome += ": it becomes local without this process"
         except ForebayError as error:
             _say(f"generation {saved.generation} FAILED: {error}")
             raise

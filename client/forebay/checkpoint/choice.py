@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Final
 
 from forebay_wire.errors import InvalidRequest
 
@@ -27,6 +29,13 @@ class Choice:
     def is_all(self) -> bool:
         return not self.only and not self.ignore
 
+    def __str__(self) -> str:
+        """As the user wrote it."""
+        given = (("only", self.only), ("ignore", self.ignore))
+        return ", ".join(
+            f"{word}={(one[0] if len(one) == 1 else list(one))!r}" for word, one in given if one
+        )
+
     def takes(self, name: str) -> bool:
         """Whether what is saved as *name* is wanted."""
         wanted = not self.only or any(_matches(name, pattern) for pattern in self.only)
@@ -34,6 +43,20 @@ class Choice:
 
 
 ALL = Choice()
+
+
+def near(wanted: str, names: Iterable[str]) -> str:
+    """For an error: those of *names*, or of their beginnings, that *wanted* may mean, or some."""
+    every = sorted(names)
+    parts = {".".join(one.split(".")[: wanted.count(".") + 1]) for one in every}
+    found = difflib.get_close_matches(wanted, sorted(parts), NEAR_NAMES, 0.6)
+    if found:
+        return f"near it are {', '.join(found)}"
+    shown = ", ".join(every[:NEAR_NAMES]) + (", …" if len(every) > NEAR_NAMES else "")
+    return f"there are {shown or 'no names'}"
+
+
+NEAR_NAMES: Final = 5
 
 
 def _matches(name: str, pattern: str) -> bool:

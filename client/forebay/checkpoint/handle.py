@@ -73,7 +73,7 @@ class Saved:
         return self.generation.attempt
 
     def __repr__(self) -> str:
-        return f"<saved {self.generation}, {self._reached}>"
+        return f"<saved {self.generation}, {self._reached or 'being copied'}>"
 
     @property
     def durability(self) -> Durability:
@@ -91,6 +91,8 @@ class Saved:
             except DeadlineExceeded:
                 continue
             except (Conflict, NotFound) as error:
+                if self._was_deleted(error):
+                    break
                 self._recover(error)
         return self._reached
 
@@ -104,7 +106,8 @@ class Saved:
 
         Raises DeadlineExceeded after *timeout* seconds (default: the Checkpointer's), and it may
         still get there later; DaemonUnavailable if no daemon answered by then; or what made the
-        generation fail: then it never will.
+        generation fail: then it never will. One that was committed and then removed, by retention
+        or by somebody, was local: only waiting for more is NotFound.
         """
         _check(durability)
         deadline = Deadline(self._timeout if timeout is None else timeout)
@@ -123,6 +126,10 @@ class Saved:
                 if not backoff.pause(deadline):
                     raise
             except (Conflict, NotFound) as error:
+                if self._was_deleted(error):
+                    if _reaches(self._reached, durability):
+                        return
+                    raise
                 self._recover(error)
                 backoff.pause(deadline)
 
@@ -193,6 +200,17 @@ class Saved:
         if not (_reaches(self._reached, "local") or self._upload.is_current):
             self._recover(Conflict(f"generation {self.generation}: the daemon restarted"))
 
+    def _was_deleted(self, error: ForebayError) -> bool:
+        """Whether it was local, and retention or somebody deleted it since: nothing failed."""
+        if not isinstance(error, NotFound):
+            return False
+        if not _reaches(self._reached, "local"):
+            try:
+                self._note(self._service.wait(self.generation, "local", 0.0).durability)
+            except (Conflict, NotFound, DeadlineExceeded):
+                return False
+        return True
+
     def _recover(self, error: ForebayError) -> None:
         """The daemon may not have the generation (any more): offer it this rank's pack again.
 
@@ -232,6 +250,9 @@ class SkippedSave(Saved):
         self.num_bytes = 0
         self._service = service
         self._reached = Durability.NONE
+
+    def __repr__(self) -> str:
+        return f"<skipped {self.generation}>"
 
     def __bool__(self) -> bool:
         return False

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
+from forebay.checkpoint.choice import near
 from forebay.checkpoint.flatten import nest
 from forebay.checkpoint.manifest import SavedState
 from forebay.checkpoint.objects import decode
@@ -37,7 +38,17 @@ def open(
     there is none. Close it, or use it in a ``with``.
     """
     service = CheckpointService(client, run)
-    return open_generation(service, str(selector) or "latest", durability, timeout)
+    return open_generation(service, named(selector), durability, timeout)
+
+
+def named(selector: str | int) -> str:
+    """*selector* as text; InvalidRequest for one that names nothing."""
+    if isinstance(selector, bool) or not isinstance(selector, str | int) or selector == "":
+        raise InvalidRequest(
+            f"selector {selector!r} names no generation: give 'latest', 'best', a step, "
+            "'ATTEMPT/STEP' or a tag"
+        )
+    return str(selector)
 
 
 def open_generation(
@@ -67,7 +78,13 @@ class Opened(Mapping[str, "LazyTensor"]):
         }
 
     def __getitem__(self, name: str) -> LazyTensor:
-        return self._tensors[name]
+        try:
+            return self._tensors[name]
+        except KeyError:
+            kind = "an object: read it by object()" if name in self._saved.objects else "no tensor"
+            raise KeyError(
+                f"{name} is {kind} of generation {self.generation}; {near(name, self._tensors)}"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -95,7 +112,7 @@ class Opened(Mapping[str, "LazyTensor"]):
 
     def state_dict(self, prefix: str = "") -> dict[str | int, Any]:
         """Everything below *prefix* (``"model"``), nested as it was saved; two names of one tensor
-        share it again. Empty if there is nothing."""
+        share it again. NotFound if there is nothing below it."""
         start = tuple(prefix.split(".")) if prefix else ()
         shared: dict[object, torch.Tensor] = {}
         values = []
@@ -112,6 +129,11 @@ class Opened(Mapping[str, "LazyTensor"]):
             else:
                 tensor = shared[memory]
             values.append((path[len(start) :], tensor))
+        if start and not values:
+            raise NotFound(
+                f"generation {self.generation} has nothing below {prefix!r}; "
+                f"{near(prefix, self._saved.structure)}"
+            )
         return nest(values)
 
     @property

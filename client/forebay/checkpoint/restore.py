@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from forebay.checkpoint.choice import ALL, Choice
+from forebay.checkpoint.choice import ALL, Choice, near
 from forebay.checkpoint.components import (
     RAW_STATE,
     Component,
@@ -125,6 +125,7 @@ class Restorer:
         *selector* is ``latest``; otherwise it is an :class:`IntegrityError`. What does not fit on
         any rank is an error on all before any of them writes.
         """
+        self._agree(selector, durability)
         skipped: list[Skipped] = []
         has_written = False
         while True:
@@ -160,6 +161,13 @@ class Restorer:
             assert prepared.result is not None
             assert outcome.result is not None
             return self._finish(generation, prepared.result, outcome.result, tuple(skipped))
+
+    def _agree(self, selector: str, durability: str) -> None:
+        """All ranks mean the same, or none of them restores."""
+        told = self._ranks.exchange("choose what to restore", [selector, durability])
+        if any(one != told[0] for one in told):
+            said = ", ".join(f"rank {rank}: {' '.join(one)}" for rank, one in enumerate(told))
+            raise InvalidRequest(f"the ranks are to restore different generations ({said})")
 
     def _finish(
         self,
@@ -230,8 +238,8 @@ class Restorer:
             )
         if not choice.is_all and not names:
             raise InvalidRequest(
-                f"{choice} takes nothing of generation {generation}, whose first names are "
-                f"{', '.join(sorted(saved.structure)[:5])}"
+                f"{choice} takes nothing of generation {generation}; "
+                f"{near(choice.only[0].rstrip('.*') if choice.only else '', saved.structure)}"
             )
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(dict(targets), saved.metadata, self._ranks.rank == 0)

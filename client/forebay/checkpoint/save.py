@@ -237,6 +237,11 @@ class Saver:
         if plans is not None:
             try:
                 answers, structure = plan_globally(plans)
+                if not structure:
+                    raise InvalidRequest(
+                        "there is nothing to save: give the Checkpointer a model, an optimizer or "
+                        "another thing with a state_dict(), or save(step, state={...})"
+                    )
             except Exception as caught:  # noqa: BLE001 - every rank must hear of it
                 error, answers = caught, [None] * len(plans)
         keep = self._ranks.scatter(what, answers)
@@ -412,6 +417,8 @@ def seal(upload: PackUpload) -> None:
 def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     """*metrics* as floats. NaN and infinities have no JSON: they are left out, with a warning."""
     found: dict[str, float] = {}
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise InvalidRequest(f"metrics={metrics!r} is no dict: pass {{name: number}}")
     for name, value in (metrics or {}).items():
         number = value.item() if hasattr(value, "item") else value
         if not isinstance(name, str) or not isinstance(number, numbers.Real):

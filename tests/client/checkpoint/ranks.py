@@ -151,6 +151,9 @@ def errors(world: World) -> None:
     checkpointer.save(1).wait("local")
     messages.append(raised(lambda: checkpointer.save(1), forebay.AlreadyExists))
     messages.append(raised(lambda: checkpointer.restore("77"), forebay.NotFound))
+    which = "latest" if rank == 0 else "99"
+    messages.append(raised(lambda: checkpointer.restore(which), forebay.InvalidRequest))
+    assert "rank 0: latest local, rank 1: 99 local" in messages[-1]
 
     holder.value = 2
     checkpointer.save(2).wait("local")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -315,7 +316,7 @@ def test_a_rollback_opens_an_attempt_on_the_generation_it_restored(
 
 
 def test_an_older_attempt_may_not_save_any_more(make: Make) -> None:
-    old, new = make(), make()
+    old, new = (make(mine=Values(a=1)) for _ in range(2))
     old.save(1).wait("local")
     new.restore()
     with pytest.raises(forebay.Fenced, match="may not save any more"):
@@ -395,6 +396,15 @@ def test_what_cannot_be_saved_is_refused_at_once(
         make(**arguments)
 
 
+def test_nothing_and_metrics_without_names_are_refused(make: Make, run: str) -> None:
+    with pytest.raises(forebay.InvalidRequest, match="there is nothing to save: give"):
+        make().save(1)
+    checkpointer = make(mine=Values(a=1))
+    with pytest.raises(forebay.InvalidRequest, match=r"metrics=\[1\] is no dict"):
+        checkpointer.save(1, metrics=[1])  # type: ignore[arg-type]
+    checkpointer.save(1).wait("local", 60)
+
+
 @pytest.mark.parametrize("step", [-1, 1.5, True, "1"])
 def test_a_step_is_a_whole_number(make: Make, step: Any) -> None:
     with pytest.raises(forebay.InvalidRequest, match="whole number"):
@@ -414,7 +424,7 @@ def test_an_unsupported_object_is_named_and_nothing_is_left(
 
 
 def test_metrics_are_numbers(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    checkpointer = make()
+    checkpointer = make(mine=Values(a=1))
     with pytest.raises(forebay.InvalidRequest, match=r"metrics\['a'\] = 'x' is no number"):
         checkpointer.save(1, metrics={"a": "x"})  # type: ignore[dict-item]
     checkpointer.save(1, metrics={"loss": float("nan"), "ok": 1}).wait("local")
@@ -452,12 +462,17 @@ def test_report_counts_saves(make: Make) -> None:
 
 
 def test_close_says_what_became_of_the_last_save(
-    make: Make, run: str, capsys: pytest.CaptureFixture[str]
+    make: Make, client: forebay.Client, run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpointer = make(mine=Values(a=1))
     with checkpointer:
-        checkpointer.save(7)
-    assert f"forebay: generation {run}@1/7 is " in capsys.readouterr().err
+        saved = checkpointer.save(7, tags="good")
+        assert re.search(r"@1/7, (ram|local|remote)>$", repr(saved))
+    said = capsys.readouterr().err
+    assert f"forebay: generation {run}@1/7 is " in said
+    assert re.search(r"is (ram: it becomes local without this process|local|remote)\n", said)
+    saved.wait("local", 60)
+    assert list(client.run(run).tags()) == ["good"]
     with pytest.raises(forebay.InvalidRequest, match="closed"):
         checkpointer.save(8)
 

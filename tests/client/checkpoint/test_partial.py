@@ -283,8 +283,12 @@ def test_patterns_that_take_nothing_are_an_error(
     client: forebay.Client, run: str, saved: Net
 ) -> None:
     with forebay.Checkpointer(client, run, model=Net(2)) as one:
-        with pytest.raises(forebay.InvalidRequest, match="takes nothing of generation"):
+        message = r"^only='modle.\*' takes nothing of .*; near it are model$"
+        with pytest.raises(forebay.InvalidRequest, match=message):
             one.restore(only="modle.*")
+        for selector in ("", None, True):
+            with pytest.raises(forebay.InvalidRequest, match="names no generation"):
+                one.restore(selector)  # type: ignore[arg-type]
         with pytest.raises(forebay.InvalidRequest, match="names nothing"):
             one.restore(only=[])
 
@@ -313,8 +317,12 @@ def test_a_generation_is_looked_into_without_a_model(
         assert torch.equal(net.head.weight, saved.head.weight)
         with forebay.checkpoint.open(client, run, 5) as again:
             assert torch.equal(again["model.body.0.weight"][0], expected[0])
-        with pytest.raises(KeyError):
-            opened["model.nothing"]
+        with pytest.raises(KeyError, match=r"body.9.weight is no tensor of .*near it are model"):
+            opened["model.body.9.weight"]
+        with pytest.raises(KeyError, match=r"read it by object\(\)"):
+            opened["state.note"]
+        with pytest.raises(forebay.NotFound, match=r"nothing below 'modell'; near it are model$"):
+            opened.state_dict("modell")
         with pytest.raises(forebay.NotFound, match="has no object"):
             opened.object("model.nothing")
         with pytest.raises(IndexError):
