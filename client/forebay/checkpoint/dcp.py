@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
@@ -22,7 +22,7 @@ from torch.futures import Future
 from forebay.checkpoint.dcp_writer import StorageWriter
 from forebay.checkpoint.identity import CheckpointName
 from forebay.checkpoint.manifest import SavedState
-from forebay.checkpoint.objects import decode
+from forebay.checkpoint.objects import decode, dtype_name
 from forebay.checkpoint.read import PackReader
 from forebay.checkpoint.service import CheckpointService, Client
 from forebay_wire.errors import Conflict, InvalidRequest
@@ -103,7 +103,7 @@ class StorageReader(TorchStorageReader):
         saved = self._state(self._rank if self._found_separate() else None)
         with PackReader(self._service().transfer, saved) as reader:
             tensors = [item for item in plan.items if item.type is LoadItemType.TENSOR]
-            reader.read(tensors, planner)
+            reader.read(tensors, _Uncast(planner, saved.metadata))
             for item in plan.items:
                 if item.type is LoadItemType.BYTE_IO:
                     planner.load_bytes(item, _as_torch_save(reader, item))
@@ -146,6 +146,30 @@ class StorageReader(TorchStorageReader):
         if rank not in self._saved:
             self._saved[rank] = SavedState.of(manifest, rank)
         return self._saved[rank]
+
+
+class _Uncast:
+    """A planner that hands out no tensor of another dtype than was saved: torch's reader would
+    cast into it without a word."""
+
+    def __init__(self, planner: LoadPlanner, metadata: Metadata) -> None:
+        self._planner = planner
+        self._metadata = metadata
+        self.commit_tensor = planner.commit_tensor
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        tensor = self._planner.resolve_tensor(read_item)
+        name = read_item.storage_index.fqn
+        whole = self._metadata.state_dict_metadata[name]
+        assert isinstance(whole, TensorStorageMetadata)
+        if tensor.dtype != whole.properties.dtype:
+            raise InvalidRequest(
+                f"{name}: it is {dtype_name(tensor.dtype)} here and was saved as "
+                f"{dtype_name(whole.properties.dtype)}; nothing is cast silently: load it as it "
+                "was saved, or with a planner whose resolve_tensor() gives that dtype and whose "
+                "commit_tensor() casts"
+            )
+        return tensor
 
 
 def _as_torch_save(reader: PackReader, item: ReadItem) -> io.BytesIO:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -42,6 +42,27 @@ def test_saving_to_one_id_again_makes_a_new_generation_and_the_newest_wins(
     assert load(client, f"{run}@2/0", {"w": torch.zeros(4)})["w"].tolist() == [2.0] * 4
     found = client.checkpoints(run)
     assert {(one.attempt, one.step) for one in found} == {(1, 0), (2, 0), (3, 0)}
+
+
+class Casts(DefaultLoadPlanner):
+    """Reads as it was saved and casts by itself."""
+
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        return super().resolve_tensor(read_item).float()
+
+    def commit_tensor(self, read_item: Any, tensor: torch.Tensor) -> None:
+        super().resolve_tensor(read_item).copy_(tensor)
+
+
+def test_nothing_is_cast_unless_the_planner_does(client: forebay.Client, run: str) -> None:
+    save(client, run, {"w": torch.full((4,), 1.0 + 2.0**-20)})
+    target = {"w": torch.zeros(4, dtype=torch.float16)}
+    with pytest.raises(CheckpointException, match="w: it is float16 here and was saved as float32"):
+        load(client, run, target)
+    assert target["w"].tolist() == [0.0] * 4
+    reader = StorageReader(client, run)
+    dcp.load(target, storage_reader=reader, planner=Casts(), no_dist=True)
+    assert target["w"].tolist() == [1.0] * 4
 
 
 def test_a_checkpoint_id_names_run_and_step_or_is_a_path(
