@@ -34,6 +34,7 @@ from forebay_server.catalog.queries_runs import (
     fork_of,
     parent_of,
 )
+from forebay_server.catalog.queries_steps import check_new_step, note_committed
 from forebay_server.catalog.queries_trash import tombstone_of, trash_generations
 from forebay_server.catalog.tables import (
     attempts,
@@ -247,6 +248,7 @@ def check_plan(connection: Connection, plan: PackPlan) -> str | None:
     _check_newest(connection, plan.generation)
     row = connection.execute(select(generations).where(at(plan.generation))).one_or_none()
     if row is None:
+        check_new_step(connection, plan.generation)
         return None
     can_reopen = row.state == GenerationState.ABORTED and row.error == DAEMON_ENDED
     if row.state in (GenerationState.ABORTED, GenerationState.FAILED) and not can_reopen:
@@ -436,6 +438,7 @@ def land_pack(connection: Connection, session: str, landed: Landed) -> str | Non
         .where(at(generation))
         .values(state=GenerationState.COMMITTED, manifest=identity, committed=now())
     )
+    note_committed(connection, generation)
     # The manifest holds the descriptions from here on.
     connection.execute(update(packs).where(at(generation, packs)).values(description=None))
     enqueue(connection, FLUSH, identity)

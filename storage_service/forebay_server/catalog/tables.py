@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from forebay_server.catalog.clock import now
 
-SCHEMA_VERSION: Final = 8
+SCHEMA_VERSION: Final = 9
 
 metadata: Final = MetaData()
 
@@ -222,6 +222,8 @@ attempts = Table(
     Column("parent_attempt", Integer),
     Column("parent_step", BigInteger),
     Column("num_ranks", Integer, nullable=False),
+    # The highest step that it ever committed, also if that was deleted since; below 0: none.
+    Column("newest_step", BigInteger, nullable=False, default=-1, server_default="-1"),
     # The opening call's random name: the same request opens one attempt.
     Column("request", _name(64), nullable=False, unique=True),
     _created(),

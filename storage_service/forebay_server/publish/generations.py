@@ -23,6 +23,7 @@ from forebay_server.catalog.queries_runs import (
     metrics_by_point,
     remote_points,
 )
+from forebay_server.catalog.queries_steps import was_committed, why_deleted
 from forebay_server.model.lineage import Lineage, Point
 from forebay_server.model.retention import best_first
 from forebay_server.model.states import Durability, GenerationState, check_durability, reaches
@@ -81,7 +82,8 @@ class Generations:
 
         Raises at once if it never can be: :class:`Fenced`, :class:`Conflict` or
         :class:`StorageError` with the reason; :class:`DeadlineExceeded` after the timeout, and it
-        may still happen later.
+        may still happen later. One that was committed and deleted since was local: waiting for
+        more is :class:`NotFound`.
         """
         wanted = check_durability(durability)
         deadline = asyncio.get_running_loop().time() + timeout_seconds
@@ -97,7 +99,7 @@ class Generations:
     async def _refuse_remote(self, generation: GenerationId) -> None:
         if not self._why_not_remote:
             return
-        info = await self.look(generation)
+        info = await self._look_or_was(generation, Durability.REMOTE)
         if not reaches(Durability(info.durability), Durability.REMOTE):
             raise InvalidRequest(
                 f"generation {generation} never becomes remote: {self._why_not_remote}"
@@ -114,7 +116,7 @@ class Generations:
         local = wanted if remote or wanted is not Durability.REMOTE else Durability.LOCAL
         while True:
             changed.clear()
-            info = await self.look(generation)
+            info = await self._look_or_was(generation, wanted)
             if reaches(Durability(info.durability), local):
                 return info
             _raise_if_ended(info)
@@ -130,10 +132,28 @@ class Generations:
         """One generation as it stands. :class:`NotFound` if there is none."""
         info = await self._catalog.read(lambda connection: find_generation(connection, generation))
         if info is None:
-            raise NotFound(
-                f"there is no generation {generation}: no rank has begun to save it, or it was "
-                "deleted"
-            )
+            raise _not_there(generation)
+        return info
+
+    async def _look_or_was(self, generation: GenerationId, wanted: Durability) -> GenerationInfo:
+        """:meth:`look`, or what stands for a generation that was committed and deleted since: it
+        was local, and what is more is asked for in vain."""
+
+        def look(connection: Connection) -> GenerationInfo | None:
+            found = find_generation(connection, generation)
+            if found is None and was_committed(connection, generation):
+                if not reaches(Durability.LOCAL, wanted):
+                    why = why_deleted(connection, generation)
+                    raise NotFound(
+                        f"generation {generation} was local, and was deleted before it was "
+                        f"{wanted}" + (f" ({why})" if why else "")
+                    )
+                return _was_local(generation)
+            return found
+
+        info = await self._catalog.read(look)
+        if info is None:
+            raise _not_there(generation)
         return info
 
     async def _raise_if_given_up(self, info: GenerationInfo) -> None:
@@ -302,6 +322,29 @@ class Generations:
         if not attempts:
             raise NotFound(f"there is no run {run}: nothing has been saved under that name")
         return attempts, page, after
+
+
+def _not_there(generation: GenerationId) -> NotFound:
+    return NotFound(
+        f"there is no generation {generation}: no rank has begun to save it, or it was deleted"
+    )
+
+
+def _was_local(generation: GenerationId) -> GenerationInfo:
+    """What is told of a generation that was committed and is gone."""
+    return GenerationInfo(
+        id=generation,
+        state=GenerationState.COMMITTED,
+        durability=Durability.LOCAL,
+        manifest=None,
+        num_ranks=0,
+        num_sealed=0,
+        num_bytes=0,
+        created_unix=0.0,
+        metrics_json="",
+        parent=None,
+        error="it was deleted",
+    )
 
 
 def parse_point(text: str) -> Point:

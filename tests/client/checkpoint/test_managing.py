@@ -86,6 +86,30 @@ def test_a_policy_keeps_what_it_says(client: forebay.Client, make: Make, run: st
     assert client.run(run).keep is None
 
 
+def test_what_retention_took_quickly_was_saved(
+    client: forebay.Client,
+    make: Make,
+    run: str,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    checkpointer = make(keep=forebay.Keep(last=1))
+    saved = [checkpointer.save(step, state={"x": torch.ones(9)}) for step in range(8)]
+    until(lambda: steps(client, run) == [7])
+    for one in saved:
+        one.wait("local")
+    with pytest.raises(forebay.NotFound, match=r"was local, and was deleted .*Keep\(last=1\)"):
+        saved[0].wait("remote")
+    assert saved[0].durability == "local"
+    assert "will not be saved" not in caplog.text
+    client.delete_checkpoints(run, attempt=1, step=7)
+    saved[7].wait("local")
+    with pytest.raises(forebay.AlreadyExists, match="step 7 was already saved"):
+        checkpointer.save(7, state={"x": torch.zeros(9)})
+    checkpointer.close()
+    assert "FAILED" not in capfd.readouterr().err
+
+
 def test_tags_select_and_move(client: forebay.Client, make: Make, run: str) -> None:
     checkpointer = make()
     save(checkpointer, 1, tags=["good"], note={"commit": "abc"})

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import delete, update
 
 from forebay_server.catalog.queries_jobs import COLLECT, DELETE, FLUSH
 from forebay_server.catalog.queries_settings import LAST_MOMENT, pass_moment, put_setting
+from forebay_server.catalog.tables import attempts, history
 from forebay_server.publish.dataset import Datasets, VersionCommit
 from forebay_server.publish.recovery import Recovered, recover
 from forebay_server.publish.shards import ShardCommit
@@ -232,6 +234,7 @@ async def test_of_two_runs_with_one_name_the_newer_one_comes_back(tmp_path: Path
 async def test_a_step_that_was_deleted_and_saved_again_comes_back_as_saved_last(
     tmp_path: Path,
 ) -> None:
+    """Releases before schema 9 let a step be saved again; object tiers have such generations."""
     tier = Tier(tmp_path)
     async with open_checkpoints(tmp_path) as node:
         await node.begin()
@@ -240,6 +243,8 @@ async def test_a_step_that_was_deleted_and_saved_again_comes_back_as_saved_last(
         tier.remember()
         await node.checkpoints.delete_generation(GenerationId(RUN, 1, 2))
         await node.settle(DELETE, COLLECT)
+        for forgotten in (update(attempts).values(newest_step=-1), delete(history)):
+            await node.storage.catalog.write(lambda c, what=forgotten: c.execute(what))
         await node.wait(await node.save(2, [b"new"]), "remote")
     tier.bring_back()
     found = await rebuild(tier, tmp_path / "new")

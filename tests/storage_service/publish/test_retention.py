@@ -12,7 +12,7 @@ from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_jobs import COLLECT, DELETE, RETAIN
 from forebay_server.catalog.queries_lineage import ancestors
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
-from forebay_wire.errors import Conflict, InvalidRequest, NotFound
+from forebay_wire.errors import AlreadyExists, Conflict, InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId
 from forebay_wire.keep import Keep
 from forebay_wire.limits import KIB
@@ -120,6 +120,31 @@ async def test_a_restore_that_was_forgotten_costs_nothing(node: CheckpointNode) 
     await node.begin()
     await save(node, 1, attempt=2)
     assert await steps_of(node) == ["2/1", "1/30", "1/20"]
+
+
+async def test_a_step_is_used_once_also_when_it_was_deleted(node: CheckpointNode) -> None:
+    await node.begin(keep=Keep(last=1))
+    await save(node, 1, 2, 10)
+    for step in (1, 2, 10):
+        with pytest.raises(AlreadyExists, match=f"step {step} was already saved"):
+            await node.plan(GenerationId(RUN, 1, step), 10)
+    with pytest.raises(InvalidRequest, match=r"step 5 comes after step 10 .*steps of one"):
+        await node.plan(GenerationId(RUN, 1, 5), 10)
+    await node.checkpoints.delete_generation_now(GenerationId(RUN, 1, 10))
+    with pytest.raises(AlreadyExists, match="step 10 was already saved"):
+        await node.plan(GenerationId(RUN, 1, 10), 10)
+    await save(node, 11)
+
+
+async def test_what_retention_took_was_local(node: CheckpointNode) -> None:
+    await node.begin(keep=Keep(last=1))
+    await save(node, 1, 2)
+    first = GenerationId(RUN, 1, 1)
+    assert (await node.wait(first)).durability == "local"
+    with pytest.raises(NotFound, match=r"was local, and was deleted .*Keep\(last=1\)"):
+        await node.wait(first, "remote")
+    with pytest.raises(NotFound, match="no rank has begun"):
+        await node.wait(GenerationId(RUN, 1, 3), timeout=0.0)
 
 
 async def test_dry_run_says_what_would_go_and_why(node: CheckpointNode) -> None:

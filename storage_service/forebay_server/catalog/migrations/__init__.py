@@ -21,6 +21,7 @@ from forebay_server.catalog.migrations import (
     v0006_retention,
     v0007_fingerprints,
     v0008_shared,
+    v0009_steps,
 )
 
 
@@ -41,5 +42,6 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(6, "retention", v0006_retention.apply),
     Migration(7, "fingerprints", v0007_fingerprints.apply),
     Migration(8, "shared", v0008_shared.apply),
+    Migration(9, "steps", v0009_steps.apply),
 )
 """In order, without gaps, from 2 on; the last one's number is ``tables.SCHEMA_VERSION``."""
