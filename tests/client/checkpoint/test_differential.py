@@ -12,7 +12,7 @@ from forebay_server.testing.daemon import DaemonProcess
 
 DTYPES = [
     *("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int16", "int32", "int64"),
-    *("bool", "complex64", "complex128", "uint16"),
+    *("bool", "complex32", "complex64", "complex128", "uint16"),
     *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
 ]
 LAYOUTS = ["contiguous", "transposed", "gaps"]
@@ -22,7 +22,9 @@ MESHES = {
     2: [[2], [1, 2]],
     3: [[3]],
     4: [[4], [2, 2], [4, 1]],
+    5: [[5], [1, 5]],
     6: [[6], [2, 3], [3, 2]],
+    7: [[7], [7, 1]],
     8: [[8], [2, 4], [4, 2]],
 }
 
@@ -102,7 +104,7 @@ def test_we_and_torch_agree_on_up_to_four_ranks(
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @settings(max_examples=120, deadline=None, suppress_health_check=SHARED)
-@given(example=examples([1, 2, 3, 4, 6, 8]))
+@given(example=examples([1, 2, 3, 4, 5, 6, 7, 8]))
 def test_we_and_torch_agree_on_up_to_eight_ranks(
     example: dict[str, Any], daemon: DaemonProcess, pool: Any, tmp_path: Path
 ) -> None:

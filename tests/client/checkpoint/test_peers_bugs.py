@@ -1,7 +1,17 @@
 """What others' checkpoints get wrong, one test each: ours holds.
 
-The seventh, a staging that has failed and says that it is complete, is in ``test_overlapped.py``:
-what changes without a wait fails the save, however often one asks.
+- an error of a rank while data are written is lost, and the checkpoint looks complete:
+  ``test_an_exception_while_data_are_written_is_not_lost``
+- a save over an existing one that fails leaves files of two steps:
+  ``test_a_second_save_that_fails_does_not_mix_two_steps``
+- the second save in flight overwrites the first one's staged values:
+  ``test_a_second_save_leaves_the_first_one_its_values``
+- a cached plan stores a new dtype under the old one:
+  ``test_a_plan_that_is_kept_knows_of_a_new_dtype``
+- tied weights are stored twice, or come back as two:
+  ``test_two_names_of_one_storage_are_stored_once_and_one_again``
+- a staging that has failed says that it is complete: ``test_overlapped.py``,
+  ``test_what_changes_without_a_wait_fails_the_save_and_the_next_one_works``
 """
 
 from collections.abc import Iterator
