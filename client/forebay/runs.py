@@ -204,15 +204,13 @@ class Run:
     def set_keep(self, keep: Keep | None) -> None:
         """Change what is kept of the run (None: everything) and delete the rest in the
         background."""
-        text = keep.to_json() if keep is not None else ""
+        text = _keep_json(keep)
         self._call(Checkpoints.SetKeep, pb.SetKeepRequest(run=self.name, keep_json=text))
 
     def prune(self, keep: Keep | None = None, *, dry_run: bool = False) -> list[PruneVerdict]:
         """Delete for good what *keep* (default: the run's own policy) does not keep, now; what it
         said about each committed generation, newest first. *dry_run*: only say so."""
-        request = pb.PruneRequest(
-            run=self.name, dry_run=dry_run, keep_json=keep.to_json() if keep is not None else ""
-        )
+        request = pb.PruneRequest(run=self.name, dry_run=dry_run, keep_json=_keep_json(keep))
         answer = self._client.channel.call(Checkpoints.Prune, request, timeout=PRUNE_SECONDS)
         return [
             PruneVerdict(
@@ -263,6 +261,14 @@ def note_json(note: Mapping[str, Any] | None) -> str:
         return json.dumps(dict(note), separators=(",", ":"), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"a note holds what JSON can say, not {note!r}: {error}") from None
+
+
+def _keep_json(keep: Keep | None) -> str:
+    if keep is None:
+        return ""
+    if not isinstance(keep, Keep):
+        raise InvalidRequest(f"{keep!r} is no policy: give a forebay.Keep, as Keep(last=3)")
+    return keep.to_json()
 
 
 def _generation(found: pb.Generation) -> Generation:

@@ -71,8 +71,8 @@ class Keep:
             raise InvalidRequest(f"Keep(tags={self.tags!r}): use True or False")
         if not (self.last or self.every_steps or self.every_seconds or self.best or self.ttl):
             raise InvalidRequest(
-                "Keep() names no rule: give last, every_steps, every_seconds, best or ttl; to keep "
-                "everything, give no Keep"
+                "Keep names no rule (0 is none): give last, every_steps, every_seconds, best "
+                "or ttl from 1 on; to keep everything, give no Keep"
             )
 
     @property

@@ -295,6 +295,10 @@ def to_json(value: Any) -> str:
 def parse_fork(fork_from: str | tuple[str, str | int]) -> tuple[str, str]:
     """``(run, selector)`` of ``"run"``, ``"run@SELECTOR"`` or ``("run", SELECTOR)``."""
     if isinstance(fork_from, tuple):
+        if len(fork_from) != 2:
+            raise InvalidRequest(
+                f"fork_from={fork_from!r}: give 'run', 'run@SELECTOR' or (run, selector)"
+            )
         run, selector = fork_from
     else:
         run, _, selector = fork_from.partition("@")

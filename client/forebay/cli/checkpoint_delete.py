@@ -22,15 +22,22 @@ from forebay_wire.errors import InvalidRequest
 def delete_checkpoint(
     session: Session, run: str, generation: str | None, whole_run: bool, now: bool, yes: bool
 ) -> None:
-    """Put one generation of RUN (ATTEMPT/STEP), or with --all the whole run, into the trash."""
+    """Put one GENERATION of RUN (ATTEMPT/STEP, STEP, a tag, latest or best), or with --all the
+    whole run, into the trash."""
     run, generation = split_run(run, generation)
     if (generation is None) != whole_run:
         raise click.UsageError("give a GENERATION (ATTEMPT/STEP), or --all for the whole run")
-    attempt, step = (None, None) if generation is None else parse_generation(generation)
-    if generation is not None and attempt is None:
-        raise InvalidRequest(f"say which attempt: {generation!r} is not of the form ATTEMPT/STEP")
-    what = f"run {run!r} with all generations" if whole_run else f"{generation} of run {run!r}"
+    attempt, step = None, None
     with session.connect() as client:
+        if generation is not None and "/" in generation:
+            attempt, step = parse_generation(generation)
+        elif generation is not None:
+            found = client.run(run).get(generation).id
+            if found.run != run:
+                raise InvalidRequest(f"run {run} has nothing of its own: it stands on {found}")
+            attempt, step = found.attempt, found.step
+            generation = f"{attempt}/{step}"
+        what = f"run {run!r} with all generations" if whole_run else f"{generation} of run {run!r}"
         confirm(f"Delete {what}?", is_sure=yes)
         target = f"run {run}" if whole_run else f"generation {run}@{attempt}/{step}"
         with telling(client, target) as made:

@@ -110,6 +110,16 @@ def test_what_retention_took_quickly_was_saved(
     assert "FAILED" not in capfd.readouterr().err
 
 
+def test_what_is_no_policy(client: forebay.Client, run: str) -> None:
+    wrong: Any
+    for wrong in (3, {"last": 3}):
+        for call in (client.run(run).prune, client.run(run).set_keep):
+            with pytest.raises(forebay.InvalidRequest, match=r"give a forebay\.Keep"):
+                call(wrong)
+    with pytest.raises(forebay.InvalidRequest, match="0 is none"):
+        forebay.Keep(last=0)
+
+
 def test_tags_select_and_move(client: forebay.Client, make: Make, run: str) -> None:
     checkpointer = make()
     save(checkpointer, 1, tags=["good"], note={"commit": "abc"})
@@ -222,6 +232,8 @@ def test_ways_to_name_what_is_forked(client: forebay.Client, make: Make, run: st
 
 
 def test_forks_that_cannot_be(client: forebay.Client, make: Make, run: str) -> None:
+    with pytest.raises(forebay.InvalidRequest, match=r"fork_from=\('a',\): give 'run'"):
+        make(fork_from=("a",))
     with pytest.raises(forebay.InvalidRequest, match=f"fork_from={run}-no@latest"):
         make(fork_from=f"{run}-no").restore(missing_ok=True)
     save(make(f"{run}-base"), 1)

@@ -45,6 +45,10 @@ def test_tags(forebay_command, data: Path) -> None:
     refused = forebay_command("checkpoint", "tag", "run", "latest", *where)
     assert refused.status == ExitCode.USAGE
     forebay_command("checkpoint", "tag", "run", "other", "good", *where)
+    asked = forebay_command("checkpoint", "delete", "run", "good", *where)
+    assert "1/2 of run" in asked.out + asked.err
+    unknown = forebay_command("checkpoint", "delete", "run", "nothing", "--yes", *where)
+    assert unknown.status == ExitCode.NOT_FOUND, unknown.err
     gone = forebay_command("checkpoint", "tag", "run", "other", "--remove", *where, "--json").json
     assert gone["tags"] == {"good": "run@1/2"}
 
