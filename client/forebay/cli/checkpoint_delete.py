@@ -22,12 +22,14 @@ from forebay_wire.errors import InvalidRequest
 def delete_checkpoint(
     session: Session, run: str, generation: str | None, whole_run: bool, now: bool, yes: bool
 ) -> None:
-    """Put one GENERATION of RUN (ATTEMPT/STEP, STEP, a tag, latest or best), or with --all the
+    """Put one GENERATION of RUN (ATTEMPT/STEP, a tag, latest or best), or with --all the
     whole run, into the trash."""
     run, generation = split_run(run, generation)
     if (generation is None) != whole_run:
         raise click.UsageError("give a GENERATION (ATTEMPT/STEP), or --all for the whole run")
     attempt, step = None, None
+    if generation is not None and generation.isdecimal():
+        raise InvalidRequest(f"say which attempt: {generation!r} is not of the form ATTEMPT/STEP")
     with session.connect() as client:
         if generation is not None and "/" in generation:
             attempt, step = parse_generation(generation)
