@@ -125,5 +125,7 @@ def test_each_durability_reaches_itself_and_the_weaker_ones() -> None:
 def test_an_unknown_durability_is_the_callers_mistake() -> None:
     assert check_durability("") is Durability.LOCAL
     assert check_durability("remote") is Durability.REMOTE
-    with pytest.raises(InvalidRequest, match="'ram', 'local', 'remote'"):
+    with pytest.raises(InvalidRequest, match=r"'ram'.*'local'.*'remote'"):
+        check_durability("somewhere")
+    with pytest.raises(InvalidRequest, match="'replicated' is not configured: it needs a second"):
         check_durability("replicated")
