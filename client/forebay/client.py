@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from forebay._channel import CALL_SECONDS, CONNECT_SECONDS, RpcChannel
 from forebay.address import Address, parse_address
+from forebay.closing import Closing
 from forebay.imports import ImportCalls
 from forebay.integrity import IntegrityCalls
 from forebay.methods import Admin, Blobs, Checkpoints, Datasets
@@ -70,7 +70,7 @@ def _connect_to(address: Address, timeout: float = CONNECT_SECONDS) -> Client:
     return client
 
 
-class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
+class Client(Closing, MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
     """What :func:`connect` returns. Thread-safe, fork-safe (a child connects anew at first use).
 
     Close it, or use it in a ``with``; a client nobody refers to any more closes itself.
@@ -85,17 +85,6 @@ class Client(MovementCalls, IntegrityCalls, OriginCalls, ImportCalls):
         """End the connection. Idempotent. What was mapped stays readable."""
         self._transfer = None  # its connection goes with the last blob or client that uses it
         self.channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<forebay.Client of {self.address}>"

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from forebay.publish_file import sync_folder
+
 NAME: Final = "journal"
 
 ABSENT: Final = ""
@@ -82,11 +84,3 @@ def make_layer(layer: Path) -> None:
     (layer / NAME).touch()
     for folder in (layer, layer.parent, layer.parent.parent):
         sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -32,7 +32,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from forebay.zarr_journal import ABSENT, Journal, make_layer, sync_folder
+from forebay.publish_file import sync_folder
+from forebay.zarr_journal import ABSENT, Journal, make_layer
 from forebay_wire.errors import IntegrityError, InvalidRequest
 from forebay_wire.ids import new_random_name
 from forebay_wire.segments import xxh3

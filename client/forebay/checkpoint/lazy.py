@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
@@ -18,6 +17,7 @@ from forebay.checkpoint.manifest import SavedState
 from forebay.checkpoint.objects import decode
 from forebay.checkpoint.read import PackReader
 from forebay.checkpoint.service import CheckpointService, Client
+from forebay.closing import Closing
 from forebay_wire.errors import InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId
 
@@ -61,7 +61,7 @@ def open_generation(
     return Opened(generation, saved, PackReader(service.transfer, saved, keeps_open=True))
 
 
-class Opened(Mapping[str, "LazyTensor"]):
+class Opened(Closing, Mapping[str, "LazyTensor"]):
     """Saved name to tensor, none of them read yet. Thread-safe; one read at a time."""
 
     def __init__(self, generation: GenerationId, saved: SavedState, reader: PackReader) -> None:
@@ -147,17 +147,6 @@ class Opened(Mapping[str, "LazyTensor"]):
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<generation {self.generation}: {len(self)} tensors, {len(self.objects)} objects>"

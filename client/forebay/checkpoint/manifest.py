@@ -87,6 +87,23 @@ class TensorEntry:
         return found
 
 
+def json_bytes(value: Any) -> bytes:
+    """As it stands in a description: compact, UTF-8."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def check_description(data: bytes) -> bytes:
+    """*data* if a pack may have so long a description."""
+    check_limit(
+        "bytes of a pack's description",
+        len(data),
+        MAX_DESCRIPTION_BYTES,
+        "keep large values as tensors, arrays or bytes, which lie in the pack",
+    )
+    return data
+
+
 @dataclass(frozen=True)
 class Description:
     """Everything that is in one rank's pack."""
@@ -112,14 +129,7 @@ class Description:
         }
         if self.structure:
             body["structure"] = [encode_place(name, path) for name, path in self.structure.items()]
-        data = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-        check_limit(
-            "bytes of a pack's description",
-            len(data),
-            MAX_DESCRIPTION_BYTES,
-            "keep large values as tensors, arrays or bytes, which lie in the pack",
-        )
-        return data
+        return check_description(json_bytes(body))
 
     @classmethod
     def decode(cls, pack: PackRef) -> Description:

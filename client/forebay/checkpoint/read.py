@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from forebay.checkpoint.flatten import local_part
 from forebay.checkpoint.manifest import SavedState, StoredTensor
 from forebay.checkpoint.objects import byte_view
 from forebay.checkpoint.reading import PIECE_BYTES, Reading, Warm, run
+from forebay.closing import Closing
 from forebay.transfer import Blob, Transfer
 from forebay_wire.limits import MAX_OPEN_BLOBS_PER_CLIENT, MAX_SEGMENT_BYTES
 from forebay_wire.manifest import PackRef
@@ -78,7 +78,7 @@ class Planner(Protocol):
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
 
 
-class PackReader:
+class PackReader(Closing):
     """Reads from the packs of one generation, verified. Not thread-safe; a context manager."""
 
     def __init__(self, transfer: Transfer, saved: SavedState, *, keeps_open: bool = False) -> None:
@@ -133,17 +133,6 @@ class PackReader:
     def close(self) -> None:
         """Release the packs. Idempotent."""
         self._close_blobs()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _readings(
         self, item: ReadItem, stored: StoredTensor, target: torch.Tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -11,9 +10,9 @@ from typing import Final
 import torch
 
 from forebay.checkpoint.layout import Extent, Layout, padded, place
-from forebay.checkpoint.manifest import Description, TensorEntry
+from forebay.checkpoint.manifest import Description, TensorEntry, check_description, json_bytes
 from forebay.checkpoint.objects import EncodedObject, Json, Path, byte_view
-from forebay_wire.limits import MAX_DESCRIPTION_BYTES, MIB, check_limit
+from forebay_wire.limits import MIB
 
 PARALLEL_BYTES: Final = 8 * MIB
 """From here on a copy is worth torch's threads: waking them costs milliseconds on a busy machine,
@@ -193,15 +192,9 @@ class _Placed:
 
     def describe(self, objects: Mapping[str, Json]) -> bytes:
         """As :meth:`Description.encode`, of the same tensors and other *objects*."""
-        text = json.dumps(objects, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        data = b"".join((self.head, b',"objects":', text.encode(), self.tail))
-        check_limit(
-            "bytes of a pack's description",
-            len(data),
-            MAX_DESCRIPTION_BYTES,
-            "keep large values as tensors, arrays or bytes, which lie in the pack",
+        return check_description(
+            b"".join((self.head, b',"objects":', json_bytes(objects), self.tail))
         )
-        return data
 
 
 _NO_OBJECTS: Final = b',"objects":{}'

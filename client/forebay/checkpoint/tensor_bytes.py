@@ -6,13 +6,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forebay.checkpoint.contents import Contents, TensorInfo, TensorPart
+from forebay.closing import Closing
 from forebay.transfer import Blob, Transfer
 from forebay_wire.errors import IntegrityError
 from forebay_wire.limits import MAX_OPEN_BLOBS_PER_CLIENT
@@ -62,7 +62,7 @@ def blocks(
         yield Block((start, *rest), (min(step, stop - start), *shape[1:]))
 
 
-class TensorReader:
+class TensorReader(Closing):
     """Reads the tensors of one generation, verified. Not thread-safe; a context manager."""
 
     def __init__(self, transfer: Transfer, contents: Contents) -> None:
@@ -139,17 +139,6 @@ class TensorReader:
         """Release the packs. Idempotent."""
         while self._open:
             self._open.popitem()[1].close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _map(self, part: TensorPart, offset: int, num_bytes: int) -> memoryview:
         return self._blob(part.rank).map(offset, num_bytes)

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 
+from forebay.closing import Closing
 from forebay.dataset.batches import BatchSource, ReadBatch, bytes_of
 from forebay.dataset.cache import limit_fetched_bytes
 from forebay.dataset.ledger import Ledger, batch_times, habits_of
@@ -34,7 +34,7 @@ SMALLEST_BUDGET: Final = 16 * MIB
 """However many batches are asked for, about so many bytes are prefetched."""
 
 
-class DataLoader:
+class DataLoader(Closing):
     """Batches of a dataset, a ``Mixture`` or ``Packed`` windows in exact order, cut over the ranks.
 
     Global batch k is the samples at the positions [k·B, (k+1)·B) of the epoch's order, whatever the
@@ -374,17 +374,6 @@ class DataLoader:
         if self._threads is not None and self._threads[0] == os.getpid():
             self._threads[1].shutdown(wait=True, cancel_futures=True)
         self._threads = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Epoch:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import numpy as np
 
+from forebay.closing import Closing
 from forebay.stopwatch import timed
 from forebay.transfer.wanted import WantedBack
 from forebay.transfer.window import POOL
@@ -38,7 +38,7 @@ class Damage(Exception):
         self.reason = reason
 
 
-class UploadSlot(ABC):
+class UploadSlot(Closing):
     """Memory where an upload's next bytes are laid down before they are appended or sealed.
 
     Not thread-safe. Whoever asked for it closes it; views of ``buffer`` must not be written after.
@@ -62,17 +62,6 @@ class UploadSlot(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let the memory go. The session itself lives on until sealed, aborted or expired."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Transfer(Protocol):
@@ -187,7 +176,7 @@ class Piece:
     """Bytes of the segment before that part."""
 
 
-class Blob(ABC):
+class Blob(Closing):
     """One open blob. Thread-safe. Close it when done (or leave a ``with``); views stay valid.
 
     The first use of a segment checks it (XXH3); when all are checked, the check costs nothing.
@@ -276,20 +265,9 @@ class Blob(ABC):
         except Damage as damage:
             self._recovering(damage, lambda: self._read_into(offset, target))
 
-    def will_read(self, offset: int, length: int) -> None:  # noqa: B027 - a hint needs no answer
+    def will_read(self, offset: int, length: int) -> None:
         """Have the bytes fetched into the page cache where that can be asked for; returns at
         once, raises nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id[:12]} of {self.num_bytes} bytes, {self.where}>"

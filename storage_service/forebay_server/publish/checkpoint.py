@@ -249,14 +249,16 @@ class Checkpoints:
         return await self._verdicts.ask(key, plan.num_ranks, plan.rank, asked.number, ask, is_busy)
 
     async def _begin_pack(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
-        replaced = await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
+        generation = plan.generation
+
+        def look(connection: Connection) -> tuple[str | None, int]:
+            replaced = queries.check_plan(connection, plan)
+            return replaced, likely_new_bytes(connection, generation.run, plan.rank)
+
+        replaced, likely = await self._catalog.read(look)
         if replaced is not None:
             await self._uploads.end([replaced])
-        generation = plan.generation
         owner = _owner(generation, plan.rank)
-        likely = await self._catalog.read(
-            lambda connection: likely_new_bytes(connection, generation.run, plan.rank)
-        )
         failpoint("pack.before_begin")
         try:
             grant = await self._uploads.begin(

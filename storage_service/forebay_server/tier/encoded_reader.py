@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import wait
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
@@ -12,55 +12,30 @@ from forebay_server.model.encodings import Method
 from forebay_server.tier.buffers import PLAIN_BUFFERS, BufferPool
 from forebay_server.tier.codecs import CODEC_THREADS, decode_segment, shares
 from forebay_server.tier.encoded import EncodedIndex
+from forebay_server.tier.image import ImageReader
 from forebay_server.tier.store import TierReader
 from forebay_wire.errors import IntegrityError
-from forebay_wire.segments import encode_trailer, file_bytes_for, xxh3
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from forebay_wire.segments import xxh3
 
 STORED_BUFFERS: Final = BufferPool(16)
 """For what was read and is not decoded yet. Taken by threads that may hold a segment buffer."""
 
 
-class EncodedReader(TierReader):
+class EncodedReader(ImageReader):
     """An encoded blob file as its raw image. Thread-safe, except for ``close``."""
 
     def __init__(self, inner: TierReader, index: EncodedIndex) -> None:
         """Takes *inner* over."""
         table = index.table
-        self.size_bytes = file_bytes_for(table.total_bytes, table.num_segments)
-        self.where = inner.where
+        super().__init__(table, inner.where)
         self._inner = inner
         self._index = index
-        self._table = table
         self._starts: list[int] = table.offsets.tolist()
-
-    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
-        view = memoryview(buffer).cast("B")
-        stop = offset + len(view)
-        if stop > self.size_bytes:
-            raise IntegrityError(
-                f"file is cut short: it ends before byte {stop} ({self.where}); another replica or "
-                "generation has to serve"
-            )
-        total = self._table.total_bytes
-        data_bytes = max(0, min(stop, total) - offset)
-        if data_bytes:
-            self._read_data(offset, view[:data_bytes])
-        if data_bytes < len(view):
-            end = self._table.encoded + encode_trailer(total, len(self._table.encoded))
-            start = max(0, offset - total)
-            view[data_bytes:] = end[start : stop - total]
-
-    def fileno(self) -> None:
-        return None
 
     def close(self) -> None:
         self._inner.close()
 
     def _read_data(self, offset: int, view: memoryview) -> None:
-        """Fill *view*, which lies inside the data, with what starts at *offset*."""
         wanted = self._table.covering(offset, len(view))
         with STORED_BUFFERS.borrow() as buffer:
             for group in self._groups(wanted, len(buffer)):

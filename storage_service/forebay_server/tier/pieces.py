@@ -4,49 +4,23 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from forebay_server.model.encodings import PIECES
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
+from forebay_server.tier.image import ImageReader
 from forebay_server.tier.store import TierReader
-from forebay_wire.errors import IntegrityError
-from forebay_wire.segments import SegmentTable, encode_trailer, file_bytes_for
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from forebay_wire.segments import SegmentTable
 
 
-class PiecesReader(TierReader):
+class PiecesReader(ImageReader):
     """The raw image (data, segment table, trailer) of a blob. Thread-safe, except for ``close``."""
 
     def __init__(self, found: ObjectBlob, readers: Mapping[str, TierReader], where: str) -> None:
         """Takes *readers* over: file to its plain image."""
-        table = found.table
-        self.size_bytes = file_bytes_for(table.total_bytes, table.num_segments)
-        self.where = where
+        super().__init__(found.table, where)
         self._extents = found.extents
         self._starts = [one.blob_offset for one in found.extents]
         self._readers = readers
-        self._total = table.total_bytes
-        self._end = table.encoded + encode_trailer(table.total_bytes, len(table.encoded))
-
-    def read_into(self, offset: int, buffer: WriteableBuffer) -> None:
-        view = memoryview(buffer).cast("B")
-        stop = offset + len(view)
-        if stop > self.size_bytes:
-            raise IntegrityError(
-                f"file is cut short: it ends before byte {stop} ({self.where}); another replica or "
-                "generation has to serve"
-            )
-        data_bytes = max(0, min(stop, self._total) - offset)
-        if data_bytes:
-            self._read_data(offset, view[:data_bytes])
-        if data_bytes < len(view):
-            start = max(0, offset - self._total)
-            view[data_bytes:] = self._end[start : stop - self._total]
-
-    def fileno(self) -> None:
-        return None
 
     def close(self) -> None:
         for reader in self._readers.values():
