@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from forebay_server.catalog import queries_checkpoints as queries
 from forebay_server.catalog.engine import Catalog, Connection
@@ -23,10 +22,12 @@ from forebay_server.catalog.queries_trash import trash_generations
 from forebay_server.model.lineage import Point, needed_as_parent
 from forebay_server.model.save_rounds import Ask, Ruling
 from forebay_server.model.states import GenerationState, PackState
+from forebay_server.publish.calls import Calls
 from forebay_server.publish.generations import COMMITTED, Generations, check_step
 from forebay_server.publish.lease import Grant, LandedBlob, Uploads
 from forebay_server.publish.managing import Managing
 from forebay_server.publish.readers import Readers
+from forebay_server.publish.seal import PackSeal, told_by
 from forebay_server.publish.sealed import SealedGenerations
 from forebay_server.publish.session import Piece, slot_owner
 from forebay_server.publish.verdicts import SaveVerdicts
@@ -38,7 +39,6 @@ from forebay_wire.errors import (
 )
 from forebay_wire.failpoints import failpoint
 from forebay_wire.ids import GenerationId, check_name
-from forebay_wire.keep import check_tag
 from forebay_wire.limits import (
     MAX_DESCRIPTION_BYTES,
     MAX_RANKS,
@@ -50,10 +50,6 @@ from forebay_wire.manifest import canonical_json
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MAX_RANK_JSON_BYTES: Final = 1 << 20
-"""Metrics, and dataset with position: they are O(1) in the size of model and data."""
-
 
 NUM_SLOTS: Final = 2
 """Of one rank in one attempt: one is filled while the other's bytes land."""
@@ -83,29 +79,6 @@ class SaveAsk:
     ask: Ask
 
 
-@dataclass(frozen=True)
-class PackSeal:
-    """What a rank says when its pack is complete."""
-
-    session: str
-    sequence: int
-    num_bytes: int
-    """Of the slot, from its start: the pack's last bytes."""
-    cuts: tuple[int, ...]
-    description_bytes: int
-    """JSON, in the slot right behind ``num_bytes``."""
-    metrics_json: str
-    """``{"name": number}`` from rank 0, else empty."""
-    dataset_json: str
-    """Dataset version and position from rank 0, else empty."""
-    tags: tuple[str, ...] = ()
-    """From rank 0: given to the generation when it is committed."""
-    note_json: str = ""
-    stall_seconds: float = 0.0
-    """How long the save held the rank up; 0: not known."""
-    """An object of the user's own from rank 0, else empty."""
-
-
 class Checkpoints:
     """Runs, attempts and generations. Belongs to the event loop.
 
@@ -133,7 +106,7 @@ class Checkpoints:
         self.generations = Generations(catalog, self._sealed, why_not_remote, self.readers)
         self.managing = Managing(catalog, jobs.wake)
         jobs.listen(self.generations.announce)  # the target of a flush is a manifest
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._calls = Calls("checkpoints")
         self._followed: set[str] = set()
         # Run to (attempt, uid, owner) of the slots that its ranks keep warm.
         self._slots: dict[str, set[tuple[int, int, str]]] = {}
@@ -141,8 +114,7 @@ class Checkpoints:
 
     async def close(self) -> None:
         """Wait for what still settles; after the uploads are closed. Idempotent."""
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        await self._calls.wait()
 
     # ---------------------------------------------------------------------------------- attempts
 
@@ -180,7 +152,7 @@ class Checkpoints:
                 enqueue_collection(connection)
             return fencing
 
-        return await self._finish(self._begin_attempt(run, begin))
+        return await self._calls.finish(self._begin_attempt(run, begin))
 
     async def _begin_attempt(
         self, run: str, begin: Callable[[Connection], queries.Fencing]
@@ -223,7 +195,7 @@ class Checkpoints:
         if self._uploads.slots.num_in_use(owner) >= NUM_SLOTS:
             await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
             await self._uploads.slots.wait_for_one_of(owner, NUM_SLOTS, wait_seconds)
-        return await self._finish(self._begin_pack(uid, plan, slot_bytes))
+        return await self._calls.finish(self._begin_pack(uid, plan, slot_bytes))
 
     async def ask_to_save(self, uid: int, plan: PackPlan, asked: SaveAsk) -> Ruling:
         """How all ranks of the attempt go on with a save, once all of them have asked.
@@ -302,7 +274,7 @@ class Checkpoints:
             MAX_DESCRIPTION_BYTES,
             "save fewer tensors per rank",
         )
-        return await self._finish(self._seal_pack(uid, seal))
+        return await self._calls.finish(self._seal_pack(uid, seal))
 
     async def _seal_pack(self, uid: int, seal: PackSeal) -> bool:
         failpoint("pack.before_seal")
@@ -314,7 +286,7 @@ class Checkpoints:
             info = await self.generations.look(pack.generation)
             return info.num_sealed == info.num_ranks
         description = await self._read_description(uid, seal)
-        told = _told(seal)
+        told = told_by(seal)
 
         def sealed(connection: Connection) -> bool:
             given = session, pack.num_bytes, description, told, seal.stall_seconds
@@ -358,7 +330,9 @@ class Checkpoints:
         if pack.session in self._followed:
             return
         self._followed.add(pack.session)
-        self._keep(asyncio.create_task(self._settle(pack, landing), name=f"settle-{pack.session}"))
+        self._calls.keep(
+            asyncio.create_task(self._settle(pack, landing), name=f"settle-{pack.session}")
+        )
 
     async def _settle(self, pack: PackInfo, landing: asyncio.Task[list[str]]) -> None:
         try:
@@ -410,7 +384,7 @@ class Checkpoints:
         """
         check_name("run", generation.run)
         grace = self._trash_seconds
-        return await self._finish(self._delete(lambda c: _delete_one(c, generation, grace)))
+        return await self._calls.finish(self._delete(lambda c: _delete_one(c, generation, grace)))
 
     async def delete_generation_now(self, generation: GenerationId) -> int:
         """Delete one generation for good; how many there were (0 or 1). Idempotent.
@@ -421,7 +395,7 @@ class Checkpoints:
         generation of its own: a resume would silently lose that attempt's starting point.
         """
         check_name("run", generation.run)
-        return await self._finish(self._delete(lambda c: _delete_one(c, generation, 0.0)))
+        return await self._calls.finish(self._delete(lambda c: _delete_one(c, generation, 0.0)))
 
     async def delete_run(self, run: str) -> int:
         """Put a run with all attempts and committed generations into the trash; how many
@@ -429,13 +403,13 @@ class Checkpoints:
         Idempotent."""
         check_name("run", run)
         grace = self._trash_seconds
-        return await self._finish(self._delete(lambda c: _delete_run(c, run, grace)))
+        return await self._calls.finish(self._delete(lambda c: _delete_run(c, run, grace)))
 
     async def delete_run_now(self, run: str) -> int:
         """Delete a run with all attempts and generations for good, also unfinished ones; how many
         generations there were. Its clients are fenced off. Idempotent."""
         check_name("run", run)
-        return await self._finish(self._delete(lambda c: _delete_run(c, run)))
+        return await self._calls.finish(self._delete(lambda c: _delete_run(c, run)))
 
     async def _delete(self, forget: Callable[[Connection], tuple[int, list[str]]]) -> int:
         def change(connection: Connection) -> tuple[int, list[str]]:
@@ -453,17 +427,6 @@ class Checkpoints:
     def _announce(self, *generations: GenerationId) -> None:
         for generation in generations:
             self.generations.announce(str(generation))
-
-    def _keep(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run *work* to its end even if the caller goes away meanwhile."""
-        task = asyncio.create_task(work)
-        self._keep(task)
-        task.add_done_callback(_look_at)
-        return await asyncio.shield(task)
 
 
 async def recover_catalog_state(catalog: Catalog) -> int:
@@ -542,60 +505,3 @@ def _check_num_ranks(num_ranks: int) -> None:
     check_limit("ranks of a generation", num_ranks, MAX_RANKS, "use fewer ranks")
     if num_ranks < 1:
         raise InvalidRequest("a generation has at least one rank")
-
-
-def _parse_rank_json(what: str, text: str) -> Any:
-    check_limit(f"bytes of the {what}", len(text.encode()), MAX_RANK_JSON_BYTES, "save less")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InvalidRequest(f"the {what} are no JSON: {error}") from error
-
-
-def _check_metrics(text: str) -> str | None:
-    """The metrics if they are ``{"name": number}``; None if there are none."""
-    if not text:
-        return None
-    parsed = _parse_rank_json("metrics", text)
-    good = isinstance(parsed, dict) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        for value in parsed.values()
-    )
-    if not good:
-        raise InvalidRequest('metrics have to be {"name": number} with finite numbers')
-    return text
-
-
-def _check_dataset(text: str) -> str | None:
-    """The dataset version with its position if it is a JSON object; None if there is none."""
-    if not text:
-        return None
-    parsed = _parse_rank_json("dataset and position", text)
-    if parsed is not None and not isinstance(parsed, dict):
-        raise InvalidRequest("dataset and position have to be a JSON object")
-    return text if parsed is not None else None
-
-
-def check_note(text: str) -> str:
-    """*text* if it is a JSON object, or empty."""
-    if text and not isinstance(_parse_rank_json("note", text), dict):
-        raise InvalidRequest("a note has to be a JSON object")
-    return text
-
-
-def _told(seal: PackSeal) -> dict[str, str]:
-    """What a rank says about its generation, checked, by column of the catalog."""
-    tags = [check_tag(tag) for tag in seal.tags]
-    told = {
-        "metrics": _check_metrics(seal.metrics_json),
-        "dataset": _check_dataset(seal.dataset_json),
-        "note": check_note(seal.note_json),
-        "wanted_tags": json.dumps(tags) if tags else "",
-    }
-    return {column: text for column, text in told.items() if text}
-
-
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """Take notice of an error whose caller may be gone."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.debug("checkpoints: %s", error)

@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from forebay_server.catalog import queries_uploads as queries
 from forebay_server.catalog.engine import Catalog, Connection
+from forebay_server.publish.calls import Calls
 from forebay_server.publish.duplicates import Duplicates
 from forebay_server.publish.expiry import Expiry
 from forebay_server.publish.in_slot import open_in_slot
@@ -99,8 +100,8 @@ class Uploads:
         self._leftovers = Leftovers(catalog, tiers, forget)
         duplicates = Duplicates(catalog, tiers, Quarantine(tiers, catalog, forget=forget))
         self.recorder = Recorder(catalog, duplicates, self._leftovers, node)
-        self._calls: set[asyncio.Task[Any]] = set()
-        self._landings: set[asyncio.Task[Any]] = set()
+        self._calls = Calls("uploads")
+        self._landings = Calls("landings")
         self._expiry = Expiry(catalog, lease_seconds, self._expire, self._drop_idle_slots)
         self._writing = ThreadPoolExecutor(NUM_WRITING_THREADS, thread_name_prefix="landing-write")
 
@@ -117,18 +118,18 @@ class Uploads:
         """Wait for what is sealed to land, also for what is sealed meanwhile; whether all did."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
-        while waiting := self._calls | self._landings:
+        while waiting := self._calls.running | self._landings.running:
             if (left_seconds := deadline - loop.time()) <= 0:
                 break
             await asyncio.wait(waiting, timeout=left_seconds)
-        return not self._landings
+        return not self._landings.running
 
     async def close(self) -> None:
         """Cancel what still lands and end every session. Idempotent."""
         await self._expiry.close()
-        for task in self._landings:
+        for task in self._landings.running:
             task.cancel()
-        while waiting := self._calls | self._landings:
+        while waiting := self._calls.running | self._landings.running:
             await asyncio.wait(waiting)
         for found in list(self._sessions.values()):
             await self._drop_from_memory(found)
@@ -141,7 +142,7 @@ class Uploads:
     @property
     def num_landing(self) -> int:
         """Sealed blobs that still land in the background."""
-        return len(self._landings)
+        return len(self._landings.running)
 
     # --------------------------------------------------------------------- the client's calls
 
@@ -160,6 +161,7 @@ class Uploads:
         minimum_bytes: int = 0,
         new_bytes: int = 0,
         bind: Callable[[Connection, str], object] | None = None,
+        may_wait: bool = True,
     ) -> Grant:
         """Open a session with a slot of at most *slot_bytes* and room for *total_bytes* reserved.
 
@@ -168,7 +170,8 @@ class Uploads:
 
         *owner* says what it is for (``dataset NAME``); its slots are reused among its sessions.
         *bind* is called with the new session's name in the transaction that records it; if it
-        raises, there is no session. Memory that others have on loan is waited for, 20 s at most.
+        raises, there is no session. If it *may_wait*, this waits for memory that others have on loan,
+        20 s at most.
         :class:`ResourceExhausted` if no landing tier has room, or there is no memory.
         """
         check_limit("bytes of the blob", total_bytes, MAX_BLOB_BYTES, "write several blobs")
@@ -180,7 +183,15 @@ class Uploads:
                 "commit or abort some"
             )
         what = uid, owner, total_bytes, slot_bytes, minimum_bytes, new_bytes, bind
-        return await self._slots.wait_for_memory(lambda: self._finish(self._begin(*what)))
+        if not may_wait:
+            return await self._calls.finish(self._begin(*what))
+        return await self._slots.wait_for_memory(lambda: self._calls.finish(self._begin(*what)))
+
+    async def bind(self, session: str, uid: int, bind: Callable[[Connection, str], object]) -> None:
+        """Say in one transaction what an open session is for that was begun without; if *bind*
+        raises, it stays as it was."""
+        found = self._find(session, uid)
+        await self._calls.finish(self._bind(found, bind))
 
     async def append(self, session: str, uid: int, piece: Piece) -> int:
         """Take *piece* of the slot as the blob's next bytes; the blob's bytes so far.
@@ -188,7 +199,7 @@ class Uploads:
         On return that part of the slot may be overwritten. A failed write ends the session.
         """
         found = self._find(session, uid)
-        return await self._finish(self._append(found, piece))
+        return await self._calls.finish(self._append(found, piece))
 
     async def seal(self, session: str, uid: int, piece: Piece) -> LandedBlob:
         """Take *piece* of the slot as the last bytes and land the blob.
@@ -197,7 +208,7 @@ class Uploads:
         committed before the lease ends. Idempotent.
         """
         found = self._find(session, uid)
-        return await self._finish(self._seal(found, piece))
+        return await self._calls.finish(self._seal(found, piece))
 
     async def seal_in_background(
         self,
@@ -220,13 +231,13 @@ class Uploads:
         What *known* says to lie in the tier is referenced and not written.
         """
         found = self._find(session, uid)
-        return await self._finish(self._seal_behind(found, piece, sealed, landed, known))
+        return await self._calls.finish(self._seal_behind(found, piece, sealed, landed, known))
 
     async def renew(self, session: str, uid: int) -> Grant:
         """Extend the lease of the session and of all that its owner has landed."""
         found = self._find(session, uid)
         if not await self._renew_row(found):
-            await self._finish(self._abort_and_tell(found))
+            await self._calls.finish(self._abort_and_tell(found))
             raise ended(session)
         return Grant(session, found.slot.capacity_bytes, self.lease_seconds)
 
@@ -237,7 +248,7 @@ class Uploads:
         """
         check_random_name("session", session)
         if session in self._sessions:
-            await self._finish(self._abort_and_tell(self._find(session, uid), keep_slot=True))
+            await self._calls.finish(self._abort_and_tell(self._find(session, uid), keep_slot=True))
 
     def slot(self, session: str, uid: int) -> Slot:
         """The slot of an open session, to be handed over or written to. Thread-safe."""
@@ -266,8 +277,8 @@ class Uploads:
             if found is not None:
                 found.keeps_slot = False
                 with contextlib.suppress(Conflict):
-                    await self._finish(self._abort(found))
-            await self._finish(self._slots.close_held(session))
+                    await self._calls.finish(self._abort(found))
+            await self._calls.finish(self._slots.close_held(session))
 
     async def open_sealed(self, session: str) -> SegmentTable | None:
         """Have the blob that a sealed session lands be read from its slot until then; its table.
@@ -275,7 +286,11 @@ class Uploads:
         None if the slot does not hold all of it, or it has landed, failed or is unknown.
         """
         found = self._sessions.get(session)
-        return await self._finish(open_in_slot(self._tiers, found)) if found is not None else None
+        return (
+            await self._calls.finish(open_in_slot(self._tiers, found))
+            if found is not None
+            else None
+        )
 
     def reuse(self, sessions: Iterable[str]) -> None:
         """What these sealed in the background is committed: their owners may have the slots."""
@@ -358,6 +373,12 @@ class Uploads:
         if bind is not None:
             bind(connection, found.name)
 
+    async def _bind(self, found: Session, bind: Callable[[Connection, str], object]) -> None:
+        async with found.lock:  # while it is held, the session does not expire
+            found.open_landing()
+            await self._catalog.write(lambda connection: bind(connection, found.name))
+            await self._keep_alive(found)
+
     async def _append(self, found: Session, piece: Piece) -> int:
         async with found.lock:
             landing = found.open_landing()
@@ -418,9 +439,7 @@ class Uploads:
             task = asyncio.create_task(
                 self._land_behind(found, piece, landed, known), name=f"land-{found.name}"
             )
-            self._landings.add(task)
-            task.add_done_callback(self._landings.discard)
-            task.add_done_callback(_look_at)
+            self._landings.keep(task)
             found.background = (answer, task)
             return found.background
 
@@ -538,7 +557,7 @@ class Uploads:
         )
 
     async def _expire(self, session: str) -> None:
-        await self._finish(self._expire_one(session))
+        await self._calls.finish(self._expire_one(session))
 
     async def _expire_one(self, session: str) -> None:
         found = self._sessions.get(session)
@@ -568,20 +587,3 @@ class Uploads:
             raise ended(session)
         found.check_user(uid)
         return found
-
-    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run *work* to its end even if the caller goes away: threads cannot be stopped midway."""
-        task = asyncio.create_task(work)
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
-        task.add_done_callback(_look_at)
-        return await asyncio.shield(task)
-
-
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """Take notice of an error whose caller may be gone."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        if isinstance(error, ForebayError):
-            logger.debug("upload: %s", error)
-        else:
-            logger.error("an upload failed", exc_info=error)

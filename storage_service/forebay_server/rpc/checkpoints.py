@@ -12,13 +12,12 @@ from forebay_server.move.fingerprints import Fingerprints
 from forebay_server.publish.checkpoint import (
     SLOT_SECONDS,
     Checkpoints,
-    PackSeal,
     SaveAsk,
-    check_note,
 )
 from forebay_server.publish.generations import parse_point
 from forebay_server.publish.managing import RunDetail
 from forebay_server.publish.retention import Retention
+from forebay_server.publish.seal import PackSeal, check_note
 from forebay_server.rpc.interceptors import caller_uid
 from forebay_wire.ids import GenerationId
 from forebay_wire.limits import MANIFEST_CHUNK_BYTES

@@ -34,11 +34,12 @@ from forebay_server.move.compact import Compactor
 from forebay_server.move.flush import Flush
 from forebay_server.move.jobs import Handler, Jobs, take_over_jobs
 from forebay_server.move.trash import Tombstones, Trash
-from forebay_server.publish.checkpoint import Checkpoints, PackSeal, recover_catalog_state
+from forebay_server.publish.checkpoint import Checkpoints, recover_catalog_state
 from forebay_server.publish.lease import Grant
 from forebay_server.publish.manifests import ObjectPublisher
 from forebay_server.publish.retention import Retention
 from forebay_server.publish.run_notes import RunNotes
+from forebay_server.publish.seal import PackSeal
 from forebay_server.testing.storage import UID, Storage, open_storage
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.verify import verify_file

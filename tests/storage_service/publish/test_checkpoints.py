@@ -12,8 +12,8 @@ from sqlalchemy import Connection
 from forebay_server.catalog.queries_checkpoints import PackPlan, find_pack, seal_pack
 from forebay_server.catalog.queries_status import count_all
 from forebay_server.model.states import PackState
-from forebay_server.publish.checkpoint import PackSeal
 from forebay_server.publish.lease import Grant
+from forebay_server.publish.seal import PackSeal
 from forebay_server.publish.session import Piece
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
 from forebay_server.testing.storage import UID

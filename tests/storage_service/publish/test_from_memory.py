@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from forebay_server.catalog.queries_checkpoints import find_pack
 from forebay_server.catalog.queries_runs import GenerationInfo
 from forebay_server.model.states import PackState
-from forebay_server.publish.checkpoint import PackSeal
+from forebay_server.publish.seal import PackSeal
 from forebay_server.publish.session import Piece
 from forebay_server.serve.open import OpenedBlob, Opener
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
@@ -74,7 +74,7 @@ class Memory:
 
     def stop_landing(self) -> None:
         """As where a daemon's time to drain is over."""
-        for landing in list(self.node.storage.uploads._landings):
+        for landing in list(self.node.storage.uploads._landings.running):
             landing.cancel()
 
     def used_bytes(self) -> int:
