@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 from blake3 import blake3
 
 from forebay_server.model.encodings import CODES, NUMBERS, PIECES, RAW, name_of
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 MAGIC: Final = b"FBEXTENT"
-VERSION: Final = 3
+VERSION: Final = 4
+VERSION_WITHOUT_LAYERS: Final = 3
+"""Of lists that need no more than that: what is older reads them, too."""
 HEADER: Final = struct.Struct("<8sIIIIQ32s")
 """magic, version u32, encoding u32, num_extents u32, reserved u32 (0), table_length u64,
 BLAKE3 of everything else (32 bytes)."""
@@ -29,7 +32,7 @@ DIGEST_OFFSET: Final = 32
 
 EXTENT: Final = struct.Struct("<QQQQ16sII")
 """blob_offset u64, file_offset u64, num_bytes u64, file_bytes u64, file (16 bytes), encoding u32,
-reserved u32 (0)."""
+layer u32."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class ObjectExtent:
     """The file's random name (32 hex digits)."""
     encoding: str = RAW
     """How the file as a whole lies there."""
+    layer: int = 0
+    """0: one of those that cover the blob; above: these bytes are XORed to what those of the layers
+    below say of the same range."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,22 @@ class ObjectBlob:
         body = b"".join(
             EXTENT.pack(
                 one.blob_offset, one.file_offset, one.num_bytes, one.file_bytes,
-                bytes.fromhex(one.file), CODES[one.encoding], 0,
+                bytes.fromhex(one.file), CODES[one.encoding], one.layer,
             )
             for one in self.extents
         )  # fmt: skip
         table = self.table.encoded
         body += table
         code = NUMBERS[self.encoding]
-        head = HEADER.pack(MAGIC, VERSION, code, len(self.extents), 0, len(table), bytes(32))
+        version = VERSION if self.has_layers else VERSION_WITHOUT_LAYERS
+        head = HEADER.pack(MAGIC, version, code, len(self.extents), 0, len(table), bytes(32))
         head = head[:DIGEST_OFFSET]
         return head + blake3(head + body).digest() + body
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether some of it lies as differences from other segments."""
+        return any(one.layer for one in self.extents)
 
     def single(self, where: str) -> ObjectExtent:
         """The only extent: a whole blob file. :class:`IntegrityError` if it lies in pieces."""
@@ -88,7 +100,7 @@ class ObjectBlob:
         if len(view) < HEADER.size:
             raise IntegrityError(f"extent list of blob {blob} is cut short ({where})")
         magic, version, code, count, reserved, table_length, digest = HEADER.unpack_from(view)
-        if magic != MAGIC or version != VERSION or reserved:
+        if magic != MAGIC or version not in (VERSION, VERSION_WITHOUT_LAYERS) or reserved:
             raise IntegrityError(f"no extent list of version {VERSION} for blob {blob} ({where})")
         body = view[HEADER.size :]
         found = blake3(view[:DIGEST_OFFSET]).update(body).digest()
@@ -104,12 +116,15 @@ class ObjectBlob:
             )
         table = SegmentTable.decode(body[count * EXTENT.size :], where, blob)
         extents = tuple(
-            ObjectExtent(start, offset, length, size, name.hex(), name_of(way) or "unknown")
-            for start, offset, length, size, name, way, _ in EXTENT.iter_unpack(
+            ObjectExtent(start, offset, length, size, name.hex(), name_of(way) or "unknown", layer)
+            for start, offset, length, size, name, way, layer in EXTENT.iter_unpack(
                 body[: count * EXTENT.size]
             )
         )
-        _check_cover(extents, encoding, table.total_bytes, blob, where)
+        lowest = sum(one.layer == 0 for one in extents)
+        _check_cover(extents[:lowest], encoding, table.total_bytes, blob, where)
+        if lowest < len(extents):
+            _check_layers(extents[lowest:], version, encoding, table, blob, where)
         return cls(table, extents, encoding)
 
 
@@ -129,11 +144,46 @@ def _check_cover(
                 f"extents of blob {blob}: file {one.file} is {one.encoding} ({where}), which this "
                 "Forebay does not know there: upgrade it"
             )
-        reaches = one.file_offset + one.num_bytes if one.encoding == RAW else 0
-        if one.blob_offset != position or reaches > one.file_bytes:
+        if one.blob_offset != position or _reaches_too_far(one):
             raise IntegrityError(f"extents of blob {blob} leave a gap or reach too far ({where})")
         position += one.num_bytes
     if not extents or position != total_bytes:
         raise IntegrityError(
             f"extents of blob {blob} do not cover its {total_bytes} bytes ({where})"
         )
+
+
+def _check_layers(
+    extents: tuple[ObjectExtent, ...],
+    version: int,
+    encoding: str,
+    table: SegmentTable,
+    blob: str | None,
+    where: str,
+) -> None:
+    """*extents*, those behind the ones that cover the blob, are whole segments, each on the layer
+    below."""
+    offsets = table.offsets
+    num_layers = np.ones(table.num_segments, dtype=np.int64)
+    is_sound = version == VERSION and encoding == PIECES
+    for one in extents:
+        start, stop = one.blob_offset, one.blob_offset + one.num_bytes
+        first, last = np.searchsorted(offsets, (start, min(stop, table.total_bytes))).tolist()
+        is_sound = (
+            is_sound
+            and first < last
+            and (offsets[first], offsets[last]) == (start, stop)
+            and bool(np.all(num_layers[first:last] == one.layer))
+            and one.encoding in CODES
+            and not _reaches_too_far(one)
+        )
+        num_layers[first:last] += 1
+    if not is_sound:
+        raise IntegrityError(
+            f"extents of blob {blob} do not lie on each other as whole segments ({where}); they "
+            "are damaged, or written by a newer Forebay"
+        )
+
+
+def _reaches_too_far(one: ObjectExtent) -> bool:
+    return one.encoding == RAW and one.file_offset + one.num_bytes > one.file_bytes

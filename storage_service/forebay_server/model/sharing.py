@@ -35,6 +35,13 @@ class Placed:
     num_bytes: int
     file_bytes: int
     encoding: str = RAW
+    below: tuple[Placed, ...] = ()
+    """What lies there is the segment XOR all of these, which lie as they are."""
+
+    @property
+    def layers(self) -> tuple[Placed, ...]:
+        """All that the segment is the XOR of."""
+        return (replace(self, below=()) if self.below else self, *self.below)
 
     def follows(self, other: Placed) -> bool:
         """Whether this lies right behind *other*."""
@@ -55,47 +62,79 @@ class Source:
         """What an extent list names."""
         return cls(found.table, found.extents, is_remote)
 
-    def segments(self) -> Iterator[tuple[bytes, Placed]]:
-        """BLAKE3 and place of each segment that lies in one piece."""
-        pieces = iter(self.extents)
-        piece = next(pieces, None)
+    @property
+    def files(self) -> frozenset[str]:
+        """All that its replica names."""
+        return frozenset(one.file for one in self.extents)
+
+    def segments(self) -> Iterator[tuple[int, bytes, Placed]]:
+        """Offset, BLAKE3 and place of each segment that lies in one piece, layer by layer."""
         digests = self.table.entries["blake3"]
-        offsets = self.table.offsets.tolist()
-        for index, (start, stop) in enumerate(pairwise(offsets)):
-            while piece is not None and piece.blob_offset + piece.num_bytes <= start:
-                piece = next(pieces, None)
-            if piece is None or stop > piece.blob_offset + piece.num_bytes:
-                continue
-            place = piece.file_offset + start - piece.blob_offset
-            yield (
-                digests[index].tobytes(),
-                Placed(piece.file, place, stop - start, piece.file_bytes, piece.encoding),
-            )
+        num_layers = max((one.layer for one in self.extents), default=0) + 1
+        layers = [
+            _Walk(one for one in self.extents if one.layer == number)
+            for number in range(num_layers)
+        ]
+        for index, (start, stop) in enumerate(pairwise(self.table.offsets.tolist())):
+            chain: list[Placed] = []
+            for walk in layers:
+                if (found := walk.place(start, stop)) is None:
+                    break
+                chain.append(found)
+            if chain:
+                placed = replace(chain[0], below=tuple(chain[1:]))
+                yield start, digests[index].tobytes(), placed
+
+
+class _Walk:
+    """Finds places in the pieces of one layer, for one range after the other."""
+
+    def __init__(self, pieces: Iterator[ObjectExtent]) -> None:
+        self._pieces = pieces
+        self._piece = next(pieces, None)
+
+    def place(self, start: int, stop: int) -> Placed | None:
+        """Where [start, stop) of the blob lies, if in one piece."""
+        one = self._piece
+        while one is not None and one.blob_offset + one.num_bytes <= start:
+            one = self._piece = next(self._pieces, None)
+        if one is None or start < one.blob_offset or stop > one.blob_offset + one.num_bytes:
+            return None
+        offset = one.file_offset + start - one.blob_offset
+        return Placed(one.file, offset, stop - start, one.file_bytes, one.encoding)
 
 
 def known_segments(
-    sources: Sequence[Source], num_sharers: Mapping[str, int]
+    sources: Sequence[Source], num_sharers: Mapping[str, int], first: Collection[str] = ()
 ) -> dict[bytes, Placed]:
     """Digest to place of what a new blob may refer to: of equal segments that of the first source.
 
-    *num_sharers*: file to the replicas that name it by now.
+    *num_sharers*: file to the replicas that name it by now. If they are too many, the files *first*
+    are those that count.
     """
     known: dict[bytes, Placed] = {}
     for source in sources:
-        for digest, placed in source.segments():
-            if source.is_remote or num_sharers.get(placed.file, 0) < MAX_SHARERS:
+        full = {file for file in source.files if num_sharers.get(file, 0) >= MAX_SHARERS}
+        for _, digest, placed in source.segments():
+            if source.is_remote or not any(one.file in full for one in placed.layers):
                 known.setdefault(digest, placed)
-    return _of_few_files(known)
+    return _of_few_files(known, first)
 
 
-def _of_few_files(known: dict[bytes, Placed]) -> dict[bytes, Placed]:
+def _of_few_files(known: dict[bytes, Placed], first: Collection[str]) -> dict[bytes, Placed]:
     weights: Counter[str] = Counter()
     for placed in known.values():
-        weights[placed.file] += placed.num_bytes
+        for one in placed.layers:
+            weights[one.file] += placed.num_bytes
     if len(weights) <= MAX_SOURCES:
         return known
-    kept = {file for file, _ in weights.most_common(MAX_SOURCES)}
-    return {digest: placed for digest, placed in known.items() if placed.file in kept}
+    ordered = sorted(weights, key=lambda file: (file in first, weights[file]), reverse=True)
+    kept = set(ordered[:MAX_SOURCES])
+    return {
+        digest: placed
+        for digest, placed in known.items()
+        if all(one.file in kept for one in placed.layers)
+    }
 
 
 @dataclass(frozen=True)
@@ -127,24 +166,37 @@ class Division:
 def merged(
     placed: Iterable[Placed], own_file: str, own_file_bytes: int, own_encoding: str = RAW
 ) -> Iterator[ObjectExtent]:
-    """The extents of a blob whose segments lie as *placed* says, in blob order; *own_file* stands
-    for the empty name."""
+    """The extents of a blob whose segments lie as *placed* says, layer by layer, each in blob
+    order; *own_file* stands for the empty name."""
+    own = Placed(own_file, 0, 0, own_file_bytes, own_encoding)
+    chains = [one.layers for one in placed]
+    for layer in range(max(map(len, chains), default=0)):
+        yield from _merged_layer(chains, layer, own)
+
+
+def _merged_layer(
+    chains: Sequence[tuple[Placed, ...]], layer: int, own: Placed
+) -> Iterator[ObjectExtent]:
     last: ObjectExtent | None = None
     offset = 0
-    own = own_file, own_file_bytes, own_encoding
-    for one in placed:
-        file, size, encoding = (one.file, one.file_bytes, one.encoding) if one.file else own
+    for chain in chains:
+        start, offset = offset, offset + chain[0].num_bytes
+        if len(chain) <= layer:
+            continue
+        one = chain[layer]
+        lies = one if one.file else own
         if (
             last is not None
-            and last.file == file
+            and (last.file, last.blob_offset + last.num_bytes) == (lies.file, start)
             and last.file_offset + last.num_bytes == one.offset
         ):
             last = replace(last, num_bytes=last.num_bytes + one.num_bytes)
-        else:
-            if last is not None:
-                yield last
-            last = ObjectExtent(offset, one.offset, one.num_bytes, size, file, encoding)
-        offset += one.num_bytes
+            continue
+        if last is not None:
+            yield last
+        last = ObjectExtent(
+            start, one.offset, one.num_bytes, lies.file_bytes, lies.file, lies.encoding, layer
+        )
     if last is not None:
         yield last
 

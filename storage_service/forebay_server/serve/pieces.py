@@ -28,7 +28,7 @@ def open_pieces(tier: Tier, place: Place) -> OpenedBlob:
                 continue
             source = tier.read(tier.blob_name(one.file))
             undo.callback(source.close)
-            if source.size_bytes != one.file_bytes or one.encoding != RAW:
+            if source.size_bytes != one.file_bytes or one.encoding != RAW or one.layer:
                 raise IntegrityError(
                     f"blob {place.blob} has a piece in a file of {source.size_bytes} bytes instead "
                     f"of {one.file_bytes} ({source.where}); it is damaged"

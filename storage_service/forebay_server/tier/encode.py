@@ -6,7 +6,7 @@ Identity and digests stay those of the plain bytes; what decodes wrong is never 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from forebay_server.tier.encoded import (
     read_index,
 )
 from forebay_server.tier.encoded_reader import EncodedReader
+from forebay_server.tier.layers import LayeredReader
 from forebay_server.tier.pieces import PiecesReader
 from forebay_server.tier.store import Tier, TierReader, TierWriter
 from forebay_server.tier.verify import copy_bytes, copy_verified, read_table, segment_groups
@@ -122,7 +123,8 @@ def _open_pieces(
             undo.callback(reader.close)
             readers[name] = reader
         undo.pop_all()
-    return PiecesReader(found, readers, f"tier {tier.name}, file {file}")
+    made = LayeredReader if found.has_layers else PiecesReader
+    return made(found, readers, f"tier {tier.name}, file {file}")
 
 
 def encode_into(
@@ -149,7 +151,7 @@ def encode_into(
             writer.publish()
         return StoredFile(RAW, copy_bytes(table), table, writer.is_proven)
     with tier.create(name, encoded_bytes_for(table.total_bytes, table.num_segments)) as writer:
-        entries = _Pipeline(reader, table, ways).write_all(writer, advance)
+        entries = Pipeline(reader, table, ways).write_all(writer, advance)
         index = EncodedIndex(table, np.array(entries, dtype=ENTRY_DTYPE))
         writer.write(index.encode(encoding_of(ways)))
         writer.publish()
@@ -165,15 +167,15 @@ def _choose(reader: TierReader, table: SegmentTable, setting: str) -> tuple[Way,
     plain_bytes = 0
     encoded: list[dict[Way, int]] = []
     with SEGMENT_BUFFERS.borrow() as buffer:
-        for start, stop in _sample_ranges(table.offsets.tolist()):
+        for _, start, stop in sample_ranges(table.offsets.tolist()):
             sample = buffer[: stop - start]
             reader.read_into(start, sample)
             plain_bytes += len(sample)
-            encoded.append(_tried(ways, sample))
+            encoded.append(tried(ways, sample))
     return choose_ways(plain_bytes, encoded)
 
 
-def _tried(ways: Sequence[Way], sample: memoryview) -> dict[Way, int]:
+def tried(ways: Iterable[Way], sample: memoryview) -> dict[Way, int]:
     """What *sample* takes in each of *ways*, in bytes."""
     most = len(sample)
     return {way: min(len(encode_segment(way, sample)), most) + ENTRY_DTYPE.itemsize for way in ways}
@@ -183,27 +185,43 @@ def _way_of(ways: Sequence[Way], segment: memoryview) -> Way:
     """That of *ways* which is the best for the middle of *segment*."""
     if len(ways) == 1:
         return ways[0]
-    start = max(0, len(segment) - SAMPLE_BYTES) // 2 // 64 * 64
-    return best_way(_tried(ways, segment[start : start + SAMPLE_BYTES]))
+    return best_way(tried(ways, segment[middle_of(len(segment))]))
 
 
-def _sample_ranges(offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Parts of segments that are spread over the blob: a sixteenth of it, at most 512 KiB."""
+def middle_of(num_bytes: int) -> slice:
+    """What is tried of a segment of *num_bytes*: from a multiple of 64, where elements begin."""
+    start = max(0, num_bytes - SAMPLE_BYTES) // 2 // 64 * 64
+    return slice(start, min(num_bytes, start + SAMPLE_BYTES))
+
+
+def sample_ranges(offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Segments that are spread over the blob, with parts ``[start, stop)`` of it in them: a
+    sixteenth of it, at most 512 KiB."""
     count = len(offsets) - 1
     wanted = min(max(offsets[-1] // (16 * SAMPLE_BYTES), 1), NUM_SAMPLES)
     picked = sorted({count * (2 * one + 1) // (2 * wanted) for one in range(wanted)})
     for index in picked:
-        start, stop = offsets[index], offsets[index + 1]
-        # A multiple of 64 from the segment's start: its elements begin there.
-        start += max(0, stop - start - SAMPLE_BYTES) // 2 // 64 * 64
-        yield start, min(stop, start + SAMPLE_BYTES)
+        start = offsets[index]
+        part = middle_of(offsets[index + 1] - start)
+        yield index, start + part.start, start + part.stop
 
 
 Entry = tuple[int, int, int, int, int]
-_Encoded = tuple[list[memoryview], list[Entry]]
+Encoded = tuple[list[memoryview], list[Entry]]
 
 
-class _Pipeline:
+def add_encoded(
+    stored: list[memoryview], entries: list[Entry], way: Way, plain: memoryview
+) -> None:
+    """Add a segment in *way*, or as it is if that is no larger, with its entry."""
+    encoded = encode_segment(way, plain)
+    if len(encoded) >= len(plain):
+        encoded, way = plain, RAW_WAY
+    stored.append(encoded)
+    entries.append((len(encoded), int(way.method), way.width, 0, xxh3(encoded)))
+
+
+class Pipeline:
     """Encodes the segments of one blob on the codec threads, a few buffers ahead of the writer."""
 
     def __init__(self, reader: TierReader, table: SegmentTable, ways: Sequence[Way]) -> None:
@@ -211,7 +229,7 @@ class _Pipeline:
         self._table = table
         self._ways = ways
         self._offsets: list[int] = table.offsets.tolist()
-        self._running: deque[tuple[memoryview, list[Future[_Encoded]]]] = deque()
+        self._running: deque[tuple[memoryview, list[Future[Encoded]]]] = deque()
 
     def write_all(self, writer: TierWriter, advance: Advance) -> list[Entry]:
         """Write all segments in order; their entries in the index."""
@@ -235,29 +253,28 @@ class _Pipeline:
 
     def _begin(self, buffer: memoryview, group: range) -> None:
         """Read a group of segments and have them encoded."""
-        futures: list[Future[_Encoded]] = []
+        futures: list[Future[Encoded]] = []
         self._running.append((buffer, futures))
         start = self._offsets[group.start]
         piece = buffer[: self._offsets[group.stop] - start]
-        self._reader.read_into(start, piece)
+        encode = self._read(group, piece)
         futures.extend(
-            CODEC_THREADS.submit(self._encode, part, piece, start)
-            for part in shares(group, len(piece))
+            CODEC_THREADS.submit(encode, part, piece, start) for part in shares(group, len(piece))
         )
 
-    def _encode(self, part: range, piece: memoryview, start: int) -> _Encoded:
+    def _read(self, group: range, piece: memoryview) -> Callable[[range, memoryview, int], Encoded]:
+        """Fill *piece* with a group of segments; what encodes some of them."""
+        self._reader.read_into(self._offsets[group.start], piece)
+        return self._encode
+
+    def _encode(self, part: range, piece: memoryview, start: int) -> Encoded:
         """On a codec thread: check and encode the segments *part* of *piece*."""
         stored: list[memoryview] = []
         entries: list[Entry] = []
         for index in part:
             plain = piece[self._offsets[index] - start : self._offsets[index + 1] - start]
             self._table.check_identity(index, plain, self._reader.where)
-            used = _way_of(self._ways, plain)
-            encoded = encode_segment(used, plain)
-            if len(encoded) >= len(plain):
-                encoded, used = plain, RAW_WAY
-            stored.append(encoded)
-            entries.append((len(encoded), int(used.method), used.width, 0, xxh3(encoded)))
+            add_encoded(stored, entries, _way_of(self._ways, plain), plain)
         return stored, entries
 
     def _write_first(self, writer: TierWriter, advance: Advance, entries: list[Entry]) -> None:
@@ -270,14 +287,17 @@ class _Pipeline:
             entries.extend(made)
             advance(int(self._offsets[len(entries)] - self._offsets[first]))
         self._running.popleft()
-        SEGMENT_BUFFERS.give_back(buffer)
+        self._give_back(buffer)
 
     def _give_up(self) -> None:
         """Nobody uses the buffers any more when they go back."""
         for buffer, futures in self._running:
             wait(futures)
-            SEGMENT_BUFFERS.give_back(buffer)
+            self._give_back(buffer)
         self._running.clear()
+
+    def _give_back(self, buffer: memoryview) -> None:
+        SEGMENT_BUFFERS.give_back(buffer)
 
 
 def _num_bytes(buffer: ReadableBuffer) -> int:
