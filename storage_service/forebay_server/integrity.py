@@ -93,6 +93,7 @@ class Integrity:
             locks,
             is_open=is_in_use,
             forget=opener.forget,
+            wake=lambda: self._jobs.wake(),
             grace_seconds=grace_seconds,
         )
         self.scrub = Scrub(

@@ -60,19 +60,22 @@ class Collector:
         *,
         is_open: Callable[[str], bool] = lambda blob: False,
         forget: Callable[[str], object] = lambda blob: None,
+        wake: Callable[[], object] = lambda: None,
         grace_seconds: float = GRACE_SECONDS,
         repeat_seconds: float = GRACE_SECONDS,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """*locks* are shared with the publisher; *is_open* tells whether a client has a blob in
-        hand; *forget* is told the id of a blob that goes; *repeat_seconds* lie between two searches
-        for stray files; *clock* answers Unix seconds."""
+        hand; *forget* is told the id of a blob that goes; *wake* is called when there is work for
+        others; *repeat_seconds* lie between two searches for stray files; *clock* answers Unix
+        seconds."""
         self._catalog = catalog
         self._tiers = tiers
         self._names = [one.name for one in tiers.all]
         self._locks = locks
         self._is_open = is_open
         self._forget = forget
+        self._wake = wake
         self._grace_seconds = grace_seconds
         self._repeat_seconds = repeat_seconds
         self._clock = clock
@@ -130,6 +133,7 @@ class Collector:
             found = await self._orphans(BATCH + len(kept))
             fresh = [blob for blob in found if blob not in kept]
             if not fresh:
+                self._wake()  # compaction follows: its workers know nothing of it yet
                 return len(kept)
             for blob in fresh:
                 if self._is_open(blob) or not await self._collect_blob(blob, progress):

@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 
 from forebay_server.catalog.engine import Connection
-from forebay_server.catalog.queries_jobs import COLLECT, DELETE, GARBAGE, enqueue, job_of
+from forebay_server.catalog.queries_jobs import (
+    COLLECT,
+    COMPACT,
+    DELETE,
+    GARBAGE,
+    SLOW_KINDS,
+    enqueue,
+    job_of,
+)
 from forebay_server.catalog.queries_manifests import insert_manifest, read_manifest
 from forebay_server.locks import NamedLocks
 from forebay_server.move.collect import Collector
+from forebay_server.move.jobs import Jobs, Progress
 from forebay_server.publish.landing import BlobLanding, PublishedBlob
 from forebay_server.testing.checkpoints import RUN, open_checkpoints
 from forebay_server.testing.integrity import open_integrity
@@ -94,3 +103,26 @@ async def test_a_blob_that_is_named_in_the_last_moment_stays(
         assert not error or "go later" in error
         assert ("ssd", "live") in await node.states(blob)
         await node.check_copies(blob)
+
+
+async def test_compaction_follows_a_collection_at_once(tmp_path: Path) -> None:
+    """It has workers of its own, which sleep until they are told."""
+    compacted = asyncio.Event()
+
+    async def compact(progress: Progress) -> None:
+        compacted.set()
+
+    async with open_integrity(tmp_path) as node:
+        catalog = node.node.catalog
+        collector = Collector(catalog, node.node.tiers, NamedLocks(), wake=lambda: jobs.wake())
+        handlers = {COLLECT: collector.collect, COMPACT: compact}
+        jobs = Jobs(catalog, "me", handlers, slow_kinds=SLOW_KINDS)
+        working = asyncio.create_task(jobs.run())
+        await node.node.add_blob([b"content"], "ssd")  # which nothing names
+        await catalog.write(lambda c: enqueue(c, COLLECT, "all"))
+        jobs.wake()
+        try:
+            await asyncio.wait_for(compacted.wait(), 20)
+        finally:
+            jobs.stop()
+            await working
