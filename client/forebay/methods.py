@@ -138,6 +138,11 @@ class Checkpoints:
         checkpoints.ReadFingerprintsRequest,
         checkpoints.ReadFingerprintsResponse,
     )
+    PreparePack: Final = Method(
+        "/forebay.v1.Checkpoints/PreparePack",
+        checkpoints.PreparePackRequest,
+        checkpoints.PackSession,
+    )
     ResolveGeneration: Final = Method(
         "/forebay.v1.Checkpoints/ResolveGeneration",
         checkpoints.ResolveGenerationRequest,

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from forebay.checkpoint.advise import Advice, advise
+from forebay.checkpoint.ahead import Ahead, estimate
 from forebay.checkpoint.choice import Choice, Patterns
 from forebay.checkpoint.components import components
 from forebay.checkpoint.group import Ranks
@@ -30,6 +31,7 @@ from forebay.checkpoint.overlapped import Overlap, SavedBehind
 from forebay.checkpoint.restore import Restorer, Resumed
 from forebay.checkpoint.save import Saver, SaveRequest, SaveWork
 from forebay.checkpoint.service import CheckpointService, Client, parse_fork
+from forebay.checkpoint.upload import PackUpload
 from forebay.runs import note_json
 from forebay.waiting import Deadline
 from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
@@ -126,6 +128,7 @@ class Checkpointer:
         self._keeper = Keeper()
         self._ranks_: Ranks | None = None
         self._saver: Saver | None = None
+        self._ahead_: Ahead | None = None
         self._attempt = 0
         self._last: Saved | None = None
         self._durations: deque[float] = deque(maxlen=KEPT_DURATIONS)
@@ -172,6 +175,7 @@ class Checkpointer:
         saved = Saved(self._service, request.generation, upload, self.timeout)
         self._count(saved, upload.was_chunked)
         self._keeper.follow(saved)
+        self._prepare_next(saved, upload)
         self._durations.append(time.monotonic() - started)
         return saved
 
@@ -205,6 +209,7 @@ class Checkpointer:
             is_there.wait()
             holder[0].sealed()
             self._keeper.follow(holder[0])
+            self._prepare_next(holder[0], work.upload)
 
         try:
             begun = self._overlap.start(saver, request, sealed, lambda: Deadline(self.timeout))
@@ -238,7 +243,7 @@ class Checkpointer:
         if not self._attempt:
             self._begin_attempt(ranks, self._forked(ranks))
         if self._saver is None:
-            self._saver = Saver(self._service, ranks, self._components)
+            self._saver = Saver(self._service, ranks, self._components, self._ahead(ranks))
         all_tags = (tags,) if isinstance(tags, str) else tags
         said = (tuple(map(check_tag, all_tags)), note_json(note))
         generation = GenerationId(self.run, self._attempt, step)
@@ -246,6 +251,22 @@ class Checkpointer:
         return self._saver, SaveRequest(
             generation, metrics, state, deadline, *said, may_skip, is_overlapped
         )
+
+    def _ahead(self, ranks: Ranks) -> Ahead:
+        if self._ahead_ is None:
+            self._ahead_ = Ahead(self._service, ranks.rank)
+        return self._ahead_
+
+    def _prepare_first(self, ranks: Ranks) -> None:
+        """Have memory ready for the first save, as large as that is likely to be."""
+        self._ahead(ranks).prepare(self._attempt, estimate(self._components, ranks.size))
+
+    def _prepare_next(self, saved: Saved, upload: PackUpload) -> None:
+        """Once it is local, have memory ready for a pack of the same size: its own, most often."""
+        if self._ahead_ is None or upload.was_chunked:
+            return
+        prepare = partial(self._ahead_.prepare, saved.generation.attempt, upload.slot_bytes)
+        saved.on("local", lambda _: prepare())
 
     def _count(self, saved: Saved, was_chunked: bool) -> None:
         self._last = saved
@@ -303,6 +324,7 @@ class Checkpointer:
             )
         parent = GenerationId(found.run, found.attempt, found.step) if found else None
         self._begin_attempt(ranks, parent)
+        self._prepare_first(ranks)
         self._restored = (time.monotonic() - started, restorer.bytes_read)
         return found
 
@@ -315,7 +337,9 @@ class Checkpointer:
         """Open a new attempt that stands on nothing: the training begins afresh."""
         self._check_open()
         self.settle_snapshot()
-        self._begin_attempt(self._ranks(), None)
+        ranks = self._ranks()
+        self._begin_attempt(ranks, None)
+        self._prepare_first(ranks)
 
     def wait_snapshot(self) -> None:
         """Return when the state may change: no copy of it is under way.
@@ -369,6 +393,8 @@ class Checkpointer:
             self._say_what_became(timeout)
         finally:
             self._keeper.stop()
+            if self._ahead_ is not None:
+                self._ahead_.close()
             if self._ranks_ is not None:
                 self._ranks_.close()
 
@@ -404,6 +430,8 @@ class Checkpointer:
             _say(f"generation {saved.generation} {outcome}")
 
     def _begin_attempt(self, ranks: Ranks, parent: GenerationId | None) -> None:
+        if self._ahead_ is not None:  # it is the older attempt's
+            self._ahead_.drop()
         what = f"begin an attempt of run {self.run}"
         fork = self._service.fork
         told = ranks.exchange(what, [self._keep_json, list(fork) if fork else None])

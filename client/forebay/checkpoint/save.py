@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from forebay.checkpoint.ahead import Ahead
 from forebay.checkpoint.cached_plan import CachedPlan, LocalState, offer, plan_globally
 from forebay.checkpoint.components import Component
 from forebay.checkpoint.group import Json, Ranks
+from forebay.checkpoint.lease import Prepared
 from forebay.checkpoint.objects import Path
 from forebay.checkpoint.service import CheckpointService, PackTerms, PlanAsk, to_json
 from forebay.checkpoint.snapshot import Pack
@@ -62,6 +64,8 @@ class SaveWork:
     local: LocalState | None = None
     pack: Pack | None = None
     uploads: list[PackUpload] = field(default_factory=list)
+    prepared: Prepared | None = None
+    """Memory that was asked for ahead."""
     reason: str = ""
     """Why the daemon had it do what it does."""
 
@@ -91,10 +95,15 @@ class Saver:
     """Saves the generations of one run from these ranks. Not thread-safe."""
 
     def __init__(
-        self, service: CheckpointService, ranks: Ranks, components: Sequence[Component]
+        self,
+        service: CheckpointService,
+        ranks: Ranks,
+        components: Sequence[Component],
+        ahead: Ahead,
     ) -> None:
         self._service = service
         self._ranks = ranks
+        self._ahead = ahead
         self._components = components
         self._attempt = 0
         self._number = 0
@@ -113,7 +122,13 @@ class Saver:
 
     def begin(self, request: SaveRequest, act: Callable[[SaveWork], None]) -> SaveWork | None:
         """Plan if need be, and *act* on every rank on what is to be copied and sealed."""
-        work = SaveWork(request, self._terms(request, ""))
+        work = SaveWork(request, self._terms(request, ""), prepared=self._ahead.take())
+        try:
+            return self._save(work, act)
+        finally:
+            self._ahead.put_back(work.prepared)
+
+    def _save(self, work: SaveWork, act: Callable[[SaveWork], None]) -> SaveWork | None:
         error = self._ask(work)
         state = self._join(work, lambda: _go_on(work, error, act))
         if state == SKIP:
@@ -133,7 +148,18 @@ class Saver:
     ) -> tuple[SaveWork, Callable[[], None]] | None:
         """Plan if need be and *start* here; what is left to do on another thread: *rest*, and to
         hear of the other ranks, whose errors that raises. None if all ranks skip it."""
-        work = SaveWork(request, self._terms(request, ""))
+        work = SaveWork(request, self._terms(request, ""), prepared=self._ahead.take())
+        try:
+            return self._save_overlapped(work, start, rest)
+        finally:
+            self._ahead.put_back(work.prepared)
+
+    def _save_overlapped(
+        self,
+        work: SaveWork,
+        start: Callable[[SaveWork], None],
+        rest: Callable[[SaveWork], None],
+    ) -> tuple[SaveWork, Callable[[], None]] | None:
         error = self._ask(work)
         if error is None and work.state == BEGUN:
             error = _caught(lambda: start(work))
@@ -196,7 +222,9 @@ class Saver:
             return REPLAN if answer.verdict == REUSE else str(answer.verdict)
         ask = PlanAsk(self._number, self._plan.digest, self._plan.number, may_skip)
         upload = PackUpload(self._service, work.terms, work.pack)
-        verdict = upload.begin(deadline, ask)
+        # To skip must not cost a copy, and what overlaps is copied behind.
+        copies = not (may_skip or work.request.is_overlapped)
+        verdict = upload.begin(deadline, ask, work.prepared, copies=copies)
         if upload.is_begun:
             work.uploads.append(upload)
             return BEGUN
@@ -262,7 +290,7 @@ class Saver:
         def begin() -> PackUpload:
             assert work.pack is not None
             upload = PackUpload(self._service, work.terms, work.pack)
-            upload.begin(work.request.deadline)
+            upload.begin(work.request.deadline, prepared=work.prepared)
             return upload
 
         return past_restart(self._service, work.terms, begin, Deadline(RESTART_SECONDS))

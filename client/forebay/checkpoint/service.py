@@ -151,6 +151,13 @@ class CheckpointService:
         )
         return self._client.channel.call(Checkpoints.BeginPack, request, timeout=timeout)
 
+    def prepare_pack(self, attempt: int, rank: int, num_bytes: int) -> checkpoints_pb2.PackSession:
+        """A session for the rank's next pack, whatever that holds; without one: not now."""
+        request = checkpoints_pb2.PreparePackRequest(
+            run=self.run, attempt=attempt, rank=rank, total_bytes=num_bytes, slot_bytes=num_bytes
+        )
+        return self._client.channel.call(Checkpoints.PreparePack, request, timeout=RPC_SECONDS)
+
     def slot(self, session: checkpoints_pb2.PackSession) -> UploadSlot:
         return self.transfer.upload_slot(
             session.session,

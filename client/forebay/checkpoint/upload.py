@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from forebay.checkpoint.layout import Piece, pieces
+from forebay.checkpoint.lease import Lease, Prepared
 from forebay.checkpoint.samples import check_staged
 from forebay.checkpoint.service import CheckpointService, PackTerms, PlanAsk
 from forebay.checkpoint.snapshot import Pack, Source
@@ -18,8 +20,6 @@ from forebay.waiting import Backoff, Deadline
 from forebay_wire.errors import (
     AlreadyExists,
     Conflict,
-    DaemonUnavailable,
-    DeadlineExceeded,
     ForebayError,
     ResourceExhausted,
 )
@@ -47,34 +47,6 @@ class _Copied:
     description_bytes: int
 
 
-class _Lease:
-    """Keeps an upload session alive while its ranks wait for each other. Thread-safe."""
-
-    def __init__(self, service: CheckpointService, session: str, seconds: float) -> None:
-        self._service = service
-        self._session = session
-        self._seconds = seconds
-        self._stop = threading.Event()
-
-    @classmethod
-    def hold(cls, service: CheckpointService, session: str, seconds: float) -> _Lease:
-        lease = cls(service, session, seconds)
-        threading.Thread(target=lease._renew, name="forebay-lease", daemon=True).start()
-        return lease
-
-    def end(self) -> None:
-        self._stop.set()
-
-    def _renew(self) -> None:
-        while not self._stop.wait(self._seconds / 3):
-            try:
-                self._service.renew(self._session)
-            except (DaemonUnavailable, DeadlineExceeded):
-                continue  # the next round tries again, and the seal says what is wrong
-            except ForebayError:
-                return
-
-
 class PackUpload:
     """A pack and its upload session. Not thread-safe; ``close`` lets the slot go."""
 
@@ -85,10 +57,13 @@ class PackUpload:
         self._pack: Pack | None = pack
         self._session: checkpoints_pb2.PackSession | None = None
         self._slot: UploadSlot | None = None
-        self._lease: _Lease | None = None
+        self._lease: Lease | None = None
         self._incarnation = ""
         self._sequence = 0
         self._copied: _Copied | None = None
+        self._slot_bytes = 0
+        self._is_laid_down = False
+        """Whether the sources are in the slot already."""
         self.stall_seconds = 0.0
         """How long this save has held its rank up so far; kept with the generation."""
         self.reason = ""
@@ -100,17 +75,31 @@ class PackUpload:
         return self._sequence > 0
 
     @property
+    def slot_bytes(self) -> int:
+        """Of memory that the pack takes at once, once it is copied."""
+        return self._slot_bytes
+
+    @property
     def is_begun(self) -> bool:
         return self._session is not None
 
-    def begin(self, deadline: Deadline, ask: PlanAsk | None = None) -> str:
+    def begin(
+        self,
+        deadline: Deadline,
+        ask: PlanAsk | None = None,
+        prepared: Prepared | None = None,
+        *,
+        copies: bool = False,
+    ) -> str:
         """Begin the session; with *ask* only if all ranks may reuse their plan: the verdict.
 
-        Room for all of the pack is reserved on return, and nothing has been copied.
+        Room for all of the pack is reserved on return. The daemon may give it the session that was
+        *prepared*; with *copies* the bytes are copied there while it makes up its mind, to no
+        purpose if it decides otherwise.
         """
         assert self._pack is not None
         failpoint("client.save.after_plan")
-        verdict = self._begin(self._pack.num_bytes + len(self._pack.description), deadline, ask)
+        verdict = self._begin(deadline, ask, prepared, copies=copies)
         if self.is_begun:
             failpoint("client.save.after_begin")
         return verdict
@@ -134,6 +123,10 @@ class PackUpload:
             self.begin(deadline)
         assert self._session is not None
         assert self._slot is not None
+        if self._is_laid_down:
+            check_staged(pack.sources, self._slot.buffer)
+            self.finish()
+            return
         capacity = self._session.slot_bytes
         if capacity < len(description):
             raise ResourceExhausted(
@@ -176,6 +169,7 @@ class PackUpload:
         copy(self._slot.buffer[last.num_bytes : end], memoryview(description))
         self._slot.flush(end)
         self._copied = _Copied(last.num_bytes, last.cuts, len(description))
+        self._slot_bytes = end
         self._pack = None  # it refers to the live state, which may change from here on
         failpoint("client.save.after_copy")
 
@@ -244,7 +238,9 @@ class PackUpload:
         self._slot = None
         try:
             end = copied.num_bytes + copied.description_bytes
-            self._begin(end, deadline)
+            self._begun(
+                self._service.begin_pack(self.terms, self.num_bytes, end, deadline.remaining), None
+            )
             assert self._session is not None
             slot: UploadSlot | None = self._slot
             assert slot is not None
@@ -282,18 +278,50 @@ class PackUpload:
         if slot is not None:
             slot.close()
 
-    def _begin(self, slot_bytes: int, deadline: Deadline, ask: PlanAsk | None = None) -> str:
+    def _begin(
+        self,
+        deadline: Deadline,
+        ask: PlanAsk | None = None,
+        prepared: Prepared | None = None,
+        *,
+        copies: bool = False,
+    ) -> str:
+        assert self._pack is not None
+        pack, end = self._pack, self._pack.num_bytes + len(self._pack.description)
+
+        def call() -> checkpoints_pb2.PackSession:
+            return self._service.begin_pack(
+                self.terms, self.num_bytes, end, deadline.remaining, ask
+            )
+
+        if prepared is None or not copies or prepared.session.slot_bytes < end:
+            return self._begun(call(), prepared)
+        answering = beside(call)
+        try:
+            pack.copy_into(prepared.slot.buffer, 0, pack.num_bytes)
+        except BaseException:
+            self._begun(answering.result(), prepared)
+            self.abort()
+            raise
+        verdict = self._begun(answering.result(), prepared)
+        self._is_laid_down = self._slot is prepared.slot
+        return verdict
+
+    def _begun(self, answer: checkpoints_pb2.PackSession, prepared: Prepared | None) -> str:
+        """The verdict; takes over what the daemon has granted."""
         self._end_lease()
         self._session = None
-        answer = self._service.begin_pack(
-            self.terms, self.num_bytes, slot_bytes, deadline.remaining, ask
-        )
         self._incarnation = answer.incarnation
         self.reason = answer.reason
         if not answer.session:
             return str(answer.verdict)
         self._session = answer
-        self._lease = _Lease.hold(self._service, answer.session, answer.lease_seconds)
+        if prepared is not None and prepared.session.session == answer.session:
+            self._slot, self._lease = prepared.use()
+            return REUSE
+        if prepared is not None:
+            prepared.let_go()
+        self._lease = Lease.hold(self._service, answer)
         self._slot = self._service.slot(answer)
         return REUSE
 
@@ -325,6 +353,20 @@ class PackUpload:
         assert self._slot is not None
         failpoint("client.save.in_copy")
         self._pack.copy_into(self._slot.buffer, piece.start, piece.stop)
+
+
+def beside(act: Callable[[], T]) -> Future[T]:
+    """*act* on a thread of its own, which ends with it."""
+    future = Future[T]()
+
+    def run() -> None:
+        try:
+            future.set_result(act())
+        except BaseException as error:  # noqa: BLE001 - goes to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="forebay-call", daemon=True).start()
+    return future
 
 
 def past_restart(

@@ -94,6 +94,20 @@ class PackSession(_message.Message):
     reason: str
     def __init__(self, session: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., put_ticket: _Optional[str] = ..., incarnation: _Optional[str] = ..., verdict: _Optional[str] = ..., plan: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class PreparePackRequest(_message.Message):
+    __slots__ = ("run", "attempt", "rank", "total_bytes", "slot_bytes")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    rank: int
+    total_bytes: int
+    slot_bytes: int
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., total_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+
 class SealPackRequest(_message.Message):
     __slots__ = ("session", "sequence", "num_bytes", "cuts", "description_bytes", "metrics_json", "dataset_json", "tags", "note_json", "stall_seconds")
     SESSION_FIELD_NUMBER: _ClassVar[int]

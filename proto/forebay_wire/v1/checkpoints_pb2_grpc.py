@@ -115,6 +115,11 @@ class CheckpointsStub:
                 request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsRequest.SerializeToString,
                 response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsResponse.FromString,
                 _registered_method=True)
+        self.PreparePack = channel.unary_unary(
+                '/forebay.v1.Checkpoints/PreparePack',
+                request_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PreparePackRequest.SerializeToString,
+                response_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PackSession.FromString,
+                _registered_method=True)
 
 
 class CheckpointsServicer:
@@ -257,6 +262,16 @@ class CheckpointsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PreparePack(self, request, context):
+        """Grants a slot for the rank's next pack before that is planned, so that its
+        memory is there when it is; without a session where that cannot be now. The
+        next BeginPack of the rank answers with the same session if the pack fits it.
+        It lives by Renew. One at a time: further calls answer the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CheckpointsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -339,6 +354,11 @@ def add_CheckpointsServicer_to_server(servicer, server):
                     servicer.ReadFingerprints,
                     request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsRequest.FromString,
                     response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsResponse.SerializeToString,
+            ),
+            'PreparePack': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreparePack,
+                    request_deserializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PreparePackRequest.FromString,
+                    response_serializer=forebay__wire_dot_v1_dot_checkpoints__pb2.PackSession.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -774,6 +794,33 @@ class Checkpoints:
             '/forebay.v1.Checkpoints/ReadFingerprints',
             forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsRequest.SerializeToString,
             forebay__wire_dot_v1_dot_checkpoints__pb2.ReadFingerprintsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreparePack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/forebay.v1.Checkpoints/PreparePack',
+            forebay__wire_dot_v1_dot_checkpoints__pb2.PreparePackRequest.SerializeToString,
+            forebay__wire_dot_v1_dot_checkpoints__pb2.PackSession.FromString,
             options,
             channel_credentials,
             insecure,

@@ -102,6 +102,12 @@ class CheckpointsStub:
     compute, those that are missing are computed from here on. NOT_FOUND without
     such a generation. Idempotent.
     """
+    PreparePack: _grpc.UnaryUnaryMultiCallable[_checkpoints_pb2.PreparePackRequest, _checkpoints_pb2.PackSession]
+    """Grants a slot for the rank's next pack before that is planned, so that its
+    memory is there when it is; without a session where that cannot be now. The
+    next BeginPack of the rank answers with the same session if the pack fits it.
+    It lives by Renew. One at a time: further calls answer the same.
+    """
 
 @_typing.type_check_only
 class CheckpointsAsyncStub(CheckpointsStub):
@@ -176,6 +182,12 @@ class CheckpointsAsyncStub(CheckpointsStub):
     """A piece of the fingerprints of one pack of a committed generation; with
     compute, those that are missing are computed from here on. NOT_FOUND without
     such a generation. Idempotent.
+    """
+    PreparePack: _aio.UnaryUnaryMultiCallable[_checkpoints_pb2.PreparePackRequest, _checkpoints_pb2.PackSession]  # type: ignore[assignment]
+    """Grants a slot for the rank's next pack before that is planned, so that its
+    memory is there when it is; without a session where that cannot be now. The
+    next BeginPack of the rank answers with the same session if the pack fits it.
+    It lives by Renew. One at a time: further calls answer the same.
     """
 
 class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
@@ -344,6 +356,18 @@ class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
         """A piece of the fingerprints of one pack of a committed generation; with
         compute, those that are missing are computed from here on. NOT_FOUND without
         such a generation. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def PreparePack(
+        self,
+        request: _checkpoints_pb2.PreparePackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_checkpoints_pb2.PackSession, _abc.Awaitable[_checkpoints_pb2.PackSession]]:
+        """Grants a slot for the rank's next pack before that is planned, so that its
+        memory is there when it is; without a session where that cannot be now. The
+        next BeginPack of the rank answers with the same session if the pack fits it.
+        It lives by Renew. One at a time: further calls answer the same.
         """
 
 def add_CheckpointsServicer_to_server(servicer: CheckpointsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -519,18 +519,19 @@ def _pack(connection: Connection, plan: PackPlan) -> Row[Any] | None:
 
 
 def _check_newest(connection: Connection, generation: GenerationId) -> None:
-    newest = newest_attempt(connection, generation.run)
+    check_newest(connection, generation.run, generation.attempt)
+
+
+def check_newest(connection: Connection, run: str, attempt: int) -> None:
+    """Raise unless *attempt* is the one that may save: Fenced, or NotFound if there is none."""
+    newest = newest_attempt(connection, run)
     if newest is None:
-        raise NotFound(
-            f"run {generation.run} has no attempt {generation.attempt}: begin one before saving"
-        )
-    if generation.attempt > newest:
-        raise NotFound(
-            f"run {generation.run} has no attempt {generation.attempt}, the newest is {newest}"
-        )
-    if generation.attempt < newest:
+        raise NotFound(f"run {run} has no attempt {attempt}: begin one before saving")
+    if attempt > newest:
+        raise NotFound(f"run {run} has no attempt {attempt}, the newest is {newest}")
+    if attempt < newest:
         raise Fenced(
-            f"attempt {generation.attempt} of run {generation.run} may not save any more: attempt "
+            f"attempt {attempt} of run {run} may not save any more: attempt "
             f"{newest} began after it; end this process, or restart it so that it resumes"
         )
 

@@ -22,6 +22,7 @@ from forebay_server.catalog.queries_trash import trash_generations
 from forebay_server.model.lineage import Point, needed_as_parent
 from forebay_server.model.save_rounds import Ask, Ruling
 from forebay_server.model.states import GenerationState, PackState
+from forebay_server.publish.ahead import Ahead
 from forebay_server.publish.calls import Calls
 from forebay_server.publish.generations import COMMITTED, Generations, check_step
 from forebay_server.publish.lease import Grant, LandedBlob, Uploads
@@ -35,6 +36,7 @@ from forebay_wire.errors import (
     Conflict,
     ForebayError,
     InvalidRequest,
+    NotFound,
     ResourceExhausted,
 )
 from forebay_wire.failpoints import failpoint
@@ -56,6 +58,10 @@ NUM_SLOTS: Final = 2
 
 SLOT_SECONDS: Final = 600.0
 """How long a rank waits for one of its own slots, unless it says so itself."""
+
+
+AHEAD_SECONDS: Final = 5.0
+"""How long a slot that is asked for ahead waits for that of the pack before, which is local."""
 
 
 class JobQueue(Protocol):
@@ -111,6 +117,7 @@ class Checkpoints:
         # Run to (attempt, uid, owner) of the slots that its ranks keep warm.
         self._slots: dict[str, set[tuple[int, int, str]]] = {}
         self._verdicts = SaveVerdicts()
+        self._ahead = Ahead(uploads)
 
     async def close(self) -> None:
         """Wait for what still settles; after the uploads are closed. Idempotent."""
@@ -173,6 +180,8 @@ class Checkpoints:
         kept = self._slots.pop(run, set())
         for attempt, uid, owner in kept:
             if attempt < newest:
+                dropping = self._ahead.drop(slot_owner(uid, owner))
+                self._calls.keep(asyncio.create_task(dropping))
                 self._uploads.drop_slots(uid, owner)
         if left := {one for one in kept if one[0] >= newest}:
             self._slots[run] = left
@@ -191,8 +200,8 @@ class Checkpoints:
         nothing committed is touched by that.
         """
         _check_plan(plan)
-        owner = slot_owner(uid, _owner(plan.generation, plan.rank))
-        if self._uploads.slots.num_in_use(owner) >= NUM_SLOTS:
+        owner = slot_owner(uid, _owner_of(plan))
+        if not self._ahead.has(owner) and self._uploads.slots.num_in_use(owner) >= NUM_SLOTS:
             await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
             await self._uploads.slots.wait_for_one_of(owner, NUM_SLOTS, wait_seconds)
         return await self._calls.finish(self._begin_pack(uid, plan, slot_bytes))
@@ -208,19 +217,84 @@ class Checkpoints:
         key, ask = (generation.run, generation.attempt), asked.ask
 
         def is_busy() -> bool:
-            owners = (_owner(generation, rank) for rank in range(plan.num_ranks))
-            slots = self._uploads.slots
-            return any(slots.num_in_use(slot_owner(uid, one)) >= NUM_SLOTS for one in owners)
+            names = (_owner(*key, rank) for rank in range(plan.num_ranks))
+            owners = [slot_owner(uid, one) for one in names]
+            in_use = self._uploads.slots.num_in_use
+            return any(in_use(one) - self._ahead.has(one) >= NUM_SLOTS for one in owners)
 
         try:
-            await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
+            if plan.num_ranks > 1:  # else nobody is held up by what the beginning refuses
+                await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
         except ForebayError:
             ask = Ask(ask.step, "")
             await self._verdicts.ask(key, plan.num_ranks, plan.rank, asked.number, ask, is_busy)
             raise
         return await self._verdicts.ask(key, plan.num_ranks, plan.rank, asked.number, ask, is_busy)
 
+    async def prepare_pack(
+        self, uid: int, run: str, attempt: int, rank: int, total_bytes: int, slot_bytes: int
+    ) -> Grant | None:
+        """A session for the next pack of a rank, before it is known what that holds; None: not now.
+
+        :meth:`begin_pack` gives the next pack of the rank this session if it has room for it.
+        Nothing that others use is waited for or taken, but what this rank's last pack still has.
+        :class:`Fenced` in an older attempt.
+        """
+        check_name("run", run)
+        owner = _owner(run, attempt, rank)
+
+        def look(connection: Connection) -> int:
+            queries.check_newest(connection, run, attempt)
+            return likely_new_bytes(connection, run, rank)
+
+        likely = await self._catalog.read(look)
+        self._slots.setdefault(run, set()).add((attempt, uid, owner))
+        try:
+            await self._uploads.slots.wait_for_one_of(slot_owner(uid, owner), 1, AHEAD_SECONDS)
+            return await self._ahead.begin(
+                uid,
+                owner,
+                total_bytes,
+                min(slot_bytes, MAX_UPLOAD_SLOT_BYTES),
+                min(likely, total_bytes),
+            )
+        except ResourceExhausted as error:
+            logger.debug("no slot ahead for %s: %s", owner, error)
+            return None
+
     async def _begin_pack(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
+        slot_bytes = min(slot_bytes, MAX_UPLOAD_SLOT_BYTES)
+        failpoint("pack.before_begin")
+        grant = await self._begin_prepared(uid, plan, slot_bytes)
+        if grant is None:
+            grant = await self._begin_anew(uid, plan, slot_bytes)
+        failpoint("pack.after_begin")
+        generation = plan.generation
+        kept = self._slots.setdefault(generation.run, set())
+        kept.add((generation.attempt, uid, _owner_of(plan)))
+        return grant
+
+    async def _begin_prepared(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant | None:
+        """In the session that the rank was given ahead, if that will do."""
+        grant = await self._ahead.take(uid, _owner_of(plan), plan.num_bytes, slot_bytes)
+        if grant is None:
+            return None
+
+        def bind(connection: Connection, session: str) -> str | None:
+            return queries.insert_pack(connection, plan, session)
+
+        try:
+            replaced = await self._uploads.bind(grant.session, uid, bind)
+        except NotFound:  # of the session, or of the attempt, which beginning anew finds out
+            return None
+        except BaseException:
+            await self._uploads.abort(grant.session, uid)
+            raise
+        if replaced is not None:
+            await self._uploads.end([replaced])
+        return grant
+
+    async def _begin_anew(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
         generation = plan.generation
 
         def look(connection: Connection) -> tuple[str | None, int]:
@@ -230,14 +304,12 @@ class Checkpoints:
         replaced, likely = await self._catalog.read(look)
         if replaced is not None:
             await self._uploads.end([replaced])
-        owner = _owner(generation, plan.rank)
-        failpoint("pack.before_begin")
         try:
-            grant = await self._uploads.begin(
+            return await self._uploads.begin(
                 uid,
-                owner,
+                _owner_of(plan),
                 plan.num_bytes,
-                min(slot_bytes, MAX_UPLOAD_SLOT_BYTES),
+                slot_bytes,
                 new_bytes=min(likely, plan.num_bytes),
                 bind=lambda connection, session: queries.insert_pack(connection, plan, session),
             )
@@ -248,9 +320,6 @@ class Checkpoints:
             )
             self._announce(generation)
             raise
-        failpoint("pack.after_begin")
-        self._slots.setdefault(generation.run, set()).add((generation.attempt, uid, owner))
-        return grant
 
     async def session_ended(self, session: str) -> None:
         """An upload session ended before it was sealed: tell those who wait for its pack."""
@@ -279,13 +348,20 @@ class Checkpoints:
     async def _seal_pack(self, uid: int, seal: PackSeal) -> bool:
         failpoint("pack.before_seal")
         session = seal.session
-        pack = await self._catalog.read(
-            lambda connection: queries.check_sealable(connection, session)
+        # Side by side: each waits for a thread.
+        looking = asyncio.create_task(
+            self._catalog.read(lambda connection: queries.check_sealable(connection, session))
         )
+        reading = asyncio.create_task(self._read_description(uid, seal))
+        await asyncio.wait([looking, reading])
+        is_unread = reading.exception()
+        pack = looking.result()  # says best why there is no such session
         if pack.state is not PackState.OPEN:
             info = await self.generations.look(pack.generation)
             return info.num_sealed == info.num_ranks
-        description = await self._read_description(uid, seal)
+        if is_unread is not None:
+            raise is_unread
+        description = reading.result()
         told = told_by(seal)
 
         def sealed(connection: Connection) -> bool:
@@ -313,14 +389,8 @@ class Checkpoints:
 
     async def _read_description(self, uid: int, seal: PackSeal) -> bytes:
         """The JSON object behind the pack's last bytes, checked, as the manifest will hold it."""
-        data = await self._uploads.peek(seal.session, uid, seal.num_bytes, seal.description_bytes)
-        try:
-            parsed = await asyncio.to_thread(json.loads, data)
-        except ValueError as error:
-            raise InvalidRequest(f"the pack's description is no JSON: {error}") from error
-        if not isinstance(parsed, dict):
-            raise InvalidRequest("the pack's description is no JSON object")
-        return await asyncio.to_thread(canonical_json, parsed)
+        where = seal.session, uid, seal.num_bytes, seal.description_bytes
+        return await self._uploads.peek(*where, _canonical)
 
     # ----------------------------------------------------------------------------------- landing
 
@@ -441,6 +511,16 @@ async def recover_catalog_state(catalog: Catalog) -> int:
     return await catalog.write(recover)
 
 
+def _canonical(description: bytearray) -> bytes:
+    try:
+        parsed = json.loads(description)
+    except ValueError as error:
+        raise InvalidRequest(f"the pack's description is no JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise InvalidRequest("the pack's description is no JSON object")
+    return canonical_json(parsed)
+
+
 def _delete_one(
     connection: Connection, generation: GenerationId, grace_seconds: float
 ) -> tuple[int, list[str]]:
@@ -471,9 +551,13 @@ def _delete_one(
     return queries.delete_generations(connection, [generation])
 
 
-def _owner(generation: GenerationId, rank: int) -> str:
+def _owner(run: str, attempt: int, rank: int) -> str:
     """Whose slots are reused among each other."""
-    return f"run {generation.run} attempt {generation.attempt} rank {rank}"
+    return f"run {run} attempt {attempt} rank {rank}"
+
+
+def _owner_of(plan: PackPlan) -> str:
+    return _owner(plan.generation.run, plan.generation.attempt, plan.rank)
 
 
 def _check_plan(plan: PackPlan) -> None:

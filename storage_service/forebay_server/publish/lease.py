@@ -161,7 +161,7 @@ class Uploads:
         minimum_bytes: int = 0,
         new_bytes: int = 0,
         bind: Callable[[Connection, str], object] | None = None,
-        may_wait: bool = True,
+        is_ahead: bool = False,
     ) -> Grant:
         """Open a session with a slot of at most *slot_bytes* and room for *total_bytes* reserved.
 
@@ -170,8 +170,8 @@ class Uploads:
 
         *owner* says what it is for (``dataset NAME``); its slots are reused among its sessions.
         *bind* is called with the new session's name in the transaction that records it; if it
-        raises, there is no session. If it *may_wait*, this waits for memory that others have on loan,
-        20 s at most.
+        raises, there is no session. Unless it *is_ahead* of its need, memory that others have on
+        loan is waited for, 20 s at most, and what they have cached goes where there is no room.
         :class:`ResourceExhausted` if no landing tier has room, or there is no memory.
         """
         check_limit("bytes of the blob", total_bytes, MAX_BLOB_BYTES, "write several blobs")
@@ -182,16 +182,16 @@ class Uploads:
                 f"{len(self._sessions)} upload sessions are open, the limit is {MAX_SESSIONS}: "
                 "commit or abort some"
             )
-        what = uid, owner, total_bytes, slot_bytes, minimum_bytes, new_bytes, bind
-        if not may_wait:
+        what = uid, owner, total_bytes, slot_bytes, minimum_bytes, new_bytes, bind, is_ahead
+        if is_ahead:
             return await self._calls.finish(self._begin(*what))
         return await self._slots.wait_for_memory(lambda: self._calls.finish(self._begin(*what)))
 
-    async def bind(self, session: str, uid: int, bind: Callable[[Connection, str], object]) -> None:
+    async def bind(self, session: str, uid: int, bind: Callable[[Connection, str], T]) -> T:
         """Say in one transaction what an open session is for that was begun without; if *bind*
         raises, it stays as it was."""
         found = self._find(session, uid)
-        await self._calls.finish(self._bind(found, bind))
+        return await self._calls.finish(self._bind(found, bind))
 
     async def append(self, session: str, uid: int, piece: Piece) -> int:
         """Take *piece* of the slot as the blob's next bytes; the blob's bytes so far.
@@ -256,14 +256,20 @@ class Uploads:
         found.open_landing()
         return found.slot
 
-    async def peek(self, session: str, uid: int, offset: int, num_bytes: int) -> bytearray:
-        """A copy of bytes of an open session's slot."""
+    async def peek(
+        self, session: str, uid: int, offset: int, num_bytes: int, use: Callable[[bytearray], T]
+    ) -> T:
+        """What *use* makes, in a thread, of a copy of bytes of an open session's slot."""
         found = self._find(session, uid)
-        data = bytearray(num_bytes)
+
+        def read() -> T:
+            data = bytearray(num_bytes)
+            found.slot.read_into(offset, data)
+            return use(data)
+
         async with found.lock:  # while it is held, the slot is not closed
             found.open_landing()
-            await run_to_end(self._tiers.run(self._tiers.slots, found.slot.read_into, offset, data))
-        return data
+            return await run_to_end(self._tiers.run(self._tiers.slots, read))
 
     # --------------------------------------------------------------------- the daemon's calls
 
@@ -327,6 +333,7 @@ class Uploads:
         minimum_bytes: int,
         new_bytes: int,
         bind: Callable[[Connection, str], object] | None,
+        is_ahead: bool,
     ) -> Grant:
         slot = await self._slots.lend(slot_owner(uid, owner), slot_bytes)
         try:
@@ -339,6 +346,7 @@ class Uploads:
                 minimum_bytes=minimum_bytes,
                 new_bytes=new_bytes,
                 order=self._landing_order(owner),
+                may_relieve=not is_ahead,
             )
         except BaseException:
             self._slots.keep_warm(slot)
@@ -373,11 +381,10 @@ class Uploads:
         if bind is not None:
             bind(connection, found.name)
 
-    async def _bind(self, found: Session, bind: Callable[[Connection, str], object]) -> None:
+    async def _bind(self, found: Session, bind: Callable[[Connection, str], T]) -> T:
         async with found.lock:  # while it is held, the session does not expire
             found.open_landing()
-            await self._catalog.write(lambda connection: bind(connection, found.name))
-            await self._keep_alive(found)
+            return await self._catalog.write(lambda connection: bind(connection, found.name))
 
     async def _append(self, found: Session, piece: Piece) -> int:
         async with found.lock:

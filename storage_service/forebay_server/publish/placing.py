@@ -36,11 +36,13 @@ async def begin_landing(
     new_bytes: int = 0,
     without: Sequence[Tier] = (),
     order: Sequence[str] = (),
+    may_relieve: bool = True,
 ) -> tuple[Tier, BlobLanding, int]:
     """A landing in the best tier that has room for *data_bytes*, those in *without* left out; and
     for how many bytes it has room: where no tier has it for all, for less, *minimum_bytes* at
     least unless they are 0. A tier that has no room for all, and has it for *new_bytes*, will do,
     unless these are 0. *order*: kinds of tiers, best first; kinds that it does not name come last.
+    Only if it *may_relieve* them, what tiers hold of others goes first where there is no room.
 
     :class:`ResourceExhausted` with the numbers of all if none has; :class:`StorageError` if all
     fail.
@@ -49,7 +51,7 @@ async def begin_landing(
         try:
             sizes = [data_bytes, new_bytes] if 0 < new_bytes < data_bytes else [data_bytes]
             tier, landing = await _begin_somewhere(
-                tiers, file, sizes, writing, without=without, order=order
+                tiers, file, sizes, writing, without, order, may_relieve
             )
         except ResourceExhausted:
             if not 0 < minimum_bytes < data_bytes:
@@ -64,9 +66,9 @@ async def _begin_somewhere(
     file: str,
     sizes: Sequence[int],
     writing: ThreadPoolExecutor,
-    *,
     without: Sequence[Tier],
     order: Sequence[str],
+    may_relieve: bool,
 ) -> tuple[Tier, BlobLanding]:
     """In the best tier that has room for one of *sizes*, the first of them that fits there."""
     refusals, failures = [], list[StorageError]()
@@ -76,7 +78,7 @@ async def _begin_somewhere(
             continue
         for data_bytes in sizes:
             try:
-                return tier, await _begin_in(tiers, tier, file, data_bytes, writing)
+                return tier, await _begin_in(tiers, tier, file, data_bytes, writing, may_relieve)
             except ResourceExhausted as error:
                 refusals.append(error.message)
             except StorageError as error:
@@ -89,7 +91,12 @@ async def _begin_somewhere(
 
 
 async def _begin_in(
-    tiers: Tiers, tier: Tier, file: str, data_bytes: int, writing: ThreadPoolExecutor
+    tiers: Tiers,
+    tier: Tier,
+    file: str,
+    data_bytes: int,
+    writing: ThreadPoolExecutor,
+    may_relieve: bool,
 ) -> BlobLanding:
     """A landing in *tier*; where there is no room, what other tiers have, too, goes first."""
     freed = 0
@@ -97,6 +104,8 @@ async def _begin_in(
         try:
             return await tiers.run(tier, BlobLanding.begin, tier, file, data_bytes, writing)
         except ResourceExhausted as error:
+            if not may_relieve:
+                raise
             missing = expected_file_bytes(data_bytes) - tier.space().free_bytes
             more = await tiers.relieve(tier, max(missing, 1))
             freed += more

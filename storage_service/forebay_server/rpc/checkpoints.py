@@ -15,6 +15,7 @@ from forebay_server.publish.checkpoint import (
     SaveAsk,
 )
 from forebay_server.publish.generations import parse_point
+from forebay_server.publish.lease import Grant
 from forebay_server.publish.managing import RunDetail
 from forebay_server.publish.retention import Retention
 from forebay_server.publish.seal import PackSeal, check_note
@@ -90,13 +91,29 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
         grant = await self._checkpoints.begin_pack(
             uid, plan, request.slot_bytes, request.wait_seconds or SLOT_SECONDS
         )
+        return self._session(grant, told)
+
+    async def PreparePack(self, request: pb.PreparePackRequest, context: Any) -> pb.PackSession:
+        grant = await self._checkpoints.prepare_pack(
+            caller_uid(),
+            request.run,
+            request.attempt,
+            request.rank,
+            request.total_bytes,
+            request.slot_bytes,
+        )
+        if grant is None:
+            return pb.PackSession(incarnation=self._incarnation)
+        return self._session(grant, {})
+
+    def _session(self, grant: Grant, told: dict[str, Any]) -> pb.PackSession:
         return pb.PackSession(
             **told,
             session=grant.session,
             slot_bytes=grant.slot_bytes,
             lease_seconds=grant.lease_seconds,
             put_ticket=self._tickets.ticket(
-                "PUT", uid=uid, stop=grant.slot_bytes, session=grant.session
+                "PUT", uid=caller_uid(), stop=grant.slot_bytes, session=grant.session
             ),
             incarnation=self._incarnation,
         )

@@ -44,6 +44,7 @@ REFUSED_WHILE_DRAINING: Final = frozenset(
         "/forebay.v1.Blobs/BeginUpload",
         "/forebay.v1.Checkpoints/BeginAttempt",
         "/forebay.v1.Checkpoints/BeginPack",
+        "/forebay.v1.Checkpoints/PreparePack",
         "/forebay.v1.Datasets/DeleteDataset",
         "/forebay.v1.Checkpoints/DeleteGeneration",
     }
