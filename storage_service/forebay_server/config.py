@@ -10,9 +10,8 @@ file it has the name of its flag. A key that is none of these is an error with a
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -23,6 +22,15 @@ from forebay_server.model.placement import Policy
 from forebay_server.model.watermarks import Watermarks
 from forebay_server.object_options import ObjectOptions
 from forebay_server.policy_file import DEFAULT, all_policies, parse_policies
+from forebay_server.setting_values import (
+    parse_bool,
+    parse_path,
+    parse_seconds,
+    parse_size,
+    parse_text,
+    parse_texts,
+    parse_watermarks,
+)
 from forebay_server.tier_folders import VOLATILE, check_folders, folder_of
 from forebay_wire.errors import InvalidRequest
 
@@ -34,71 +42,6 @@ NONE: Final = "none"
 
 POLICIES: Final = "policies"
 """The file's tables of named policies; they cannot be given elsewhere."""
-
-_SIZE: Final = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*$", re.IGNORECASE)
-_TRUE: Final = frozenset({"1", "true", "yes", "on"})
-_FALSE: Final = frozenset({"0", "false", "no", "off"})
-
-
-def parse_size(value: object) -> int:
-    """Bytes of ``512MiB``, ``10GB`` (decimal), ``1048576`` or an integer."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = _SIZE.match(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("not a size: write bytes or a unit, as in 512MiB, 10GB, 1048576")
-    number, unit, binary = match.groups()
-    power = " kmgtp".index(unit.lower() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def _parse_seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("not a number of seconds")
-    seconds = float(value)
-    if not 0 <= seconds < float("inf"):
-        raise ValueError("not a number of seconds, 0 or more")
-    return seconds
-
-
-def _parse_bool(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text not in _TRUE | _FALSE:
-        raise ValueError("neither true nor false")
-    return text in _TRUE
-
-
-def _parse_text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("not a text")
-    return value.strip()
-
-
-def _parse_path(value: object) -> Path:
-    text = str(value) if isinstance(value, Path) else _parse_text(value)
-    if not text:
-        raise ValueError("an empty path")
-    return Path(text).expanduser()
-
-
-def _parse_texts(value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    if not isinstance(value, Sequence):
-        raise ValueError("not a list of texts")
-    return tuple(_parse_text(part) for part in value)
-
-
-def _parse_watermarks(value: object) -> str:
-    try:
-        Watermarks.parse(str(value))
-    except ValueError:
-        raise ValueError(
-            "not three percentages in ascending order, above 0 and at most 100, as in 85,92,97"
-        ) from None
-    return str(value)
 
 
 @dataclass(frozen=True)
@@ -125,11 +68,11 @@ class Option:
 
     @property
     def repeatable(self) -> bool:
-        return self.parse is _parse_texts
+        return self.parse is parse_texts
 
     @property
     def is_flag(self) -> bool:
-        return self.parse is _parse_bool
+        return self.parse is parse_bool
 
     def read(self, value: object, origin: str) -> Any:
         """The value of what a user wrote in *origin*; :class:`InvalidRequest` names both."""
@@ -161,42 +104,42 @@ class Config:
     """The settings of one daemon; each field is one option of the table :data:`OPTIONS`."""
 
     data: Path = _option(
-        Path("data"), _parse_path, "folder", "Holds the catalog, the lock and the default tiers."
+        Path("data"), parse_path, "folder", "Holds the catalog, the lock and the default tiers."
     )
     catalog: str = _option(
         "",
-        _parse_text,
+        parse_text,
         "URL",
         "Where the catalog lies: postgresql://USER@HOST:PORT/DATABASE, without a password; empty: "
         "in an SQLite file of the data folder.",
     )
     listen: tuple[str, ...] = _option(
         (),
-        _parse_texts,
+        parse_texts,
         "grpc://HOST:PORT",
         "Also take control calls on this TCP address (may be repeated; grpcs:// for TLS). "
         "Beyond loopback it needs tls-cert and tls-key, or insecure.",
     )
     http_listen: str = _option(
         "",
-        _parse_text,
+        parse_text,
         "HOST:PORT",
         "Where byte ranges and /metrics are served; empty: a free port, on the host of the first "
         "listen address beyond loopback, else on 127.0.0.1.",
     )
     advertise_host: str = _option(
         "",
-        _parse_text,
+        parse_text,
         "host name",
         "The name under which others reach this machine where an address is a wildcard like "
         "0.0.0.0; empty: its host name.",
     )
     tls_cert: Path | None = _option(
-        None, _parse_path, "PEM file", "Certificate chain of the TCP addresses beyond loopback."
+        None, parse_path, "PEM file", "Certificate chain of the TCP addresses beyond loopback."
     )
-    tls_key: Path | None = _option(None, _parse_path, "PEM file", "Private key of tls-cert.")
+    tls_key: Path | None = _option(None, parse_path, "PEM file", "Private key of tls-cert.")
     insecure: bool = _option(
-        False, _parse_bool, "", "Allow addresses beyond loopback without TLS: tokens travel bare."
+        False, parse_bool, "", "Allow addresses beyond loopback without TLS: tokens travel bare."
     )
     ram_bytes: int = _option(
         0,
@@ -206,20 +149,20 @@ class Config:
         "this process may use.",
     )
     ssd_path: str = _option(
-        "", _parse_text, "folder", 'Folder of the ssd tier; empty: DATA/ssd; "none": no ssd tier.'
+        "", parse_text, "folder", 'Folder of the ssd tier; empty: DATA/ssd; "none": no ssd tier.'
     )
     ssd_bytes: int = _option(
         0, parse_size, "bytes", "Most bytes in the ssd tier; 0: only the file system limits it."
     )
     hdd_path: str = _option(
-        "", _parse_text, "folder", 'Folder of the hdd tier; empty: DATA/hdd; "none": no hdd tier.'
+        "", parse_text, "folder", 'Folder of the hdd tier; empty: DATA/hdd; "none": no hdd tier.'
     )
     hdd_bytes: int = _option(
         0, parse_size, "bytes", "Most bytes in the hdd tier; 0: only the file system limits it."
     )
     hdd_encoding: str = _option(
         AUTO,
-        _parse_text,
+        parse_text,
         "",
         "How copies are kept in the hdd tier; new bytes land there raw. auto: as each blob gets "
         "smallest, and raw where that saves less than a sixteenth.",
@@ -227,7 +170,7 @@ class Config:
     )
     replaced: tuple[str, ...] = _option(
         (),
-        _parse_texts,
+        parse_texts,
         "tier",
         "For one start: what this tier (ssd, hdd or object) held is lost for good, and the empty "
         "place that it has now is to take over. What has copies elsewhere comes back, the rest is "
@@ -235,14 +178,14 @@ class Config:
     )
     object_url: str = _option(
         "",
-        _parse_text,
+        parse_text,
         "fsspec URL",
         'Where the object tier lies; empty: file://DATA/object; "none": no object tier, and '
         "nothing ever becomes remote. A store that cannot create conditionally caches only.",
     )
     object_client: Literal["s3fs", "obstore"] = _option(
         "s3fs",
-        _parse_text,
+        parse_text,
         "",
         "Who speaks with S3: s3fs, or obstore, which reads faster (install forebay[obstore]).",
         ("s3fs", "obstore"),
@@ -257,7 +200,7 @@ class Config:
     )
     object_encoding: str = _option(
         AUTO,
-        _parse_text,
+        parse_text,
         "",
         "How blobs are kept in the object tier; auto as for hdd-encoding. What is there already "
         "stays as it is.",
@@ -265,7 +208,7 @@ class Config:
     )
     origin_prefixes: tuple[str, ...] = _option(
         (),
-        _parse_texts,
+        parse_texts,
         "folder or URL",
         "Where clients may have the daemon read files in place, with its own rights: absolute "
         "paths and URLs of folders (may be repeated). Without one: nowhere.",
@@ -305,7 +248,7 @@ class Config:
     )
     scrub_interval_seconds: float = _option(
         7 * 86400.0,
-        _parse_seconds,
+        parse_seconds,
         "seconds",
         "From the end of one background scrub, which reads every copy and compares it with its "
         "digests, to the next one; 0: none.",
@@ -324,54 +267,54 @@ class Config:
     )
     watermarks: str = _option(
         "85,92,97",
-        _parse_watermarks,
+        parse_watermarks,
         "percent",
         "LOW,HIGH,STOP of a local tier: above HIGH copies that another tier has are evicted down "
         "to LOW; above STOP the cache adds nothing, which leaves room for checkpoints.",
     )
     lease_seconds: float = _option(
         60.0,
-        _parse_seconds,
+        parse_seconds,
         "seconds",
         "An upload whose client neither writes nor renews for this long ends and is reclaimed.",
     )
     default_policy: str = _option(
         DEFAULT.name,
-        _parse_text,
+        parse_text,
         "policy",
         "The policy of datasets and runs that none is assigned to.",
     )
     trash_seconds: float = _option(
         86400.0,
-        _parse_seconds,
+        parse_seconds,
         "seconds",
         "How long a deleted dataset, run or generation can be restored (`forebay trash`); 0: it "
         "goes at once.",
     )
     drain_seconds: float = _option(
         30.0,
-        _parse_seconds,
+        parse_seconds,
         "seconds",
         "How long a stopping daemon finishes sealed packs and running work before it ends.",
     )
     idle_exit: float = _option(
         0.0,
-        _parse_seconds,
+        parse_seconds,
         "seconds",
         "End after this long without a client, once nothing is below local; 0: never.",
     )
     log_level: str = _option(
         "info",
-        _parse_text,
+        parse_text,
         "",
         "The least important log lines that are written.",
         ("debug", "info", "warning", "error"),
     )
     log_format: str = _option(
-        "text", _parse_text, "", "Log lines for people or for machines.", ("text", "json")
+        "text", parse_text, "", "Log lines for people or for machines.", ("text", "json")
     )
     reflection: bool = _option(
-        False, _parse_bool, "", "Serve gRPC reflection (grpcurl and friends; it needs a token)."
+        False, parse_bool, "", "Serve gRPC reflection (grpcurl and friends; it needs a token)."
     )
 
     @property

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from forebay_server.addresses import parse_address
-from forebay_server.config import OPTIONS, load_config, parse_size
+from forebay_server.config import OPTIONS, load_config
+from forebay_server.setting_values import parse_size
 from forebay_wire.errors import InvalidRequest
 
 
