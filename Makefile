@@ -11,9 +11,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 STAMP := .venv/.setup-stamp
 PEERS_STAMP := .venv-peers/.setup-stamp
 PROTOS := $(sort $(wildcard proto/forebay_wire/v1/*.proto))
-BENCHMARKS := $(filter-out benchmarks/harness.py benchmarks/checkpoint_% benchmarks/loader_% benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/children.py benchmarks/harness.py benchmarks/raw_disk.py benchmarks/checkpoint_% benchmarks/loader_% benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+# The tests start hundreds of processes: without its bytecode each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # $(call generate,FOLDER) writes the code of all .proto files below FOLDER.
 generate = python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) \

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import settings
 
 from forebay_server.catalog.engine import sqlite_url
+from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.postgresql import PostgresqlServer
 from forebay_server.testing.s3 import S3Bucket, missing_s3, open_bucket
+from forebay_server.testing.warm import WarmPython
 
 # Debian keeps these off PATH.
 EXTRA_FOLDERS = ("/usr/sbin", "/sbin", *map(str, Path("/usr/lib/postgresql").glob("*/bin")))
@@ -37,6 +39,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("CI") == "true":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_daemons() -> Iterator[None]:
+    """Daemons fork from a process that has imported them: the tests start some hundreds."""
+    with WarmPython("forebay_server.cli") as warm:
+        DaemonProcess.warm = warm
+        yield
+        DaemonProcess.warm = None
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,15 @@ def _parse(text: str) -> tuple[dict[str, int], dict[str, Path]]:
     return kills, holds
 
 
-_kills, _holds = _parse(os.environ.get(VARIABLE, ""))
+def arm(text: str) -> None:
+    """Kill and hold up from now on where *text*, a value of the variable, says so."""
+    global _kills, _holds
+    _kills, _holds = _parse(text)
+
+
+_kills: dict[str, int]
+_holds: dict[str, Path]
+arm(os.environ.get(VARIABLE, ""))
 
 
 def failpoint(name: str) -> None:

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
+from forebay_server.testing.warm import WarmProcess, WarmPython
 from forebay_wire.protocol import ADDRESS_FILE_NAME
 
 START_SECONDS: Final = 40.0
@@ -33,6 +34,9 @@ class DaemonProcess:
     Not thread-safe.
     """
 
+    warm: ClassVar[WarmPython | None] = None
+    """Starts the daemons that need no Python of their own, where set."""
+
     def __init__(
         self,
         data: Path,
@@ -45,7 +49,7 @@ class DaemonProcess:
         self.prefix = prefix
         self.arguments: Sequence[str] = arguments
         self.environment = dict(environment or {})
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | WarmProcess | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -79,15 +83,18 @@ class DaemonProcess:
     def start(self, *, environment: Mapping[str, str] | None = None) -> Self:
         """Start the process, and do not wait; *environment* is for this start only."""
         assert self.process is None or self.process.poll() is not None, "it runs already"
-        command = [sys.executable, "-m", "forebay_server", "serve", "--data", str(self.data)]
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self.prefix, *command, *self.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self.environment, **(environment or {})},
-            )
+        words = ["-m", "forebay_server", "serve", "--data", str(self.data), *self.arguments]
+        environment = {**os.environ, **self.environment, **(environment or {})}
+        with self.log_path.open("ab") as log, open(os.devnull, "rb") as nothing:
+            streams = (nothing.fileno(), log.fileno(), log.fileno())
+            if self.warm is not None and not self.prefix and self.warm.can_start(environment):
+                self.process = self.warm.start(words, environment, *streams)
+            else:
+                command = [*self.prefix, sys.executable, *words]
+                stdin, stdout, stderr = streams
+                self.process = subprocess.Popen(
+                    command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment
+                )
         return self
 
     def wait_ready(self, seconds: float = START_SECONDS) -> Self:
