@@ -41,6 +41,15 @@ class SourceReplica:
     file: str
     encoding: str
     is_remote: bool
+    rank: int
+
+
+@dataclass(frozen=True)
+class PackOfRun:
+    """What a blob is to a run."""
+
+    run: str
+    rank: int
 
 
 def shareable(connection: Connection, run: str, tier: str, node: str) -> list[SourceReplica]:
@@ -52,7 +61,9 @@ def shareable(connection: Connection, run: str, tier: str, node: str) -> list[So
         rows = _replicas(connection, one, tier, node)
         num_generations += bool(rows)
         found += [
-            SourceReplica(row.replica, row.blob, row.file, row.encoding, bool(row.is_remote))
+            SourceReplica(
+                row.replica, row.blob, row.file, row.encoding, bool(row.is_remote), row.rank
+            )
             for row in rows
         ]
         if num_generations == RECENT:
@@ -69,6 +80,7 @@ def _replicas(connection: Connection, one: Ancestor, tier: str, node: str) -> Se
             extents.c.file,
             replicas.c.encoding,
             remote.label("is_remote"),
+            packs.c.rank,
         )
         .join(packs, packs.c.blob == replicas.c.blob)
         .join(extents, and_(extents.c.replica == replicas.c.replica, extents.c.seq == 0))
@@ -96,11 +108,11 @@ def likely_new_bytes(connection: Connection, run: str, rank: int) -> int:
     return int(row.num_bytes - row.shared_bytes) * 3 // 2 + SLACK_BYTES
 
 
-def run_of_pack(connection: Connection, blob: str) -> str | None:
+def find_pack(connection: Connection, blob: str) -> PackOfRun | None:
     """A run that has *blob* as a pack, None without one."""
-    found = select(packs.c.run).where(packs.c.blob == blob).order_by(packs.c.created).limit(1)
-    run: str | None = connection.scalar(found)
-    return run
+    found = select(packs.c.run, packs.c.rank).where(packs.c.blob == blob)
+    row = connection.execute(found.order_by(packs.c.created).limit(1)).one_or_none()
+    return None if row is None else PackOfRun(row.run, row.rank)
 
 
 def num_sharers(connection: Connection, names: Sequence[str]) -> dict[str, int]:
@@ -205,12 +217,23 @@ def add_pieces(
     pieces: Sequence[ObjectExtent],
     *,
     node: str = "",
+    encoding: str = PIECES,
+    reason: str = "",
 ) -> str:
-    """The rows of a replica in pieces, whose files are known. The list comes first, as an extent
-    without bytes."""
+    """The rows of a replica in pieces, whose files are known; out of service if there is a
+    *reason*. The list comes first, as an extent without bytes."""
     replica = new_random_name()
+    state = "quarantined" if reason else "live"
     connection.execute(
-        insert(replicas).values(replica=replica, blob=blob, tier=tier, node=node, encoding=PIECES)
+        insert(replicas).values(
+            replica=replica,
+            blob=blob,
+            tier=tier,
+            node=node,
+            encoding=encoding,
+            state=state,
+            reason=reason,
+        )
     )
     rows = [(0, list_file, 0, 0)] if list_file else []
     rows += [(one.blob_offset, one.file, one.file_offset, one.num_bytes) for one in pieces]

@@ -10,8 +10,8 @@ from sqlalchemy import Connection, case, exists, func, or_, select
 
 from forebay_server.catalog.queries_jobs import Job, is_scheduled, job_from
 from forebay_server.catalog.tables import (
+    blobs,
     datasets,
-    extents,
     generations,
     jobs,
     packs,
@@ -85,9 +85,10 @@ def _tier_bytes(connection: Connection, object_tier: str) -> tuple[dict[str, int
         select(
             replicas.c.tier,
             case((or_(replicas.c.tier == object_tier, is_remote), 1), else_=0).label("is_clean"),
-            func.sum(extents.c.num_bytes).label("num_bytes"),
+            # Not of their pieces: several may be for the same bytes.
+            func.sum(blobs.c.num_bytes).label("num_bytes"),
         )
-        .select_from(replicas.join(extents))
+        .select_from(replicas.join(blobs))
         .where(replicas.c.state == "live")
         .group_by(replicas.c.tier, "is_clean")
     )

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog
-from forebay_server.catalog.queries_sharing import SourceReplica, num_sharers, shareable
+from forebay_server.catalog.queries_sharing import (
+    PackOfRun,
+    SourceReplica,
+    num_sharers,
+    shareable,
+)
+from forebay_server.model.deltas import Base, base_of
 from forebay_server.model.encodings import PIECES, RAW
 from forebay_server.model.extents import ObjectExtent
 from forebay_server.model.sharing import Placed, Source, known_segments
@@ -23,6 +29,16 @@ logger = logging.getLogger(__name__)
 
 MAX_SEGMENTS: Final = 1 << 20
 """Of all replicas that are remembered: about 150 MB at most, a terabyte of large tensors."""
+
+
+@dataclass(frozen=True)
+class Shareable:
+    """What a pack need not store once more."""
+
+    segments: Mapping[bytes, Placed]
+    """By BLAKE3: what it refers to where it has the same."""
+    base: Base | None = None
+    """What it may store differences from."""
 
 
 class KnownSegments:
@@ -39,20 +55,40 @@ class KnownSegments:
 
         Nothing that cannot be read now: it is written anew then.
         """
+        sources = [source for _, source in await self._read_sources(run, tier)]
+        return known_segments(sources, await self._num_sharers(sources))
+
+    async def of_pack(self, pack: PackOfRun, tier: Tier) -> Shareable:
+        """The same for *pack*, with the pack of the newest generation that its segments may be
+        differences from."""
+        found = await self._read_sources(pack.run, tier)
+        sources = [source for _, source in found]
+        newest = next(((one, source) for one, source in found if one.rank == pack.rank), None)
+        first = newest[1].files if newest is not None else ()
+        known = known_segments(sources, await self._num_sharers(sources), first)
+        if newest is None:
+            return Shareable(known)
+        usable = {one.file for placed in known.values() for one in placed.layers}
+        return Shareable(known, base_of(newest[0].blob, newest[1], usable))
+
+    async def _num_sharers(self, sources: Sequence[Source]) -> Mapping[str, int]:
+        names = sorted({file for source in sources for file in source.files})
+        return await self._catalog.read(lambda connection: num_sharers(connection, names))
+
+    async def _read_sources(self, run: str, tier: Tier) -> list[tuple[SourceReplica, Source]]:
+        """Those that can be read now, newest first."""
         found = await self._catalog.read(
             lambda connection: shareable(connection, run, tier.name, self._node)
         )
-        sources: list[Source] = []
+        sources: list[tuple[SourceReplica, Source]] = []
         for one in found:
             try:
                 source = await self._source(tier, one)
             except ForebayError as error:
                 logger.info("a pack shares nothing with blob %s: %s", one.blob, error)
                 continue
-            sources.append(replace(source, is_remote=one.is_remote))
-        names = sorted({extent.file for source in sources for extent in source.extents})
-        sharers = await self._catalog.read(lambda connection: num_sharers(connection, names))
-        return known_segments(sources, sharers)
+            sources.append((one, replace(source, is_remote=one.is_remote)))
+        return sources
 
     async def _source(self, tier: Tier, one: SourceReplica) -> Source:
         known = self._sources.get(one.replica_id)

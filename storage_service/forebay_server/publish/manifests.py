@@ -8,29 +8,27 @@ everything that it names. Every step may be repeated: what exists is checked and
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import BlobLocation, Replica
 from forebay_server.catalog.queries_damage import quarantine
 from forebay_server.catalog.queries_objects import ManifestRecord, insert_object_replica
-from forebay_server.catalog.queries_sharing import StaleReference, run_of_pack
+from forebay_server.catalog.queries_sharing import StaleReference, find_pack
 from forebay_server.locks import NamedLocks
 from forebay_server.model.encodings import PIECES, RAW
-from forebay_server.model.extents import ObjectBlob, ObjectExtent
-from forebay_server.model.sharing import Division, Placed, merged
-from forebay_server.publish.known import KnownSegments
-from forebay_server.tier.encode import StoredFile, encode_into, open_plain
-from forebay_server.tier.pieces import segments_of
+from forebay_server.model.extents import ObjectBlob
+from forebay_server.publish.known import KnownSegments, Shareable
+from forebay_server.publish.object_copy import Made, Place, copy_blob
+from forebay_server.tier.deltas import DamagedBase
+from forebay_server.tier.encode import open_plain
 from forebay_server.tier.registry import Tiers
-from forebay_server.tier.store import Tier, TierReader
-from forebay_server.tier.verify import read_table, verify_file
+from forebay_server.tier.store import Tier
+from forebay_server.tier.verify import verify_file
 from forebay_wire.errors import AlreadyExists, IntegrityError, NotFound, StorageError
 from forebay_wire.failpoints import failpoint
-from forebay_wire.ids import new_random_name
-from forebay_wire.segments import SegmentTable
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +48,6 @@ class Progress(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A blob that has been copied, up to its list."""
-
-    found: ObjectBlob
-    file: str
-    stored: StoredFile | None
-    """What was written into *file*; None: nothing was new."""
-
-
 class ObjectPublisher:
     """Brings manifests and blobs into the object tier. Belongs to the event loop."""
 
@@ -70,15 +58,21 @@ class ObjectPublisher:
         tier: Tier,
         locks: NamedLocks,
         forget: Callable[[str], object] = lambda blob: None,
+        *,
+        stores_deltas: bool = True,
     ) -> None:
         """*tier* is the object tier; *locks* are shared with whoever deletes there; *forget* is
-        told the id of a blob whose replica turned out to be bad."""
+        told the id of a blob whose replica turned out to be bad. With *stores_deltas* segments of
+        packs may lie there as differences from those of older ones."""
         self._catalog = catalog
         self._tiers = tiers
         self._tier = tier
         self._locks = locks
         self._known = KnownSegments(catalog, tiers)
         self._forget = forget
+        self._stores_deltas = stores_deltas and tier.encoding != RAW
+        self.num_bytes: Counter[str] = Counter(plain=0, stored=0)
+        """Of segments that lie as differences since the start: their own, and what they take."""
 
     async def publish(self, record: ManifestRecord, progress: Progress) -> None:
         """Bring *record* and all that it names into the object tier; durable on return.
@@ -115,7 +109,7 @@ class ObjectPublisher:
             await self._insert(blob, found)
             return
         failpoint("flush.before_blob")
-        made = await self._copy(location, progress, await self._shared(blob))
+        made = await self._copy(location, progress, await self._shareable(blob))
         try:
             await self._insert(*made)
         except StaleReference as error:
@@ -129,11 +123,11 @@ class ObjectPublisher:
             )
         )
 
-    async def _shared(self, blob: str) -> Mapping[bytes, Placed] | None:
-        """What of a pack its run has in the object tier already; None for other blobs, which share
+    async def _shareable(self, blob: str) -> Shareable | None:
+        """What of a pack need not be stored once more; None for other blobs, which share
         nothing."""
-        run = await self._catalog.read(lambda connection: run_of_pack(connection, blob))
-        return None if run is None else await self._known.of(run, self._tier)
+        pack = await self._catalog.read(lambda connection: find_pack(connection, blob))
+        return None if pack is None else await self._known.of_pack(pack, self._tier)
 
     def _row(self, location: BlobLocation) -> Replica | None:
         """The live replica in the object tier that the catalog knows."""
@@ -152,7 +146,7 @@ class ObjectPublisher:
             lambda connection: quarantine(connection, replica.replica_id, reason)
         )
 
-    # ---------------------------------------------------------- below: on a thread of the tier
+    # ---------------------------------------------------- the next two: on a thread of the tier
 
     def _is_there(self, blob: str, replica: Replica) -> bool:
         names = {BLOBS + blob, *(self._tier.blob_name(one.file) for one in replica.extents)}
@@ -175,19 +169,16 @@ class ObjectPublisher:
         return found
 
     async def _copy(
-        self, location: BlobLocation, progress: Progress, known: Mapping[bytes, Placed] | None
+        self, location: BlobLocation, progress: Progress, shareable: Shareable | None
     ) -> tuple[str, ObjectBlob, str | None]:
         """Copy a blob from its best good replica, verified on both sides: what of it is not
-        *known*. With where it lies, and its own file if it shares others."""
-        names = {tier.name for tier in self._tiers.all} - {self._tier.name}
-        away = [one.tier for one in location.live() if one.tier not in {*names, self._tier.name}]
+        *shareable*. With where it lies, and its own file if it shares others."""
+        near = await self._near(shareable)
         for replica in location.live():
-            if replica.tier not in names:
+            if (source := self._place(location.blob, replica)) is None:
                 continue
             try:
-                made = await self._tiers.run(
-                    self._tier, self._copy_file, location.blob, replica, progress, known
-                )
+                made = await self._make(source, progress, shareable, near)
             except (IntegrityError, NotFound) as error:
                 await self._quarantine(location, replica, str(error))
                 continue
@@ -196,59 +187,59 @@ class ObjectPublisher:
                 await self._tiers.run(self._tier, self._read_back, made)
             found = await self._tiers.run(self._tier, self._put_list, location.blob, made)
             failpoint("flush.after_extents")
+            if made.deltas is not None:
+                self.num_bytes.update(plain=made.deltas.plain_bytes, stored=made.deltas.delta_bytes)
             shares = found.encoding == PIECES
             return location.blob, found, made.file if shares else None
+        raise self._lost(location)
+
+    def _lost(self, location: BlobLocation) -> StorageError | IntegrityError:
+        """Why there is nothing to copy a blob from."""
+        names = {tier.name for tier in self._tiers.all}
+        away = [one.tier for one in location.live() if one.tier not in names]
         if away:
-            raise StorageError(
+            return StorageError(
                 f"blob {location.blob} lies in tier {away[0]}, which this daemon was started "
                 "without: give it the tier again, or delete what names the blob"
             )
-        raise IntegrityError(
+        return IntegrityError(
             f"blob {location.blob} has no good copy on this node: what names it cannot be brought "
             "into the object tier; delete it, or restore the lost tier"
         )
 
-    def _copy_file(
-        self,
-        blob: str,
-        replica: Replica,
-        progress: Progress,
-        known: Mapping[bytes, Placed] | None,
-    ) -> _Made:
-        source, file = self._tiers.get(replica.tier), new_random_name()
-        with open_plain(source, replica.extents[0].file, replica.encoding, blob) as reader:
-            if known is not None:
-                table = read_table(reader, blob)
-                division = Division.of(table, known)
-                if len(division.own) < table.num_segments:
-                    return self._copy_own(reader, table, division, file, progress)
-            stored = encode_into(
-                reader, self._tier, file, self._tier.encoding, blob, advance=progress.advance
-            )
-        size = stored.table.total_bytes
-        extent = ObjectExtent(0, 0, size, stored.num_bytes, file, stored.encoding)
-        return _Made(ObjectBlob(stored.table, (extent,), stored.encoding), file, stored)
+    async def _make(
+        self, source: Place, progress: Progress, shareable: Shareable | None, near: Place | None
+    ) -> Made:
+        """Copy a blob from *source*; without differences if what is *near* is no good."""
+        arguments = source, self._tier, progress.advance, shareable
+        try:
+            return await self._tiers.run(self._tier, copy_blob, *arguments, near)
+        except DamagedBase as error:
+            assert near is not None, "only that is compared with"
+            located = (await self._catalog.locate([near.blob])).get(near.blob)
+            if located is not None:
+                await self._quarantine(located, near.replica, str(error))
+            return await self._tiers.run(self._tier, copy_blob, *arguments)
 
-    def _copy_own(
-        self,
-        reader: TierReader,
-        table: SegmentTable,
-        division: Division,
-        file: str,
-        progress: Progress,
-    ) -> _Made:
-        """Copy the segments that are new, as a blob file of their own."""
-        stored: StoredFile | None = None
-        if division.own:
-            own = segments_of(reader, table, division.own)
-            stored = encode_into(
-                own, self._tier, file, self._tier.encoding, None, advance=progress.advance
-            )
-        size, encoding = (stored.num_bytes, stored.encoding) if stored else (0, RAW)
-        extents = tuple(merged(division.placed, file, size, encoding))
-        return _Made(ObjectBlob(table, extents, PIECES), file, stored)
+    async def _near(self, shareable: Shareable | None) -> Place | None:
+        """Where the pack that another may have differences from is read on this node. From the
+        object tier it would cost more than is saved."""
+        if shareable is None or shareable.base is None or not self._stores_deltas:
+            return None
+        blob = shareable.base.blob
+        located = (await self._catalog.locate([blob])).get(blob)
+        copies = located.live() if located is not None else ()
+        places = (self._place(blob, one) for one in copies)
+        return next((one for one in places if one is not None), None)
 
-    def _read_back(self, made: _Made) -> None:
+    def _place(self, blob: str, replica: Replica) -> Place | None:
+        """Where a replica can be copied from; None: not here."""
+        tiers = (one for one in self._tiers.all if one is not self._tier)
+        return next((Place(blob, one, replica) for one in tiers if one.name == replica.tier), None)
+
+    # ---------------------------------------------------------- below: on a thread of the tier
+
+    def _read_back(self, made: Made) -> None:
         """Check the copy; what is wrong is removed."""
         file, stored = made.file, made.stored
         assert stored is not None, "something was written"
@@ -261,7 +252,7 @@ class ObjectPublisher:
                 f"what was just written into the object tier reads back wrong: {error}"
             ) from error
 
-    def _put_list(self, blob: str, made: _Made) -> ObjectBlob:
+    def _put_list(self, blob: str, made: Made) -> ObjectBlob:
         """Publish the blob's extent list; somebody else's, if that came first."""
         try:
             self._put(BLOBS + blob, made.found.encode())
