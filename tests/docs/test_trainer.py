@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from forebay_trainer.config import keys
-from forebay_trainer.train import TrainConfig
+from forebay_trainer.settings import TrainConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainer.md"
 

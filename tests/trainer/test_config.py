@@ -5,30 +5,30 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from forebay_trainer import config as configuration
+from forebay_trainer import recipe as recipes
 from forebay_trainer.__main__ import main
-from forebay_trainer.train import TrainConfig
+from forebay_trainer.settings import TrainConfig
 from forebay_wire.errors import InvalidRequest, NotFound
 
 
-def load(*overrides, recipe="mnist_cnn"):
-    return configuration.load(TrainConfig, recipe, overrides)
+def load(*overrides, recipe="mnist_cnn", size=None):
+    return recipes.load(recipe, overrides, size=size).config
 
 
 @pytest.fixture
 def recipe(tmp_path):
     def write(text):
         path = tmp_path / "mine.toml"
-        path.write_text(text)
+        path.write_text('code = "mnist_cnn"\n' + text)
         return str(path)
 
     return write
 
 
 def test_every_bundled_recipe_is_valid():
-    recipes = sorted(configuration.RECIPES.glob("*.toml"))
-    assert recipes
-    for path in recipes:
-        configuration.load(TrainConfig, str(path))
+    assert "mnist_cnn" in recipes.names()
+    for name in recipes.names():
+        assert recipes.load(name).name == name
 
 
 def test_a_bundled_recipe_is_found_by_name_and_by_the_path_that_the_readme_shows():
@@ -36,7 +36,7 @@ def test_a_bundled_recipe_is_found_by_name_and_by_the_path_that_the_readme_shows
 
 
 def test_a_file_wins_over_a_bundled_recipe_of_the_same_name(tmp_path, monkeypatch):
-    (tmp_path / "mnist_cnn.toml").write_text("num_epochs = 77\n")
+    (tmp_path / "mnist_cnn.toml").write_text("code = 'mnist_cnn'\nnum_epochs = 77\n")
     monkeypatch.chdir(tmp_path)
     assert load(recipe="mnist_cnn.toml").num_epochs == 77
 
@@ -120,17 +120,80 @@ def test_a_block_shuffle_has_blocks_of_at_least_one_row():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("num_epoch = 3\n", r"unknown key 'num_epoch' \(recipe .*mine.toml\).*'num_epochs'\?"),
-        ("[data]\nshufle = 'full'\n", r"unknown key 'data.shufle' .*'data.shuffle'\?"),
-        ("[dat]\nshuffle = 'full'\n", r"unknown key 'dat' .*mine.toml"),
-        ("data = 3\n", r"'data' \(recipe .*mine.toml\) is a section, not the value 3"),
-        ("num_epochs = '3'\n", r"'num_epochs' \(recipe .*\) must be int, not '3' \(str\)"),
-        ("num_epochs = \n", r"mine.toml is not valid TOML: .*line 1"),
+        ("num_epoch = 3\n", r"key 'num_epoch' \(/.*mine.toml, line 2\): .*'num_epochs'\?"),
+        ("[data]\nshufle = 'full'\n", r"'data.shufle' \(.*, line 3\): .*'data.shuffle'\?"),
+        ("[dat]\nshuffle = 'full'\n", r"unknown key 'dat' \(.*mine.toml, line 3\)"),
+        ("data = 3\n", r"'data' \(.*mine.toml, line 2\) is a section, not the value 3"),
+        ("\nnum_epochs = '3'\n", r"'num_epochs' \(.*, line 3\) must be int, not '3' \(str\)"),
+        ("model.hidden_features = 'x'\n", r"'model.hidden_features' \(.*, line 2\) must be int"),
+        ("num_epochs = \n", r"mine.toml is not valid TOML: .*line 2"),
     ],
 )
 def test_a_wrong_recipe_is_named(recipe, text, message):
     with pytest.raises(InvalidRequest, match=message):
         load(recipe=recipe(text))
+
+
+def test_a_size_wins_over_the_rest_of_the_file_and_arguments_over_it(recipe):
+    path = recipe("num_epochs = 2\nseed = 1\n[sizes.gpu]\nnum_epochs = 3\nmodel.channels = [64]\n")
+    assert load(recipe=path).num_epochs == 2
+    gpu = load(recipe=path, size="gpu")
+    assert (gpu.num_epochs, gpu.seed, gpu.model.channels) == (3, 1, (64,))
+    assert load("num_epochs=4", recipe=path, size="gpu").num_epochs == 4
+    with pytest.raises(InvalidRequest, match=r"has no size 'huge'; it has: gpu"):
+        load(recipe=path, size="huge")
+    with pytest.raises(InvalidRequest, match=r"'num_epochs' \(.*, line 3\) must be int"):
+        load(recipe=recipe("[sizes.gpu]\nnum_epochs = 1.5\n"), size="gpu")
+
+
+CODE = """
+from dataclasses import dataclass
+import torch
+from forebay_trainer.config import setting
+from forebay_trainer.task import Task
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    width: int = setting(3, "of the layer")
+
+def build(config: Config) -> Task:
+    return Task(torch.nn.Linear(config.width, 1))
+"""
+
+
+def test_a_recipe_of_the_user_is_a_folder_with_a_function(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.py").write_text(CODE)
+    (tmp_path / "mine" / "recipe.toml").write_text("[model]\nwidth = 4\n")
+    recipe = recipes.load(str(tmp_path / "mine"), ["num_epochs=2"])
+    assert recipe.name == "mine"
+    assert recipe.build().modules["model"].in_features == 4
+    assert recipe.config.num_epochs == 2
+    with pytest.raises(InvalidRequest, match=r"unknown key 'model.widht' .*'model.width'\?"):
+        recipes.load(str(tmp_path / "mine"), ["model.widht=2"])
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = 1\n", r"recipe.py has no function build\(config\)"),
+        ("def build(config): ...\n", r"takes a dataclass of settings: annotate"),
+        (None, r"has no Python file .*recipe.py"),
+    ],
+)
+def test_a_recipe_without_its_function_is_named(tmp_path, code, message):
+    (tmp_path / "recipe.toml").write_text("")
+    if code is not None:
+        (tmp_path / "recipe.py").write_text(code)
+    with pytest.raises((InvalidRequest, NotFound), match=message):
+        recipes.load(str(tmp_path))
+
+
+def test_build_returns_a_task(tmp_path):
+    (tmp_path / "recipe.toml").write_text("")
+    (tmp_path / "recipe.py").write_text(CODE.replace("Task(torch", "(torch"))
+    with pytest.raises(InvalidRequest, match="returns no Task: Linear"):
+        recipes.load(str(tmp_path)).build()
 
 
 def test_a_missing_recipe_names_the_bundled_ones():
@@ -139,7 +202,7 @@ def test_a_missing_recipe_names_the_bundled_ones():
 
 
 def test_every_key_has_a_meaning():
-    keys = list(configuration.keys(TrainConfig))
+    keys = list(configuration.keys(type(load())))
     assert len({key.name for key in keys}) == len(keys) > 20
     assert [key.name for key in keys if not key.meaning] == []
 

@@ -1,6 +1,7 @@
 """The loaders that a configuration builds, of a dataset of a real daemon."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
@@ -8,8 +9,9 @@ import pytest
 
 import forebay
 from forebay_server.testing.daemon import DaemonProcess
-from forebay_trainer.data import DataConfig
+from forebay_trainer.data import DataConfig, real_ids
 from forebay_trainer.parallel import ParallelConfig
+from forebay_trainer.recipe import load
 
 NUM_SAMPLES = 200
 SEED = 3
@@ -34,6 +36,12 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forebay.Client]
         yield connected
 
 
+def opened(client, config):
+    task = load("mnist_cnn", ["model.image_shape=[32,32]"]).build()
+    parallel = ParallelConfig(backend="gloo").build()
+    return config.build(client, parallel, task, seed=SEED, run="r")
+
+
 @pytest.mark.parametrize(
     "order",
     [
@@ -49,9 +57,9 @@ def test_samples_come_in_the_order_that_is_configured(client, order):
     config = DataConfig(
         dataset="tiny", train_split=None, test_split=None, global_batch_size=8, **order
     )
-    data = config.build(client, ParallelConfig(backend="gloo").build(), SEED)
+    data = opened(client, config)
     try:
-        found = [data.prepare(batch).ids for batch in data.train_loader]
+        found = [list(real_ids(batch)) for epoch in data.epochs(1) for batch in epoch]
         assert len(found) == data.steps_per_epoch
     finally:
         data.close()
@@ -60,3 +68,61 @@ def test_samples_come_in_the_order_that_is_configured(client, order):
         wanted = [batch["_ids"].tolist() for batch in own]
     assert found == wanted
     assert sorted(sum(found, [])) == list(range(NUM_SAMPLES))  # noqa: RUF017 - a few batches
+
+
+@pytest.mark.parametrize(("last_batch", "steps"), [("keep", 7), ("pad", 7), ("drop", 6)])
+def test_the_short_last_batch_counts_as_the_loader_counts_it(client, last_batch, steps):
+    config = DataConfig(
+        dataset="tiny",
+        train_split=None,
+        test_split=None,
+        global_batch_size=32,
+        last_batch=last_batch,
+    )
+    with closing(opened(client, config)) as data:
+        assert data.steps_per_epoch == steps
+        ends = [data.is_epoch_over for epoch in data.epochs(1) for _ in epoch]
+        assert ends == [False] * (steps - 1) + [True]
+
+
+def test_folds_share_out_the_training_data(client):
+    tested = []
+    for fold in range(3):
+        config = DataConfig(
+            dataset="tiny", train_split=None, num_folds=3, fold=fold, global_batch_size=50
+        )
+        with closing(opened(client, config)) as data:
+            trained = [each for epoch in data.epochs(1) for b in epoch for each in real_ids(b)]
+            held_out = [each for batch in data.test_batches() for each in real_ids(batch)]
+        assert sorted(trained + held_out) == list(range(NUM_SAMPLES))
+        tested += held_out
+    assert sorted(tested) == list(range(NUM_SAMPLES))
+
+
+def test_micro_batches_have_at_most_the_rows_that_are_set(client):
+    config = DataConfig(
+        dataset="tiny",
+        train_split=None,
+        test_split=None,
+        global_batch_size=64,
+        micro_batch_size=20,
+        shuffle="none",
+    )
+    with closing(opened(client, config)) as data:
+        parts = [data.parts(batch) for epoch in data.epochs(1) for batch in epoch]
+    assert {len(each) for each in parts} == {data.num_parts} == {4}
+    assert max(len(part["id"]) for each in parts for part in each) <= 20
+    rows = [each for step in parts for part in step for each in real_ids(part)]
+    assert rows == list(range(NUM_SAMPLES))
+
+
+def test_rows_that_are_appended_are_a_new_version(client):
+    with client.create_dataset("grows") as writer:
+        writer.write_table(pa.table({"x": [1, 2, 3]}))
+    config = DataConfig(dataset="grows", train_split=None, test_split=None, follow=True)
+    with closing(opened(client, config)) as data:
+        lengths = []
+        for epoch in data.epochs(3):
+            lengths.append(sum(len(real_ids(batch)) for batch in epoch))
+            data.append({"x": [4, 5]})
+    assert lengths == [3, 5, 7]

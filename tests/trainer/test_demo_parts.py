@@ -175,8 +175,8 @@ EVENTS = [
     *(step(2, number) for number in range(5, 9)),
     save(1, 4, 0.002),
     save(2, 8, 0.004),
-    {"event": "epoch", "test_accuracy": 0.5},
-    {"event": "epoch", "test_accuracy": 0.9},
+    {"event": "evaluation", "test_accuracy": 0.5},
+    {"event": "evaluation", "test_accuracy": 0.9},
 ]
 
 

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from forebay_trainer.data import Data, DataConfig
-from forebay_trainer.loop import share_of_mean
-from forebay_trainer.models import ModelConfig
+from forebay_trainer.data import cut, real_ids, whole
 from forebay_trainer.optim import OptimizerConfig
+from forebay_trainer.recipe import load
+from forebay_trainer.task import share_of_mean
 
 
 @pytest.fixture
-def data():
-    return Data(DataConfig(mean=0.5, std=0.5, global_batch_size=4), None, None, num_samples=10)
+def task():
+    overrides = ["model.dropout=0", "model.channels=[4]", "model.hidden_features=8"]
+    torch.manual_seed(0)
+    return load("mnist_cnn", [*overrides, "model.mean=0.5", "model.std=0.5"]).build()
 
 
 def batch_of(num_samples, seed=0):
@@ -25,26 +26,24 @@ def batch_of(num_samples, seed=0):
 
 
 def part(batch, start, stop, num_padding=0):
-    cut = {name: values[start:stop] for name, values in batch.items()}
+    rows = {name: values[start:stop] for name, values in batch.items()}
     if num_padding:
         padding = {name: values[:num_padding] for name, values in batch.items()}
-        cut = {name: torch.cat([values, padding[name]]) for name, values in cut.items()}
-        cut["_mask"] = torch.arange(stop - start + num_padding) < stop - start
-    return cut
+        rows = {name: torch.cat([values, padding[name]]) for name, values in rows.items()}
+        rows["_mask"] = torch.arange(stop - start + num_padding) < stop - start
+    return whole(rows)
 
 
-def gradients(model, parts, num_samples):
+def gradients(task, parts, num_samples):
     """The mean over the ranks of what each one computes, as DDP leaves it; and the loss."""
-    totals, total_loss = None, 0.0
-    for examples in parts:
-        model.zero_grad()
-        losses = F.cross_entropy(model(examples.images), examples.labels, reduction="none")
-        loss = share_of_mean(losses, examples.weights, num_samples)
-        (loss * len(parts)).backward()
-        found = [each.grad / len(parts) for each in model.parameters()]
-        totals = found if totals is None else [a + b for a, b in zip(totals, found, strict=True)]
+    model, total_loss = task.modules["model"], 0.0
+    model.zero_grad()
+    for rows in map(task.prepare, parts):
+        losses = task.losses(model(*task.inputs(rows)), rows)
+        loss = share_of_mean(losses, task.weights(rows), num_samples)
+        loss.backward()
         total_loss += loss.item()
-    return totals, total_loss
+    return [each.grad.clone() for each in model.parameters()], total_loss
 
 
 @pytest.mark.parametrize(
@@ -56,49 +55,57 @@ def gradients(model, parts, num_samples):
         [(0, 1, 0), (1, 1, 0), (1, 5, 0)],
     ],
 )
-def test_ranks_together_compute_the_gradient_of_the_whole_batch(data, cuts):
-    torch.manual_seed(0)
-    model = ModelConfig(dropout=0.0, channels=(4,), hidden_features=8).build()
+def test_ranks_together_compute_the_gradient_of_the_whole_batch(task, cuts):
     batch = batch_of(5)
-    whole, loss = gradients(model, [data.prepare(batch)], 5)
-    cut, cut_loss = gradients(model, [data.prepare(part(batch, *each)) for each in cuts], 5)
+    expected, loss = gradients(task, [whole(batch)], 5)
+    found, cut_loss = gradients(task, [part(batch, *each) for each in cuts], 5)
     assert cut_loss == pytest.approx(loss, rel=1e-5)
-    for expected, found in zip(whole, cut, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
-def test_an_empty_part_becomes_one_row_without_weight_and_without_id(data):
-    examples = data.prepare(part(batch_of(4), 2, 2))
-    assert examples.images.shape == (1, 28, 28)
-    assert examples.num_samples == 0
-    assert examples.ids == []
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 5, 8])
+def test_micro_batches_together_compute_the_gradient_of_the_batch(task, num_parts):
+    batch = whole(batch_of(5))
+    parts = cut(batch, num_parts)
+    assert len(parts) == num_parts
+    assert sum((real_ids(each) for each in parts), ()) == real_ids(batch)
+    expected, loss = gradients(task, [batch], 5)
+    found, cut_loss = gradients(task, parts, 5)
+    assert cut_loss == pytest.approx(loss, rel=1e-5)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
-def test_padding_has_no_weight_and_no_id(data):
-    examples = data.prepare(part(batch_of(4), 0, 3, num_padding=1))
-    assert examples.weights.tolist() == [1, 1, 1, 0]
-    assert examples.num_samples == 3
-    assert examples.ids == [100, 101, 102]
+def test_an_empty_part_becomes_one_row_without_weight_and_without_id(task):
+    rows = task.prepare(part(batch_of(4), 2, 2))
+    assert rows["images"].shape == (1, 28, 28)
+    assert rows["weight"].tolist() == [0]
+    assert real_ids(rows) == ()
 
 
-def test_pixels_are_normalised(data):
+def test_padding_has_no_weight_and_no_id():
+    rows = part(batch_of(4), 0, 3, num_padding=1)
+    assert rows["weight"].tolist() == [1, 1, 1, 0]
+    assert real_ids(rows) == (100, 101, 102)
+
+
+def test_pixels_are_normalised(task):
     batch = batch_of(2)
     batch["image"][0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
-    images = data.prepare(batch).images
+    images = task.prepare(whole(batch))["images"]
     assert images.dtype == torch.float32
     assert images[0, 0, :2].tolist() == [-1.0, 1.0]
 
 
-@pytest.mark.parametrize(("last_batch", "steps"), [("keep", 3), ("pad", 3), ("drop", 2)])
-def test_the_short_last_batch_counts_as_the_loader_counts_it(last_batch, steps):
-    config = DataConfig(global_batch_size=4, last_batch=last_batch)
-    assert Data(config, None, None, num_samples=10).steps_per_epoch == steps
-
-
-def test_the_learning_rate_warms_up_and_ends_near_zero():
+def test_the_learning_rate_warms_up_and_ends_near_its_final_share():
     config = OptimizerConfig(warmup_steps=3, schedule="cosine")
     shares = [config.share(step, 20) for step in range(20)]
     assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
     assert shares[3:] == sorted(shares[3:], reverse=True)
     assert 0 < shares[-1] < 0.02
     assert OptimizerConfig(schedule="constant").share(7, 20) == 1.0
+    linear = OptimizerConfig(schedule="linear", warmup_steps=2, final_share=0.5)
+    assert [linear.share(step, 10) for step in (2, 6, 10, 12)] == [1.0, 0.75, 0.5, 0.5]
+    roots = OptimizerConfig(schedule="inverse_sqrt", warmup_steps=4)
+    assert [roots.share(step, 100) for step in (4, 16, 64)] == [1.0, 0.5, 0.25]

@@ -1,82 +1,39 @@
-"""Ranks in processes of their own keep the same parameters, those that one process would get."""
+"""Which rank has which part, and how a rank ends with what started it."""
 
-import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 
-# Three steps on batches of 7, 7 and 1 samples: in the last one most ranks have an empty part.
-TRAIN = """
-import json, torch
-from torch.nn import functional as F
-from forebay_trainer.data import Data, DataConfig
-from forebay_trainer.loop import share_of_mean
-from forebay_trainer.models import ModelConfig
-from forebay_trainer.optim import OptimizerConfig
-from forebay_trainer.parallel import ParallelConfig
-from forebay_wire.order import Cut
-
-images = torch.randint(0, 256, (15, 28, 28), generator=torch.Generator().manual_seed(1)).byte()
-labels = torch.arange(15) % 10
-data = Data(DataConfig(), None, None, num_samples=15)
-with ParallelConfig(backend="gloo", timeout_seconds=30).build() as parallel:
-    torch.manual_seed(parallel.rank)  # DDP starts all ranks from rank 0's parameters
-    model = parallel.wrap(ModelConfig(dropout=0.0, channels=(4,), hidden_features=8).build())
-    optimizer = OptimizerConfig(name="sgd", learning_rate=0.1).build(model)
-    cut = Cut(15, 7)
-    for step in range(cut.num_steps):
-        part = cut.part(step, parallel.rank, parallel.num_ranks)
-        rows = torch.from_numpy(part.positions(15))
-        examples = data.prepare({"image": images[rows], "label": labels[rows]})
-        (num_samples,) = parallel.sum([examples.num_samples])
-        losses = F.cross_entropy(model(examples.images), examples.labels, reduction="none")
-        loss = share_of_mean(losses, examples.weights, num_samples)
-        optimizer.zero_grad()
-        (loss * parallel.num_ranks).backward()
-        optimizer.step()
-    totals = parallel.sum([loss.item()])
-    values = torch.cat([each.detach().flatten() for each in model.parameters()])
-    print(json.dumps({"loss": totals[0], "values": values.tolist()}))
-"""
+from forebay_trainer.parallel import ParallelConfig, Shape
+from forebay_wire.errors import InvalidRequest
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.mark.parametrize(
+    ("keys", "num_ranks", "shape"),
+    [
+        ({}, 1, Shape()),
+        ({}, 4, Shape(replicas=4)),
+        ({"num_shards": 0}, 4, Shape(shards=4)),
+        ({"num_shards": 2}, 6, Shape(replicas=3, shards=2)),
+        ({"num_shards": 0, "num_replicas": 2}, 6, Shape(replicas=2, shards=3)),
+        ({"num_tensor": 2}, 4, Shape(replicas=2, tensor=2)),
+        ({"num_tensor": 2, "num_shards": 0}, 8, Shape(shards=4, tensor=2)),
+        ({"num_stages": 2, "num_shards": 2}, 4, Shape(stages=2, shards=2)),
+    ],
+)
+def test_ranks_that_are_left_fill_the_mesh(keys, num_ranks, shape):
+    assert ParallelConfig(**keys).shape(num_ranks) == shape
 
 
-def train(num_ranks):
-    """What each of the ranks printed."""
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        return [json.loads(rank.communicate(timeout=80)[0]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-
-
-def test_three_ranks_end_with_the_parameters_of_one_process():
-    (alone,) = train(1)
-    first, *others = train(3)
-    for other in others:
-        assert other == first
-    assert first["loss"] == pytest.approx(alone["loss"], rel=1e-4)
-    assert first["values"] == pytest.approx(alone["values"], rel=1e-3, abs=1e-5)
+@pytest.mark.parametrize(
+    ("keys", "num_ranks"),
+    [({"num_tensor": 2}, 3), ({"num_replicas": 2}, 4), ({"num_shards": 3}, 2)],
+)
+def test_ranks_that_do_not_fit_are_refused_with_their_number(keys, num_ranks):
+    with pytest.raises(InvalidRequest, match=rf"and {num_ranks} run: change the keys"):
+        ParallelConfig(**keys).shape(num_ranks)
 
 
 RANK = """

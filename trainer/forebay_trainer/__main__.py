@@ -1,50 +1,79 @@
 """``torchrun … -m forebay_trainer RECIPE key=value …``: one rank of a training run.
 
 Exit status: 0 trained to the end or ended by SIGTERM after saving, 1 an error while training,
-2 a mistake in the recipe or the arguments.
+2 a mistake in the recipe or the arguments, 3 ended because another rank failed, or all hung.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from forebay_trainer import config as configuration
-from forebay_trainer.train import TrainConfig, train
+from forebay_trainer import recipe as recipes
+from forebay_trainer.settings import TrainConfig
+from forebay_trainer.watch import EXIT_STATUS, RankLost
 from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
+
+COMMANDS: Final[Mapping[str, str]] = {}
+"""First argument to the module whose ``main(arguments)`` it runs, instead of training."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0] in COMMANDS:
+        module = importlib.import_module(COMMANDS[arguments[0]])
+        return int(module.main(arguments[1:]))
+    options = parse(arguments)
+    try:
+        if options.keys:
+            return list_keys(options.recipe)
+        recipe = recipes.load(options.recipe, options.override, size=options.size)
+    except (InvalidRequest, NotFound) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank meets the same mistake
+            print(f"forebay_trainer: {error.message}", file=sys.stderr)
+        return 2
+    return run(recipe)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="forebay_trainer", description="Train a model from a recipe, resuming by itself."
     )
     parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a bundled recipe")
     parser.add_argument("override", nargs="*", help="key=value, as optimizer.learning_rate=0.01")
+    parser.add_argument("--size", metavar="NAME", help="a size that the recipe has, as gpu")
     parser.add_argument("--keys", action="store_true", help="list all keys and end")
     options = parser.parse_args(arguments)
-    if options.keys:
-        for key in configuration.keys(TrainConfig):
-            print(f"{key.name} = {key.default}  # {key.type}; {key.meaning}")
-        return 0
-    if options.recipe is None:
-        parser.error("give a recipe, for example recipes/mnist_cnn.toml")
-    try:
-        config = configuration.load(TrainConfig, options.recipe, options.override)
-    except (InvalidRequest, NotFound) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank meets the same mistake
-            print(f"forebay_trainer: {error.message}", file=sys.stderr)
-        return 2
+    if options.recipe is None and not options.keys:
+        parser.error(f"give a recipe: a TOML file, or one of {', '.join(recipes.names())}")
+    return options
+
+
+def list_keys(recipe: str | None) -> int:
+    """Prints the keys that every recipe has, and those of *recipe*."""
+    config = TrainConfig if recipe is None else type(recipes.load(recipe).config)
+    for key in configuration.keys(config):
+        print(f"{key.name} = {key.default}  # {key.type}; {key.meaning}")
+    return 0
+
+
+def run(recipe: recipes.Recipe) -> int:
+    from forebay_trainer.train import train  # with all of torch
+
     rank = os.environ.get("RANK", "0")
     try:
-        reason = train(config)
+        reason = train(recipe)
     except ForebayError as error:
         name = type(error).__name__
         print(f"forebay_trainer, rank {rank}: {name}: {error.message}", file=sys.stderr)
-        return 1
+        return EXIT_STATUS if isinstance(error, RankLost) else 1
     if rank == "0":
-        print(f"run {config.run}: {reason}", flush=True)
+        print(f"run {recipe.config.run}: {reason}", flush=True)
     return 0
 
 

@@ -1,14 +1,15 @@
-"""When this trainer saves, and how long each save held it up."""
+"""When this trainer saves, what, and how long each save held it up. One of the two files that know
+the service."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import forebay
-from forebay.checkpoint import Saved
+from forebay.checkpoint import Resumed, Saved
 from forebay_trainer.config import setting
 from forebay_wire.errors import InvalidRequest
 
@@ -17,24 +18,53 @@ from forebay_wire.errors import InvalidRequest
 class CheckpointConfig:
     every_steps: int = setting(20, "optimizer steps between saves; 0: only at the end")
     resume: str | None = setting("latest", "generation to start from; none: start afresh")
+    fork_from: str | None = setting(
+        None, "RUN or RUN@STEP that a run without a generation of its own begins from"
+    )
+    overlapped: bool = setting(
+        False, "large tensors are copied while forward and backward go on: for GPUs and idle cores"
+    )
+    keep_last: int | None = setting(None, "generations that are kept; none: all")
+    keep_best: str | None = setting(
+        None, "with keep_last: also the best by this metric, as test_loss; none: no other"
+    )
+    keep_mode: Literal["min", "max"] = setting("min", "of keep_best: smallest or largest is best")
     wait_seconds: float = setting(120.0, "how long the end waits for the last save to be local")
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise InvalidRequest(f"every_steps must be at least 0, not {self.every_steps}")
+        if self.keep_best is not None and self.keep_last is None:
+            raise InvalidRequest("keep_best keeps all generations without keep_last: give both")
 
-    def build(self, client: forebay.Client, run: str, **state: Any) -> Checkpoints:
-        """``state``: what `forebay.Checkpointer` takes (model, optimizer, loader, …)."""
-        return Checkpoints(self, forebay.Checkpointer(client, run=run, **state))
+    def build(
+        self, client: forebay.Client, run: str, note: Mapping[str, Any], **state: Any
+    ) -> Checkpoints:
+        """*note*: kept with every generation. *state*: what `forebay.Checkpointer` takes (modules,
+        optimizers, and what has ``state_dict`` and ``load_state_dict``), None for what is not."""
+        keep = None
+        if self.keep_last is not None:
+            keep = forebay.Keep(last=self.keep_last, best=self.keep_best or "", mode=self.keep_mode)
+        checkpointer = forebay.Checkpointer(
+            client, run=run, keep=keep, fork_from=self.fork_from, **state
+        )
+        return Checkpoints(self, checkpointer, note)
 
 
 class Checkpoints:
     """The generations of this attempt; used from the thread that trains."""
 
-    def __init__(self, config: CheckpointConfig, checkpointer: forebay.Checkpointer) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        checkpointer: forebay.Checkpointer,
+        note: Mapping[str, Any],
+    ) -> None:
         self._config = config
         self._checkpointer = checkpointer
+        self._note = dict(note)
         self._last: Saved | None = None
+        self._good: str | None = None
         self.last_step = 0
         self.parent_attempt = 0
         self.skipped: tuple[str, ...] = ()
@@ -44,24 +74,32 @@ class Checkpoints:
         """This attempt's number; known after `restore`."""
         return self._checkpointer.attempt
 
-    def restore(self) -> int:
-        """Loads the generation to start from, if there is one, into the state; returns its step."""
+    @property
+    def last_good(self) -> str:
+        """Where a next start goes on, as far as this rank knows; for messages."""
+        if self._good is None:
+            return f"run {self._checkpointer.run} has no generation yet"
+        return f"the last good generation is {self._good}"
+
+    def restore(self) -> Resumed | None:
+        """Loads the generation to start from, if there is one, into the state."""
         if self._config.resume is None:
             self._checkpointer.start()
-            return 0
+            return None
         missing_ok = self._config.resume == "latest"
         resumed = self._checkpointer.restore(self._config.resume, missing_ok=missing_ok)
         if resumed is not None:
             self.last_step = resumed.step
             self.parent_attempt = resumed.attempt
             self.skipped = tuple(str(each) for each in resumed.skipped)
-        return self.last_step
+            self._good = f"{resumed.run}/{resumed.attempt}/{resumed.step}"
+        return resumed
 
     def is_due(self, step: int) -> bool:
         return self._config.every_steps > 0 and step % self._config.every_steps == 0
 
     def before_update(self) -> float:
-        """Called before the optimizer changes the state; returns the seconds that it took."""
+        """Called before the weights change; returns the seconds that it took."""
         start = time.perf_counter()
         self._checkpointer.wait_snapshot()
         return time.perf_counter() - start
@@ -69,9 +107,16 @@ class Checkpoints:
     def save(self, step: int, metrics: Mapping[str, float]) -> float:
         """Saves, asynchronously after one copy; returns the seconds for which training stood."""
         start = time.perf_counter()
-        self._last = self._checkpointer.save(step, metrics=dict(metrics))
+        save = self._checkpointer.save
+        if self._config.overlapped:
+            save = self._checkpointer.save_overlapped
+        self._last = save(step, metrics=dict(metrics), note=self._note)
+        self._last.on("local", self._landed)
         self.last_step = step
         return time.perf_counter() - start
+
+    def _landed(self, saved: Saved) -> None:
+        self._good = str(saved.generation)
 
     def finish(self) -> None:
         """Waits until the last save is on disk: DeadlineExceeded if that takes too long."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -16,9 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from forebay_wire.errors import InvalidRequest, NotFound
-
-RECIPES: Final = Path(__file__).parent / "recipes"
+from forebay_wire.errors import InvalidRequest
 
 T = TypeVar("T")
 
@@ -38,39 +37,83 @@ class Key:
     meaning: str
 
 
-def load(config: type[T], recipe: str, overrides: Sequence[str] = ()) -> T:
-    """Reads the recipe (a file, else a bundled recipe of that name) and applies the overrides.
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A TOML file as it was read: its values, and where each of them stands."""
 
-    Raises NotFound for a recipe that does not exist and InvalidRequest, naming the key, for what
-    is not valid in it or in an override.
+    path: Path
+    tree: dict[str, Any]
+    source: dict[str, str]
+    """For each dotted key the place that an error names: ``FILE, line N``."""
+
+
+def read(path: Path, size: str | None = None) -> Document:
+    """Reads a recipe. The tables ``[sizes.NAME]`` are no keys: the one named *size* wins over
+    what else the file says, the others are left out.
+
+    Raises InvalidRequest for a file that is not TOML, or has no such size.
     """
-    path = find_recipe(recipe)
+    text = path.read_text(encoding="utf-8")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidRequest(f"{path} is not valid TOML: {error}; correct the file") from error
-    source = dict.fromkeys(flatten(tree), f"recipe {path}")
+    lines = key_lines(text)
+    sizes = tree.pop("sizes", {})
+    source = {name: _place(path, lines.get(name)) for name in flatten(tree)}
+    if size is not None:
+        if not isinstance(sizes, dict) or size not in sizes:
+            known = ", ".join(sizes) if sizes else "none"
+            raise InvalidRequest(f"{path} has no size {size!r}; it has: {known}")
+        for name in flatten(sizes[size]):
+            put(tree, name, _value_at(sizes[size], name))
+            source[name] = _place(path, lines.get(f"sizes.{size}.{name}"))
+    return Document(path, tree, source)
+
+
+def apply(config: type, document: Document, overrides: Sequence[str]) -> None:
+    """Puts ``key=value`` arguments over what a file says."""
     for override in overrides:
         name, text = split_override(override)
-        target = field_type(config, name)
-        put(tree, name, parse_value(text, target))
-        source[name] = "argument"
-    return build(config, tree, source)
+        put(document.tree, name, parse_value(text, field_type(config, name)))
+        document.source[name] = "argument"
 
 
-def find_recipe(recipe: str) -> Path:
-    """The file of a recipe: the path itself, else the bundled recipe of the same name."""
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    bundled = RECIPES / f"{path.stem}.toml"
-    if path.suffix in ("", ".toml") and bundled.is_file():
-        return bundled
-    names = ", ".join(sorted(found.stem for found in RECIPES.glob("*.toml")))
-    raise NotFound(
-        f"no recipe {recipe!r}: neither a file in {Path.cwd()} nor a bundled recipe; "
-        f"give the path of a TOML file or one of: {names}"
-    )
+def load(config: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
+    """The configuration that a TOML file and arguments make; InvalidRequest, naming the key and
+    its place, for what is not valid in them."""
+    document = read(path)
+    apply(config, document, overrides)
+    return build(config, document.tree, document.source)
+
+
+_HEADER: Final = re.compile(r"\s*\[+\s*([^\[\]]+?)\s*\]+\s*(#.*)?$")
+_KEY: Final = re.compile(r"""\s*([\w."'-]+)\s*=""")
+
+
+def key_lines(text: str) -> dict[str, int]:
+    """Dotted key to the number of its line, from 1, for keys written as recipes write them: one a
+    line, tables by headers. tomllib does not tell."""
+    found: dict[str, int] = {}
+    prefix = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _HEADER.match(line):
+            prefix = f"{header[1]}."
+            found.setdefault(header[1], number)
+        elif key := _KEY.match(line):
+            found.setdefault(prefix + key[1].replace('"', "").replace("'", ""), number)
+    return found
+
+
+def _place(path: Path, line: int | None) -> str:
+    return f"{path}" if line is None else f"{path}, line {line}"
+
+
+def _value_at(tree: Mapping[str, Any], name: str) -> Any:
+    value: Any = tree
+    for part in name.split("."):
+        value = value[part]
+    return value
 
 
 def split_override(override: str) -> tuple[str, str]:

@@ -1,17 +1,21 @@
-"""Batches of a Forebay dataset as the model takes them."""
+"""Batches of a Forebay dataset as a task takes them. One of the two files that know the service."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 import forebay
 from forebay_trainer.config import setting
 from forebay_trainer.parallel import Parallel
+from forebay_trainer.task import Batch, Task
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import Cut
 
@@ -20,12 +24,21 @@ from forebay_wire.order import Cut
 class DataConfig:
     dataset: str = setting("mnist", "name of the dataset")
     version: int | Literal["latest"] = setting("latest", "which version of it")
+    follow: bool = setting(False, "each epoch reads the dataset's newest version, as it grows")
     train_split: str | None = setting("train", "split to train on; none: all rows")
-    test_split: str | None = setting("test", "split to validate on; none: no validation")
-    image_column: str = setting("image", "column of the images")
-    label_column: str = setting("label", "column of the labels")
+    test_dataset: str | None = setting(None, "dataset to evaluate on; none: the same one")
+    test_split: str | None = setting(
+        "test", "split to evaluate on; none: all rows of test_dataset, or no evaluation without one"
+    )
+    num_folds: int = setting(0, "of cross-validation, within train_split; 0: none")
+    fold: int | None = setting(
+        None, "which fold to train on, from 0; none: one run a fold, one after the other"
+    )
     global_batch_size: int = setting(
         128, "samples of one step, all ranks together: other ranks change nothing in the order"
+    )
+    micro_batch_size: int | None = setting(
+        None, "samples of one forward and backward; none: all that a rank has of a batch"
     )
     shuffle: Literal["none", "full", "block"] = setting(
         "full", "order of the training samples; block: few shards are read at a time"
@@ -37,99 +50,137 @@ class DataConfig:
         None, "of shuffle=block: rows of a block; none: the shards, which a random split has not"
     )
     last_batch: Literal["keep", "pad", "drop"] = setting("keep", "what a short last batch becomes")
+    ragged: Literal["list", "pad", "nested"] = setting(
+        "list", "what columns of lists become: lists of tensors, padded, or nested tensors"
+    )
     num_threads: int = setting(1, "threads of each rank that make batches ahead")
-    mean: float = setting(0.0, "subtracted from the pixels, which lie in 0 to 1")
-    std: float = setting(1.0, "the pixels are divided by it")
 
     def __post_init__(self) -> None:
-        if self.global_batch_size < 1:
-            raise InvalidRequest(
-                f"global_batch_size must be at least 1, not {self.global_batch_size}"
-            )
+        for name in ("global_batch_size", "micro_batch_size", "window_blocks", "block_rows"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise InvalidRequest(f"{name} must be at least 1, not {number}")
         if self.shuffle != "block" and (self.window_blocks, self.block_rows) != (None, None):
             raise InvalidRequest(
                 f"window_blocks and block_rows belong to shuffle=block, not to {self.shuffle}"
             )
-        for name in ("window_blocks", "block_rows"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise InvalidRequest(f"{name} must be at least 1, not {number}")
-        if self.std <= 0:
-            raise InvalidRequest(f"std must be above 0, not {self.std}")
+        if self.num_folds < 0 or self.num_folds == 1:
+            raise InvalidRequest(f"num_folds must be 0, or at least 2, not {self.num_folds}")
+        if self.fold is not None and not 0 <= self.fold < self.num_folds:
+            raise InvalidRequest(
+                f"fold must be one of the {self.num_folds} of num_folds, from 0, not {self.fold}"
+            )
 
-    def build(self, client: forebay.Client, parallel: Parallel, seed: int) -> Data:
+    def build(
+        self, client: forebay.Client, parallel: Parallel, task: Task, *, seed: int, run: str
+    ) -> Data:
         """Opens the splits; NotFound names a dataset, version or split that is not there."""
-        train = client.dataset(self.dataset, version=self.version, split=self.train_split)
+        train, test = self._open(client, seed)
         if len(train) == 0:
             raise InvalidRequest(
-                f"split {self.train_split!r} of dataset {self.dataset!r} has no samples; "
+                f"split {train.split!r} of dataset {self.dataset!r} has no samples; "
                 "train on another split"
             )
+        common: dict[str, Any] = {
+            "global_batch_size": self.global_batch_size,
+            "num_threads": self.num_threads,
+            "device": parallel.device,
+            "ragged": self.ragged,
+            "include_ids": True,
+            "rank": parallel.data_rank,
+            "world_size": parallel.shape.num_data,
+        }
         train_loader = forebay.DataLoader(
             train,
-            global_batch_size=self.global_batch_size,
             shuffle=self.shuffle,
             window_blocks=self.window_blocks,
             block_rows=self.block_rows,
             seed=seed,
             last_batch=self.last_batch,
-            num_threads=self.num_threads,
-            device=parallel.device,
-            include_ids=True,
+            follow="latest" if self.follow else None,
+            run=run if self.follow else None,
+            **common,
         )
-        test_loader = None
-        if self.test_split is not None:
-            test_loader = forebay.DataLoader(
-                client.dataset(self.dataset, version=self.version, split=self.test_split),
-                global_batch_size=self.global_batch_size,
-                shuffle="none",
-                num_threads=self.num_threads,
-                device=parallel.device,
-            )
-        return Data(self, train_loader, test_loader, num_samples=len(train))
+        test_loader = None if test is None else forebay.DataLoader(test, shuffle="none", **common)
+        num_parts = 1
+        if self.micro_batch_size is not None:
+            largest = -(-self.global_batch_size // parallel.shape.num_data)
+            num_parts = -(-largest // self.micro_batch_size)
+        return Data(
+            self,
+            client,
+            task,
+            train_loader,
+            test_loader,
+            num_samples=len(train),
+            num_parts=num_parts,
+        )
+
+    def _open(
+        self, client: forebay.Client, seed: int
+    ) -> tuple[forebay.Dataset, forebay.Dataset | None]:
+        train = client.dataset(self.dataset, version=self.version, split=self.train_split)
+        if self.num_folds:
+            folds = train.define_folds(self.num_folds, seed, prefix=f"s{seed}k{self.num_folds}fold")
+            train_name, test_name = folds[self.fold or 0]
+            version = train.version
+            train = client.dataset(self.dataset, version=version, split=train_name)
+            return train, client.dataset(self.dataset, version=version, split=test_name)
+        if self.test_dataset is not None:
+            return train, client.dataset(self.test_dataset, split=self.test_split)
+        if self.test_split is None:
+            return train, None
+        return train, client.dataset(self.dataset, version=self.version, split=self.test_split)
 
 
-@dataclass(frozen=True)
-class Examples:
-    """This rank's part of a global batch, on its device. Shape letters: B samples, C, H, W.
+class Epoch:
+    """One pass over the training data: iterating it answers batches of this rank."""
 
-    Never empty: a rank whose part is empty gets one row of zeros with weight 0, so that every rank
-    runs forward and backward and no collective waits for ever.
-    """
+    def __init__(self, number: int, batches: Iterator[Batch]) -> None:
+        self.number = number
+        self.wait_seconds = 0.0
+        """How long the batch handed out last was waited for."""
+        self._batches = batches
 
-    images: Tensor
-    """Float32 (B, H, W) or (B, C, H, W), normalised."""
-    labels: Tensor
-    """Int64 (B,)."""
-    weights: Tensor
-    """Float32 (B,): 1 for a sample, 0 for padding."""
-    ids: list[int]
-    """Row numbers of the samples in the dataset version, padding left out; empty if unknown."""
-
-    @property
-    def num_samples(self) -> float:
-        return float(self.weights.sum())
+    def __iter__(self) -> Iterator[Batch]:
+        iterator = iter(self._batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.wait_seconds = time.perf_counter() - start
+            yield batch
 
 
 class Data:
-    """The loaders of one run: one to train, one to validate."""
+    """The loaders of one run: one to train, one to evaluate."""
 
     def __init__(
         self,
         config: DataConfig,
+        client: forebay.Client,
+        task: Task,
         train_loader: forebay.DataLoader,
         test_loader: forebay.DataLoader | None,
         *,
         num_samples: int,
+        num_parts: int,
     ) -> None:
+        self.config = config
         self.train_loader = train_loader
         self.num_samples = num_samples
+        """Of an epoch; of a dataset that grows, as it was at the start."""
+        self.num_parts = num_parts
+        """Micro-batches of a step: as many on every rank, whatever its part of the batch."""
+        self._client = client
+        self._task = task
         self._test_loader = test_loader
-        self._config = config
 
     @property
     def steps_per_epoch(self) -> int:
-        config = self._config
+        config = self.config
         return Cut(self.num_samples, config.global_batch_size, config.last_batch).num_steps
 
     @property
@@ -137,37 +188,78 @@ class Data:
         """Samples of the current epoch that all ranks together have got so far."""
         return int(self.train_loader.state_dict()["position"])
 
-    def test_batches(self) -> Iterator[Examples]:
-        """This rank's parts of one pass over the test split, in order."""
+    @property
+    def is_epoch_over(self) -> bool:
+        """Whether the batch handed out last was the epoch's last."""
+        return self.train_loader.remaining_steps() == 0
+
+    def epochs(self, num_epochs: int) -> Iterator[Epoch]:
+        """What is left of so many epochs in all; the first one goes on where it stood."""
+        for epoch in self.train_loader.epochs(num_epochs):
+            yield Epoch(epoch.number, map(whole, epoch))
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """The micro-batches of a batch, prepared by the task."""
+        return [self._task.prepare(part) for part in cut(batch, self.num_parts)]
+
+    def test_batches(self) -> Iterator[Batch]:
+        """This rank's parts of one pass over the test data, in order, prepared: as many on every
+        rank."""
         if self._test_loader is None:
             return
         for batch in self._test_loader:
-            yield self.prepare(batch)
+            for part in cut(whole(batch), self.num_parts):
+                yield self._task.prepare(part)
+
+    def append(self, columns: Mapping[str, Any]) -> int:
+        """Writes rows as a new version of the dataset; its number. One rank calls this."""
+        with self._client.append_dataset(self.config.dataset) as writer:
+            writer.write_table(pa.table(dict(columns)))
+        return self._client.dataset(self.config.dataset).version
 
     def close(self) -> None:
         self.train_loader.close()
         if self._test_loader is not None:
             self._test_loader.close()
 
-    @property
-    def has_test(self) -> bool:
-        return self._test_loader is not None
 
-    def prepare(self, batch: Mapping[str, Any]) -> Examples:
-        """A loader's batch as the model takes it."""
-        config = self._config
-        pixels, labels = batch[config.image_column], batch[config.label_column].long()
-        mask = batch.get("_mask")
-        weights = torch.ones(len(labels), device=labels.device) if mask is None else mask.float()
-        ids = batch.get("_ids")
-        real_ids = [] if ids is None else (ids if mask is None else ids[mask]).tolist()
-        if len(labels) == 0:
-            pixels, labels, weights = (_one_row(each) for each in (pixels, labels, weights))
-        scale = 255.0 if pixels.dtype == torch.uint8 else 1.0
-        images = pixels.float().div_(scale) if scale != 1.0 else pixels.float()
-        images = (images - config.mean) / config.std
-        return Examples(images, labels, weights, real_ids)
+def whole(batch: Mapping[str, Any]) -> Batch:
+    """A loader's batch with ``weight`` and ``id`` in place of the loader's own columns, and one
+    row of zeros, which weighs nothing, if it was empty: every rank runs forward and backward, and
+    no collective waits for ever."""
+    columns = {name: values for name, values in batch.items() if not name.startswith("_")}
+    ids, mask = batch["_ids"], batch.get("_mask")
+    columns["weight"] = torch.ones(len(ids), device=ids.device) if mask is None else mask.float()
+    columns["id"] = ids if mask is None else torch.where(mask, ids, -1)
+    return columns if len(ids) else _one_row(columns)
 
 
-def _one_row(empty: Tensor) -> Tensor:
-    return empty.new_zeros((1, *empty.shape[1:]))
+def real_ids(batch: Batch) -> tuple[int, ...]:
+    """The rows of the dataset version that a batch holds, padding left out."""
+    ids_B: Tensor = batch["id"]
+    return tuple(each for each in ids_B.tolist() if each >= 0)
+
+
+def cut(batch: Batch, num_parts: int) -> list[Batch]:
+    """The rows of a batch in so many consecutive parts, as even as can be; none is empty."""
+    if num_parts == 1:
+        return [batch]
+    num_rows = len(batch["id"])
+    bounds = [num_rows * number // num_parts for number in range(num_parts + 1)]
+    parts = []
+    for start, stop in itertools.pairwise(bounds):
+        part = {name: values[start:stop] for name, values in batch.items()}
+        parts.append(part if stop > start else _one_row(part))
+    return parts
+
+
+def _one_row(empty: Batch) -> Batch:
+    row = {name: _zeros_like(values) for name, values in empty.items()}
+    row["id"] = torch.full_like(row["id"], -1)
+    return row
+
+
+def _zeros_like(empty: Tensor | Sequence[Any]) -> Any:
+    if isinstance(empty, Tensor):
+        return empty.new_zeros((1, *empty.shape[1:]))
+    return [torch.zeros(0, dtype=torch.int64)]

@@ -1,187 +1,192 @@
-"""The step loop: load, forward, backward, step, record, save, validate.
-
-Shape letters: B samples of this rank, K classes.
-"""
+"""The step loop: load, forward, backward, step, evaluate, save."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
 from forebay_trainer.checkpoint import Checkpoints
-from forebay_trainer.data import Data, Examples
-from forebay_trainer.metrics import MetricsWriter
+from forebay_trainer.data import Data, Epoch, real_ids
+from forebay_trainer.dropout import Draws
+from forebay_trainer.evaluation import Evaluation, Progress
+from forebay_trainer.metrics import Metrics
+from forebay_trainer.optim import Optimization
 from forebay_trainer.parallel import Parallel
+from forebay_trainer.placement import Placement
 from forebay_trainer.records import RecordWriter, StepRecord
+from forebay_trainer.settings import TrainConfig
 from forebay_trainer.stop import StopSignal
+from forebay_trainer.task import Batch, Task, share_of_mean
+from forebay_trainer.watch import Watch
+from forebay_wire.errors import ForebayError
 
-Reason = Literal["done", "terminated"]
+Reason = Literal["done", "stopped early", "terminated"]
 
-
-@dataclass(frozen=True)
-class StepLength:
-    """How long a step takes at least: a toy model at the pace of a real one."""
-
-    min_seconds: float
-
-    def wait(self, started: float) -> None:
-        rest = started + self.min_seconds - time.perf_counter()
-        if rest > 0:
-            time.sleep(rest)
+MAX_NAMED_SAMPLES = 1000
 
 
+class LossNotFinite(ForebayError):
+    """The loss of a step is NaN or infinite; the weights are those of the step before."""
+
+
+@dataclass(kw_only=True)
 class Trainer:
     """One attempt of a run on this rank. Everything in it was built and is closed by `train`."""
 
-    def __init__(
-        self,
-        *,
-        parallel: Parallel,
-        data: Data,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
-        checkpoints: Checkpoints,
-        metrics: MetricsWriter,
-        records: RecordWriter,
-        stop: StopSignal,
-        step: int,
-        step_length: StepLength,
-    ) -> None:
-        self.parallel = parallel
-        self.data = data
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.checkpoints = checkpoints
-        self.metrics = metrics
-        self.records = records
-        self.stop = stop
-        self.step = step
-        self.step_length = step_length
-        self.stopping = False
-        self.quality: dict[str, float] = {}
+    config: TrainConfig
+    task: Task
+    parallel: Parallel
+    data: Data
+    placement: Placement
+    optimization: Optimization
+    evaluation: Evaluation
+    progress: Progress
+    checkpoints: Checkpoints
+    metrics: Metrics
+    records: RecordWriter
+    watch: Watch
+    draws: Draws
+    stop: StopSignal
+    step: int
+    """Optimizer steps taken, over all attempts."""
+    quality: dict[str, float] = field(default_factory=dict)
+    """Of the evaluation at this step, if there was one."""
+    stall_seconds: float = 0.0
+    """For which checkpoints held up this step so far."""
 
-    def run(self, num_epochs: int) -> Reason:
-        """Trains to the end of epoch ``num_epochs``, or to the next step after SIGTERM."""
-        for epoch in self.data.train_loader.epochs(num_epochs):
-            self.train_epoch(epoch.number, epoch)
-            if self.stopping:
+    def run(self) -> Reason:
+        """Trains to the end of the last epoch, or to the next step after SIGTERM."""
+        reason: Reason = "done"
+        for epoch in self.data.epochs(self.config.num_epochs):
+            if reason != "done" or self.is_over:
                 break
-            self.quality = self.validate(epoch.number)
+            self.task.before_epoch(epoch.number, self.data)
+            reason = self.train_epoch(epoch)
         if self.step > self.checkpoints.last_step:
             self.save(self.quality)
+        self.watch.at(self.step, "landing")
         self.checkpoints.finish()
-        reason: Reason = "terminated" if self.stopping else "done"
         self.metrics.write("end", step=self.step, reason=reason)
         return reason
 
-    def train_epoch(self, epoch: int, batches: Iterable[dict[str, Any]]) -> None:
-        self.model.train()
+    @property
+    def is_over(self) -> bool:
+        return self.config.max_steps is not None and self.step >= self.config.max_steps
+
+    def train_epoch(self, epoch: Epoch) -> Reason:
         started = time.perf_counter()
-        for batch, wait_seconds in timed(batches):
-            examples = self.data.prepare(batch)
-            num_samples, loss, stall_seconds = self.train_step(examples)
-            self.record(epoch, examples)
-            loss, wait_seconds, stops = self.agree(loss, wait_seconds)
+        self.watch.at(self.step + 1, "load")
+        for batch in epoch:
+            values, stops = self.train_step(batch, epoch.wait_seconds)
+            ids, position = real_ids(batch), self.data.position
+            self.records.append(StepRecord(self.step, epoch.number, position, ids))
+            self.quality = {}
+            if self.progress.is_due(self.step, is_epoch_over=self.data.is_epoch_over):
+                self.evaluate(epoch.number)
             if self.checkpoints.is_due(self.step):
-                stall_seconds += self.save({"loss": loss})
-            self.step_length.wait(started)
-            self.metrics.write(
-                "step",
-                step=self.step,
-                epoch=epoch,
-                loss=loss,
-                samples=num_samples,
-                learning_rate=self.scheduler.get_last_lr()[0],
-                step_seconds=time.perf_counter() - started,
-                data_wait_seconds=wait_seconds,
-                stall_seconds=stall_seconds,
-            )
+                self.save({"loss": values["loss"], **self.quality})
+            self.hold_pace(started)
+            values["step_seconds"] = time.perf_counter() - started
+            values["stall_seconds"] = self.stall_seconds
+            self.metrics.write("step", step=self.step, epoch=epoch.number, **values)
             started = time.perf_counter()
-            self.stopping = stops
             if stops:
+                return "terminated"
+            if self.progress.is_stuck:
+                return "stopped early"
+            if self.is_over:
                 break
+            self.watch.at(self.step + 1, "load")
+        return "done"
 
-    def train_step(self, examples: Examples) -> tuple[int, float, float]:
-        """One optimizer step; samples of all ranks, this rank's share of the loss, stall."""
-        (num_samples,) = self.parallel.sum([examples.num_samples])
-        losses_B = F.cross_entropy(self.model(examples.images), examples.labels, reduction="none")
-        loss = share_of_mean(losses_B, examples.weights, num_samples)
-        self.optimizer.zero_grad()
-        # DDP averages the gradients over the ranks, and the shares have to be added up.
-        (loss * self.parallel.num_ranks).backward()
-        stall_seconds = self.checkpoints.before_update()
-        self.optimizer.step()
-        self.scheduler.step()
+    def train_step(self, batch: Batch, wait_seconds: float) -> tuple[dict[str, float], bool]:
+        """One optimizer step; what to log of it, and whether any rank was told to stop."""
+        self.watch.arm()
+        self.watch.at(self.step + 1, "forward and backward")
+        self.stall_seconds = 0.0
+        parts = self.data.parts(batch)
+        weight = sum(float(self.task.weights(part).sum()) for part in parts)
+        num_tokens = sum(self.task.num_tokens(part) for part in parts)
+        counts = [weight, len(real_ids(batch)), num_tokens]
+        total, num_samples, all_tokens = self.parallel.sum_parts(counts)
+        for module in self.placement.modules.values():
+            module.train()
+
+        values = {"loss": 0.0}
+        if self.task.own_step:
+            values = self.task.step(self, parts, total)
+        else:
+            for number, part in enumerate(parts):
+                with self.placement.syncing(is_last=number == len(parts) - 1):
+                    values["loss"] += self.forward_backward(part, total)
+        values["data_wait_seconds"] = wait_seconds / self.parallel.shape.num_data
+        values, stops = self.agree(values)
+        if not math.isfinite(values["loss"]):
+            self.refuse(values["loss"], batch)
+        if not self.task.own_step:
+            values["gradient_norm"] = self.update()
+        self.optimization.average.update()
+        values["learning_rate"] = self.optimization.learning_rate(self.step)
         self.step += 1
-        return int(num_samples), loss.item(), stall_seconds
+        return {**values, "samples": int(num_samples), "tokens": int(all_tokens)}, stops
 
-    def record(self, epoch: int, examples: Examples) -> None:
-        ids = tuple(examples.ids)
-        self.records.append(StepRecord(self.step, epoch, self.data.position, ids))
+    def forward_backward(self, part: Batch, total: float) -> float:
+        """This rank's share of the loss of the global batch, from one micro-batch."""
+        self.draws.at(self.step, part["id"])
+        with self.placement.autocast():
+            outputs = self.placement.model(*self.task.inputs(part))
+            losses = self.task.losses(outputs, part)
+            loss = share_of_mean(losses, self.task.weights(part), total)
+        self.backward(loss)
+        return loss.item()
 
-    def agree(self, loss: float, wait_seconds: float) -> tuple[float, float, bool]:
-        """The global loss, the mean wait, and whether any rank was told to stop; a collective."""
-        loss, wait_seconds, stops = self.parallel.sum([loss, wait_seconds, self.stop.requested])
-        return loss, wait_seconds / self.parallel.num_ranks, stops > 0
+    def backward(self, loss: Tensor) -> None:
+        """*loss* is this rank's share of a mean over the global batch."""
+        # Gradients are averaged over the ranks, and the shares have to be added up.
+        (loss * self.parallel.shape.num_data * self.optimization.scaler.scale).backward()
 
-    def save(self, values: dict[str, float]) -> float:
-        stall_seconds = self.checkpoints.save(self.step, values)
-        self.metrics.write("save", step=self.step, stall_seconds=stall_seconds)
-        return stall_seconds
+    def update(self, name: str | None = None) -> float:
+        """Applies the gradients of one module (by default the only one); their norm."""
+        self.watch.at(self.step + 1, "update")
+        self.stall_seconds += self.checkpoints.before_update()
+        if name is None:
+            (name,) = self.optimization.optimizers
+        return self.optimization.update(name, self.step)
 
-    @torch.no_grad()
-    def validate(self, epoch: int) -> dict[str, float]:
-        """Accuracy and loss on the test split, over all ranks; nothing without such a split."""
-        if not self.data.has_test:
-            return {}
-        self.model.eval()
-        # DDP's own forward may start collectives, and ranks may have different numbers of batches.
-        model = getattr(self.model, "module", self.model)
-        correct = loss = num_samples = 0.0
-        for examples in self.data.test_batches():
-            logits_BK = model(examples.images)
-            losses_B = F.cross_entropy(logits_BK, examples.labels, reduction="none")
-            hits_B = (logits_BK.argmax(dim=1) == examples.labels).float()
-            loss += float((losses_B * examples.weights).sum())
-            correct += float((hits_B * examples.weights).sum())
-            num_samples += examples.num_samples
-        correct, loss, num_samples = self.parallel.sum([correct, loss, num_samples])
-        quality = {
-            "test_accuracy": correct / max(1.0, num_samples),
-            "test_loss": loss / max(1.0, num_samples),
-        }
-        self.metrics.write(
-            "epoch", epoch=epoch, step=self.step, test_samples=int(num_samples), **quality
+    def agree(self, values: Mapping[str, float]) -> tuple[dict[str, float], bool]:
+        """The shares of all ranks added up, and whether any was told to stop; a collective."""
+        shares = [value if self.parallel.speaks else 0.0 for value in values.values()]
+        *sums, num_stops = self.parallel.sum([*shares, float(self.stop.requested)])
+        return dict(zip(values, sums, strict=True)), num_stops > 0
+
+    def refuse(self, loss: float, batch: Batch) -> None:
+        """Ends the run before the weights are touched; names the samples of the step."""
+        found = sorted({each for ids in self.parallel.gather(real_ids(batch)) for each in ids})
+        shown = ", ".join(map(str, found[:MAX_NAMED_SAMPLES]))
+        more = f" and {len(found) - MAX_NAMED_SAMPLES} more" * (len(found) > MAX_NAMED_SAMPLES)
+        raise LossNotFinite(
+            f"the loss of step {self.step + 1} is {loss}; nothing of it was applied or saved, and "
+            f"{self.checkpoints.last_good}. Its samples are the rows {shown}{more} of the dataset"
         )
-        return quality
 
+    def evaluate(self, epoch: int) -> None:
+        self.quality = self.evaluation.run(lambda: self.watch.at(self.step, "evaluation"))
+        self.progress.note(self.step, self.quality)
+        if self.quality:
+            self.metrics.write("evaluation", step=self.step, epoch=epoch, **self.quality)
 
-def share_of_mean(losses_B: Tensor, weights_B: Tensor, num_samples: float) -> Tensor:
-    """What this rank adds to the mean loss of the global batch of ``num_samples`` real samples.
+    def save(self, values: Mapping[str, float]) -> None:
+        self.watch.at(self.step, "save")
+        seconds = self.checkpoints.save(self.step, values)
+        self.stall_seconds += seconds
+        self.metrics.write("save", step=self.step, stall_seconds=seconds)
 
-    Padding weighs 0 and every real sample the same, however many its rank has: the sum over the
-    ranks is the mean that one process would compute, for any number of ranks.
-    """
-    return (losses_B * weights_B).sum() / max(1.0, num_samples)
-
-
-def timed(batches: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float]]:
-    """Each batch with the seconds that the caller waited for it."""
-    iterator = iter(batches)
-    while True:
-        start = time.perf_counter()
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        yield batch, time.perf_counter() - start
+    def hold_pace(self, started: float) -> None:
+        rest = started + self.config.min_step_seconds - time.perf_counter()
+        if rest > 0:
+            time.sleep(rest)

@@ -1,113 +1,144 @@
-"""One attempt of a training run, from its configuration: build the parts, train, close them."""
+"""One attempt of a training run, from its recipe: build the parts, train, close them."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import forebay
-from forebay_trainer.checkpoint import CheckpointConfig, Checkpoints
-from forebay_trainer.config import setting
-from forebay_trainer.data import Data, DataConfig
-from forebay_trainer.loop import Reason, StepLength, Trainer
+from forebay_trainer import config as configuration
+from forebay_trainer.averaging import Average, NoAverage
+from forebay_trainer.checkpoint import Checkpoints
+from forebay_trainer.data import Data
+from forebay_trainer.dropout import Draws, replace_dropout
+from forebay_trainer.evaluation import Evaluation, Progress
+from forebay_trainer.loop import Reason, Trainer
 from forebay_trainer.memory import keep_freed_memory
-from forebay_trainer.metrics import MetricsWriter, NullMetrics
-from forebay_trainer.models import ModelConfig
-from forebay_trainer.optim import OptimizerConfig
-from forebay_trainer.parallel import Parallel, ParallelConfig
+from forebay_trainer.metrics import Metrics
+from forebay_trainer.optim import Optimization
+from forebay_trainer.parallel import Parallel
+from forebay_trainer.placement import Placement, use_deterministic_kernels
+from forebay_trainer.precision import LossScaler, Precision
+from forebay_trainer.random_state import RandomState
+from forebay_trainer.recipe import Recipe
 from forebay_trainer.records import RecordWriter
+from forebay_trainer.settings import TrainConfig
 from forebay_trainer.stop import StopSignal
-from forebay_wire.errors import InvalidRequest
+from forebay_trainer.task import Task
+from forebay_trainer.watch import Watch
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputConfig:
-    folder: str = setting("training-logs", "folder of metrics.jsonl and of the ranks' records")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything about a run; what is not here does not influence it."""
-
-    run: str = setting("default", "name of the run: its generations are saved under it")
-    address: str | None = setting(
-        None, "daemon: a folder, unix:/…, grpc://host:port; none: as forebay.connect() finds it"
-    )
-    num_epochs: int = setting(1, "epochs in all, those before a resume included")
-    seed: int = setting(0, "of the order of samples and of the first weights")
-    num_compute_threads: int = setting(0, "of each rank for torch; 0: as torch decides")
-    min_step_seconds: float = setting(
-        0.0, "a step takes at least this long: gives a toy model the pace of a real one"
-    )
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
-
-    def __post_init__(self) -> None:
-        if self.num_epochs < 1:
-            raise InvalidRequest(f"num_epochs must be at least 1, not {self.num_epochs}")
-
-
-def train(config: TrainConfig) -> Reason:
+def train(recipe: Recipe) -> Reason:
     """Trains on this rank, from the newest generation of the run if there is one.
 
-    On return the last generation is committed and on disk (``local``). Returns "done" after the
-    last epoch and "terminated" after SIGTERM. Raises what forebay raises.
+    On return the last generation is committed and on disk (``local``). Raises what forebay raises,
+    LossNotFinite, and RankLost if another rank failed.
     """
+    config = recipe.config
     keep_freed_memory()
     if config.num_compute_threads:
         torch.set_num_threads(config.num_compute_threads)
-    torch.manual_seed(config.seed)
+    if config.deterministic:
+        use_deterministic_kernels()
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         parallel = stack.enter_context(config.parallel.build())
+        random = RandomState(parallel.ranks, parallel.device)
+        random.seed(config.seed)
+        task = recipe.build()
+        draws = Draws(config.seed)
+        if config.deterministic:
+            number = 0
+            for module in task.modules.values():
+                number = replace_dropout(module, draws, number)
+        precision = Precision(config.precision, parallel.device)
+        placement = Placement(
+            task,
+            parallel,
+            precision,
+            is_compiled=config.compile,
+            is_deterministic=config.deterministic,
+        )
         client = stack.enter_context(forebay.connect(config.address))
-        data = stack.enter_context(closing(config.data.build(client, parallel, config.seed)))
-        model = parallel.wrap(config.model.build())
-        optimizer = config.optimizer.build(model)
-        num_steps = data.steps_per_epoch * config.num_epochs
-        scheduler = config.optimizer.build_schedule(optimizer, num_steps)
+        data = stack.enter_context(
+            closing(config.data.build(client, parallel, task, seed=config.seed, run=config.run))
+        )
+        optimization = build_optimization(config, task, placement, data, parallel)
+        progress = Progress(config.evaluation)
         checkpoints = config.checkpoint.build(
             client,
             config.run,
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
+            note={"config": configuration.as_dict(config)},
+            **{"average": None, **state_of(placement, optimization)},
+            progress=progress,
+            random=random,
             loader=data.train_loader,
         )
         stack.enter_context(closing(checkpoints))
-        step = checkpoints.restore()
+        watch = stack.enter_context(Watch(config.watch, parallel, lambda: checkpoints.last_good))
+        random.seed(config.seed, parallel.data_rank)
+        resumed = checkpoints.restore()
+        step = 0 if resumed is None else resumed.step
+        if resumed is not None and random.is_fresh:  # saved by another number of ranks
+            random.seed(config.seed, parallel.data_rank, step)
         metrics = stack.enter_context(closing(open_metrics(config, parallel, checkpoints)))
         records = stack.enter_context(closing(open_records(config, parallel, checkpoints)))
         announce(config, parallel, data, checkpoints, metrics)
         trainer = Trainer(
+            config=config,
+            task=task,
             parallel=parallel,
             data=data,
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler,
+            placement=placement,
+            optimization=optimization,
+            evaluation=Evaluation(task, data, placement, optimization.average, parallel),
+            progress=progress,
             checkpoints=checkpoints,
             metrics=metrics,
             records=records,
+            watch=watch,
+            draws=draws,
             stop=stop,
             step=step,
-            step_length=StepLength(config.min_step_seconds),
         )
-        return trainer.run(config.num_epochs)
+        reason = trainer.run()
+        parallel.sum([0.0])  # nobody leaves, and takes the meeting point along, before all are done
+    return reason
 
 
-def open_metrics(
-    config: TrainConfig, parallel: Parallel, checkpoints: Checkpoints
-) -> MetricsWriter:
-    if not parallel.is_main:
-        return NullMetrics()
-    return MetricsWriter.open(Path(config.output.folder) / "metrics.jsonl", checkpoints.attempt)
+def build_optimization(
+    config: TrainConfig, task: Task, placement: Placement, data: Data, parallel: Parallel
+) -> Optimization:
+    num_steps = data.steps_per_epoch * config.num_epochs
+    decay = config.average.decay
+    return Optimization(
+        config.optimizer,
+        task.optimizers(placement.modules, config.optimizer),
+        num_steps=num_steps if config.max_steps is None else min(num_steps, config.max_steps),
+        parallel=parallel,
+        scaler=LossScaler(is_used=config.precision == "fp16"),
+        average=NoAverage() if decay is None else Average(decay, placement.weights()),
+    )
+
+
+def state_of(placement: Placement, optimization: Optimization) -> dict[str, Any]:
+    """What a generation holds of weights and optimizers, by its name there."""
+    state: dict[str, Any] = dict(placement.modules)
+    for name, optimizer in optimization.optimizers.items():
+        state["optimizer" if name == "model" else f"{name}_optimizer"] = optimizer
+    if not isinstance(optimization.average, NoAverage):
+        state["average"] = optimization.average
+    if optimization.scaler.is_used:
+        state["scaler"] = optimization.scaler
+    return state
+
+
+def open_metrics(config: TrainConfig, parallel: Parallel, checkpoints: Checkpoints) -> Metrics:
+    folder = Path(config.output.folder)
+    return config.metrics.build(folder, checkpoints.attempt, is_main=parallel.is_main)
 
 
 def open_records(config: TrainConfig, parallel: Parallel, checkpoints: Checkpoints) -> RecordWriter:
@@ -126,7 +157,7 @@ def announce(
     parallel: Parallel,
     data: Data,
     checkpoints: Checkpoints,
-    metrics: MetricsWriter,
+    metrics: Metrics,
 ) -> None:
     """Says on rank 0 what starts, and from where."""
     metrics.write(
@@ -141,7 +172,7 @@ def announce(
         origin = f"from step {checkpoints.last_step}" if checkpoints.last_step else "afresh"
         print(
             f"run {config.run}, attempt {checkpoints.attempt}: {origin}, "
-            f"{parallel.num_ranks} rank(s) on {parallel.device.type}, "
+            f"{parallel.num_ranks} rank(s) on {parallel.device.type} ({parallel.shape}), "
             f"{data.num_samples} samples, {data.steps_per_epoch} steps an epoch, "
             f"{config.num_epochs} epochs",
             flush=True,

@@ -303,7 +303,7 @@ def show(progress: Progress, bar: Any, event: Event) -> None:
         case "step":
             text = f"epoch {event['epoch']}, loss {event['loss']:.3f}"
             progress.update(bar, completed=event["step"], description=text)
-        case "epoch":
+        case "evaluation":
             progress.console.print(
                 f"           epoch {event['epoch']} done at step {event['step']}: "
                 f"test accuracy {event['test_accuracy']:.1%}",

@@ -32,7 +32,7 @@ class Summary:
 def summarise(events: Sequence[Event]) -> Summary:
     steps = [event for event in events if event["event"] == "step"]
     stalls = [event["stall_seconds"] for event in events if event["event"] == "save"]
-    accuracies = [event["test_accuracy"] for event in events if event["event"] == "epoch"]
+    accuracies = [event["test_accuracy"] for event in events if event["event"] == "evaluation"]
     firsts = {step["attempt"]: step for step in reversed(steps)}
     later = [step for step in steps if step is not firsts[step["attempt"]]]
     seconds = sum(step["step_seconds"] for step in steps) or math.nan

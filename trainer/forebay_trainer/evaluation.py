@@ -1,0 +1,124 @@
+"""How well the run does on data that it does not train on: when to look, and when to stop early."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from forebay_trainer.averaging import Average
+from forebay_trainer.config import setting
+from forebay_trainer.data import Data
+from forebay_trainer.parallel import Parallel
+from forebay_trainer.placement import Placement
+from forebay_trainer.task import Task
+from forebay_wire.errors import InvalidRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every_steps: int = setting(
+        0, "optimizer steps between evaluations on the test data; 0: at the end of each epoch"
+    )
+    metric: str = setting("test_loss", "of the evaluation: what is best, and what stops early")
+    mode: Literal["min", "max"] = setting("min", "whether the smallest or the largest is best")
+    patience: int | None = setting(
+        None, "stop after so many evaluations without a better one; none: train to the end"
+    )
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise InvalidRequest(f"every_steps must be at least 0, not {self.every_steps}")
+        if self.patience is not None and self.patience < 1:
+            raise InvalidRequest(f"patience must be at least 1, not {self.patience}")
+
+
+class Progress:
+    """The evaluations so far; a part of the checkpoint."""
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self._config = config
+        self._best: float | None = None
+        self._best_step = 0
+        self._since_best = 0
+
+    def is_due(self, step: int, *, is_epoch_over: bool) -> bool:
+        every = self._config.every_steps
+        return step % every == 0 if every else is_epoch_over
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the outcome of an evaluation. InvalidRequest if it lacks the metric to go by."""
+        if not metrics:
+            return
+        name = self._config.metric
+        if name not in metrics:
+            raise InvalidRequest(
+                f"evaluation.metric={name}: the evaluation has {', '.join(sorted(metrics))}"
+            )
+        value = metrics[name] if self._config.mode == "max" else -metrics[name]
+        if not math.isnan(value) and (self._best is None or value > self._best):
+            self._best, self._best_step, self._since_best = value, step, 0
+        else:
+            self._since_best += 1
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether patience has run out."""
+        return self._config.patience is not None and self._since_best >= self._config.patience
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """The best value of the metric, and its step."""
+        if self._best is None:
+            return None
+        return self._best if self._config.mode == "max" else -self._best, self._best_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "best_step": self._best_step, "since_best": self._since_best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._best, self._best_step = state["best"], state["best_step"]
+        self._since_best = state["since_best"]
+
+
+class Evaluation:
+    """The task's metrics on the test data, with the average of the weights where one is kept."""
+
+    def __init__(
+        self, task: Task, data: Data, placement: Placement, average: Average, parallel: Parallel
+    ) -> None:
+        self._task = task
+        self._data = data
+        self._placement = placement
+        self._average = average
+        self._parallel = parallel
+
+    @torch.no_grad()
+    def run(self, alive: Callable[[], None]) -> dict[str, float]:
+        """``test_loss``, ``test_samples`` and ``test_…`` for each metric, over all ranks; nothing
+        without test data. A collective; *alive* is called for every batch."""
+        sums: dict[str, float] = defaultdict(float)
+        for module in self._placement.modules.values():
+            module.eval()
+        with self._average.in_place():
+            for batch in self._data.test_batches():
+                alive()
+                with self._placement.autocast():
+                    outputs = self._placement.model(*self._task.inputs(batch))
+                    losses, weights = self._task.losses(outputs, batch), self._task.weights(batch)
+                found = dict(self._task.evaluate(outputs, batch))
+                found |= {"loss": (losses * weights).sum(), "weight": weights.sum()}
+                found["samples"] = (batch["id"] >= 0).sum()
+                for name, value in found.items():
+                    sums[name] += float(value)
+            self._placement.settle()
+        if not sums:
+            return {}
+        sums = dict(zip(sums, self._parallel.sum_parts(list(sums.values())), strict=True))
+        metrics = {"loss": sums["loss"] / max(1.0, sums["weight"]), "samples": int(sums["samples"])}
+        metrics |= self._task.metrics(sums)
+        return {f"test_{name}": value for name, value in metrics.items()}
