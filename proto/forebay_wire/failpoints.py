@@ -100,6 +100,16 @@ REPAIR: Final = (
 )
 """Failpoints of replacing a damaged copy by a good one, in the order in which it passes them."""
 
+MEND: Final = (
+    "mend.before_file",
+    "mend.after_files",
+    "mend.inside_rows",
+    "mend.after_rows",
+    "mend.after_unlink",
+)
+"""Failpoints of writing a damaged file anew from good segments, in the order in which it passes
+them."""
+
 COLLECT: Final = (
     "collect.before_manifest",
     "collect.after_objects",
@@ -152,6 +162,7 @@ ALL: Final = frozenset(
     + MOVE
     + EVICT
     + REPAIR
+    + MEND
     + COLLECT
     + COMPACT
     + SHARING

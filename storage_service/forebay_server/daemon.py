@@ -261,12 +261,19 @@ class Daemon:
         """What does each kind of job; without an object tier flushes stay queued for one."""
         catalog, opener = self._catalog, self._opener
         publisher: ObjectPublisher | None = None
+        self._delta_bytes: dict[str, int] = {}
         notes: Handler | None = None
         if self._tiers.object is not None:
             notes = RunNotes(catalog, self._tiers, self._tiers.object, locks)
             publisher = ObjectPublisher(
-                catalog, self._tiers, self._tiers.object, locks, forget=opener.forget
+                catalog,
+                self._tiers,
+                self._tiers.object,
+                locks,
+                opener.forget,
+                stores_deltas=self._config.object_deltas,
             )
+            self._delta_bytes = publisher.delta_bytes
         self._integrity = Integrity(
             catalog,
             self._tiers,
@@ -315,6 +322,7 @@ class Daemon:
         await self._uploads.start()
         await self._movement.start(self._jobs)
         await self._integrity.start(self._jobs)
+        self._opener.quarantine.may_be_repaired = True
         self._jobs_task = self._background.start("jobs", self._jobs.run())
         self._background.start("ahead", self._ahead.run())
         self._background.start("tiers", TierWatch(self._tiers, self._note_tier).run())
@@ -468,6 +476,7 @@ class Daemon:
             *self._integrity.samples(),
             Sample("forebay_landed_bytes", (), self._uploads.recorder.landed_bytes),
             Sample("forebay_shared_bytes", (), self._uploads.recorder.shared_bytes),
+            *(Sample("forebay_delta_bytes", (k,), n) for k, n in self._delta_bytes.items()),
         ]
         return self._metrics.render(samples)
 

@@ -30,6 +30,7 @@ from forebay_server.move.copy import Copier
 from forebay_server.move.fsck import Finding, Fsck
 from forebay_server.move.garbage import Doomed, Garbage
 from forebay_server.move.jobs import Handler, Jobs
+from forebay_server.move.mend import Mender
 from forebay_server.move.repair import Publisher, Repairer
 from forebay_server.move.returns import Returns
 from forebay_server.move.scrub import Report, Scrub, read_report, scrub_target
@@ -110,6 +111,7 @@ class Integrity:
             catalog,
             tiers,
             Copier(opener.bringer, budget, locks),
+            Mender(catalog, tiers, budget, locks, forget=opener.forget),
             publisher,
             locks,
             return_good=opener.return_good,

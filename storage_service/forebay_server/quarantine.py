@@ -5,16 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Final
 
 from forebay_server.catalog.engine import Catalog
 from forebay_server.catalog.queries_blobs import Replica
-from forebay_server.catalog.queries_damage import quarantine, return_to_service
+from forebay_server.catalog.queries_damage import (
+    is_mended,
+    quarantine,
+    return_to_service,
+)
 from forebay_server.tier.encode import open_plain
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.verify import verify_file
 from forebay_wire.errors import ForebayError, IntegrityError, NotFound
 
 logger = logging.getLogger(__name__)
+
+REPAIR_SECONDS: Final = 40.0
+"""How long a reader waits for the repair of what has no other copy: its own request may take 60."""
 
 
 class Quarantine:
@@ -37,6 +45,8 @@ class Quarantine:
         self._names = frozenset(tier.name for tier in tiers.all)
         self._bad: set[str] = set()
         self._returns: dict[str, asyncio.Task[bool]] = {}
+        self.may_be_repaired = False
+        """Whether there is somebody who works on the repairs that this queues."""
 
     async def verify(
         self, blob: str, tier: str, file: str, encoding: str, *, is_landing: bool = False
@@ -89,6 +99,19 @@ class Quarantine:
             self._returns[blob] = task
             task.add_done_callback(lambda _: self._returns.pop(blob, None))
         return await asyncio.shield(task)
+
+    async def serves_again(self, blob: str) -> bool:
+        """Whether a copy of *blob*, of which none was left, is in service now: one that turned out
+        to be good, or that the repair which is queued has made meanwhile."""
+        if await self.return_good(blob):
+            return True
+        if not self.may_be_repaired:
+            return False
+        self._changed()
+        found = await self._catalog.wait_until(
+            lambda connection: is_mended(connection, blob), REPAIR_SECONDS
+        )
+        return bool(found)
 
     async def close(self) -> None:
         """Wait for what is being read. Idempotent."""

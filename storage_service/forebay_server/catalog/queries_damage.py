@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Connection, delete, exists, select, update
+from sqlalchemy import Connection, and_, delete, or_, select, update
 
 from forebay_server.catalog.queries_blobs import FileRef, batches, live_replica, remove_replica
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_jobs import REPAIR, RETURN, enqueue
 from forebay_server.catalog.queries_objects import OBJECT_TIER, flush_again
-from forebay_server.catalog.tables import extents, files, manifest_remote, replicas
+from forebay_server.catalog.tables import extents, files, jobs, manifest_remote, replicas
 
 EVERYTHING = "quarantined"
 """The target of the jobs that look at all quarantined replicas."""
@@ -59,6 +59,20 @@ def enqueue_repair(connection: Connection, blob: str, tier: str) -> None:
     found to be bad.
     """
     enqueue(connection, REPAIR, f"{blob} {tier}", priority=REPAIR_PRIORITY)
+
+
+def is_mended(connection: Connection, blob: str) -> bool | None:
+    """Whether a copy of *blob* is in service; None while a repair of it runs, or is to run for the
+    first time."""
+    live = select(replicas.c.replica).where(replicas.c.blob == blob, replicas.c.state == "live")
+    if connection.scalar(live.limit(1)) is not None:
+        return True
+    due = select(jobs.c.job).where(
+        jobs.c.kind == REPAIR,
+        or_(jobs.c.target.like(f"{blob} %"), jobs.c.target == EVERYTHING),
+        or_(jobs.c.state == "running", and_(jobs.c.state == "queued", jobs.c.error == "")),
+    )
+    return None if connection.scalar(due.limit(1)) is not None else False
 
 
 def mark_missing(connection: Connection, names: Sequence[str], reason: str) -> int:
@@ -130,14 +144,9 @@ def remove_replaced(connection: Connection, blob: str, tier: str) -> list[FileRe
 
 
 def enqueue_mendable(connection: Connection) -> None:
-    """Queue the repair of all quarantined replicas if some blob with one has a live one, too: it
-    may have come after a repair that found none."""
-    other = replicas.alias("other")
-    found = select(replicas.c.replica).where(
-        replicas.c.state == "quarantined",
-        exists().where(other.c.blob == replicas.c.blob, other.c.state == "live"),
-    )
-    if connection.scalar(found.limit(1)) is not None:
+    """Queue the repair of all quarantined replicas, if there are any: a copy that has what they
+    lack may have come after a repair that found none."""
+    if quarantined_blobs(connection, "", 1):
         enqueue(connection, REPAIR, EVERYTHING, priority=REPAIR_PRIORITY)
 
 
@@ -146,4 +155,4 @@ def enqueue_return(connection: Connection) -> None:
     are any."""
     if quarantined_blobs(connection, "", 1):
         enqueue(connection, RETURN, EVERYTHING)
-        enqueue(connection, REPAIR, EVERYTHING, priority=REPAIR_PRIORITY)
+        enqueue_mendable(connection)

@@ -2,8 +2,9 @@
 
 The order is that of every move: copy from a good replica, fsync, verify, add the new row; then, in
 one transaction that is guarded by owner and live lease, remove the bad row and note in the job's
-journal which files that leaves; then unlink them. A copy that has no good one to be made from stays
-quarantined, with its file.
+journal which files that leaves; then unlink them. Without a good replica, and where others share
+the damaged file, it is mended from good segments (``move/mend.py``). A copy of which a segment is
+good nowhere stays quarantined, with its file.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from forebay_server.catalog.queries_damage import (
     remove_replaced,
 )
 from forebay_server.catalog.queries_history import record
+from forebay_server.catalog.queries_mending import is_shared
 from forebay_server.locks import NamedLocks
 from forebay_server.move.copy import parse_target
 from forebay_server.move.jobs import Progress
+from forebay_server.move.mend import REMOVED, Mender
 from forebay_server.tier.registry import Tiers
 from forebay_wire.errors import ForebayError, IntegrityError, StorageError
 from forebay_wire.failpoints import failpoint
@@ -31,8 +34,6 @@ from forebay_wire.failpoints import failpoint
 logger = logging.getLogger(__name__)
 
 BATCH: Final = 100
-REMOVED: Final = "removed"
-"""Key of the journal: ``[[tier, file], …]`` whose rows are gone."""
 
 
 class Copier(Protocol):
@@ -59,6 +60,7 @@ class Repairer:
         catalog: Catalog,
         tiers: Tiers,
         copier: Copier,
+        mender: Mender,
         publisher: Publisher | None,
         locks: NamedLocks,
         *,
@@ -70,7 +72,9 @@ class Repairer:
         self._catalog = catalog
         self._tiers = tiers
         self._names = frozenset(tier.name for tier in tiers.own)
+        self._landing = frozenset(tier.name for tier in tiers.landing)
         self._copier = copier
+        self._mender = mender
         self._publisher = publisher
         self._locks = locks
         self._return_good = return_good
@@ -79,7 +83,7 @@ class Repairer:
         """Blobs since the start."""
 
     async def __call__(self, progress: Progress) -> None:
-        await self._unlink(progress)  # what an earlier try has left
+        await self._mender.unlink(progress)  # what an earlier try has left
         if progress.target == EVERYTHING:
             await self._repair_all(progress)
         else:
@@ -130,18 +134,13 @@ class Repairer:
     async def _replace(self, location: BlobLocation, tier: str, progress: Progress) -> None:
         """Have a good copy in *tier*, then remove the bad ones there."""
         blob = location.blob
-        if not location.live():
-            raise IntegrityError(
-                f"blob {blob} has no good copy left (quarantined in "
-                f"{', '.join(self._bad_tiers(location))}): nothing of it is deleted; restore a "
-                "lost tier, or delete what names it"
-            )
         failpoint("repair.before_copy")
-        if self._tiers.object is not None and tier == self._tiers.object.name:
-            assert self._publisher is not None, "there is one wherever there is an object tier"
-            await self._publisher.publish_locked(blob, progress)
-        else:
-            await self._copier.copy_locked(blob, tier, progress)
+        if not await self._is_mended(location, tier, progress):
+            if self._tiers.object is not None and tier == self._tiers.object.name:
+                assert self._publisher is not None, "there is one wherever there is an object tier"
+                await self._publisher.publish_locked(blob, progress)
+            else:
+                await self._copier.copy_locked(blob, tier, progress)
         failpoint("repair.before_remove")
 
         def remove(connection: Connection) -> None:
@@ -152,14 +151,36 @@ class Repairer:
         await self._catalog.write(remove)
         self._forget(blob)
         failpoint("repair.after_remove")
-        await self._unlink(progress)
+        await self._mender.unlink(progress)
         failpoint("repair.after_unlink")
 
-    async def _unlink(self, progress: Progress) -> None:
-        """Delete the files whose rows are gone. Names are never reused: this hits nothing else."""
-        for tier, file in progress.journal.get(REMOVED, ()):
-            found = self._tiers.get(tier)
-            await self._tiers.run(found, found.delete, found.blob_name(file))
+    async def _is_mended(self, location: BlobLocation, tier: str, progress: Progress) -> bool:
+        """Whether the copy in *tier* was put together from good segments. A whole copy that nothing
+        shares is made from a good one, if there is one."""
+        blob, has_good = location.blob, bool(location.live())
+        if has_good and not await self._is_shared(blob, tier):
+            return False
+        for name in self._landing_first(location, tier, only=has_good):
+            try:
+                await self._mender.mend(blob, name, progress)
+            except IntegrityError:
+                if not has_good and name == tier:
+                    raise
+            else:
+                return name == tier
+        if not has_good:
+            await self._mender.rebuild(blob, progress)
+        return False
+
+    def _landing_first(self, location: BlobLocation, tier: str, *, only: bool) -> list[str]:
+        """The landing tiers whose copy is to be mended for the one in *tier*: that one, and
+        without a good copy anywhere those from which another could be made."""
+        if tier in self._landing:
+            return [tier]
+        return [] if only else [name for name in self._bad_tiers(location) if name in self._landing]
+
+    async def _is_shared(self, blob: str, tier: str) -> bool:
+        return await self._catalog.read(lambda connection: is_shared(connection, blob, tier))
 
     async def _give_up(self, blob: str, error: ForebayError) -> None:
         self.num_done["failed"] += 1

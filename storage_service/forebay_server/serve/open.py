@@ -175,10 +175,10 @@ class Opener:
 
         The first open of a replica checks its segment table and size; one that is damaged is
         quarantined and the next copy serves; where none is left, the quarantined ones are read
-        again, as a tier that was away condemns what is good. A blob that only the object tier has
-        is fetched once, however many ask; a large one comes as a stream if the client *can_stream*,
-        else without a descriptor, and not held open. *waits* gets what was waited for, reason to
-        seconds. :class:`NotFound`, :class:`IntegrityError`,
+        again, as a tier that was away condemns what is good, and their repair is waited for. A
+        blob that only the object tier has is fetched once, however many ask; a large one comes as a
+        stream if the client *can_stream*, else without a descriptor, and not held open. *waits*
+        gets what was waited for, reason to seconds. :class:`NotFound`, :class:`IntegrityError`,
         :class:`ResourceExhausted`, :class:`LimitExceeded`, :class:`StorageError`.
         """
         asking = Reading(plan, can_stream)
@@ -343,7 +343,7 @@ class Opener:
     ) -> OpenedBlob:
         problems: list[ForebayError] = []
         opened = await self._open_any(client, blob, located, problems)
-        if opened is None and await self.return_good(blob):
+        if opened is None and await self.quarantine.serves_again(blob):
             opened = await self._open_any(client, blob, None, problems)
         if opened is None:
             raise no_copy(blob, problems)
