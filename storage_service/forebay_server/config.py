@@ -206,6 +206,14 @@ class Config:
         "stays as it is.",
         SETTINGS,
     )
+    object_deltas: bool = _option(
+        True,
+        parse_bool,
+        "",
+        "Whether checkpoints lie in the object tier as lossless differences from the ones before, "
+        "where that takes a quarter less; not with object-encoding raw. What is there already "
+        "stays as it is.",
+    )
     origin_prefixes: tuple[str, ...] = _option(
         (),
         parse_texts,

@@ -122,6 +122,13 @@ METRICS: Final[dict[str, MetricSpec]] = {
             "Of those, bytes that a run had stored already: they were referenced, not written.",
         ),
         MetricSpec(
+            "forebay_delta_bytes",
+            "gauge",
+            ("kind",),
+            "Segments that were stored as differences in the object tier since the start: their "
+            "plain bytes, and the stored ones.",
+        ),
+        MetricSpec(
             "forebay_jobs", "gauge", ("kind", "state"), "Background jobs by kind and state."
         ),
         MetricSpec(

@@ -71,7 +71,7 @@ class ObjectPublisher:
         self._known = KnownSegments(catalog, tiers)
         self._forget = forget
         self._stores_deltas = stores_deltas and tier.encoding != RAW
-        self.num_bytes: Counter[str] = Counter(plain=0, stored=0)
+        self.delta_bytes: Counter[str] = Counter(plain=0, stored=0)
         """Of segments that lie as differences since the start: their own, and what they take."""
 
     async def publish(self, record: ManifestRecord, progress: Progress) -> None:
@@ -188,7 +188,9 @@ class ObjectPublisher:
             found = await self._tiers.run(self._tier, self._put_list, location.blob, made)
             failpoint("flush.after_extents")
             if made.deltas is not None:
-                self.num_bytes.update(plain=made.deltas.plain_bytes, stored=made.deltas.delta_bytes)
+                self.delta_bytes.update(
+                    plain=made.deltas.plain_bytes, stored=made.deltas.delta_bytes
+                )
             shares = found.encoding == PIECES
             return location.blob, found, made.file if shares else None
         raise self._lost(location)
