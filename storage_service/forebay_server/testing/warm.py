@@ -76,11 +76,11 @@ class WarmPython:
     Ends with the process that made it, and takes with it what nobody waited for. Thread-safe.
     """
 
-    def __init__(self, *modules: str, options: Sequence[str] = ()) -> None:
-        """*options* are Python's own, like ``-W error``."""
+    def __init__(self, *modules: str, environment: Mapping[str, str] | None = None) -> None:
+        """*environment* is that of the imports; none is this process's."""
         self._modules = modules
-        self._options = options
-        self._environment = _fixed(os.environ)
+        self._environment = dict(os.environ if environment is None else environment)
+        self._environment.pop(failpoints.VARIABLE, None)
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -104,7 +104,7 @@ class WarmPython:
 
     def can_start(self, environment: Mapping[str, str]) -> bool:
         """Whether a program in *environment* would find its modules as they were imported."""
-        return _fixed(environment) == self._environment
+        return _fixed(environment) == _fixed(self._environment)
 
     def start(
         self,
@@ -132,16 +132,12 @@ class WarmPython:
 
     def _begin(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {k: v for k, v in os.environ.items() if k != failpoints.VARIABLE}
         with theirs:
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, *self._options, "-m", __name__),
-                    *(str(theirs.fileno()), *self._modules),
-                ],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), *self._modules],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=environment,
+                env=self._environment,
             )
         self._control = ours
         return ours

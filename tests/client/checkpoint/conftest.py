@@ -1,12 +1,10 @@
-"""A pool of ranks that are started once and form one world after the other."""
+"""Ranks that start quickly, and a pool of them that forms one world after the other."""
 
 import contextlib
 import itertools
 import json
 import os
 import select
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,24 +12,73 @@ from typing import Any
 
 import pytest
 
+from forebay_server.testing.warm import WarmProcess, WarmPython
+
 RESULT = "RESULT "
 SECONDS = 120.0
 
 RunJob = Callable[..., None]
+StartRank = Callable[..., WarmProcess]
+
+IMPORTED = (
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "torch._dynamo",  # a wrapped model imports it
+    "forebay.checkpoint",
+    "pytest",
+)
+
+
+@pytest.fixture(scope="session")
+def start_rank() -> Iterator[StartRank]:
+    """Starts a program of one rank, from a process that has imported torch: that takes seconds."""
+    alone = {"OMP_NUM_THREADS": "1"}
+    with WarmPython(*IMPORTED, environment={**os.environ, **alone}) as warm:
+
+        def start(*words: str, streams: tuple[int, int, int], **environment: str) -> WarmProcess:
+            program = str(Path(__file__).parent / words[0])
+            return warm.start(
+                [program, *words[1:]], {**os.environ, **alone, **environment}, *streams
+            )
+
+        yield start
+
+
+class Rank:
+    """A process of ``dcp_ranks.py``: takes lines and answers each with one."""
+
+    def __init__(self, start: StartRank, log: Path) -> None:
+        given, stdin = os.pipe()
+        stdout, told = os.pipe()
+        with log.open("ab") as stderr:
+            self.process = start("dcp_ranks.py", streams=(given, told, stderr.fileno()))
+        os.close(given)
+        os.close(told)
+        self.stdin, self.stdout = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.stdin, self.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 class Pool:
-    """Processes of ``dcp_ranks.py``; more are started as a job needs them."""
+    """Ranks that are started once; more are started as a job needs them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: StartRank) -> None:
         self._folder = folder
-        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._start = start
+        self._ranks: list[Rank] = []
         self._numbers = itertools.count()
 
     def run(self, scenario: str, size: int, address: str, **arguments: Any) -> None:
         """Have *size* ranks walk through *scenario*; fails with what any of them raised."""
         while len(self._ranks) < size:
-            self._ranks.append(self._start(len(self._ranks)))
+            log = self._folder / f"rank-{len(self._ranks)}.log"
+            self._ranks.append(Rank(self._start, log))
         init_file = self._folder / f"init-{next(self._numbers)}"
         for rank in range(size):
             job = {
@@ -43,7 +90,6 @@ class Pool:
                 "arguments": arguments,
             }
             pipe = self._ranks[rank].stdin
-            assert pipe is not None
             pipe.write(json.dumps(job).encode() + b"\n")
             pipe.flush()
         deadline = time.monotonic() + SECONDS
@@ -60,29 +106,13 @@ class Pool:
             )
 
     def close(self) -> None:
-        for process in self._ranks:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
+        for rank in self._ranks:
+            rank.close()
         self._ranks = []
-
-    def _start(self, rank: int) -> subprocess.Popen[bytes]:
-        with (self._folder / f"rank-{rank}.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, str(Path(__file__).parent / "dcp_ranks.py")],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
 
     def _answer(self, rank: int, deadline: float) -> str | None:
         """What the rank raised, empty if nothing; None if it does not answer."""
         pipe = self._ranks[rank].stdout
-        assert pipe is not None
         while True:
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             line = pipe.readline().decode() if ready else ""
@@ -97,7 +127,7 @@ class Pool:
 
 
 @pytest.fixture(scope="session")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    running = Pool(tmp_path_factory.mktemp("ranks"))
+def pool(tmp_path_factory: pytest.TempPathFactory, start_rank: StartRank) -> Iterator[Pool]:
+    running = Pool(tmp_path_factory.mktemp("ranks"), start_rank)
     yield running
     running.close()

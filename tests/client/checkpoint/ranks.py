@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,7 @@ SCENARIOS = {
 
 
 def main() -> None:
+    warnings.simplefilter("error")
     names, rank, size, init_file, data, scratch = sys.argv[1:]
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     torch.set_num_threads(1)

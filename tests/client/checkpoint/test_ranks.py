@@ -1,15 +1,17 @@
 """Jobs of several ranks against a real daemon; ``ranks.py`` beside this is what each rank runs."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
 from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.warm import WarmProcess
 
 SECONDS = 100.0  # above the time after which a rank gives itself up, with its stacks
 
@@ -20,77 +22,99 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
         yield running
 
 
-def start(
-    scenarios: str, size: int, daemon: DaemonProcess, scratch: Path, **environment: str
-) -> list[subprocess.Popen[str]]:
-    command = [sys.executable, "-W", "error", str(Path(__file__).parent / "ranks.py"), scenarios]
-    return [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(scratch / "init"), str(daemon.data), str(scratch)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                **({"FOREBAY_FAILPOINTS": ""} if not environment or rank == 0 else environment),
-            },
-        )
-        for rank in range(size)
-    ]
+class Job:
+    """Ranks that walk through scenarios, all in processes of their own."""
+
+    def __init__(self, start_rank: Any, data: Path, scratch: Path) -> None:
+        self._start_rank = start_rank
+        self._data = data
+        self._scratch = scratch
+        self._ranks: list[WarmProcess] = []
+
+    def start(self, scenarios: str, size: int, **environment: str) -> Self:
+        """*environment* is that of all ranks but the first."""
+        for rank in range(size):
+            words = (scenarios, str(rank), str(size), str(self._scratch / "init"))
+            words += (str(self._data), str(self._scratch))
+            own = environment if rank else {}
+            with self._log(rank).open("wb") as log, open(os.devnull) as nothing:
+                streams = (nothing.fileno(), log.fileno(), log.fileno())
+                self._ranks.append(self._start_rank("ranks.py", *words, streams=streams, **own))
+        return self
+
+    def codes(self) -> list[int]:
+        """How each rank ended, with all that was written if one failed."""
+        deadline = time.monotonic() + SECONDS
+        try:
+            codes = [rank.wait(max(0, deadline - time.monotonic())) for rank in self._ranks]
+        finally:
+            self.close()
+        if any(codes):
+            for rank, code in enumerate(codes):
+                written = self._log(rank).read_text(errors="replace")
+                sys.stdout.write(f"---- rank {rank} ended with {code}\n{written}\n")
+        return codes
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.wait()
+
+    def _log(self, rank: int) -> Path:
+        return self._scratch / f"rank-{rank}.log"
 
 
-def outcome(processes: list[subprocess.Popen[str]]) -> list[int]:
-    """Exit codes, with everything that was written if one is not 0."""
-    try:
-        outputs = [process.communicate(timeout=SECONDS)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    codes = [process.returncode for process in processes]
-    if any(codes):
-        for rank, (code, output) in enumerate(zip(codes, outputs, strict=True)):
-            sys.stdout.write(f"---- rank {rank} ended with {code}\n{output}\n")
-    return codes
+NewJob = Callable[[DaemonProcess], Job]
+
+
+@pytest.fixture
+def new_job(start_rank: Any, tmp_path: Path) -> Iterator[NewJob]:
+    with ExitStack() as jobs:
+
+        def new(daemon: DaemonProcess) -> Job:
+            job = Job(start_rank, daemon.data, tmp_path)
+            jobs.callback(job.close)
+            return job
+
+        yield new
 
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("no_local", ["0", "1"], ids=["local", "remote"])
 def test_saved_on_four_ranks_loads_bit_exact_on_any_number(
-    daemon: DaemonProcess, tmp_path: Path, no_local: str, monkeypatch: pytest.MonkeyPatch
+    daemon: DaemonProcess, new_job: NewJob, no_local: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FOREBAY_NO_LOCAL", no_local)
-    assert outcome(start("reshard", 6, daemon, tmp_path)) == [0] * 6
+    assert new_job(daemon).start("reshard", 6).codes() == [0] * 6
 
 
 @pytest.mark.timeout(200)
 def test_wrappers_errors_replicas_and_torch_functions_and_all_ranks_plan_or_none_does(
-    daemon: DaemonProcess, tmp_path: Path
+    daemon: DaemonProcess, new_job: NewJob
 ) -> None:
     """One start of the ranks for all: it costs more than what they do."""
     scenarios = "wrappers,errors,lost_answer,replicated,torch_functions"
     plans = "steady,late_state,balanced"
-    assert outcome(start(f"{scenarios},{plans}", 3, daemon, tmp_path)) == [0] * 3
+    assert new_job(daemon).start(f"{scenarios},{plans}", 3).codes() == [0] * 3
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_overlapped_saves_of_wrapped_models_and_an_error_of_one_rank(
-    daemon: DaemonProcess, tmp_path: Path
+    daemon: DaemonProcess, new_job: NewJob
 ) -> None:
-    assert outcome(start("overlapped,overlapped_error", 2, daemon, tmp_path)) == [0] * 2
+    assert new_job(daemon).start("overlapped,overlapped_error", 2).codes() == [0] * 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_after_a_restart_of_the_daemon_all_ranks_plan_anew(tmp_path: Path) -> None:
+def test_after_a_restart_of_the_daemon_all_ranks_plan_anew(tmp_path: Path, new_job: NewJob) -> None:
     with DaemonProcess(tmp_path / "data") as daemon:
-        ranks = start("restarted_plan", 2, daemon, tmp_path)
+        ranks = new_job(daemon).start("restarted_plan", 2)
         wait_until((tmp_path / "restart").exists, SECONDS)
         daemon.restart()
         (tmp_path / "restarted").touch()
-        assert outcome(ranks) == [0, 0]
+        assert ranks.codes() == [0, 0]
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> None:
@@ -102,26 +126,28 @@ def wait_until(holds: Callable[[], bool], seconds: float) -> None:
 
 @pytest.mark.parametrize("place", ["after_begin", "after_copy", "after_seal"])
 def test_a_killed_rank_fails_the_save_of_the_others(
-    daemon: DaemonProcess, tmp_path: Path, place: str
+    daemon: DaemonProcess, new_job: NewJob, place: str
 ) -> None:
     killed = {"FOREBAY_FAILPOINTS": f"client.save.{place}:2"}
-    assert outcome(start("lost_rank", 2, daemon, tmp_path, **killed)) == [0, -9]
+    assert new_job(daemon).start("lost_rank", 2, **killed).codes() == [0, -9]
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_before_it_asks_is_named(daemon: DaemonProcess, tmp_path: Path) -> None:
+def test_a_rank_that_dies_before_it_asks_is_named(daemon: DaemonProcess, new_job: NewJob) -> None:
     killed = {"FOREBAY_FAILPOINTS": "client.save.after_plan:2"}
-    assert outcome(start("lost_before_asking", 2, daemon, tmp_path, **killed)) == [0, -9]
+    assert new_job(daemon).start("lost_before_asking", 2, **killed).codes() == [0, -9]
 
 
 @pytest.mark.timeout(200)
-def test_all_ranks_offer_a_sealed_generation_to_the_restarted_daemon(tmp_path: Path) -> None:
+def test_all_ranks_offer_a_sealed_generation_to_the_restarted_daemon(
+    tmp_path: Path, new_job: NewJob
+) -> None:
     daemon = DaemonProcess(
         tmp_path / "data", environment={"FOREBAY_FAILPOINTS": "generation.before_commit"}
     )
     with daemon:
-        ranks = start("restart", 2, daemon, tmp_path)
+        ranks = new_job(daemon).start("restart", 2)
         assert daemon.wait_exit(SECONDS) == -9
         daemon.environment.clear()
         daemon.start().wait_ready()
-        assert outcome(ranks) == [0, 0]
+        assert ranks.codes() == [0, 0]
