@@ -184,6 +184,11 @@ class Data:
         return Cut(self.num_samples, config.global_batch_size, config.last_batch).num_steps
 
     @property
+    def epoch(self) -> int:
+        """Number of the current epoch, from 0."""
+        return self.train_loader.epoch
+
+    @property
     def position(self) -> int:
         """Samples of the current epoch that all ranks together have got so far."""
         return int(self.train_loader.state_dict()["position"])

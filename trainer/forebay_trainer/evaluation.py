@@ -24,6 +24,7 @@ class EvaluationConfig:
     every_steps: int = setting(
         0, "optimizer steps between evaluations on the test data; 0: at the end of each epoch"
     )
+    at_start: bool = setting(False, "also before the first step of each attempt")
     metric: str = setting("test_loss", "of the evaluation: what is best, and what stops early")
     mode: Literal["min", "max"] = setting("min", "whether the smallest or the largest is best")
     patience: int | None = setting(

@@ -62,6 +62,8 @@ class Trainer:
     def run(self) -> Reason:
         """Trains to the end of the last epoch, or to the next step after SIGTERM."""
         reason: Reason = "done"
+        if self.config.evaluation.at_start:
+            self.evaluate(self.data.epoch)
         for epoch in self.data.epochs(self.config.num_epochs):
             if reason != "done" or self.is_over:
                 break
@@ -88,6 +90,7 @@ class Trainer:
             self.quality = {}
             if self.progress.is_due(self.step, is_epoch_over=self.data.is_epoch_over):
                 self.evaluate(epoch.number)
+                self.progress.note(self.step, self.quality)
             if self.checkpoints.is_due(self.step):
                 self.save({"loss": values["loss"], **self.quality})
             self.hold_pace(started)
@@ -176,7 +179,6 @@ class Trainer:
 
     def evaluate(self, epoch: int) -> None:
         self.quality = self.evaluation.run(lambda: self.watch.at(self.step, "evaluation"))
-        self.progress.note(self.step, self.quality)
         if self.quality:
             self.metrics.write("evaluation", step=self.step, epoch=epoch, **self.quality)
 
