@@ -43,7 +43,7 @@ def stored(client: forebay.Client) -> Stored:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize(
     ("method", "num_workers"),
-    [("fork", 100), ("forkserver", 12), ("spawn", 8)],
+    [("fork", 60), ("forkserver", 12), ("spawn", 8)],
 )
 def test_workers_beside_a_busy_client(
     client: forebay.Client, stored: Stored, method: str, num_workers: int
