@@ -1,11 +1,12 @@
 """What does a checkpoint cost, in stalled training and in bytes, against other means and peers?
 
-The state is a transformer's weights with AdamW's moments, all float32 (``--state-gb``). Every
-contender is a process of its own over the same memory; they take turns on one disk, alone on the
-machine as far as this script goes, each saving bytes that were never saved before. A *stall* is the
-time from the call of a save until the state may change; *durable* is the time from the call until
-all is synced, folders too, which for the peers is added where they leave it out; their state dicts
-are made beforehand, ours is made by ``save``.
+The state is a transformer's weights with AdamW's moments, all float32 (``--size``). Every contender
+is a process of its own over the same memory, which lives as long as the race; they take turns on
+one disk, alone on the machine as far as this script goes, each saving bytes that were never saved
+before, with plans that are kept and into memory that was used before. A *stall* is the time from
+the call of a save until the state may change; *durable* is the time from the call until all is
+synced, folders too, which for the peers is added where they leave it out; their state dicts are
+made beforehand, ours is made by ``save``.
 
 * ``stall_vs_warm_copy``: ours over a copy of each tensor into memory used before.
 * ``stall_vs_dcp_async``: ours over ``dcp.async_save``'s with a stager that is kept, the faster of
@@ -18,8 +19,8 @@ are made beforehand, ours is made by ``save``.
   torch.save and dcp.* over ours; both count from the call.
 * ``restore_vs_raw_read``: bare cold reads of as many bytes into warm memory, the best of some ways,
   over a verified ``restore`` by a fresh connection to a restarted daemon; both after DONTNEED on
-  every file. ``restore_ram_vs_copy``: a warm copy over a ``restore`` of what the daemon still has
-  in memory, after it has landed.
+  every file, and the bytes that then came from the disk are counted. ``restore_ram_vs_copy``: a
+  warm copy over a ``restore`` of what the daemon still has in memory, after it has landed.
 * ``reshard_node_read_amplification``: saved by 2 ranks, loaded by 8, tensors cut by rows and by
   columns, shards of 64 MiB: bytes that the daemon and all ranks had the disk read, cold, over those
   of the tensors. ``frozen_second_save_bytes``: what a save adds to the ssd tier over the bytes that
@@ -27,36 +28,49 @@ are made beforehand, ours is made by ``save``.
 
 Values: stalls, durable rates, the slowdown of the steps after a save, the peak of own memory over
 the size of the state, for all; the daemon's processor seconds for each GB that lands. The daemon
-hashes each byte of a pack once, trainers hash none.
+hashes each byte of a pack once, trainers hash none. Quickly, the slowdown of peers is that of one
+of them, and what no ratio needs is measured once.
+
+``--only`` measures what the named ratios need and nothing else. A line on standard error says how
+long each phase took.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import mmap
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
-from checkpoint_cold import drop_cached
-from checkpoint_contender import PEERS_PYTHON, Contender, PeakMemory
-from checkpoint_extra import measure_frozen, measure_reshard
-from checkpoint_state import SharedState, shape_of
-from harness import MIB, Options, Report, Samples, percentile
-from write_path import DISK_WAYS, fastest, timed, write_raw
+from checkpoint_extra import measure_frozen, measure_reshard, open_daemon
+from checkpoint_memory import PeakMemory
+from children import PEERS_PYTHON, Child, Family
+from harness import MIB, Options, Phases, Report, Samples, percentile
+from raw_disk import (
+    DISK_WAYS,
+    READ_WAYS,
+    Way,
+    disk_reads,
+    drop_cached,
+    fastest,
+    read_raw,
+    write_and_remove,
+    write_raw,
+)
 
 from forebay_server.testing.daemon import DaemonProcess
 
 GB = 1_000_000_000
 OURS = "forebay"
+OWN = (OURS, "copy")
 ASYNC_PEERS = ("dcp_thread", "dcp_process")
 WRITING_PEERS = ("torch", "dcp", *ASYNC_PEERS)
 ALL_PEERS = (*WRITING_PEERS, "tcp")
@@ -65,17 +79,37 @@ EVERYBODY = (OURS, "copy", "raw", *ALL_PEERS)
 RACES = ((OURS, "copy", "raw"), (OURS, "torch", "dcp"), *((OURS, p) for p in (*ASYNC_PEERS, "tcp")))
 """Who takes turns where there is no memory for all at once."""
 
-WARM_UP = 2
-"""Saves until every buffer was used before; the first of them is measured for itself."""
+RACED = {
+    "stall_vs_warm_copy": ("copy",),
+    "stall_vs_dcp_async": ASYNC_PEERS,
+    "first_stall_vs_dcp_first": ASYNC_PEERS,
+    "local_write_vs_raw": ("raw",),
+    "local_write_vs_best_peer": WRITING_PEERS,
+}
+"""The ratios of a race: whom ours is compared with."""
 
-QUICK_STEPS = (OURS, "dcp_thread")
-"""Whose training steps are measured quickly."""
+STEPPED = ("overlapped_extra_vs_sync_extra",)
+RESTORED = ("restore_vs_raw_read", "restore_ram_vs_copy")
+FROZEN = "frozen_second_save_bytes"
+RESHARDED = "reshard_node_read_amplification"
+RATIOS = (*RACED, *STEPPED, *RESTORED, FROZEN, RESHARDED)
+
+WARM_UP = 2
+"""Saves until every buffer was used before; the first of them is measured for itself, in the last
+one memory is looked at, which takes time."""
+
+QUICK_STEPPING = (OURS, "dcp_thread")
+"""Whose training steps are measured quickly; the peer's once."""
 
 STEPS = 3
-"""After a save: as long as it takes to become durable, about."""
+MAX_STEPS = 12
+"""After a save: for twice as long as it takes to become durable, about."""
 
-READ_WAYS = ((4 * MIB, 1), (4 * MIB, 2), (4 * MIB, 4), (-4 * MIB, 2), (-4 * MIB, 4))
-"""Bytes of a read (negative: with O_DIRECT), threads."""
+TRIED_BYTES = 128 * MIB
+"""Of the state, at most, to find the best way to write and to read."""
+
+COLD_SHARE = 0.9
+"""Of the bytes of a cold restore has to come from the disk."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +120,31 @@ class Settings:
     device: str
     at_once: bool
     """All contenders have memory at the same time."""
+    only: tuple[str, ...]
+    """The ratios that are wanted."""
+
+    @property
+    def everything(self) -> bool:
+        return self.only == RATIOS
+
+    def racing(self) -> tuple[str, ...]:
+        """Who has to save beside ours."""
+        if self.everything:
+            return EVERYBODY
+        wanted = {name for ratio in self.only for name in RACED.get(ratio, ())}
+        if set(self.only) & set(RESTORED):
+            wanted.add("copy")
+        if wanted or set(self.only) & set(STEPPED):
+            wanted.add(OURS)
+        return tuple(name for name in EVERYBODY if name in wanted)
+
+    def races(self) -> list[tuple[str, ...]]:
+        """Who takes turns with whom."""
+        racing = self.racing()
+        if not racing or self.at_once:
+            return [racing] if racing else []
+        found = [tuple(name for name in names if name in racing) for names in RACES]
+        return [found[0], *(names for names in found[1:] if len(names) > 1)]
 
 
 @dataclass
@@ -98,6 +157,9 @@ class Saves:
     """From the end of the stall."""
     first: Samples = field(default_factory=Samples)
     """Stalls of first saves."""
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    daemon_seconds: list[float] = field(default_factory=list)
+    """Processor time of the daemon for a save, all that follows it included."""
 
     def add(self, name: str, answer: dict[str, float]) -> None:
         self.stall.add(name, answer["stall"])
@@ -108,49 +170,71 @@ class Saves:
 class Stage:
     """The disk, the state, one daemon, and the contenders that run now. A context manager."""
 
-    def __init__(self, folder: Path, state: SharedState, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
-        self.state = state
         self.settings = settings
-        self.contenders: dict[str, Contender] = {}
+        self.families: list[Family] = []
+        self.contenders: dict[str, Child] = {}
+        self.daemon = self.make_daemon()
         self._starts = 0
-        ram = 4 * state.num_bytes + (1 << 30)
-        self.daemon = DaemonProcess(
-            folder / "data",
-            *("--object-url", "none", "--hdd-path", "none", "--ram-bytes", str(ram)),
-        )
-        self._way: tuple[int, int] | None = None
+        self._way: Way | None = None
 
     def __enter__(self) -> Stage:
+        """Start the family of ours: what stays, and who saves first."""
+        savers = [name for name in self.settings.racing() if name in OWN]
+        names = ("state", "ranks", "frozen", *savers)
+        self.own = Family("checkpoint_own", names, log=self.folder / "own.log")
+        self.own["state"].send("fill", state_bytes=self.settings.state_bytes)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for contender in self.contenders.values():
-            contender.kill()
-        self.daemon.kill()
+        self.stop()
+        self.own.kill()
 
     def start(self, names: Sequence[str]) -> None:
         """Fresh processes for *names*, a fresh daemon for ours."""
         self._starts += 1
-        for name in names:
-            if name == OURS:
-                self.daemon.start().wait_ready()
-            if name != "raw":
-                self.contenders[name] = Contender(
-                    name,
-                    {
-                        "state": str(self.state.path),
-                        "state_bytes": self.settings.state_bytes,
-                        "device": self.settings.device,
-                        "folder": str(self.folder / f"{name}-{self._starts}"),
-                        "address": self.address if name == OURS else "",
-                    },
-                    self.folder / f"{name}.log",
-                )
-        for contender in self.contenders.values():
-            contender.send("facts")
+        self.daemon = self.make_daemon().start()
+        peers = [name for name in names if name in ALL_PEERS]
+        own = [name for name in names if name in OWN]
+        if peers:
+            log = self.folder / "peers.log"
+            self.families.append(Family("checkpoint_peers", peers, log=log, python=PEERS_PYTHON))
+            self.contenders |= {name: self.families[-1][name] for name in peers}
+        ours = self.own
+        if self._starts > 1:
+            ours = Family("checkpoint_own", own, log=self.folder / "own.log")
+            self.families.append(ours)
+        self.contenders |= {name: ours[name] for name in own}
+        self.open_state()
+        self.daemon.wait_ready()
+        for name, contender in self.contenders.items():
+            contender.send(
+                "open",
+                state=self.place,
+                state_bytes=self.settings.state_bytes,
+                device=self.settings.device,
+                folder=str(self.folder / f"{name}-{self._starts}"),
+                address=self.address if name == OURS else "",
+            )
         for contender in self.contenders.values():
             contender.answer()
+
+    def make_daemon(self) -> DaemonProcess:
+        """With room for some saves in its memory."""
+        ram = str(4 * self.settings.state_bytes + (1 << 30))
+        tiers = ("--object-url", "none", "--hdd-path", "none", "--ram-bytes", ram)
+        return DaemonProcess(self.folder / "data", *tiers)
+
+    def open_state(self) -> None:
+        """Wait until it is filled, once."""
+        if self._starts > 1:
+            return
+        found = self.own["state"].answer()
+        self.place, self.num_bytes = str(found["state"]), int(found["num_bytes"])
+        descriptor = os.open(self.place, os.O_RDWR)
+        self.map = mmap.mmap(descriptor, self.num_bytes)
+        os.close(descriptor)
 
     @property
     def address(self) -> str:
@@ -160,6 +244,9 @@ class Stage:
         """End all of them, at once: what they hold is of no use any more."""
         for contender in self.contenders.values():
             contender.kill()
+        for family in self.families:
+            family.kill()
+        self.families.clear()
         self.contenders.clear()
         self.daemon.kill()
 
@@ -176,34 +263,59 @@ class Stage:
 
     def write_raw(self) -> float:
         """The bytes of the state, by the best of some ways on this disk."""
-        data = memoryview(self.state.map)
+        with memoryview(self.map) as data:
+            return write_and_remove(self.raw_folder(), data, self.way())
+
+    def raw_folder(self) -> Path:
         folder = self.folder / "raw"
         folder.mkdir(exist_ok=True)
+        return folder
+
+    def way(self) -> Way:
+        """The best way to write."""
         if self._way is None:
-            self._way = fastest(DISK_WAYS, lambda way: write_raw(folder, data, way))
+            with memoryview(self.map)[:TRIED_BYTES] as data:
+                folder = self.raw_folder()
+                self._way = fastest(DISK_WAYS, lambda way: write_and_remove(folder, data, way))
             print(f"disk: best with writes of {self._way[0] // MIB} MiB, {self._way[1]} at a time")
-        return write_raw(folder, data, self._way)
+        return self._way
 
     def pids(self, name: str) -> list[int]:
         """Of all that works for it."""
         return [self.contenders[name].pid, *([self.daemon.pid] if name == OURS else [])]
 
+    def daemon_seconds(self) -> float:
+        return float(sum(psutil.Process(self.daemon.pid).cpu_times()[:2]))
+
 
 # ------------------------------------------------------------------------------------------- saves
 
 
-def race(stage: Stage, names: Sequence[str], repeats: int, saves: Saves) -> None:
-    """*names* save in turn, one later in each repeat."""
-    begun = time.perf_counter()
+def race(stage: Stage, names: Sequence[str], repeats: int, saves: Saves, *, quick: bool) -> None:
+    """*names* save in turn, one later in each repeat, after those that warm up."""
     for repeat in range(-WARM_UP, repeats):
         shift = repeat % len(names)
         for name in (*names[shift:], *names[:shift]):
-            answer = stage.save(name)
-            if repeat == -WARM_UP:
-                saves.first.add(name, answer["stall"])
-            elif repeat >= 0:
-                saves.add(name, answer)
-    print(f"race of {', '.join(names)}: {time.perf_counter() - begun:.0f} s")
+            if repeat < 0:
+                warm_up(stage, name, repeat, saves)
+            elif name != "tcp" or not quick or not repeat:
+                before = stage.daemon_seconds()
+                saves.add(name, stage.save(name))
+                if name == OURS:
+                    saves.daemon_seconds.append(stage.daemon_seconds() - before)
+
+
+def warm_up(stage: Stage, name: str, repeat: int, saves: Saves) -> None:
+    if name == "raw":
+        stage.way()
+    elif repeat == -WARM_UP:
+        saves.first.add(name, stage.save(name)["stall"])
+    elif repeat == -1 and name != "copy":
+        with PeakMemory(stage.pids(name)) as memory:
+            stage.save(name)
+        saves.peak_bytes[name] = memory.peak_bytes
+    else:
+        stage.save(name)
 
 
 def growth(samples: Samples, yardstick: str) -> list[float]:
@@ -225,8 +337,9 @@ def report_race(report: Report, names: Sequence[str], saves: Saves, num_bytes: i
         if peer in names:
             rates = saves.durable.ratio(peer, OURS)
             report.ratio("local_write_vs_best_peer", rates, at_least=1.5)
-    if "tcp" in names:
-        report.value("local_write_vs_tcp", saves.durable.ratio("tcp", OURS))
+    if "tcp" in names:  # quickly there is one of it
+        both = zip(saves.durable.by_case["tcp"], saves.durable.by_case[OURS], strict=False)
+        report.value("local_write_vs_tcp", [one / ours for one, ours in both])
     for name in names:
         report_contender(report, name, saves, num_bytes)
 
@@ -238,115 +351,85 @@ def report_contender(report: Report, name: str, saves: Saves, num_bytes: int) ->
     if name == OURS:
         landing = saves.landing.by_case[name]
         report.value("forebay_ssd_gb_s", [num_bytes / GB / one for one in landing])
+        seconds = [one * GB / num_bytes for one in saves.daemon_seconds]
+        report.value("daemon_cpu_s_per_gb", seconds)
     if name == "raw":
         return
     stalls = [1e3 * one for one in saves.stall.by_case[name]]
     report.value(f"{name}_stall_p50_ms", [statistics.median(stalls)])
     report.value(f"{name}_stall_p99_ms", [percentile(stalls, 0.99)])
     report.value(f"{name}_first_stall_ms", [1e3 * one for one in saves.first.by_case[name]])
+    if name in saves.peak_bytes:
+        report.value(f"{name}_peak_memory", [saves.peak_bytes[name] / num_bytes])
 
 
-def measure_memory(stage: Stage, names: Sequence[str], report: Report) -> None:
-    """In a save of its own, for looking at memory takes time."""
-    for name in names:
-        if name in ("raw", "copy"):
-            continue
-        with PeakMemory(stage.pids(name)) as memory:
-            stage.save(name)
-        report.value(f"{name}_peak_memory", [memory.peak_bytes / stage.state.num_bytes])
+# ------------------------------------------------------------------------------------------- steps
 
 
-def measure_landing_cpu(stage: Stage, report: Report) -> None:
-    daemon = psutil.Process(stage.daemon.pid)
-    before = sum(daemon.cpu_times()[:2])
-    stage.save(OURS)
-    seconds = sum(daemon.cpu_times()[:2]) - before
-    report.value("daemon_cpu_s_per_gb", [seconds * GB / stage.state.num_bytes])
-
-
-def measure_steps(stage: Stage, names: Sequence[str], repeats: int, report: Report) -> None:
+def measure_steps(
+    stage: Stage, names: Sequence[str], repeats: int, saves: Saves, report: Report, *, quick: bool
+) -> None:
     """Steps after a save, and ours with one that overlaps them."""
-    modes: dict[str, tuple[str, ...]] = {
-        name: ("none", "save") for name in names if name not in ("raw", "copy")
-    }
-    modes[OURS] = ("none", "save", "overlapped")
-    for name in modes:
-        stage.ask(name, "train", mode="none", steps=2)  # memory of activations and gradients
-    took: dict[str, Samples] = {name: Samples() for name in modes}
-    steps: dict[str, Samples] = {name: Samples() for name in modes}
-    for _ in range(repeats):
-        for name, some in modes.items():
-            for mode in some:
-                found = stage.ask(name, "train", mode=mode, steps=STEPS)
-                if "missing" not in found:
-                    took[name].add(mode, found["seconds"])
-                    steps[name].add(mode, sum(found["steps"]))
-    for name in modes:
-        slowdown = [1 / one for one in steps[name].ratio("none", "save")]
-        report.value(f"{name}_slowdown_after", slowdown)
-    bound = 0.3 if stage.settings.device == "cuda" else 1.1
-    report.ratio("overlapped_extra_vs_sync_extra", extras(took[OURS]), at_most=bound)
+    for name in names:
+        modes = ("none", "save", "overlapped") if name == OURS else ("none", "save")
+        times = 1 if quick and name != OURS else repeats
+        warm = stage.ask(name, "train", mode="none", steps=2)  # memory of activations, gradients
+        count = num_steps(min(warm["steps"]), saves.durable.by_case.get(name, [0.0]))
+        took, steps, late = Samples(), Samples(), Samples()
+        for repeat in range(times):
+            shift = repeat % len(modes)
+            for mode in (*modes[shift:], *modes[:shift]):
+                found = stage.ask(name, "train", mode=mode, steps=count)
+                took.add(mode, found["seconds"])
+                steps.add(mode, sum(found["steps"]))
+                late.add(mode, found["late"])
+        report.value(f"{name}_slowdown_after", [1 / one for one in steps.ratio("none", "save")])
+        if name == OURS:
+            bound = 0.3 if stage.settings.device == "cuda" else 1.1
+            report.ratio("overlapped_extra_vs_sync_extra", extras(took), at_most=bound)
+            report.value("landing_after_overlapped_steps_s", late.by_case["overlapped"])
+
+
+def num_steps(step_seconds: float, durable: Sequence[float]) -> int:
+    """After a save, so that what it goes on with in the background falls among them."""
+    wanted = math.ceil(2 * statistics.median(durable) / step_seconds)
+    return min(max(wanted, STEPS), MAX_STEPS)
 
 
 def extras(took: Samples) -> list[float] | None:
     """Added time with overlapped saves over that with blocking ones: of medians, for an added time
     is the small difference of two large ones."""
-    if "overlapped" not in took.by_case:
-        return None
     none, save, overlapped = (
         statistics.median(took.by_case[mode]) for mode in ("none", "save", "overlapped")
     )
+    if save <= none:  # there is nothing to compare with
+        return None
     return [(overlapped - none) / (save - none)]
 
 
 # ---------------------------------------------------------------------------------------- restores
 
 
-def read_raw(path: Path, into: memoryview, way: tuple[int, int]) -> float:
-    """Seconds of a plain cold read of all of *path*."""
-    piece_bytes, num_threads = way
-    drop_cached(path.parent)
-    flags = os.O_RDONLY | (os.O_DIRECT if piece_bytes < 0 else 0)
-    descriptor = os.open(path, flags)
-    piece_bytes = abs(piece_bytes)
-
-    def read(start: int) -> None:
-        part = into[start : start + piece_bytes]
-        if os.preadv(descriptor, [part], start) != len(part):
-            raise OSError("short read of a benchmark file")
-
-    try:
-        with ThreadPoolExecutor(num_threads) as threads:
-            starts = range(0, len(into), piece_bytes)
-            return timed(lambda: list(threads.map(read, starts)))
-    finally:
-        os.close(descriptor)
-
-
 def measure_restores(stage: Stage, repeats: int, report: Report) -> None:
     """Cold from the disk, and from the daemon's memory; needs ours and the copy."""
-    num_bytes = stage.state.num_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-    path = stage.folder / "read" / "raw"
-    path.parent.mkdir()
-    path.write_bytes(memoryview(stage.state.map)[:num_bytes])
+    num_bytes = stage.num_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+    folder = stage.folder / "read"
+    folder.mkdir()
+    with memoryview(stage.map)[:num_bytes] as data:
+        write_raw(folder / "raw", data, stage.way())
+    samples = Samples()
     with mmap.mmap(-1, num_bytes) as memory, memoryview(memory) as into:
-        way = fastest(READ_WAYS, lambda way: read_raw(path, into, way))
-        samples = Samples()
+        with into[:TRIED_BYTES] as some:
+            way = fastest(READ_WAYS, lambda way: read_raw(folder / "raw", some, way))
+        read_raw(folder / "raw", into, way)  # into memory that was used before
+        stage.call("copy", "back")
         for repeat in range(repeats):
-            stage.call(OURS, "keep", step=1000 + 2 * repeat)
-            for _ in range(1 + (not repeat)):  # the first time also what no copy has been to
-                copied = stage.call("copy", "back")["seconds"]
-            stage.call(OURS, "keep", step=1001 + 2 * repeat)
-            from_memory = stage.call(OURS, "restore", durability="ram")["seconds"]
-            stage.daemon.terminate()
-            stage.daemon.start().wait_ready()
-            drop_cached(stage.daemon.data)
-            cold = stage.call(OURS, "restore", durability="local", address=stage.address)
-            samples.add("cold", cold["seconds"])
-            samples.add("ram", from_memory)
-            samples.add("copy", copied)
-            samples.add("raw", read_raw(path, into, way))
-    path.unlink()
+            samples.add("copy", stage.call("copy", "back")["seconds"])
+            stage.call(OURS, "keep", step=1000 + repeat)
+            samples.add("ram", stage.call(OURS, "restore", durability="ram")["seconds"])
+            samples.add("cold", restore_cold(stage))
+            samples.add("raw", read_raw(folder / "raw", into, way))
+    (folder / "raw").unlink()
     report.ratio("restore_vs_raw_read", samples.ratio("raw", "cold"), at_least=0.7)
     report.ratio("restore_ram_vs_copy", samples.ratio("copy", "ram"), at_least=0.5)
     for name, case in (
@@ -357,34 +440,69 @@ def measure_restores(stage: Stage, repeats: int, report: Report) -> None:
         report.value(f"{name}_gb_s", [num_bytes / GB / one for one in samples.by_case[case]])
 
 
+def restore_cold(stage: Stage) -> float:
+    """Seconds of a restore from a daemon that was just started, with nothing in the page cache."""
+    stage.daemon.terminate()
+    stage.daemon.start().wait_ready()
+    stage.call(OURS, "reconnect", address=stage.address)
+    drop_cached(stage.daemon.data)
+    pids = stage.pids(OURS)
+    before = sum(disk_reads(pid) for pid in pids)
+    seconds: float = stage.call(OURS, "restore", durability="local")["seconds"]
+    if sum(disk_reads(pid) for pid in pids) - before < COLD_SHARE * stage.num_bytes:
+        raise AssertionError("a part of what was restored was not read from the disk")
+    return seconds
+
+
 # -------------------------------------------------------------------------------------------- all
 
 
 def run(options: Options, settings: Settings, folder: Path) -> Report:
     """All figures of this script."""
-    state = SharedState(shape_of(settings.state_bytes))
-    state.fill()
-    report = Report(f"Checkpoints of {state.num_bytes / GB:.2f} GB on {settings.device}")
-    report.details["state_bytes"] = state.num_bytes
-    races = (EVERYBODY,) if settings.at_once else RACES
-    with Stage(folder, state, settings) as stage:
-        for number, names in enumerate(races):
-            saves = Saves()
+    phases = Phases()
+    report = Report("Checkpoints")
+    wanted = set(settings.only)
+    quick = options.quick
+    with Stage(folder, settings) as stage:
+        for number, names in enumerate(settings.races()):
             stage.start(names)
-            race(stage, names, options.repeats, saves)
-            report_race(report, names, saves, state.num_bytes)
-            measure_memory(stage, names, report)
-            stepping = [name for name in names if not options.quick or name in QUICK_STEPS]
-            measure_steps(stage, stepping, 2 if options.quick else options.repeats, report)
-            if not number:
-                measure_landing_cpu(stage, report)
-                measure_restores(stage, 2 if options.quick else options.repeats, report)
+            report.title = f"Checkpoints of {stage.num_bytes / GB:.2f} GB on {settings.device}"
+            report.details["state_bytes"] = stage.num_bytes
+            phases.ended(f"start of {', '.join(names)}")
+            saves = Saves()
+            raced = wanted & set(RACED)
+            race(stage, names, options.repeats if raced else 0, saves, quick=quick)
+            if raced:
+                report_race(report, names, saves, stage.num_bytes)
+            phases.ended("saves")
+            if wanted & set(STEPPED) and (settings.everything or not number):
+                able = QUICK_STEPPING if quick else (OURS, *ALL_PEERS)
+                some = [name for name in names if name in able]
+                some = some if settings.everything else [OURS]
+                measure_steps(stage, some, options.repeats, saves, report, quick=quick)
+                phases.ended("training steps")
+            if wanted & set(RESTORED) and not number:
+                measure_restores(stage, options.repeats, report)
+                phases.ended("restores")
             stage.stop()
-    for name in ("frozen", "reshard"):
-        (folder / name).mkdir()
-    measure_frozen(folder / "frozen", report)
-    measure_reshard(folder / "reshard", report)
+        measure_bytes(stage.own, folder, wanted, report)
+        phases.ended("bytes")
+    report.details["seconds"] = phases.seconds
+    for name in set(report.ratios) - wanted:  # measured beside those that are
+        del report.ratios[name]
     return report
+
+
+def measure_bytes(own: Family, folder: Path, wanted: set[str], report: Report) -> None:
+    """What is counted and not timed."""
+    if not wanted & {FROZEN, RESHARDED}:
+        return
+    (folder / "extra").mkdir()
+    with open_daemon(folder / "extra") as daemon:
+        if FROZEN in wanted:
+            measure_frozen(own, daemon, report)
+        if RESHARDED in wanted:
+            measure_reshard(own, daemon, report)
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Options, Settings]:
@@ -395,20 +513,26 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Options, Settings]:
     parser.add_argument("--work", type=Path, help="folder for scratch data (default: a new one)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--state-gb", type=float, help="size of the state (default 3.6, quick 0.5, cuda 12)"
+        "--size", metavar="GB", type=float, help="of the state (default 3.6, quick 0.5, cuda 12)"
+    )
+    parser.add_argument(
+        "--only", metavar="RATIO[,RATIO]", help=f"measure these alone: {', '.join(RATIOS)}"
     )
     given = parser.parse_args(argv)
+    only = tuple(given.only.split(",")) if given.only else RATIOS
+    if unknown := [name for name in only if name not in RATIOS]:
+        parser.error(f"no such ratio: {', '.join(unknown)}; there are {', '.join(RATIOS)}")
     default = 0.5 if given.quick else {"cpu": 3.6, "cuda": 12.0}[given.device]
-    num_bytes = int((given.state_gb or default) * GB)
+    num_bytes = int((given.size or default) * GB)
     free = psutil.virtual_memory().available
-    settings = Settings(num_bytes, given.device, at_once=12 * num_bytes < free)
+    settings = Settings(num_bytes, given.device, at_once=12 * num_bytes < free, only=only)
     repeats = given.repeats or (3 if given.quick else 7)
     return Options(given.quick, given.json, repeats, given.work), settings
 
 
 def main() -> int:
     options, settings = parse()
-    if not PEERS_PYTHON.exists():
+    if set(settings.racing()) & set(ALL_PEERS) and not PEERS_PYTHON.exists():
         print("The peers are not installed: make peers", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="forebay-checkpoint-", dir=options.work) as folder:

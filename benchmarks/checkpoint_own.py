@@ -1,4 +1,4 @@
-"""Forebay and a plain copy as contenders of the checkpoints' benchmark."""
+"""Forebay and a plain copy as contenders of the checkpoints' benchmark, and who has the state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_state import Training
+from checkpoint_child import Child
+from checkpoint_state import SharedState, Training, shape_of
 
 import forebay
 
@@ -70,8 +71,6 @@ class Forebay:
         self.kept: list[int] = []
         self._total = 0
         self._connect(address)
-        if hasattr(forebay.Checkpointer, "save_overlapped"):
-            self.begin_overlapped = self._begin_overlapped
 
     def _connect(self, address: str) -> None:
         self.client = forebay.connect(address)
@@ -82,8 +81,8 @@ class Forebay:
     def begin(self, step: int) -> forebay.checkpoint.Saved:
         return self.checkpointer.save(step)
 
-    def _begin_overlapped(self, step: int) -> Any:
-        return self.checkpointer.save_overlapped(step)  # type: ignore[attr-defined]
+    def begin_overlapped(self, step: int) -> forebay.checkpoint.Saved:
+        return self.checkpointer.save_overlapped(step)
 
     def wait_snapshot(self) -> None:
         self.checkpointer.wait_snapshot()
@@ -109,13 +108,15 @@ class Forebay:
         settle(self.client)
         return {}
 
-    def restore(self, durability: str, address: str = "") -> dict[str, Any]:
-        """Bring it back, bit for bit, into tensors that hold something else; from a new
-        connection where an address is given."""
-        if address:
-            self.checkpointer.close()
-            self.client.close()
-            self._connect(address)
+    def reconnect(self, address: str) -> dict[str, Any]:
+        """Have a connection that knows nothing yet."""
+        self.checkpointer.close()
+        self.client.close()
+        self._connect(address)
+        return {}
+
+    def restore(self, durability: str) -> dict[str, Any]:
+        """Bring it back, bit for bit, into tensors that hold something else."""
         self.training.clear()
         start = time.perf_counter()
         self.checkpointer.restore("latest", durability=durability)
@@ -124,3 +125,30 @@ class Forebay:
         if self.training.total() != self._total:
             raise AssertionError("what was restored is not what was saved")
         return {"seconds": seconds}
+
+
+class StateHolder:
+    """Has the memory of the state that all save."""
+
+    def fill(self, state_bytes: int) -> dict[str, Any]:
+        """Make it, with values like those of a training."""
+        self.state = SharedState(shape_of(state_bytes))
+        self.state.fill()
+        return {"state": str(self.state.path), "num_bytes": self.state.num_bytes}
+
+
+def make(name: str) -> object:
+    if name == "state":
+        return StateHolder()
+    if name == "ranks":
+        from checkpoint_ranks import Ranks
+
+        return Ranks()
+    if name == "frozen":
+        from checkpoint_frozen import Frozen
+
+        return Frozen()
+    return Child({"forebay": Forebay, "copy": Copy}[name])
+
+
+forebay.Checkpointer  # noqa: B018 - its imports are dear: they are done before the fork

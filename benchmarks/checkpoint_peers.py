@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.distributed.checkpoint as dcp
+from checkpoint_child import Child
 from checkpoint_state import Training
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
@@ -75,6 +77,10 @@ class Dcp(Peer):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
         torch.distributed.init_process_group("gloo")
 
+    def planner(self) -> DefaultSavePlanner:
+        """Whose plans are kept by the class, from the first save on."""
+        return DefaultSavePlanner(enable_plan_caching=True)
+
     def writer(self, step: int) -> dcp.FileSystemWriter:
         return dcp.FileSystemWriter(
             self.place(step), sync_files=True, thread_count=NUM_THREADS, overwrite=False
@@ -85,7 +91,7 @@ class DcpSave(Dcp):
     """Blocking."""
 
     def begin(self, step: int) -> int:
-        dcp.save(self.state, storage_writer=self.writer(step))
+        dcp.save(self.state, storage_writer=self.writer(step), planner=self.planner())
         sync(self.place(step))
         sync(self.folder)
         return step
@@ -115,6 +121,7 @@ class DcpThread(Dcp):
         answer = dcp.async_save(
             self.state,
             storage_writer=self.writer(step),
+            planner=self.planner(),
             async_checkpointer_type=self.kind,
             async_stager=self.stager,
         )
@@ -174,3 +181,16 @@ class TorchCheckpointing(Peer):
         place = self.place(step)
         for path in [*place.rglob("*"), place, self.folder]:
             sync(path)
+
+
+PEERS = {
+    "torch": TorchSave,
+    "dcp": DcpSave,
+    "dcp_thread": DcpThread,
+    "dcp_process": DcpProcess,
+    "tcp": TorchCheckpointing,
+}
+
+
+def make(name: str) -> Child:
+    return Child(PEERS[name])

@@ -1,16 +1,11 @@
-"""The ranks of a distributed job for the checkpoints' benchmarks: forked, after the dear imports.
-
-Run as ``python checkpoint_ranks.py WHAT NUM_RANKS ARGUMENTS``, *ARGUMENTS* a JSON object; prints a
-JSON list with what each rank answers.
-"""
+"""The ranks of a distributed job for the checkpoints' benchmarks, forked by a child that does
+nothing else; see ``children.py``."""
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
-from checkpoint_cold import drop_cached
+from checkpoint_own import settle
+from raw_disk import disk_reads, drop_cached
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -51,22 +47,35 @@ def numbers(tensor: DTensor, dimension: int) -> torch.Tensor:
     return down[:, None] * columns + across
 
 
-def save_sharded(address: str, run: str, dimension: int, shard_bytes: int) -> Answer:
+def save_sharded(address: str, cuts: dict[str, int], shard_bytes: int) -> Answer:
+    """A run for each of *cuts*, which name the dimension that is cut; then the daemon rests."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
-    tensor = cut(shard_bytes * mesh.size(), dimension, mesh)
-    tensor.to_local().copy_(numbers(tensor, dimension))
-    with forebay.connect(address) as client, forebay.Checkpointer(client, run) as checkpointer:
-        checkpointer.save(1, state={"weight": tensor}).wait("local", timeout=120)
+    with forebay.connect(address) as client:
+        for run, dimension in cuts.items():
+            tensor = cut(shard_bytes * mesh.size(), dimension, mesh)
+            tensor.to_local().copy_(numbers(tensor, dimension))
+            with forebay.Checkpointer(client, run) as checkpointer:
+                checkpointer.save(1, state={"weight": tensor}).wait("local", timeout=120)
+        settle(client)
     return {}
 
 
 def load_sharded(
-    address: str, run: str, dimension: int, num_bytes: int, data: str, daemon: int
+    address: str, cuts: dict[str, int], num_bytes: int, data: str, daemon: int
 ) -> Answer:
-    """A cold load: what the ranks had the disk read, and rank 0 tells what the *daemon* had."""
+    """Cold loads: by cut what the ranks had the disk read; rank 0 adds what the *daemon* had."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
-    tensor = cut(num_bytes, dimension, mesh)
-    with forebay.connect(address) as client, forebay.Checkpointer(client, run) as checkpointer:
+    with forebay.connect(address) as client:
+        return {
+            run: load_cold(client, run, cut(num_bytes, dimension, mesh), dimension, data, daemon)
+            for run, dimension in cuts.items()
+        }
+
+
+def load_cold(
+    client: forebay.Client, run: str, tensor: DTensor, dimension: int, data: str, daemon: int
+) -> Answer:
+    with forebay.Checkpointer(client, run) as checkpointer:
         dist.barrier()
         if not dist.get_rank():
             drop_cached(Path(data))
@@ -85,12 +94,6 @@ def load_sharded(
             "asked_bytes": checkpointer.report().restored_bytes,
             "disk_bytes": disk_reads() - before,
         }
-
-
-def disk_reads(pid: int | str = "self") -> int:
-    """Bytes that a process had disks read, so far."""
-    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes: "))
 
 
 def save_many(address: str, run: str, rank_bytes: int, times: int) -> Answer:
@@ -165,5 +168,13 @@ def run(work: Callable[..., Answer], size: int, what: Answer) -> list[Answer]:
 WORK = {one.__name__: one for one in (save_sharded, load_sharded, save_many, load_many)}
 
 
-if __name__ == "__main__":
-    print(json.dumps(run(WORK[sys.argv[1]], int(sys.argv[2]), json.loads(sys.argv[3]))))
+class Ranks:
+    """Answers the lines."""
+
+    def run(self, work: str, size: int, what: Answer) -> Answer:
+        """What each of *size* ranks answers."""
+        return {"ranks": run(WORK[work], size, what)}
+
+
+def make(name: str) -> Ranks:
+    return Ranks()

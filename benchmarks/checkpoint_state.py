@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-NAME = "forebay-benchmark-state"
-"""Of the memory, as it is seen in a process's list of mappings."""
+STATE_NAME = "forebay-benchmark-state"
+"""As ``checkpoint_memory.py`` looks for it."""
 
 BYTES_PER_PARAMETER = 12
 """A weight and AdamW's two moments, 4 bytes each."""
@@ -99,7 +99,7 @@ class SharedState:
         self.num_bytes = 3 * sum(sizes)
         self._made = path is None
         if path is None:
-            self.fd = os.memfd_create(NAME)
+            self.fd = os.memfd_create(STATE_NAME)
             os.ftruncate(self.fd, self.num_bytes)
         else:
             self.fd = os.open(path, os.O_RDWR)

@@ -8,13 +8,10 @@ from an S3 server, and it counts. The peers run in an environment of their own: 
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -23,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from harness import Options, Report, parse_options
+from children import PEERS_PYTHON, Child, Family
+from harness import Options, Phases, Report, parse_options
 from loader_cold import CountingStore, measure_cold, publish
 from loader_start import ImmenseDataset, measure_start
 
 from forebay_server.testing.s3 import missing_s3
 
-ROOT = Path(__file__).resolve().parent.parent
-PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PEERS = ("mosaic", "litdata", "webdataset")
 OURS = "forebay"
 WORKERS = (0, 1, 2)
@@ -72,42 +68,16 @@ def races(*, quick: bool) -> list[Race]:
 
 
 class Contender:
-    """A child process that answers lines."""
+    """A child, and the processes that work for it."""
 
-    def __init__(self, name: str, folder: Path, *, quick: bool) -> None:
-        python = str(PEERS_PYTHON) if name in PEERS else sys.executable
-        script = str(Path(__file__).with_name("loader_child.py"))
-        self.name = name
+    def __init__(self, child: Child) -> None:
+        self.name = child.name
+        self.send, self.answer, self.ask = child.send, child.answer, child.ask
         self.also: list[int] = []
         """Other processes that work for it: a daemon."""
         self.preparing = 0
         """Answers that it still owes."""
-        self._process = subprocess.Popen(
-            [python, script, name, str(folder), "quick" if quick else "full"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(folder.parent / f"{name}.log").open("w"),
-            text=True,
-        )
-
-    def send(self, do: str, **what: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **what}) + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with {self._process.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise RuntimeError(f"{self.name}: {found['error']}\n{found['trace']}")
-        return found
-
-    def ask(self, do: str, **what: Any) -> dict[str, Any]:
-        self.send(do, **what)
-        return self.answer()
+        self._child = child
 
     def prepared(self) -> None:
         """Wait until its data are written."""
@@ -118,7 +88,7 @@ class Contender:
     def usage(self) -> tuple[float, int]:
         """CPU seconds so far, and own resident bytes, of it and of all that work for it."""
         seconds, own = 0.0, 0
-        for pid in (self._process.pid, *self.also):
+        for pid in (self._child.pid, *self.also):
             parent = psutil.Process(pid)
             for process in (parent, *parent.children(recursive=True)):
                 times = process.cpu_times()
@@ -127,30 +97,25 @@ class Contender:
                 own += memory.rss - memory.shared
         return seconds, own
 
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
 
 @contextmanager
 def contenders(folder: Path, *, quick: bool) -> Iterator[dict[str, Contender]]:
     """All of them, started at once, each about to write its data."""
-    names = (OURS, "memmap", "bare", *PEERS)
+    what = {"folder": str(folder), "quick": quick}
     with ExitStack() as stack:
         found = {}
-        for name in names:
-            found[name] = Contender(name, folder / name, quick=quick)
-            stack.callback(found[name].stop)
-        todo = {name: [case for case, who in WHO.items() if name in who] for name in names}
+        for module, names, python in (
+            ("loader_own", (OURS, "memmap", "bare"), sys.executable),
+            ("loader_peers", PEERS, PEERS_PYTHON),
+        ):
+            family = Family(module, names, log=folder / f"{module}.log", python=python, **what)
+            stack.callback(family.stop)
+            found |= {name: Contender(family[name]) for name in names}
         for name, contender in found.items():
-            for case in todo[name]:
+            todo = [case for case, who in WHO.items() if name in who]
+            for case in todo:
                 contender.send("prepare", case=case)
-            contender.preparing = len(todo[name])
+            contender.preparing = len(todo)
         yield found
 
 
@@ -243,18 +208,6 @@ def shuffle_quality(order: Sequence[int], num_classes: int = 10) -> dict[str, fl
     return {"mean_displacement": moved, "class_variance": statistics.fmean(errors) / at_random}
 
 
-class Phases:
-    """Says how long each part took."""
-
-    def __init__(self) -> None:
-        self.begun = self._last = time.perf_counter()
-
-    def ended(self, what: str) -> None:
-        now = time.perf_counter()
-        print(f"{now - self._last:6.1f} s  {what}", flush=True)
-        self._last = now
-
-
 def run(options: Options, folder: Path) -> Report:
     report = Report("loader: batches of 256, warm, beside other loaders")
     missing = None if PEERS_PYTHON.exists() else "the peers are not installed: run `make peers`"
@@ -290,7 +243,6 @@ def run(options: Options, folder: Path) -> Report:
         rates.others[f"shuffle, {name}"] = shuffle_quality(order)
     tell(report, rates)
     report.details["loaders"] = rates.others
-    print(f"{time.perf_counter() - phases.begun:6.1f} s  in all")
     return report
 
 

@@ -1,35 +1,17 @@
-"""One contender of the loaders' benchmark, in a process of its own: told what to do by lines.
-
-Run as ``python loader_child.py CONTENDER FOLDER QUICK``; each line in is a JSON object with ``do``,
-each line out its answer. Peers run by the interpreter of their own environment.
-"""
+"""One contender of the loaders' benchmark, in a process of its own; see ``children.py``."""
 
 from __future__ import annotations
 
 import gc
-import importlib
-import json
-import os
 import statistics
-import sys
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from loader_data import Case, Place, cases
-
-CONTENDERS = {
-    "forebay": ("loader_own", "Forebay"),
-    "memmap": ("loader_own", "Memmap"),
-    "bare": ("loader_own", "Bare"),
-    "mosaic": ("loader_peers", "Mosaic"),
-    "litdata": ("loader_peers", "LitData"),
-    "webdataset": ("loader_peers", "WebDataset"),
-}
 
 
 class Contender(Protocol):
@@ -64,8 +46,10 @@ class Contender(Protocol):
 class Child:
     """Answers the lines."""
 
-    def __init__(self, contender: Contender, quick: bool) -> None:
-        self.contender = contender
+    def __init__(self, make: Callable[[Path], Contender], folder: Path, *, quick: bool) -> None:
+        """*folder* is for nobody else."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.contender = make(folder)
         self.cases = cases(quick=quick)
         self.loaders: dict[tuple[str, int], Any] = {}
 
@@ -151,28 +135,3 @@ class Child:
         for index in wanted:
             samples[index]
         return {"samples": count, "seconds": time.perf_counter() - start}
-
-
-def lines() -> Iterator[dict[str, Any]]:
-    for line in sys.stdin:
-        yield json.loads(line)
-
-
-def main() -> None:
-    name, folder, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "quick"
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
-    folder.mkdir(parents=True, exist_ok=True)
-    module, kind = CONTENDERS[name]
-    child = Child(getattr(importlib.import_module(module), kind)(folder), quick)
-    for line in lines():
-        do = line.pop("do")
-        try:
-            answer = {"pid": os.getpid(), **getattr(child, do)(**line)}
-        except Exception as error:  # noqa: BLE001 - goes to whoever asked
-            answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -29,7 +29,7 @@ SETTLED_SECONDS = 0.1
 
 
 class Contender(Protocol):
-    """A process that answers questions; see ``loader_child.py``."""
+    """A process that answers questions; see ``children.py``."""
 
     def send(self, do: str, **what: Any) -> None: ...
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from loader_child import Child
 from loader_data import BATCH, Case, Place, decode, samples
 
 import forebay
@@ -229,3 +230,10 @@ class Copied:
             out = torch.empty_like(part)
             out.copy_(part)
             yield len(out)
+
+
+CONTENDERS = {"forebay": Forebay, "memmap": Memmap, "bare": Bare}
+
+
+def make(name: str, folder: str, *, quick: bool) -> Child:
+    return Child(CONTENDERS[name], Path(folder) / name, quick=quick)

@@ -17,6 +17,7 @@ from typing import Any
 import boto3
 import numpy as np
 import torch
+from loader_child import Child
 from loader_data import BATCH, Case, Place, decode, samples
 
 warnings.filterwarnings("ignore")
@@ -261,3 +262,10 @@ def stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for name in rows[0]
         if not name.startswith("__")  # names of samples and shards, which are added by themselves
     }
+
+
+CONTENDERS = {"mosaic": Mosaic, "litdata": LitData, "webdataset": WebDataset}
+
+
+def make(name: str, folder: str, *, quick: bool) -> Child:
+    return Child(CONTENDERS[name], Path(folder) / name, quick=quick)

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from checkpoint_cold import drop_cached
 from checkpoint_extra import ranks
 from harness import Options, Report, parse_options
+from raw_disk import drop_cached
 
 import forebay
 from forebay_server.testing.daemon import DaemonProcess

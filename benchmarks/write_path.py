@@ -15,20 +15,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-import os
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from harness import MIB, Options, Report, Samples, parse_options
+from raw_disk import DISK_WAYS, fastest, timed, write_and_remove
 
 import forebay
 from forebay.dataset.uploads import Uploads
@@ -50,54 +49,11 @@ SHARD_BYTES = 64 * MIB
 BATCH_BYTES = 4 * MIB
 """A client fills a slot batch by batch, and what is full lands meanwhile."""
 
-DISK_WAYS = ((1 * MIB, 1), (4 * MIB, 1), (16 * MIB, 1), (4 * MIB, 2), (4 * MIB, 4))
-"""Bytes of a direct write, threads."""
-
 CLIENT_WAYS = ((8 * MIB, 2), (8 * MIB, 4), (8 * MIB, 8))
 """Bytes of a part, parts at a time."""
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def fastest(ways: tuple[tuple[int, int], ...], work: Callable[[tuple[int, int]], float]) -> Any:
-    """The way with the best time of three."""
-    work(ways[0])  # the first one pays for what all need
-    seconds = {way: min(work(way) for _ in range(3)) for way in ways}
-    return min(seconds, key=seconds.__getitem__)
-
-
 # ----------------------------------------------------------------------------- durable on the node
-
-
-def write_raw(folder: Path, data: memoryview, way: tuple[int, int]) -> float:
-    """Seconds of a plain durable write of *data*, whose address is aligned."""
-    piece_bytes, num_threads = way
-    path = folder / new_random_name()
-
-    def write(threads: ThreadPoolExecutor) -> None:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DIRECT, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, len(data))
-            starts = range(0, len(data), piece_bytes)
-            pieces = ((data[start : start + piece_bytes], start) for start in starts)
-            for written in threads.map(lambda piece: os.pwrite(descriptor, *piece), pieces):
-                if not written:
-                    raise OSError("short write of a benchmark file")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        folder_descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(folder_descriptor)
-        os.close(folder_descriptor)
-
-    with ThreadPoolExecutor(num_threads) as threads:
-        seconds = timed(lambda: write(threads))
-    path.unlink()
-    return seconds
 
 
 @dataclass
@@ -136,7 +92,7 @@ def measure_durable(options: Options, folder: Path, report: Report) -> None:
     raw_folder = folder / "raw"
     raw_folder.mkdir()
     fill(data)
-    way = fastest(DISK_WAYS, lambda way: write_raw(raw_folder, memoryview(data), way))
+    way = fastest(DISK_WAYS, lambda way: write_and_remove(raw_folder, memoryview(data), way))
     print(f"disk: best with pieces of {way[0] // MIB} MiB, {way[1]} at a time")
     with forebay.connect(folder / "data") as client:
         for repeat in range(-1, options.repeats):
@@ -149,8 +105,8 @@ def measure_durable(options: Options, folder: Path, report: Report) -> None:
                 for upload in warm:  # slots are faulted in once, and kept for their owner
                     uploads.seal(upload, 4096, [4096])
                 numbers = {
-                    "raw": write_raw(raw_folder, memoryview(data), way),
-                    "huge": write_raw(raw_folder, memoryview(huge), way),
+                    "raw": write_and_remove(raw_folder, memoryview(data), way),
+                    "huge": write_and_remove(raw_folder, memoryview(huge), way),
                     "ours": ShardWriter(uploads).write(data),
                 }
             finally:
