@@ -12,6 +12,7 @@ from forebay_server.catalog.queries_blobs import Replica
 from forebay_server.catalog.queries_damage import (
     is_mended,
     quarantine,
+    repair_error,
     return_to_service,
 )
 from forebay_server.tier.encode import open_plain
@@ -100,18 +101,22 @@ class Quarantine:
             task.add_done_callback(lambda _: self._returns.pop(blob, None))
         return await asyncio.shield(task)
 
-    async def serves_again(self, blob: str) -> bool:
+    async def serves_again(self, blob: str, problems: list[ForebayError]) -> bool:
         """Whether a copy of *blob*, of which none was left, is in service now: one that turned out
-        to be good, or that the repair which is queued has made meanwhile."""
+        to be good, or that the repair which is queued has made meanwhile. *problems* gets what that
+        found to be lost."""
         if await self.return_good(blob):
             return True
-        if not self.may_be_repaired:
-            return False
-        self._changed()
-        found = await self._catalog.wait_until(
-            lambda connection: is_mended(connection, blob), REPAIR_SECONDS
-        )
-        return bool(found)
+        if self.may_be_repaired:
+            self._changed()
+            if await self._catalog.wait_until(
+                lambda connection: is_mended(connection, blob), REPAIR_SECONDS
+            ):
+                return True
+        error = await self._catalog.read(lambda connection: repair_error(connection, blob))
+        if error:
+            problems.append(IntegrityError(error))
+        return False
 
     async def close(self) -> None:
         """Wait for what is being read. Idempotent."""

@@ -75,6 +75,19 @@ def is_mended(connection: Connection, blob: str) -> bool | None:
     return None if connection.scalar(due.limit(1)) is not None else False
 
 
+def repair_error(connection: Connection, blob: str) -> str:
+    """Why the last repair of *blob* alone was given up; empty if none was."""
+    return (
+        connection.scalar(
+            select(jobs.c.error)
+            .where(jobs.c.kind == REPAIR, jobs.c.target.like(f"{blob} %"), jobs.c.state == "failed")
+            .order_by(jobs.c.created.desc())
+            .limit(1)
+        )
+        or ""
+    )
+
+
 def mark_missing(connection: Connection, names: Sequence[str], reason: str) -> int:
     """Quarantine what lies in files that are not there; how many replicas that were."""
     changed = 0

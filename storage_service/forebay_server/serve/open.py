@@ -343,7 +343,7 @@ class Opener:
     ) -> OpenedBlob:
         problems: list[ForebayError] = []
         opened = await self._open_any(client, blob, located, problems)
-        if opened is None and await self.quarantine.serves_again(blob):
+        if opened is None and await self.quarantine.serves_again(blob, problems):
             opened = await self._open_any(client, blob, None, problems)
         if opened is None:
             raise no_copy(blob, problems)
