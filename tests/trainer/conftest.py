@@ -23,7 +23,7 @@ import forebay
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.warm import WarmProcess, WarmPython
 
-MODULES = ("forebay_trainer.__main__", "forebay_trainer.train", "torch.distributed.run")
+MODULES = ("forebay_trainer.train", "torch.distributed.run")
 NUM_SAMPLES = 100
 SECONDS = 100.0
 

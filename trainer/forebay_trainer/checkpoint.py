@@ -92,7 +92,7 @@ class Checkpoints:
             self.last_step = resumed.step
             self.parent_attempt = resumed.attempt
             self.skipped = tuple(str(each) for each in resumed.skipped)
-            self._good = f"{resumed.run}/{resumed.attempt}/{resumed.step}"
+            self._good = f"{resumed.run}@{resumed.attempt}/{resumed.step}"
         return resumed
 
     def is_due(self, step: int) -> bool:

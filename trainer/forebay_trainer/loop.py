@@ -65,10 +65,12 @@ class Trainer:
         if self.config.evaluation.at_start:
             self.evaluate(self.data.epoch)
         for epoch in self.data.epochs(self.config.num_epochs):
-            if reason != "done" or self.is_over:
+            if self.is_over:  # since an earlier attempt
                 break
             self.task.before_epoch(epoch.number, self.data)
             reason = self.train_epoch(epoch)
+            if reason != "done" or self.is_over:
+                break  # here: the loader stands where it is only until the next epoch is asked for
         if self.step > self.checkpoints.last_step:
             self.save(self.quality)
         self.watch.at(self.step, "landing")
