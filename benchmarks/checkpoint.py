@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from checkpoint_extra import measure_frozen, measure_reshard, open_daemon
+from checkpoint_extra import measure_frozen, measure_reshard, save_sharded
 from checkpoint_memory import PeakMemory
 from children import PEERS_PYTHON, Child, Family
 from harness import MIB, Options, Phases, Report, Samples, percentile
@@ -108,6 +108,9 @@ MAX_STEPS = 12
 TRIED_BYTES = 128 * MIB
 """Of the state, at most, to find the best way to write and to read."""
 
+FIRST_KEPT = 1000
+"""The step of the first save that is to be restored."""
+
 COLD_SHARE = 0.9
 """Of the bytes of a cold restore has to come from the disk."""
 
@@ -142,7 +145,7 @@ class Settings:
         """Who takes turns with whom."""
         racing = self.racing()
         if not racing or self.at_once:
-            return [racing] if racing else []
+            return [racing]
         found = [tuple(name for name in names if name in racing) for names in RACES]
         return [found[0], *(names for names in found[1:] if len(names) > 1)]
 
@@ -407,29 +410,47 @@ def extras(took: Samples) -> list[float] | None:
     return [(overlapped - none) / (save - none)]
 
 
-# ---------------------------------------------------------------------------------------- restores
+# -------------------------------------------------------------------------- restores, and all
 
 
-def measure_restores(stage: Stage, repeats: int, report: Report) -> None:
-    """Cold from the disk, and from the daemon's memory; needs ours and the copy."""
+def measure_memory_restores(stage: Stage, repeats: int, samples: Samples) -> None:
+    """Saves to be restored, each at once from the daemon's memory; needs ours and the copy."""
+    stage.call("copy", "back")
+    for repeat in range(repeats):
+        samples.add("copy", stage.call("copy", "back")["seconds"])
+        stage.call(OURS, "keep", step=FIRST_KEPT + repeat)
+        samples.add("ram", stage.call(OURS, "restore", number=-1, durability="ram")["seconds"])
+
+
+def measure_cold_restores(stage: Stage, repeats: int, samples: Samples) -> None:
+    """Of those saves, each read by nobody before, after a restart of the daemon."""
     num_bytes = stage.num_bytes // mmap.PAGESIZE * mmap.PAGESIZE
     folder = stage.folder / "read"
     folder.mkdir()
     with memoryview(stage.map)[:num_bytes] as data:
         write_raw(folder / "raw", data, stage.way())
-    samples = Samples()
     with mmap.mmap(-1, num_bytes) as memory, memoryview(memory) as into:
         with into[:TRIED_BYTES] as some:
             way = fastest(READ_WAYS, lambda way: read_raw(folder / "raw", some, way))
         read_raw(folder / "raw", into, way)  # into memory that was used before
-        stage.call("copy", "back")
         for repeat in range(repeats):
-            samples.add("copy", stage.call("copy", "back")["seconds"])
-            stage.call(OURS, "keep", step=1000 + repeat)
-            samples.add("ram", stage.call(OURS, "restore", durability="ram")["seconds"])
-            samples.add("cold", restore_cold(stage))
+            samples.add("cold", restore_cold(stage, repeat))
             samples.add("raw", read_raw(folder / "raw", into, way))
-    (folder / "raw").unlink()
+
+
+def restore_cold(stage: Stage, number: int) -> float:
+    """Seconds of a restore by a fresh connection, with nothing in the page cache."""
+    stage.call(OURS, "reconnect", address=stage.address)
+    drop_cached(stage.daemon.data)
+    pids = stage.pids(OURS)
+    before = sum(disk_reads(pid) for pid in pids)
+    seconds: float = stage.call(OURS, "restore", number=number, durability="local")["seconds"]
+    if sum(disk_reads(pid) for pid in pids) - before < COLD_SHARE * stage.num_bytes:
+        raise AssertionError("a part of what was restored was not read from the disk")
+    return seconds
+
+
+def report_restores(report: Report, samples: Samples, num_bytes: int) -> None:
     report.ratio("restore_vs_raw_read", samples.ratio("raw", "cold"), at_least=0.7)
     report.ratio("restore_ram_vs_copy", samples.ratio("copy", "ram"), at_least=0.5)
     for name, case in (
@@ -440,69 +461,68 @@ def measure_restores(stage: Stage, repeats: int, report: Report) -> None:
         report.value(f"{name}_gb_s", [num_bytes / GB / one for one in samples.by_case[case]])
 
 
-def restore_cold(stage: Stage) -> float:
-    """Seconds of a restore from a daemon that was just started, with nothing in the page cache."""
-    stage.daemon.terminate()
-    stage.daemon.start().wait_ready()
-    stage.call(OURS, "reconnect", address=stage.address)
-    drop_cached(stage.daemon.data)
-    pids = stage.pids(OURS)
-    before = sum(disk_reads(pid) for pid in pids)
-    seconds: float = stage.call(OURS, "restore", durability="local")["seconds"]
-    if sum(disk_reads(pid) for pid in pids) - before < COLD_SHARE * stage.num_bytes:
-        raise AssertionError("a part of what was restored was not read from the disk")
-    return seconds
+def measure_races(
+    stage: Stage, names: Sequence[str], options: Options, phases: Phases, report: Report
+) -> None:
+    """Saves, and training steps."""
+    settings, saves = stage.settings, Saves()
+    if raced := set(settings.only) & set(RACED):
+        race(stage, names, options.repeats, saves, quick=options.quick)
+        report_race(report, names, saves, stage.num_bytes)
+    elif names:
+        race(stage, names, 0, saves, quick=options.quick)
+    phases.ended(f"saves{'' if raced else ' that warm up'}")
+    if not set(settings.only) & set(STEPPED) or OURS not in names:
+        return
+    able = QUICK_STEPPING if options.quick else (OURS, *ALL_PEERS)
+    some = [name for name in names if name in able] if settings.everything else [OURS]
+    measure_steps(stage, some, options.repeats, saves, report, quick=options.quick)
+    phases.ended("training steps")
 
 
-# -------------------------------------------------------------------------------------------- all
+def measure_rest(stage: Stage, repeats: int, phases: Phases, report: Report) -> None:
+    """What ours alone does: all that is to be cold is saved, the daemon is started anew once."""
+    wanted, samples = set(stage.settings.only), Samples()
+    if wanted & set(RESTORED):
+        measure_memory_restores(stage, repeats, samples)
+        phases.ended("restores from memory")
+    if FROZEN in wanted:
+        measure_frozen(stage.own, stage.daemon, report)
+        phases.ended("frozen model")
+    if RESHARDED in wanted:
+        save_sharded(stage.own, stage.daemon)
+        phases.ended("saves by few ranks")
+    if wanted & {*RESTORED, RESHARDED}:
+        stage.daemon.terminate()
+        stage.daemon.start().wait_ready()
+        phases.ended("restart of the daemon")
+    if wanted & set(RESTORED):
+        measure_cold_restores(stage, repeats, samples)
+        report_restores(report, samples, stage.num_bytes)
+        phases.ended("cold restores")
+    if RESHARDED in wanted:
+        measure_reshard(stage.own, stage.daemon, report)
+        phases.ended("cold restores by more ranks")
 
 
 def run(options: Options, settings: Settings, folder: Path) -> Report:
     """All figures of this script."""
     phases = Phases()
-    report = Report("Checkpoints")
-    wanted = set(settings.only)
-    quick = options.quick
     with Stage(folder, settings) as stage:
         for number, names in enumerate(settings.races()):
             stage.start(names)
-            report.title = f"Checkpoints of {stage.num_bytes / GB:.2f} GB on {settings.device}"
-            report.details["state_bytes"] = stage.num_bytes
-            phases.ended(f"start of {', '.join(names)}")
-            saves = Saves()
-            raced = wanted & set(RACED)
-            race(stage, names, options.repeats if raced else 0, saves, quick=quick)
-            if raced:
-                report_race(report, names, saves, stage.num_bytes)
-            phases.ended("saves")
-            if wanted & set(STEPPED) and (settings.everything or not number):
-                able = QUICK_STEPPING if quick else (OURS, *ALL_PEERS)
-                some = [name for name in names if name in able]
-                some = some if settings.everything else [OURS]
-                measure_steps(stage, some, options.repeats, saves, report, quick=quick)
-                phases.ended("training steps")
-            if wanted & set(RESTORED) and not number:
-                measure_restores(stage, options.repeats, report)
-                phases.ended("restores")
+            phases.ended(f"start of {', '.join(names) or 'the daemon'}")
+            if not number:
+                report = Report(f"Checkpoints of {stage.num_bytes / GB:.2f} GB, {settings.device}")
+            measure_races(stage, names, options, phases, report)
+            if not number:
+                measure_rest(stage, options.repeats, phases, report)
             stage.stop()
-        measure_bytes(stage.own, folder, wanted, report)
-        phases.ended("bytes")
-    report.details["seconds"] = phases.seconds
-    for name in set(report.ratios) - wanted:  # measured beside those that are
+    report.details |= {"state_bytes": stage.num_bytes, "seconds": phases.seconds}
+    for name in set(report.ratios) - set(settings.only):  # measured beside those that are
         del report.ratios[name]
+    phases.ended("end")
     return report
-
-
-def measure_bytes(own: Family, folder: Path, wanted: set[str], report: Report) -> None:
-    """What is counted and not timed."""
-    if not wanted & {FROZEN, RESHARDED}:
-        return
-    (folder / "extra").mkdir()
-    with open_daemon(folder / "extra") as daemon:
-        if FROZEN in wanted:
-            measure_frozen(own, daemon, report)
-        if RESHARDED in wanted:
-            measure_reshard(own, daemon, report)
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Options, Settings]:

@@ -14,12 +14,6 @@ SAVING_RANKS, LOADING_RANKS = 2, 8
 CUTS = {"rows": 0, "columns": 1}
 
 
-def open_daemon(folder: Path) -> DaemonProcess:
-    """For both, not started yet."""
-    room = ("--object-url", "none", "--hdd-path", "none", "--ram-bytes", str(8 * SHARD_BYTES))
-    return DaemonProcess(folder / "data", *room)
-
-
 def tier_bytes(data: Path) -> int:
     """In the files of the ssd tier."""
     return sum(path.stat().st_size for path in (data / "ssd").rglob("*") if path.is_file())
@@ -37,19 +31,21 @@ def measure_frozen(family: Family, daemon: DaemonProcess, report: Report) -> Non
     frozen.ask("close")
 
 
-def measure_reshard(family: Family, daemon: DaemonProcess, report: Report) -> None:
-    """Tensors cut by rows and by columns, each loaded by more ranks, cold."""
-    address = daemon.address()["rpc"]
-    what = {"address": address, "cuts": CUTS, "shard_bytes": SHARD_BYTES}
+def save_sharded(family: Family, daemon: DaemonProcess) -> None:
+    """Tensors cut by rows and by columns. What the daemon then has in memory has to go before
+    :func:`measure_reshard`."""
+    what = {"address": daemon.address()["rpc"], "cuts": CUTS, "shard_bytes": SHARD_BYTES}
     family["ranks"].ask("run", work="save_sharded", size=SAVING_RANKS, what=what)
-    daemon.terminate()  # what it has in memory goes
-    daemon.start().wait_ready()
+
+
+def measure_reshard(family: Family, daemon: DaemonProcess, report: Report) -> None:
+    """Each loaded by more ranks, cold."""
     what = {
         "address": daemon.address()["rpc"],
-        "cuts": CUTS,
-        "num_bytes": SAVING_RANKS * SHARD_BYTES,
         "data": str(daemon.data),
         "daemon": daemon.pid,
+        "cuts": CUTS,
+        "num_bytes": SAVING_RANKS * SHARD_BYTES,
     }
     loaded = family["ranks"].ask("run", work="load_sharded", size=LOADING_RANKS, what=what)
     for cut in CUTS:

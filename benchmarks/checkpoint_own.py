@@ -69,7 +69,8 @@ class Forebay:
         del folder
         self.training = training
         self.kept: list[int] = []
-        self._total = 0
+        self._totals: dict[str, int] = {}
+        """Of what was kept, by attempt and step."""
         self._connect(address)
 
     def _connect(self, address: str) -> None:
@@ -102,9 +103,8 @@ class Forebay:
     def keep(self, step: int) -> dict[str, Any]:
         """Save one that is to be restored."""
         self.training.change()
-        self._total = self.training.total()
         self.checkpointer.save(step).wait("local", timeout=WAIT_SECONDS)
-        self.kept = []
+        self._totals[f"{self.checkpointer.attempt}/{step}"] = self.training.total()
         settle(self.client)
         return {}
 
@@ -115,14 +115,15 @@ class Forebay:
         self._connect(address)
         return {}
 
-    def restore(self, durability: str) -> dict[str, Any]:
-        """Bring it back, bit for bit, into tensors that hold something else."""
+    def restore(self, number: int, durability: str) -> dict[str, Any]:
+        """Bring one of those back, bit for bit, into tensors that hold something else."""
+        name = list(self._totals)[number]
         self.training.clear()
         start = time.perf_counter()
-        self.checkpointer.restore("latest", durability=durability)
+        self.checkpointer.restore(name, durability=durability)
         self.training.synchronize()
         seconds = time.perf_counter() - start
-        if self.training.total() != self._total:
+        if self.training.total() != self._totals[name]:
             raise AssertionError("what was restored is not what was saved")
         return {"seconds": seconds}
 

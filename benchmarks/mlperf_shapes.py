@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from checkpoint_extra import ranks
+from children import Family
 from harness import Options, Report, parse_options
 from raw_disk import drop_cached
 
@@ -137,20 +137,20 @@ def checkpoint(options: Options, data: Path, report: Report) -> None:
     rank_bytes = scaled // PART_BYTES * PART_BYTES
     ram = str(3 * CHECKPOINT_RANKS * rank_bytes)
     daemon = DaemonProcess(data, "--object-url", "none", "--hdd-path", "none", "--ram-bytes", ram)
-    with daemon:
+    log = data.parent / "ranks.log"
+    with daemon, Family("checkpoint_ranks", ["ranks"], log=log) as family:
         for name, work in (("save", "save_many"), ("load", "load_many")):
             if name == "load":
                 daemon.restart()  # a load is that of another machine: nothing is in memory
                 drop_cached(data)
-            found = ranks(
-                work,
-                CHECKPOINT_RANKS,
-                address=daemon.address()["rpc"],
-                run="llama3-8b",
-                rank_bytes=rank_bytes,
-                times=CHECKPOINT_TIMES[options.quick],
-            )
-            seconds = [one["seconds"] for one in found]
+            what = {
+                "address": daemon.address()["rpc"],
+                "run": "llama3-8b",
+                "rank_bytes": rank_bytes,
+                "times": CHECKPOINT_TIMES[options.quick],
+            }
+            found = family["ranks"].ask("run", work=work, size=CHECKPOINT_RANKS, what=what)
+            seconds = [one["seconds"] for one in found["ranks"]]
             slowest = [max(at_once) for at_once in zip(*seconds, strict=True)]
             rates = [rank_bytes * len(one) / 1e9 / sum(one) for one in seconds]
             report.value(f"checkpoint_8b_{name}_max_duration_s", slowest)
