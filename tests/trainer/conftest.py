@@ -23,7 +23,13 @@ import forebay
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.warm import WarmProcess, WarmPython
 
-MODULES = ("forebay_trainer.train", "torch.distributed.run")
+MODULES = (
+    "forebay_trainer.train",
+    "forebay.checkpoint.checkpointer",
+    "forebay.dataset.loader",
+    "forebay._channel",
+    "torch._dynamo",  # every optimizer loads it
+)
 NUM_SAMPLES = 100
 SECONDS = 100.0
 

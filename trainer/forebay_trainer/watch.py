@@ -198,6 +198,8 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         faulthandler.cancel_dump_traceback_later()
+        if error is not None and not isinstance(error, ForebayError):
+            error.add_note(self._last_good())
         if error is None:
             self._leave("ended", "")
         elif self._board is not None and isinstance(error, Exception):
