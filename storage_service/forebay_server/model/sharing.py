@@ -72,7 +72,7 @@ class Source:
         digests = self.table.entries["blake3"]
         num_layers = max((one.layer for one in self.extents), default=0) + 1
         layers = [
-            _Walk(one for one in self.extents if one.layer == number)
+            _Walk([one for one in self.extents if one.layer == number])
             for number in range(num_layers)
         ]
         for index, (start, stop) in enumerate(pairwise(self.table.offsets.tolist())):
@@ -89,9 +89,9 @@ class Source:
 class _Walk:
     """Finds places in the pieces of one layer, for one range after the other."""
 
-    def __init__(self, pieces: Iterator[ObjectExtent]) -> None:
-        self._pieces = pieces
-        self._piece = next(pieces, None)
+    def __init__(self, pieces: Iterable[ObjectExtent]) -> None:
+        self._pieces = iter(pieces)
+        self._piece = next(self._pieces, None)
 
     def place(self, start: int, stop: int) -> Placed | None:
         """Where [start, stop) of the blob lies, if in one piece."""

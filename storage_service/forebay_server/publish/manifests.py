@@ -24,6 +24,7 @@ from forebay_server.publish.known import KnownSegments, Shareable
 from forebay_server.publish.object_copy import Made, Place, copy_blob
 from forebay_server.tier.deltas import DamagedBase
 from forebay_server.tier.encode import open_plain
+from forebay_server.tier.layers import check_borders
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
 from forebay_server.tier.verify import verify_file
@@ -109,9 +110,9 @@ class ObjectPublisher:
             await self._insert(blob, found)
             return
         failpoint("flush.before_blob")
-        made = await self._copy(location, progress, await self._shareable(blob))
+        shareable = await self._shareable(blob)
         try:
-            await self._insert(*made)
+            await self._insert(*await self._copy(location, progress, shareable))
         except StaleReference as error:
             logger.warning("object tier: %s", error)
             await self._insert(*await self._copy(location, progress, None))
@@ -172,7 +173,10 @@ class ObjectPublisher:
         self, location: BlobLocation, progress: Progress, shareable: Shareable | None
     ) -> tuple[str, ObjectBlob, str | None]:
         """Copy a blob from its best good replica, verified on both sides: what of it is not
-        *shareable*. With where it lies, and its own file if it shares others."""
+        *shareable*. With where it lies, and its own file if it shares others.
+
+        :class:`StaleReference` if what it was to share turns out to be no good.
+        """
         near = await self._near(shareable)
         for replica in location.live():
             if (source := self._place(location.blob, replica)) is None:
@@ -187,7 +191,8 @@ class ObjectPublisher:
                 await self._tiers.run(self._tier, self._read_back, made)
             found = await self._tiers.run(self._tier, self._put_list, location.blob, made)
             failpoint("flush.after_extents")
-            if made.deltas is not None:
+            if made.deltas is not None and found is made.found:
+                await self._tiers.run(self._tier, self._check_layers, location.blob, made)
                 self.delta_bytes.update(
                     plain=made.deltas.plain_bytes, stored=made.deltas.delta_bytes
                 )
@@ -253,6 +258,18 @@ class ObjectPublisher:
             raise StorageError(
                 f"what was just written into the object tier reads back wrong: {error}"
             ) from error
+
+    def _check_layers(self, blob: str, made: Made) -> None:
+        """Put segments together from what others have there, too, as a reader would."""
+        if not made.found.has_layers:
+            return
+        try:
+            with open_plain(self._tier, "", PIECES, blob) as reader:
+                check_borders(reader, made.found)
+        except (IntegrityError, NotFound) as error:
+            self._tier.delete(BLOBS + blob)
+            self._tier.delete(self._tier.blob_name(made.file))
+            raise StaleReference(f"blob {blob} is written in full: {error}") from error
 
     def _put_list(self, blob: str, made: Made) -> ObjectBlob:
         """Publish the blob's extent list; somebody else's, if that came first."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Final
 
 import numpy as np
 
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
-from forebay_server.tier.buffers import BufferPool
+from forebay_server.tier.buffers import SEGMENT_BUFFERS, BufferPool
 from forebay_server.tier.image import ImageReader
 from forebay_server.tier.pieces import PiecesReader
 from forebay_server.tier.store import TierReader
@@ -99,6 +99,26 @@ class LayeredReader(ImageReader):
         for index in segments:
             found = target[self._offsets[index] - start : self._offsets[index + 1] - start]
             self._table.check(index, found, self.where)
+
+
+def check_borders(reader: TierReader, found: ObjectBlob) -> None:
+    """Read the first and the last segment of each range that lies in the same pieces throughout,
+    out of several: if these are put together right, the list is right.
+
+    :class:`IntegrityError` or :class:`NotFound` if one is not.
+    """
+    borders = {one.blob_offset for one in found.extents}
+    borders |= {one.blob_offset + one.num_bytes for one in found.extents}
+    layered = _Layer(one for one in found.extents if one.layer == 1)
+    offsets = found.table.offsets.tolist()
+    numbers: set[int] = set()
+    for start, stop in pairwise(sorted(borders)):
+        if layered.covers(start):
+            covered = found.table.covering(start, stop - start)
+            numbers |= {covered[0], covered[-1]}
+    with SEGMENT_BUFFERS.borrow() as buffer:
+        for number in sorted(numbers):
+            reader.read_into(offsets[number], buffer[: offsets[number + 1] - offsets[number]])
 
 
 class _Layer:
