@@ -147,4 +147,6 @@ def _moments(group: dict[str, Any]) -> int:
     """How many tensors like the parameter torch's optimizers hold with such settings."""
     if "betas" in group:
         return 3 if group.get("amsgrad") else 2
+    if "centered" in group:  # RMSprop
+        return 1 + bool(group["centered"]) + bool(group.get("momentum"))
     return 1 if group.get("momentum") or "momentum" not in group else 0

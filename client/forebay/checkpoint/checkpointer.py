@@ -71,6 +71,8 @@ class CheckpointReport:
     """Saves for which all ranks planned anew: the first one, and those after a change."""
     num_skipped: int = 0
     """For earlier saves were still landing; they count nowhere else."""
+    num_ahead: int = 0
+    """Saves whose memory had been asked for before they began."""
     num_overlapped: int = 0
     overlapped_bytes: int = 0
     """Copied while the training went on."""
@@ -124,7 +126,7 @@ class Checkpointer:
             raise InvalidRequest(f"when_busy={when_busy!r}: use 'wait' or 'skip'")
         self._when_busy = when_busy
         self._overlap = Overlap(self._components)
-        self._num_overlapped = self._num_skipped = 0
+        self._num_ahead = self._num_overlapped = self._num_skipped = 0
         self._keeper = Keeper()
         self._ranks_: Ranks | None = None
         self._saver: Saver | None = None
@@ -173,7 +175,7 @@ class Checkpointer:
             self._num_skipped += 1
             return SkippedSave(self._service, request.generation)
         saved = Saved(self._service, request.generation, upload, self.timeout)
-        self._count(saved, upload.was_chunked)
+        self._count(saved, upload)
         self._keeper.follow(saved)
         self._prepare_next(saved, upload)
         self._durations.append(time.monotonic() - started)
@@ -222,7 +224,7 @@ class Checkpointer:
             holder.append(saved)
         finally:
             is_there.set()
-        self._count(saved, work.upload.was_chunked)
+        self._count(saved, work.upload)
         self._num_overlapped += 1
         self._durations.append(time.monotonic() - started)
         return saved
@@ -268,11 +270,12 @@ class Checkpointer:
         prepare = partial(self._ahead_.prepare, saved.generation.attempt, upload.slot_bytes)
         saved.on("local", lambda _: prepare())
 
-    def _count(self, saved: Saved, was_chunked: bool) -> None:
+    def _count(self, saved: Saved, upload: PackUpload) -> None:
         self._last = saved
         self._num_saves += 1
         self._saved_bytes += saved.num_bytes
-        self._num_chunked += was_chunked
+        self._num_chunked += upload.was_chunked
+        self._num_ahead += upload.was_ahead
 
     def restore(
         self,
@@ -371,6 +374,7 @@ class Checkpointer:
             num_reused=self._saver.num_reused if self._saver else 0,
             num_planned=self._saver.num_planned if self._saver else 0,
             num_skipped=self._num_skipped,
+            num_ahead=self._num_ahead,
             num_overlapped=self._num_overlapped,
             overlapped_bytes=self._overlap.num_bytes,
             wait_seconds_p50=self._overlap.waited(50),

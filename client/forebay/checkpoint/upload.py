@@ -61,6 +61,8 @@ class PackUpload:
         self._incarnation = ""
         self._sequence = 0
         self._copied: _Copied | None = None
+        self.was_ahead = False
+        """Whether the daemon gave it a session that had been asked for before."""
         self._slot_bytes = 0
         self._is_laid_down = False
         """Whether the sources are in the slot already."""
@@ -318,6 +320,7 @@ class PackUpload:
         self._session = answer
         if prepared is not None and prepared.session.session == answer.session:
             self._slot, self._lease = prepared.use()
+            self.was_ahead = True
             return REUSE
         if prepared is not None:
             prepared.let_go()

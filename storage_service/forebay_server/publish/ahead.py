@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
+from forebay_server.catalog.engine import Connection
 from forebay_server.publish.lease import Grant, Uploads
 from forebay_server.publish.session import slot_owner
-from forebay_wire.errors import ForebayError
+from forebay_wire.errors import ForebayError, NotFound
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,20 +55,37 @@ class Ahead:
             self._forget(name, begun)
             raise
 
-    async def take(self, uid: int, owner: str, total_bytes: int, slot_bytes: int) -> Grant | None:
-        """The owner's session, for a pack of so many bytes; None if it has none that fits. It is
-        the caller's from here on; one that does not fit ends, and its slot stays warm."""
-        begun = self._begun.pop(slot_owner(uid, owner), None)
+    async def use(
+        self,
+        uid: int,
+        owner: str,
+        total_bytes: int,
+        slot_bytes: int,
+        bind: Callable[[Connection, str], T],
+    ) -> tuple[Grant, T] | None:
+        """The owner's session, bound to a pack of so many bytes as by :meth:`Uploads.bind`; None if
+        there is none that fits. One that does not ends, and its slot stays warm. If *bind* raises
+        it is still for no pack."""
+        name = slot_owner(uid, owner)
+        begun = self._begun.pop(name, None)
         if begun is None:
             return None
         try:
             grant = await asyncio.shield(begun.grant)
-            if grant.slot_bytes >= slot_bytes and begun.total_bytes >= total_bytes:
-                return grant
-            await self._uploads.abort(grant.session, uid)
         except ForebayError:
             return None
-        return None
+        if grant.slot_bytes < slot_bytes or begun.total_bytes < total_bytes:
+            await self._uploads.abort(grant.session, uid)
+            return None
+        try:
+            return grant, await self._uploads.bind(grant.session, uid, bind)
+        except (
+            NotFound
+        ):  # the session has expired; or what it is bound to, which is found out again
+            return None
+        except ForebayError:
+            self._begun.setdefault(name, begun)
+            raise
 
     async def drop(self, owner: str) -> None:
         """End the owner's session, whose client does not know: its slot is not used again."""

@@ -36,7 +36,6 @@ from forebay_wire.errors import (
     Conflict,
     ForebayError,
     InvalidRequest,
-    NotFound,
     ResourceExhausted,
 )
 from forebay_wire.failpoints import failpoint
@@ -250,7 +249,8 @@ class Checkpoints:
         likely = await self._catalog.read(look)
         self._slots.setdefault(run, set()).add((attempt, uid, owner))
         try:
-            await self._uploads.slots.wait_for_one_of(slot_owner(uid, owner), 1, AHEAD_SECONDS)
+            if not self._ahead.has(slot := slot_owner(uid, owner)):
+                await self._uploads.slots.wait_for_one_of(slot, 1, AHEAD_SECONDS)
             return await self._ahead.begin(
                 uid,
                 owner,
@@ -276,20 +276,13 @@ class Checkpoints:
 
     async def _begin_prepared(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant | None:
         """In the session that the rank was given ahead, if that will do."""
-        grant = await self._ahead.take(uid, _owner_of(plan), plan.num_bytes, slot_bytes)
-        if grant is None:
+        size = plan.num_bytes, slot_bytes
+        found = await self._ahead.use(
+            uid, _owner_of(plan), *size, lambda c, session: queries.insert_pack(c, plan, session)
+        )
+        if found is None:
             return None
-
-        def bind(connection: Connection, session: str) -> str | None:
-            return queries.insert_pack(connection, plan, session)
-
-        try:
-            replaced = await self._uploads.bind(grant.session, uid, bind)
-        except NotFound:  # of the session, or of the attempt, which beginning anew finds out
-            return None
-        except BaseException:
-            await self._uploads.abort(grant.session, uid)
-            raise
+        grant, replaced = found
         if replaced is not None:
             await self._uploads.end([replaced])
         return grant

@@ -61,7 +61,7 @@ POINTS: Final = (
           "before", "saved", "before", "before"),
     Point("pack.after_begin", "daemon", "room is reserved, the slot lent, nobody told",
           "before", "saved", "before", "before"),
-    Point("client.save.after_begin", "trainer", "a rank has its slot, nothing is copied",
+    Point("client.save.after_begin", "trainer", "a rank has its slot, and no more than bytes in it",
           "before", "saved", "before", "before"),
     Point("client.save.in_copy", "trainer", "the tensors are copied, their description is not",
           "before", "saved", "before", "before"),
