@@ -10,7 +10,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from forebay_trainer import config as configuration
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank meets the same mistake
             print(f"forebay_trainer: {error.message}", file=sys.stderr)
         return 2
-    return run(recipe)
+    if options.dry_run:
+        return told(lambda: show_plan(recipe, options.num_ranks, options.mtbf * 3600))
+    return told(lambda: run(recipe))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -47,8 +49,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("recipe", nargs="?", help="TOML file, or the name of a bundled recipe")
     parser.add_argument("override", nargs="*", help="key=value, as optimizer.learning_rate=0.01")
     parser.add_argument("--size", metavar="NAME", help="a size that the recipe has, as gpu")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, read and saved, and end"
+    )
+    parser.add_argument(
+        "--num-ranks",
+        type=int,
+        default=int(os.environ.get("WORLD_SIZE", "1")),
+        metavar="N",
+        help="of --dry-run: plan for so many (default: those that run)",
+    )
+    parser.add_argument(
+        "--mtbf",
+        type=float,
+        default=24.0,
+        metavar="HOURS",
+        help="of --dry-run: mean time between failures of the run (default: 24)",
+    )
     parser.add_argument("--keys", action="store_true", help="list all keys and end")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.recipe is None and not options.keys:
         parser.error(f"give a recipe: a TOML file, or one of {', '.join(recipes.names())}")
     return options
@@ -62,18 +81,29 @@ def list_keys(recipe: str | None) -> int:
     return 0
 
 
-def run(recipe: recipes.Recipe) -> int:
-    from forebay_trainer.train import train  # with all of torch
+def run(recipe: recipes.Recipe) -> None:
+    from forebay_trainer.folds import train_all  # with all of torch
 
-    rank = os.environ.get("RANK", "0")
+    reason = train_all(recipe)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"run {recipe.config.run}: {reason}", flush=True)
+
+
+def show_plan(recipe: recipes.Recipe, num_ranks: int, mtbf_seconds: float) -> None:
+    from forebay_trainer.plan import plan
+
+    for line in plan(recipe, num_ranks, mtbf_seconds).lines():
+        print(line)
+
+
+def told(act: Callable[[], None]) -> int:
+    """Runs *act*; an error of ours is one sentence. Answers the exit status."""
     try:
-        reason = train(recipe)
+        act()
     except ForebayError as error:
-        name = type(error).__name__
+        rank, name = os.environ.get("RANK", "0"), type(error).__name__
         print(f"forebay_trainer, rank {rank}: {name}: {error.message}", file=sys.stderr)
         return EXIT_STATUS if isinstance(error, RankLost) else 1
-    if rank == "0":
-        print(f"run {recipe.config.run}: {reason}", flush=True)
     return 0
 
 

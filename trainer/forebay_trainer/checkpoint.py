@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import forebay
 from forebay.checkpoint import Resumed, Saved
+from forebay.checkpoint.advise import advise
 from forebay_trainer.config import setting
 from forebay_wire.errors import InvalidRequest
 
@@ -49,6 +50,12 @@ class CheckpointConfig:
             client, run=run, keep=keep, fork_from=self.fork_from, **state
         )
         return Checkpoints(self, checkpointer, note)
+
+
+def advised_seconds(mtbf_seconds: float, cost_seconds: float) -> float:
+    """The time between two saves that loses the least, if the run fails every *mtbf_seconds* and
+    a save holds it up for *cost_seconds*."""
+    return advise(mtbf_seconds, [cost_seconds]).interval_seconds
 
 
 class Checkpoints:

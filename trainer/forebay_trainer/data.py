@@ -113,6 +113,7 @@ class DataConfig:
             train_loader,
             test_loader,
             num_samples=len(train),
+            num_bytes=train.manifest.num_bytes,
             num_parts=num_parts,
         )
 
@@ -131,6 +132,11 @@ class DataConfig:
         if self.test_split is None:
             return train, None
         return train, client.dataset(self.dataset, version=self.version, split=self.test_split)
+
+
+def connect(address: str | None) -> forebay.Client:
+    """The service at an address as ``forebay.connect`` takes it; a context manager."""
+    return forebay.connect(address)
 
 
 class Epoch:
@@ -166,12 +172,15 @@ class Data:
         test_loader: forebay.DataLoader | None,
         *,
         num_samples: int,
+        num_bytes: int,
         num_parts: int,
     ) -> None:
         self.config = config
         self.train_loader = train_loader
         self.num_samples = num_samples
         """Of an epoch; of a dataset that grows, as it was at the start."""
+        self.num_bytes = num_bytes
+        """Of the whole dataset version, as it is stored."""
         self.num_parts = num_parts
         """Micro-batches of a step: as many on every rank, whatever its part of the batch."""
         self._client = client

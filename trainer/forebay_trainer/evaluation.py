@@ -46,15 +46,19 @@ class Progress:
         self._best: float | None = None
         self._best_step = 0
         self._since_best = 0
+        self.last: dict[str, float] = {}
+        """What the last evaluation found."""
 
-    def is_due(self, step: int, *, is_epoch_over: bool) -> bool:
+    def is_due(self, step: int, *, is_end: bool) -> bool:
+        """*is_end*: the step was the last one of an epoch, or of the run."""
         every = self._config.every_steps
-        return step % every == 0 if every else is_epoch_over
+        return step % every == 0 if every else is_end
 
     def note(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the outcome of an evaluation. InvalidRequest if it lacks the metric to go by."""
         if not metrics:
             return
+        self.last = dict(metrics)
         name = self._config.metric
         if name not in metrics:
             raise InvalidRequest(
@@ -79,11 +83,17 @@ class Progress:
         return self._best if self._config.mode == "max" else -self._best, self._best_step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "best_step": self._best_step, "since_best": self._since_best}
+        return {
+            "best": self._best,
+            "best_step": self._best_step,
+            "since_best": self._since_best,
+            "last": self.last,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._best, self._best_step = state["best"], state["best_step"]
         self._since_best = state["since_best"]
+        self.last = dict(state["last"])
 
 
 class Evaluation:
@@ -109,7 +119,7 @@ class Evaluation:
             for batch in self._data.test_batches():
                 alive()
                 with self._placement.autocast():
-                    outputs = self._placement.model(*self._task.inputs(batch))
+                    outputs = self._task.forward(self._placement.modules, batch)
                     losses, weights = self._task.losses(outputs, batch), self._task.weights(batch)
                 found = dict(self._task.evaluate(outputs, batch))
                 found |= {"loss": (losses * weights).sum(), "weight": weights.sum()}

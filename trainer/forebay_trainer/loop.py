@@ -90,7 +90,8 @@ class Trainer:
             ids, position = real_ids(batch), self.data.position
             self.records.append(StepRecord(self.step, epoch.number, position, ids))
             self.quality = {}
-            if self.progress.is_due(self.step, is_epoch_over=self.data.is_epoch_over):
+            is_end = self.data.is_epoch_over or self.is_over
+            if self.progress.is_due(self.step, is_end=is_end):
                 self.evaluate(epoch.number)
                 self.progress.note(self.step, self.quality)
             if self.checkpoints.is_due(self.step):
@@ -144,7 +145,7 @@ class Trainer:
         """This rank's share of the loss of the global batch, from one micro-batch."""
         self.draws.at(self.step, part["id"])
         with self.placement.autocast():
-            outputs = self.placement.model(*self.task.inputs(part))
+            outputs = self.task.forward(self.placement.modules, part)
             losses = self.task.losses(outputs, part)
             loss = share_of_mean(losses, self.task.weights(part), total)
         self.backward(loss)

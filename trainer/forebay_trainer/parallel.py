@@ -115,7 +115,7 @@ class ParallelConfig:
             shape=self.shape(num_ranks),
             device=torch.device("cuda", local_rank) if use_cuda else torch.device("cpu"),
             backend=backend,
-            timeout=timedelta(seconds=self.timeout_seconds),
+            timeout_seconds=self.timeout_seconds,
         )
 
 
@@ -123,7 +123,13 @@ class Parallel:
     """A context manager around the process group; used from the thread that trains."""
 
     def __init__(
-        self, *, rank: int, shape: Shape, device: torch.device, backend: str, timeout: timedelta
+        self,
+        *,
+        rank: int,
+        shape: Shape,
+        device: torch.device,
+        backend: str,
+        timeout_seconds: float,
     ) -> None:
         self.rank = rank
         self.num_ranks = math.prod(shape.sizes)
@@ -134,7 +140,7 @@ class Parallel:
         self.ranks: DeviceMesh | None = None
         """All ranks in one line."""
         self._backend = backend
-        self._timeout = timeout
+        self._timeout = timedelta(seconds=timeout_seconds)
         self.stage, rest = divmod(rank, self.num_ranks // shape.stages)
         self.data_rank, self.tensor_rank = divmod(rest, shape.tensor)
 

@@ -52,6 +52,12 @@ class Task:
         """The arguments of the model's forward."""
         raise NotImplementedError
 
+    def forward(self, modules: Mapping[str, nn.Module], batch: Batch) -> Any:
+        """What `losses` and `evaluate` get. Override it where there are several modules; with
+        one, override `inputs`, which pipelines need too."""
+        (model,) = modules.values()
+        return model(*self.inputs(batch))
+
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss of each unit: (B,), or (B, T)."""
         raise NotImplementedError

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-import forebay
 from forebay_trainer import config as configuration
 from forebay_trainer.averaging import Average, NoAverage
 from forebay_trainer.checkpoint import Checkpoints
-from forebay_trainer.data import Data
+from forebay_trainer.data import Data, connect
 from forebay_trainer.dropout import Draws, replace_dropout
 from forebay_trainer.evaluation import Evaluation, Progress
 from forebay_trainer.loop import Reason, Trainer
@@ -31,8 +30,9 @@ from forebay_trainer.task import Task
 from forebay_trainer.watch import Watch
 
 
-def train(recipe: Recipe) -> Reason:
-    """Trains on this rank, from the newest generation of the run if there is one.
+def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]:
+    """Trains on this rank, from the newest generation of the run if there is one; answers why it
+    ended, and what the last evaluation of this run found.
 
     On return the last generation is committed and on disk (``local``). Raises what forebay raises,
     LossNotFinite, and RankLost if another rank failed.
@@ -45,7 +45,6 @@ def train(recipe: Recipe) -> Reason:
         use_deterministic_kernels()
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        parallel = stack.enter_context(config.parallel.build())
         random = RandomState(parallel.ranks, parallel.device)
         random.seed(config.seed)
         task = recipe.build()
@@ -62,7 +61,7 @@ def train(recipe: Recipe) -> Reason:
             is_compiled=config.compile,
             is_deterministic=config.deterministic,
         )
-        client = stack.enter_context(forebay.connect(config.address))
+        client = stack.enter_context(connect(config.address))
         data = stack.enter_context(
             closing(config.data.build(client, parallel, task, seed=config.seed, run=config.run))
         )
@@ -106,7 +105,7 @@ def train(recipe: Recipe) -> Reason:
         )
         reason = trainer.run()
         parallel.sum([0.0])  # nobody leaves, and takes the meeting point along, before all are done
-    return reason
+    return reason, progress.last
 
 
 def build_optimization(
