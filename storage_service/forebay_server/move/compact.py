@@ -107,8 +107,12 @@ class Compactor:
                 tier, self._write, tier, ref, file, sharers, made, progress
             )
             failpoint("compact.after_files")
+        except Exception:
+            await self._delete([FileRef(ref.tier, name) for name in made])
+            raise
+        try:
             gone = await self._replace(ref, file, size, compacted, progress)
-        except BaseException:
+        except Conflict:  # after anything else, a cancellation too, the rows may still come
             await self._delete([FileRef(ref.tier, name) for name in made])
             raise
         failpoint("compact.after_rows")

@@ -4,8 +4,7 @@ import asyncio
 import os
 import random
 import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +19,27 @@ from forebay_server.catalog import queries_compaction
 from forebay_server.catalog.engine import Connection
 from forebay_server.catalog.queries_blobs import known_files
 from forebay_server.catalog.queries_damage import quarantine
-from forebay_server.catalog.queries_jobs import COLLECT, COMPACT, DELETE, FLUSH, job_of
+from forebay_server.catalog.queries_jobs import (
+    COLLECT,
+    COMPACT,
+    DELETE,
+    FLUSH,
+    claim,
+    enqueue,
+    job_of,
+)
 from forebay_server.catalog.queries_scrub import due_copies, mark_verified
 from forebay_server.catalog.tables import replicas
 from forebay_server.model.encodings import PIECES, RAW
 from forebay_server.model.sharing import MAX_SHARERS, Placed
+from forebay_server.move import compact
+from forebay_server.move.budget import Budget
 from forebay_server.move.collect import EVERYTHING
+from forebay_server.move.compact import Compactor
+from forebay_server.move.jobs import Progress
 from forebay_server.publish.recovery import recover
 from forebay_server.testing.checkpoints import CUT_BYTES, RUN, CheckpointNode, open_checkpoints
+from forebay_server.testing.warm import WarmPython
 from forebay_server.tier.store import Tier
 from forebay_wire.failpoints import COMPACT as COMPACT_POINTS
 from forebay_wire.failpoints import SHARING
@@ -293,6 +305,46 @@ async def test_a_file_that_a_client_has_open_is_left_alone(tmp_path: Path) -> No
         assert stored_bytes(tmp_path) > 8 * MIB
 
 
+async def test_a_compaction_that_is_cancelled_while_its_rows_come_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, big = os.urandom(MIB), os.urandom(7 * MIB)
+    options = {"with_object": False, "grace_seconds": -1}
+    held: set[str] = set()
+    async with open_checkpoints(tmp_path, is_open=held.__contains__, **options) as node:
+        await node.begin()
+        for step, data in enumerate((big + frozen, frozen)):
+            await node.wait(await node.save(step, [data]))
+        held.add((await node.manifest(at(1))).packs[0].blob)
+        await node.checkpoints.delete_generation_now(at(0))
+        await node.settle(DELETE, COLLECT)
+    async with open_checkpoints(tmp_path, run_jobs=False, **options) as node:
+        catalog, loop = node.storage.catalog, asyncio.get_running_loop()
+        await catalog.write(lambda c: enqueue(c, COMPACT, "now"))  # the other one backs off
+        job = await catalog.write(lambda c: claim(c, "me", 3600, [COMPACT]))
+        assert job is not None
+        compactor = Compactor(catalog, node.storage.tiers, Budget({}))
+        cancelled = threading.Event()
+
+        def cancel_inside(point: str) -> None:
+            if point == "compact.inside_rows":
+                loop.call_soon_threadsafe(running.cancel)
+                assert cancelled.wait(20)
+
+        monkeypatch.setattr(compact, "failpoint", cancel_inside)
+        running = asyncio.ensure_future(compactor(Progress(job, "me")))
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        cancelled.set()
+        # Behind the write that goes on: that has ended when this one has.
+        await catalog.write(lambda c: None)
+        assert await node.restore(at(1)) == [frozen]
+    async with open_checkpoints(tmp_path, **options) as node:
+        await node.settle(DELETE, COLLECT, COMPACT)
+        assert await node.restore(at(1)) == [frozen]
+        assert stored_bytes(tmp_path) < 1.2 * MIB
+
+
 KILLED = """
 import asyncio, os, sys
 from pathlib import Path
@@ -316,19 +368,13 @@ asyncio.run(main(Path(sys.argv[1])))
 
 @pytest.mark.parametrize("failpoint", [*COMPACT_POINTS, *SHARING])
 async def test_a_pack_or_a_compaction_that_is_killed_loses_and_leaves_nothing(
-    tmp_path: Path, failpoint: str
+    tmp_path: Path, failpoint: str, warm_server: WarmPython
 ) -> None:
     frozen = os.urandom(MIB)
     (tmp_path / "frozen").write_bytes(frozen)
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        env={**os.environ, "FOREBAY_FAILPOINTS": failpoint},
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    command = ["-c", KILLED, tmp_path]
+    done = await asyncio.to_thread(warm_server.run, command, {"FOREBAY_FAILPOINTS": failpoint})
+    assert done.returncode == -signal.SIGKILL, done.stderr
     async with open_checkpoints(tmp_path, with_object=False, grace_seconds=-1) as node:
         await node.settle(DELETE, COLLECT, COMPACT)
         steps = (2, 3) if failpoint in COMPACT_POINTS else ()
