@@ -29,7 +29,7 @@ made beforehand, ours is made by ``save``.
 Values: stalls, durable rates, the slowdown of the steps after a save, the peak of own memory over
 the size of the state, for all; the daemon's processor seconds for each GB that lands. The daemon
 hashes each byte of a pack once, trainers hash none. Quickly, the slowdown of peers is that of one
-of them, and what no ratio needs is measured once.
+of them, what no ratio needs is measured once, and first stalls of those that none needs are rough.
 
 ``--only`` measures what the named ratios need and nothing else. A line on standard error says how
 long each phase took.
@@ -98,12 +98,16 @@ WARM_UP = 2
 """Saves until every buffer was used before; the first of them is measured for itself, in the last
 one memory is looked at, which takes time."""
 
+QUICK_ONCE = ("torch", "dcp", "tcp")
+"""Quickly, one save has to warm up those: two of them have no buffers, no ratio needs the third.
+Memory is looked at in it, so it is no good measure of their first stall."""
+
 QUICK_STEPPING = (OURS, "dcp_thread")
 """Whose training steps are measured quickly; the peer's once."""
 
-STEPS = 3
-MAX_STEPS = 12
-"""After a save: for twice as long as it takes to become durable, about."""
+STEPS = 2
+MAX_STEPS = {True: 4, False: 12}
+"""After a save, quickly or not: until it is durable, about."""
 
 TRIED_BYTES = 128 * MIB
 """Of the state, at most, to find the best way to write and to read."""
@@ -300,7 +304,7 @@ def race(stage: Stage, names: Sequence[str], repeats: int, saves: Saves, *, quic
         shift = repeat % len(names)
         for name in (*names[shift:], *names[:shift]):
             if repeat < 0:
-                warm_up(stage, name, repeat, saves)
+                warm_up(stage, name, repeat, saves, once=quick and name in QUICK_ONCE)
             elif name != "tcp" or not quick or not repeat:
                 before = stage.daemon_seconds()
                 saves.add(name, stage.save(name))
@@ -308,17 +312,18 @@ def race(stage: Stage, names: Sequence[str], repeats: int, saves: Saves, *, quic
                     saves.daemon_seconds.append(stage.daemon_seconds() - before)
 
 
-def warm_up(stage: Stage, name: str, repeat: int, saves: Saves) -> None:
+def warm_up(stage: Stage, name: str, repeat: int, saves: Saves, *, once: bool) -> None:
+    is_first, is_last = repeat == -WARM_UP, repeat == (-WARM_UP if once else -1)
     if name == "raw":
         stage.way()
-    elif repeat == -WARM_UP:
-        saves.first.add(name, stage.save(name)["stall"])
-    elif repeat == -1 and name != "copy":
-        with PeakMemory(stage.pids(name)) as memory:
-            stage.save(name)
-        saves.peak_bytes[name] = memory.peak_bytes
-    else:
-        stage.save(name)
+    elif not once or is_first:
+        looks = is_last and name != "copy"
+        with PeakMemory(stage.pids(name) if looks else ()) as memory:
+            stall = stage.save(name)["stall"]
+        if is_first:
+            saves.first.add(name, stall)
+        if looks:
+            saves.peak_bytes[name] = memory.peak_bytes
 
 
 def growth(samples: Samples, yardstick: str) -> list[float]:
@@ -377,7 +382,9 @@ def measure_steps(
         modes = ("none", "save", "overlapped") if name == OURS else ("none", "save")
         times = 1 if quick and name != OURS else repeats
         warm = stage.ask(name, "train", mode="none", steps=2)  # memory of activations, gradients
-        count = num_steps(min(warm["steps"]), saves.durable.by_case.get(name, [0.0]))
+        durable = statistics.median(saves.durable.by_case.get(name, [0.0]))
+        wanted = math.ceil(1.25 * durable / min(warm["steps"]))
+        count = min(max(wanted, STEPS), MAX_STEPS[quick])
         took, steps, late = Samples(), Samples(), Samples()
         for repeat in range(times):
             shift = repeat % len(modes)
@@ -391,12 +398,6 @@ def measure_steps(
             bound = 0.3 if stage.settings.device == "cuda" else 1.1
             report.ratio("overlapped_extra_vs_sync_extra", extras(took), at_most=bound)
             report.value("landing_after_overlapped_steps_s", late.by_case["overlapped"])
-
-
-def num_steps(step_seconds: float, durable: Sequence[float]) -> int:
-    """After a save, so that what it goes on with in the background falls among them."""
-    wanted = math.ceil(2 * statistics.median(durable) / step_seconds)
-    return min(max(wanted, STEPS), MAX_STEPS)
 
 
 def extras(took: Samples) -> list[float] | None:

@@ -182,7 +182,7 @@ class Training:
 
     def total(self) -> int:
         """Changes with any bit."""
-        sums = [tensor.view(torch.int32).sum(dtype=torch.int64) for tensor in self.tensors()]
+        sums = [tensor.view(torch.int64).sum() for tensor in self.tensors()]
         return sum((place + 1) * int(one) for place, one in enumerate(sums)) % (1 << 62)
 
     def step(self, before_change: Callable[[], None] = lambda: None) -> None:
