@@ -5,6 +5,7 @@ Identity and digests stay those of the plain bytes; what decodes wrong is never 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -197,10 +198,11 @@ def middle_of(num_bytes: int) -> slice:
 def sample_ranges(offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Segments that are spread over the blob, with parts ``[start, stop)`` of it in them: a
     sixteenth of it, at most 512 KiB."""
-    count = len(offsets) - 1
-    wanted = min(max(offsets[-1] // (16 * SAMPLE_BYTES), 1), NUM_SAMPLES)
-    picked = sorted({count * (2 * one + 1) // (2 * wanted) for one in range(wanted)})
-    for index in picked:
+    total = offsets[-1]
+    wanted = min(max(total // (16 * SAMPLE_BYTES), 1), NUM_SAMPLES)
+    # By bytes: small segments at the end would speak for a large one.
+    picked = {bisect_right(offsets, total * (2 * one + 1) // (2 * wanted)) for one in range(wanted)}
+    for index in sorted(one - 1 for one in picked):
         start = offsets[index]
         part = middle_of(offsets[index + 1] - start)
         yield index, start + part.start, start + part.stop

@@ -361,7 +361,8 @@ def test_a_history_of_all_kinds_of_changes() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@pytest.mark.timeout(600)
+@settings(max_examples=20, deadline=None)
 @given(plan=steps)
 def test_any_history_can_be_read(plan: list[tuple[str, object]]) -> None:
     run_history(plan)

@@ -288,6 +288,11 @@ def test_each_segment_has_the_way_of_its_own_type(tier: Tier) -> None:
     assert entries["width"].tolist() == [8] * 4 + [2] * 4
 
 
+def test_a_small_segment_does_not_speak_for_a_large_one(tier: Tier) -> None:
+    for pieces in ([text(MIB), b"x"], [b"x", text(MIB), random_bytes(100, 1)]):
+        assert store(tier, pieces, "auto")[1].encoding == "lz4"
+
+
 def test_one_segment_of_noise_lies_as_it_is(tier: Tier) -> None:
     noise = random_bytes(200_000, 5)
     file, stored = store(tier, [text(MIB), noise, text(MIB)], "lz4")
