@@ -107,7 +107,11 @@ QUICK_STEPPING = (OURS, "dcp_thread")
 
 STEPS = 2
 MAX_STEPS = {True: 4, False: 12}
-"""After a save, quickly or not: until it is durable, about."""
+"""After a save, quickly or not: for twice as long as it takes to become durable, about."""
+
+FINGERPRINT_RATE = 1 << 40
+"""What follows a commit follows at once, and is over before anybody saves again. The daemon's own
+rate spreads it over seconds, no part of a save either; steps after a save feel this one more."""
 
 TRIED_BYTES = 128 * MIB
 """Of the state, at most, to find the best way to write and to read."""
@@ -231,7 +235,8 @@ class Stage:
         """With room for some saves in its memory."""
         ram = str(4 * self.settings.state_bytes + (1 << 30))
         tiers = ("--object-url", "none", "--hdd-path", "none", "--ram-bytes", ram)
-        return DaemonProcess(self.folder / "data", *tiers)
+        rate = ("--fingerprint-bytes-per-second", str(FINGERPRINT_RATE))
+        return DaemonProcess(self.folder / "data", *tiers, *rate)
 
     def open_state(self) -> None:
         """Wait until it is filled, once."""
@@ -383,7 +388,7 @@ def measure_steps(
         times = 1 if quick and name != OURS else repeats
         warm = stage.ask(name, "train", mode="none", steps=2)  # memory of activations, gradients
         durable = statistics.median(saves.durable.by_case.get(name, [0.0]))
-        wanted = math.ceil(1.25 * durable / min(warm["steps"]))
+        wanted = math.ceil(2 * durable / min(warm["steps"]))
         count = min(max(wanted, STEPS), MAX_STEPS[quick])
         took, steps, late = Samples(), Samples(), Samples()
         for repeat in range(times):
