@@ -4,7 +4,7 @@ the service."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import forebay
 from forebay.checkpoint import Resumed, Saved
 from forebay.checkpoint.advise import advise
 from forebay_trainer.config import setting
-from forebay_wire.errors import InvalidRequest
+from forebay_wire.errors import InvalidRequest, NotFound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,15 @@ class CheckpointConfig:
             raise InvalidRequest("keep_best keeps all generations without keep_last: give both")
 
     def build(
-        self, client: forebay.Client, run: str, note: Mapping[str, Any], **state: Any
+        self,
+        client: forebay.Client,
+        run: str,
+        note: Mapping[str, Any],
+        own_names: Sequence[str] | None = None,
+        **state: Any,
     ) -> Checkpoints:
-        """*note*: kept with every generation. *state*: what `forebay.Checkpointer` takes (modules,
+        """*note*: kept with every generation. *own_names*: in a pipeline, what of a generation
+        belongs to this rank's stage. *state*: what `forebay.Checkpointer` takes (modules,
         optimizers, and what has ``state_dict`` and ``load_state_dict``), None for what is not."""
         keep = None
         if self.keep_last is not None:
@@ -49,7 +55,7 @@ class CheckpointConfig:
         checkpointer = forebay.Checkpointer(
             client, run=run, keep=keep, fork_from=self.fork_from, **state
         )
-        return Checkpoints(self, checkpointer, note)
+        return Checkpoints(self, client, checkpointer, note, own_names)
 
 
 def advised_seconds(mtbf_seconds: float, cost_seconds: float) -> float:
@@ -64,10 +70,14 @@ class Checkpoints:
     def __init__(
         self,
         config: CheckpointConfig,
+        client: forebay.Client,
         checkpointer: forebay.Checkpointer,
         note: Mapping[str, Any],
+        own_names: Sequence[str] | None,
     ) -> None:
         self._config = config
+        self._client = client
+        self._own_names = own_names
         self._checkpointer = checkpointer
         self._note = dict(note)
         self._last: Saved | None = None
@@ -94,13 +104,27 @@ class Checkpoints:
             self._checkpointer.start()
             return None
         missing_ok = self._config.resume == "latest"
-        resumed = self._checkpointer.restore(self._config.resume, missing_ok=missing_ok)
+        resumed = self._checkpointer.restore(
+            self._config.resume, missing_ok=missing_ok, **self._choice(self._config.resume)
+        )
         if resumed is not None:
             self.last_step = resumed.step
             self.parent_attempt = resumed.attempt
             self.skipped = tuple(str(each) for each in resumed.skipped)
             self._good = f"{resumed.run}@{resumed.attempt}/{resumed.step}"
         return resumed
+
+    def _choice(self, selector: str) -> dict[str, Any]:
+        """What is restored, where a pipeline restores or saved: a stage has weights of its own, so
+        the optimizers' groups of parameters are those of one stage, and stay as they are here."""
+        if self._own_names is not None:
+            return {"only": self._own_names}
+        try:
+            note = self._client.run(self._checkpointer.run).get(selector).note
+        except NotFound:
+            return {}
+        saved = note.get("config", {}).get("parallel", {}).get("num_stages", 1)
+        return {"ignore": ["*optimizer.param_groups"]} if saved > 1 else {}
 
     def is_due(self, step: int) -> bool:
         return self._config.every_steps > 0 and step % self._config.every_steps == 0

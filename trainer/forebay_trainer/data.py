@@ -102,9 +102,8 @@ class DataConfig:
             **common,
         )
         test_loader = None if test is None else forebay.DataLoader(test, shuffle="none", **common)
-        num_parts = 1
+        num_parts, largest = 1, -(-self.global_batch_size // parallel.shape.num_data)
         if self.micro_batch_size is not None:
-            largest = -(-self.global_batch_size // parallel.shape.num_data)
             num_parts = -(-largest // self.micro_batch_size)
         return Data(
             self,
@@ -115,6 +114,7 @@ class DataConfig:
             num_samples=len(train),
             num_bytes=train.manifest.num_bytes,
             num_parts=num_parts,
+            part_rows=-(-largest // num_parts),
         )
 
     def _open(
@@ -174,6 +174,7 @@ class Data:
         num_samples: int,
         num_bytes: int,
         num_parts: int,
+        part_rows: int,
     ) -> None:
         self.config = config
         self.train_loader = train_loader
@@ -183,6 +184,8 @@ class Data:
         """Of the whole dataset version, as it is stored."""
         self.num_parts = num_parts
         """Micro-batches of a step: as many on every rank, whatever its part of the batch."""
+        self.part_rows = part_rows
+        """Of the largest micro-batch."""
         self._client = client
         self._task = task
         self._test_loader = test_loader
@@ -265,6 +268,20 @@ def cut(batch: Batch, num_parts: int) -> list[Batch]:
         part = {name: values[start:stop] for name, values in batch.items()}
         parts.append(part if stop > start else _one_row(part))
     return parts
+
+
+def padded(batch: Batch, num_rows: int) -> Batch:
+    """The batch with rows of zeros, which weigh nothing, to make up *num_rows*."""
+    missing = num_rows - len(batch["id"])
+    if missing == 0:
+        return batch
+    row = _one_row({name: values[:0] for name, values in batch.items()})
+    return {
+        name: torch.cat([values, *[row[name]] * missing])
+        if isinstance(values, Tensor)
+        else [*values, *[*row[name]] * missing]
+        for name, values in batch.items()
+    }
 
 
 def _one_row(empty: Batch) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from forebay_trainer.averaging import Average
 from forebay_trainer.config import setting
 from forebay_trainer.data import Data
 from forebay_trainer.parallel import Parallel
 from forebay_trainer.placement import Placement
-from forebay_trainer.task import Task
+from forebay_trainer.task import Batch, Task
 from forebay_wire.errors import InvalidRequest
 
 
@@ -119,17 +121,30 @@ class Evaluation:
             for batch in self._data.test_batches():
                 alive()
                 with self._placement.autocast():
-                    outputs = self._task.forward(self._placement.modules, batch)
-                    losses, weights = self._task.losses(outputs, batch), self._task.weights(batch)
-                found = dict(self._task.evaluate(outputs, batch))
-                found |= {"loss": (losses * weights).sum(), "weight": weights.sum()}
-                found["samples"] = (batch["id"] >= 0).sum()
-                for name, value in found.items():
-                    sums[name] += float(value)
+                    answer = self._placement.outputs(batch)
+                    if answer is None:
+                        continue
+                    for name, value in self._sums(*answer).items():
+                        sums[name] += float(value)
             self._placement.settle()
-        if not sums:
+        names = self._names(sums)
+        if not names:
             return {}
-        sums = dict(zip(sums, self._parallel.sum_parts(list(sums.values())), strict=True))
+        totals = self._parallel.sum_parts([sums[name] for name in names])
+        sums = dict(zip(names, totals, strict=True))
         metrics = {"loss": sums["loss"] / max(1.0, sums["weight"]), "samples": int(sums["samples"])}
         metrics |= self._task.metrics(sums)
         return {f"test_{name}": value for name, value in metrics.items()}
+
+    def _sums(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        losses, weights = self._task.losses(outputs, batch), self._task.weights(batch)
+        found = dict(self._task.evaluate(outputs, batch))
+        found |= {"loss": (losses * weights).sum(), "weight": weights.sum()}
+        return {**found, "samples": (batch["id"] >= 0).sum()}
+
+    def _names(self, sums: Mapping[str, float]) -> list[str]:
+        """What is summed, on ranks too whose stage of a pipeline has no part in it."""
+        if self._parallel.shape.stages == 1:
+            return list(sums)
+        said = self._parallel.gather(list(json.dumps(list(sums)).encode()))
+        return max((json.loads(bytes(names)) for names in said), key=len)

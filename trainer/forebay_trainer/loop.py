@@ -143,6 +143,8 @@ class Trainer:
 
     def forward_backward(self, part: Batch, total: float) -> float:
         """This rank's share of the loss of the global batch, from one micro-batch."""
+        if self.placement.pipeline is not None:
+            return self.placement.pipeline.forward_backward(part, total, self.loss_factor)
         self.draws.at(self.step, part["id"])
         with self.placement.autocast():
             outputs = self.task.forward(self.placement.modules, part)
@@ -153,8 +155,12 @@ class Trainer:
 
     def backward(self, loss: Tensor) -> None:
         """*loss* is this rank's share of a mean over the global batch."""
-        # Gradients are averaged over the ranks, and the shares have to be added up.
-        (loss * self.parallel.shape.num_data * self.optimization.scaler.scale).backward()
+        (loss * self.loss_factor).backward()
+
+    @property
+    def loss_factor(self) -> float:
+        """Gradients are averaged over the ranks, and the shares have to be added up; and fp16."""
+        return self.parallel.shape.num_data * self.optimization.scaler.scale
 
     def update(self, name: str | None = None) -> float:
         """Applies the gradients of one module (by default the only one); their norm."""

@@ -18,8 +18,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from forebay_trainer.parallel import Parallel
+from forebay_trainer.pipeline import Pipeline
 from forebay_trainer.precision import Precision
-from forebay_trainer.task import Task
+from forebay_trainer.task import Batch, Task
+from forebay_wire.errors import InvalidRequest
 
 
 class Placement:
@@ -33,13 +35,18 @@ class Placement:
         *,
         is_compiled: bool,
         is_deterministic: bool,
+        num_pieces: int = 1,
     ) -> None:
+        """*num_pieces*: of a micro-batch, in a pipeline."""
         self._task = task
         self._parallel = parallel
         self._precision = precision
         self._is_compiled = is_compiled
         self._is_deterministic = is_deterministic
         self.modules = {name: self._placed(module) for name, module in task.modules.items()}
+        self.pipeline: Pipeline | None = None
+        if parallel.shape.stages > 1:
+            self.pipeline = Pipeline(task, self.model, parallel, num_pieces=num_pieces)
 
     @property
     def model(self) -> nn.Module:
@@ -55,6 +62,13 @@ class Placement:
             for name, weight in unwrapped(module).named_parameters()
             if weight.requires_grad
         }
+
+    def outputs(self, batch: Batch) -> tuple[Any, Batch] | None:
+        """What the task's forward answers, and the batch that it belongs to; None on a rank that
+        has no part in it, because another stage of the pipeline does."""
+        if self.pipeline is not None:
+            return self.pipeline.outputs(batch)
+        return self._task.forward(self.modules, batch), batch
 
     @contextmanager
     def syncing(self, is_last: bool) -> Iterator[None]:
@@ -79,8 +93,15 @@ class Placement:
                 module.reshard()
 
     def _placed(self, module: nn.Module) -> nn.Module:
-        module = module.to(self._parallel.device)
         mesh, shape = self._parallel.mesh, self._parallel.shape
+        if shape.stages > 1:
+            if self._task.own_step or len(self._task.modules) > 1:
+                raise InvalidRequest(
+                    f"parallel.num_stages: {type(self._task).__name__} is no single model with a "
+                    "loss, so it cannot run as a pipeline"
+                )
+            module = self._task.split(module, self._parallel.stage, shape.stages)
+        module = module.to(self._parallel.device)
         if self._is_compiled:
             module.compile()
         if mesh is None:
@@ -101,7 +122,8 @@ class Placement:
             "mesh": mesh["replica", "shard"] if has_replicas else mesh["shard"],
             "mp_policy": self._precision.policy(),
         }
-        for block in self._task.blocks(module):
+        blocks = self._task.blocks(module)
+        for block in (each for each in blocks if next(each.parameters(), None) is not None):
             fully_shard(block, **options)
         fully_shard(module, **options)
         return module

@@ -131,6 +131,37 @@ class Task:
         (``data.follow=latest``)."""
 
 
+def layers_of_stage(num_layers: int, stage: int, num_stages: int) -> range:
+    """The consecutive layers of a stage, as even as can be."""
+    return range(num_layers * stage // num_stages, num_layers * (stage + 1) // num_stages)
+
+
+def keep_only(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """The model with identities in place of its submodules that lie outside *names*: what is left
+    keeps its name, and the forward passes through what is not. For `Task.split` of a model whose
+    parts follow one another."""
+    kept = [name.split(".") for name in names]
+
+    def is_kept(path: list[str]) -> bool:
+        return any(path[: len(one)] == one for one in kept)
+
+    def leads_to_kept(path: list[str]) -> bool:
+        return any(one[: len(path)] == path for one in kept)
+
+    def prune(module: nn.Module, path: list[str]) -> None:
+        for name, child in list(module.named_children()):
+            below = [*path, name]
+            if is_kept(below):
+                continue
+            if leads_to_kept(below) or isinstance(child, nn.ModuleList):
+                prune(child, below)
+            else:
+                setattr(module, name, nn.Identity())
+
+    prune(model, [])
+    return model
+
+
 def share_of_mean(losses: Tensor, weights: Tensor, total: float) -> Tensor:
     """What these units add to the mean loss of a global batch whose weights add up to *total*.
 

@@ -19,7 +19,7 @@ from forebay_trainer.memory import keep_freed_memory
 from forebay_trainer.metrics import Metrics
 from forebay_trainer.optim import Optimization
 from forebay_trainer.parallel import Parallel
-from forebay_trainer.placement import Placement, use_deterministic_kernels
+from forebay_trainer.placement import Placement, unwrapped, use_deterministic_kernels
 from forebay_trainer.precision import LossScaler, Precision
 from forebay_trainer.random_state import RandomState
 from forebay_trainer.recipe import Recipe
@@ -28,6 +28,7 @@ from forebay_trainer.settings import TrainConfig
 from forebay_trainer.stop import StopSignal
 from forebay_trainer.task import Task
 from forebay_trainer.watch import Watch
+from forebay_wire.errors import InvalidRequest
 
 
 def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]:
@@ -53,6 +54,11 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
             number = 0
             for module in task.modules.values():
                 number = replace_dropout(module, draws, number)
+            if number and parallel.shape.stages > 1:
+                raise InvalidRequest(
+                    "deterministic: the stages of a pipeline do not know whose samples they see, "
+                    "for dropout by sample: set dropout to 0, or parallel.num_stages=1"
+                )
         precision = Precision(config.precision, parallel.device)
         placement = Placement(
             task,
@@ -60,18 +66,22 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
             precision,
             is_compiled=config.compile,
             is_deterministic=config.deterministic,
+            num_pieces=config.parallel.num_microbatches,
         )
         client = stack.enter_context(connect(config.address))
         data = stack.enter_context(
             closing(config.data.build(client, parallel, task, seed=config.seed, run=config.run))
         )
+        if placement.pipeline is not None:
+            placement.pipeline.fit(data.part_rows)
         optimization = build_optimization(config, task, placement, data, parallel)
         progress = Progress(config.evaluation)
         checkpoints = config.checkpoint.build(
             client,
             config.run,
             note={"config": configuration.as_dict(config)},
-            **{"average": None, **state_of(placement, optimization)},
+            own_names=None if placement.pipeline is None else own_names(placement),
+            **state_of(placement, optimization),
             progress=progress,
             random=random,
             loader=data.train_loader,
@@ -127,12 +137,28 @@ def state_of(placement: Placement, optimization: Optimization) -> dict[str, Any]
     """What a generation holds of weights and optimizers, by its name there."""
     state: dict[str, Any] = dict(placement.modules)
     for name, optimizer in optimization.optimizers.items():
-        state["optimizer" if name == "model" else f"{name}_optimizer"] = optimizer
+        state[optimizer_name(name)] = optimizer
     if not isinstance(optimization.average, NoAverage):
         state["average"] = optimization.average
     if optimization.scaler.is_used:
         state["scaler"] = optimization.scaler
     return state
+
+
+def own_names(placement: Placement) -> list[str]:
+    """What of a generation a stage of a pipeline restores, named as it is saved."""
+    found = ["progress", "random", "loader", "scaler", "average.num_updates"]
+    for name, module in placement.modules.items():
+        weights = [each for each, _ in unwrapped(module).named_parameters()]
+        buffers = [each for each, _ in unwrapped(module).named_buffers()]
+        found += [f"{name}.{each}" for each in (*weights, *buffers)]
+        found += [f"average.weights.{name}.{each}" for each in weights]
+        found += [f"{optimizer_name(name)}.state.{each}" for each in weights]
+    return found
+
+
+def optimizer_name(module: str) -> str:
+    return "optimizer" if module == "model" else f"{module}_optimizer"
 
 
 def open_metrics(config: TrainConfig, parallel: Parallel, checkpoints: Checkpoints) -> Metrics:

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn import functional as F
 
 from forebay_trainer.config import setting
-from forebay_trainer.task import Batch, Task
+from forebay_trainer.task import Batch, Task, keep_only, layers_of_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +86,8 @@ class Tiny(Task):
 
     def tensor_plan(self, model: nn.Module) -> Mapping[str, Any]:
         return {"blocks.*.up": ColwiseParallel(), "blocks.*.down": RowwiseParallel()}
+
+    def split(self, model: nn.Module, stage: int, num_stages: int) -> nn.Module:
+        layers = layers_of_stage(2, stage, num_stages)
+        ends = ["first"] * (stage == 0) + ["head"] * (stage == num_stages - 1)
+        return keep_only(model, [*ends, *(f"blocks.{layer}" for layer in layers)])
