@@ -72,8 +72,12 @@ class Child:
 
     def kill(self) -> None:
         """End it and all that it started. Idempotent."""
+        if self._done.closed:
+            return
         with contextlib.suppress(RuntimeError, ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        self.hang_up()
+        self._done.close()
 
     def _read(self) -> dict[str, Any]:
         line = self._done.readline()
