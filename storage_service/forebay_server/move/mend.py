@@ -154,21 +154,24 @@ class Mender:
         rows = await self._catalog.read(
             lambda connection: holders_of(connection, tier.name, file, node=self._node)
         )
-        bad = {row.replica_id for row in rows if row.blob == blob and not row.is_live}
-        if not bad:
+        mine_ids = {row.replica_id for row in rows if row.blob == blob and not row.is_live}
+        if not mine_ids:
             return ""
         located = await self._catalog.locate([row.blob for row in rows])
         known = await self._tiers.run_moving(
             tier, holders.read_holders, self._tiers, tier, rows, located
         )
-        mine = next((one for one in known if one.replica_id in bad), None)
+        mine = next((one for one in known if one.replica_id in mine_ids), None)
         if mine is None:
             raise IntegrityError(
                 _lost(blob, f"its segment table is bad in tier {tier.name} and in every copy")
             )
         finder = self._finder(known, file, progress)
-        is_whole = await self._tiers.run_moving(tier, self._survey, tier, file, known, rows, finder)
-        if is_whole and not mine.lost(finder.found, file):
+        is_whole, bad = await self._tiers.run_moving(
+            tier, self._survey, tier, file, known, rows, finder
+        )
+        is_bad = any(one.offset in bad for one in mine.segments if one.file == file)
+        if is_whole and not is_bad:
             return ""
         tables = {one.blob: one.table for one in known}
         await self._search(finder, tier, blob, located, tables, progress)
@@ -345,19 +348,17 @@ class Mender:
         whom: Sequence[Holder],
         rows: Sequence[HolderRow],
         finder: SegmentFinder,
-    ) -> bool:
-        """Read what *whom* need of *file*, as its medium has it; whether the file is of its size
-        and, where it is all of a blob, has that one's table."""
+    ) -> tuple[bool, frozenset[int]]:
+        """Read what *whom* need of *file*, as its medium has it; whether it has its size and, where
+        it is all of a blob, that one's table; and the offsets of segments that are bad."""
         encoding = next((one.encoding for one in whom if one.is_whole), RAW)
         segments = [one for holder in whom for one in holder.segments if one.file == file]
-        finder.look_in_file(tier, file, encoding, segments, medium=True)
-        if finder.missing:
-            finder.look_in_file(tier, file, encoding, segments)
-            return False
-        for row in rows:
-            if row.encoding != PIECES and holders.own_table(tier, row) is None:
-                return False
-        return tier.head(tier.blob_name(file)) == _size_of(rows, file)
+        bad = finder.survey(tier, file, encoding, segments)
+        finder.look_in_file(tier, file, encoding, segments)
+        is_whole = tier.head(tier.blob_name(file)) == _size_of(rows, file) and all(
+            row.encoding == PIECES or holders.own_table(tier, row) is not None for row in rows
+        )
+        return is_whole, bad
 
     def _look_in(
         self, finder: SegmentFinder, rows: Sequence[CopyRow], tables: Mapping[str, SegmentTable]

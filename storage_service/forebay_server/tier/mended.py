@@ -60,6 +60,23 @@ class SegmentFinder:
         self._advance = advance
         self._tried: set[tuple[str, str, int]] = set()
 
+    def survey(
+        self, tier: Tier, file: str, encoding: str, segments: Iterable[Segment]
+    ) -> frozenset[int]:
+        """Read all *segments*, which are to lie in *file* of *tier*, as its medium has them; the
+        offsets of those that are bad. What is missing after that may be looked for there again."""
+        places = {one.offset: one for one in segments}
+        bad = set(places)
+        try:
+            with open_plain(tier, file, encoding, None, read=tier.read_medium) as reader:
+                for offset, one in sorted(places.items()):
+                    if self._is_good(reader, one, tier):
+                        bad.discard(offset)
+                        self._take(one, Spot(tier, file, encoding, offset))
+        except _NOT_THERE:
+            pass
+        return frozenset(bad)
+
     def look_in_file(
         self,
         tier: Tier,
@@ -67,21 +84,22 @@ class SegmentFinder:
         encoding: str,
         segments: Iterable[Segment],
         *,
-        medium: bool = False,
         blob: str | None = None,
     ) -> None:
-        """Read those of *segments*, which are to lie in *file* of *tier*, that are missing. With
-        *medium*: around the page cache, and what is not found may be looked for there again.
-        *blob*: whose raw image it is."""
+        """Read those of *segments*, which are to lie in *file* of *tier*, that are missing. *blob*:
+        whose raw image it is."""
         wanted = [one for one in segments if one.digest in self.missing]
         if not wanted:
             return
-        read = tier.read_medium if medium else tier.read
         try:
-            with open_plain(tier, file, encoding, blob, read=read) as reader:
-                spots = [Spot(tier, file, encoding, one.offset, blob) for one in wanted]
-                for one, spot in zip(wanted, spots, strict=True):
-                    self._look(reader, one, spot, medium=medium)
+            with open_plain(tier, file, encoding, blob) as reader:
+                for one in wanted:
+                    place = (tier.name, file, one.offset)
+                    if one.digest not in self.missing or place in self._tried:
+                        continue
+                    self._tried.add(place)
+                    if self._is_good(reader, one, tier):
+                        self._take(one, Spot(tier, file, encoding, one.offset, blob))
         except _NOT_THERE:
             pass
         except StorageError as error:
@@ -116,20 +134,16 @@ class SegmentFinder:
         for name, segments in by_file.items():
             self.look_in_file(tier, name, encodings[name], segments)
 
-    def _look(self, reader: TierReader, one: Segment, spot: Spot, *, medium: bool) -> None:
-        place = (spot.tier.name, spot.file, spot.offset)
-        if one.digest not in self.missing or place in self._tried:
-            return
-        if not medium:
-            self._tried.add(place)
-        self._advance(spot.tier.name, one.num_bytes)
+    def _is_good(self, reader: TierReader, one: Segment, tier: Tier) -> bool:
+        self._advance(tier.name, one.num_bytes)
         try:
-            is_good = is_at(reader, one, spot.offset)
+            return is_at(reader, one, one.offset)
         except _NOT_THERE:
-            return
-        if is_good:
-            self.found[one.digest] = spot
-            del self.missing[one.digest]
+            return False
+
+    def _take(self, one: Segment, spot: Spot) -> None:
+        self.found.setdefault(one.digest, spot)
+        self.missing.pop(one.digest, None)
 
 
 def is_at(reader: TierReader, segment: Segment, offset: int) -> bool:

@@ -160,6 +160,16 @@ async def test_a_table_or_a_list_that_is_lost_is_made_from_what_others_say(tmp_p
         assert (await node.scrub()).num_damaged == 0
 
 
+async def test_one_of_two_equal_segments_of_a_file(tmp_path: Path) -> None:
+    async with open_integrity(tmp_path) as node:
+        _, (blob,) = await node.add_dataset([b"twin" * 20_000] * 2)
+        flip(await node.node.path_of(blob, "ssd"), 80_000 + 5)
+        assert (await node.scrub()).num_damaged == 1
+        assert not any(error for _, error in await node.run_queued(REPAIR))
+        await node.check_copies(blob)
+        assert await node.states(blob) == [("ssd", "live")]
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut short"])
 async def test_a_file_that_is_gone_or_short_is_mended_for_all(damage: str, tmp_path: Path) -> None:
     saved = await save(tmp_path, {"other": [BASE + b"other"], RUN: [BASE, BASE + b"new"]})
