@@ -42,12 +42,32 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm_daemons() -> Iterator[None]:
-    """Daemons fork from a process that has imported them: the tests start some hundreds."""
+def warm_server() -> Iterator[WarmPython]:
+    """Daemons, and other programs, fork from a process that has imported the server: the tests
+    start some hundreds."""
     with WarmPython("forebay_server.cli") as warm:
         DaemonProcess.warm = warm
-        yield
+        yield warm
         DaemonProcess.warm = None
+
+
+WITH_TORCH = (
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "torch._dynamo",  # a wrapped model imports it
+    "forebay.checkpoint",
+    "forebay.dataset.stream",
+    "pytest",
+)
+
+
+@pytest.fixture(scope="session")
+def warm_torch() -> Iterator[WarmPython]:
+    """Starts programs that use torch, whose import takes three seconds of a core."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with WarmPython(*WITH_TORCH, environment=environment) as warm:
+        yield warm
 
 
 @pytest.fixture(scope="session")

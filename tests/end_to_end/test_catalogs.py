@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 import forebay
-from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.daemon import DaemonProcess, run_server
 from forebay_server.testing.postgresql import PostgresqlServer
 
 ROWS = 200
@@ -27,12 +25,6 @@ def write(client: forebay.Client, name: str) -> None:
 def check(client: forebay.Client, name: str) -> None:
     found = client.dataset(name).take(np.arange(ROWS))
     assert np.array_equal(found["row"], np.arange(ROWS))
-
-
-def forebay_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "forebay_server", *arguments], capture_output=True, text=True
-    )
 
 
 @pytest.fixture
@@ -82,10 +74,10 @@ class TestPostgresql:
         self, daemon: DaemonProcess, tmp_path: Path
     ) -> None:
         url = daemon.arguments[-1]
-        second = forebay_command("serve", "--data", str(tmp_path / "other"), "--catalog", url)
+        second = run_server("serve", "--data", str(tmp_path / "other"), "--catalog", url)
         assert second.returncode == 3
         assert "another daemon has the catalog" in second.stderr
-        advised = forebay_command("backup", str(tmp_path / "x"), "--catalog", url)
+        advised = run_server("backup", str(tmp_path / "x"), "--catalog", url)
         assert advised.returncode == 2
         assert "pg_dump --format=custom" in advised.stderr
 
@@ -95,7 +87,7 @@ def test_a_backup_taken_while_a_daemon_serves_can_be_restored(data: Path, tmp_pa
     with DaemonProcess(data) as daemon:
         with forebay.connect(daemon.address()["rpc"]) as client:
             write(client, "kept")
-            saved = forebay_command("backup", str(target), "--data", str(data), "--json")
+            saved = run_server("backup", str(target), "--data", str(data), "--json")
             assert saved.returncode == 0, saved.stderr
             assert json.loads(saved.stdout)["bytes"] == target.stat().st_size
             write(client, "later")

@@ -1,8 +1,6 @@
 """One flipped bit or a truncation anywhere: another replica serves, or an error names the place."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 
 import forebay
-from forebay_server.testing.daemon import DaemonFailed, DaemonProcess
+from forebay_server.testing.daemon import DaemonFailed, DaemonProcess, run_server
 from forebay_wire.segments import TRAILER, decode_trailer
 
 ROWS = 256
@@ -118,10 +116,7 @@ def test_a_damaged_manifest_in_the_object_tier_is_not_recovered(
     content[-2] ^= 1
     manifest.chmod(0o600)
     manifest.write_bytes(content)
-    command = [sys.executable, "-m", "forebay_server", "recover", f"file://{kept}", "--data"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "new")], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = run_server("recover", f"file://{kept}", "--data", tmp_path / "new")
     assert manifest.name in done.stdout + done.stderr
     try:
         with DaemonProcess(tmp_path / "new") as second:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import forebay
-from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.daemon import DaemonProcess, run_server
 from forebay_server.testing.slow_objects import SlowObjects
 from forebay_wire.limits import KIB
 
@@ -41,9 +41,8 @@ def cold(tmp_path_factory) -> Path:
         dataset = client.dataset("d")
         assert len(dataset.manifest.shards) >= NUM_SHARDS
         dataset.wait("remote", timeout=60)
-    recover = ["recover", "--data", str(folder / "node"), f"file://{folder}/objects"]
-    command = [sys.executable, "-m", "forebay_server", *recover]
-    subprocess.run(command, check=True, capture_output=True)
+    url = f"file://{folder}/objects"
+    run_server("recover", "--data", folder / "node", url).check_returncode()
     return folder
 
 

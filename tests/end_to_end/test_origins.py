@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 
 import forebay
-from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.daemon import DaemonProcess, run_server
 from forebay_server.testing.s3 import S3Bucket
 from forebay_wire.errors import (
     AlreadyExists,
@@ -287,8 +287,7 @@ def test_recovered_datasets_know_their_origins(
     client.register_dataset("d", [write(folder / "a.arrow")]).wait("remote", timeout=60)
     daemon.kill()
     data, url = tmp_path / "new", f"file://{daemon.data}/object"
-    command = [sys.executable, "-m", "forebay_server", "recover", url, "--data", str(data)]
-    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    run_server("recover", url, "--data", data).check_returncode()
     with (
         DaemonProcess(data, "--origin-prefixes", str(folder)) as found,
         forebay.connect(found.address()["rpc"]) as again,

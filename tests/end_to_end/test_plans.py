@@ -18,7 +18,7 @@ import pytest
 import forebay
 from forebay.dataset import heartbeat, read_plan, row_runs
 from forebay.testing.forks import in_fork
-from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.daemon import DaemonProcess, run_server
 from forebay_server.testing.rpc import rpc_client
 from forebay_wire.errors import InvalidRequest, NotFound
 from forebay_wire.ids import new_random_name
@@ -70,9 +70,8 @@ def cold(tmp_path_factory) -> Path:
             for number in range(NUM_BLOBS):
                 writer.write(x=random.integers(0, 255, SAMPLE_BYTES, np.uint8), number=number)
         client.dataset("d").wait("remote", timeout=60)
-    recover = ["recover", "--data", str(folder / "node"), f"file://{folder}/objects"]
-    command = [sys.executable, "-m", "forebay_server", *recover]
-    subprocess.run(command, check=True, capture_output=True)
+    url = f"file://{folder}/objects"
+    run_server("recover", "--data", folder / "node", url).check_returncode()
     return folder
 
 

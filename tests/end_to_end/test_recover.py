@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +10,11 @@ import pytest
 import torch
 
 import forebay
-from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.daemon import DaemonProcess, run_server
 
 
 def recover(url: str, data: Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "forebay_server",
-        "recover",
-        url,
-        "--data",
-        str(data),
-        "--json",
-    ]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    return run_server("recover", url, "--data", data, "--json")
 
 
 @pytest.fixture

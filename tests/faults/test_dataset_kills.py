@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import forebay
-from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.daemon import DaemonProcess, run_server
 from forebay_wire.failpoints import DATASET_COMMIT, REMOTE_FLUSH, VARIABLE
 
 WRITER = Path(__file__).with_name("write_dataset.py")
@@ -86,8 +86,7 @@ def test_daemon_killed_in_a_flush_resumes_it_and_the_object_tier_is_complete(
         client.wait_version("new", 1, "remote", timeout=60)
     daemon.terminate()
     recovered = tmp_path / "recovered"
-    command = [sys.executable, "-m", "forebay_server", "recover", str(daemon.data / "object")]
-    subprocess.run([*command, "--data", str(recovered)], check=True, timeout=100)
+    run_server("recover", daemon.data / "object", "--data", recovered).check_returncode()
     with (
         DaemonProcess(recovered) as second,
         forebay.connect(second.address()["rpc"]) as client,

@@ -3,8 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from forebay_server.move.jobs import take_over_jobs
 from forebay_server.publish.reconcile import reconcile
 from forebay_server.testing.checkpoints import CUT_BYTES, RUN, open_checkpoints
 from forebay_server.testing.integrity import flip, open_integrity
+from forebay_server.testing.warm import WarmPython
 from forebay_wire.failpoints import MEND, VARIABLE
 from forebay_wire.ids import GenerationId
 
@@ -27,7 +26,7 @@ QUICK = ("mend.after_files", "mend.after_rows")
     [pytest.param(one, marks=() if one in QUICK else pytest.mark.slow) for one in MEND],
 )
 async def test_mending_killed_anywhere_is_followed_by_one_that_ends(
-    point: str, tmp_path: Path
+    point: str, tmp_path: Path, warm_server: WarmPython
 ) -> None:
     base = os.urandom(4 * CUT_BYTES)
     packs = [("other", 1, base + b"0"), *((RUN, step, base + bytes([step])) for step in (1, 2, 3))]
@@ -44,9 +43,7 @@ async def test_mending_killed_anywhere_is_followed_by_one_that_ends(
         (path,) = (tmp_path / "ssd").rglob(shared)
         flip(path, 2 * CUT_BYTES)
         assert (await node.scrub()).num_damaged == 3
-    done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, REPAIRER, tmp_path], env={**os.environ, VARIABLE: point}
-    )
+    done = await asyncio.to_thread(warm_server.run, [REPAIRER, tmp_path], {VARIABLE: point})
     assert done.returncode == -signal.SIGKILL, "the failpoint was not passed"
     async with open_integrity(tmp_path) as node:
         # As a start of the daemon does it.

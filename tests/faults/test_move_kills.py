@@ -23,6 +23,7 @@ from forebay_server.move.migrate import migrate_target
 from forebay_server.publish.reconcile import reconcile
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.moving import open_moving
+from forebay_server.testing.warm import WarmPython
 from forebay_server.tier.verify import verify_file
 from forebay_wire.failpoints import MOVE, VARIABLE
 
@@ -72,15 +73,14 @@ def start_mover(folder: Path, blob: str, failpoints: str) -> subprocess.Popen[by
 
 @pytest.mark.parametrize("point", MOVE)
 async def test_a_mover_killed_anywhere_is_followed_by_one_that_finishes(
-    point: str, tmp_path: Path
+    point: str, tmp_path: Path, warm_server: WarmPython
 ) -> None:
     data = os.urandom(100_000)
     async with open_moving(tmp_path, run_jobs=False) as moving:
         await reconcile(moving.node.catalog, moving.node.tiers)
         blob = (await moving.node.add_blob([data], "ssd")).blob_id
         await moving.node.catalog.write(lambda c: insert_manifest(c, "0" * 64, 1, b"", [blob]))
-    mover = start_mover(tmp_path, blob, point)
-    await asyncio.to_thread(mover.communicate)
+    mover = await asyncio.to_thread(warm_server.run, [MOVER, tmp_path, blob], {VARIABLE: point})
     assert mover.returncode == -signal.SIGKILL, "the failpoint was not passed"
     async with open_moving(tmp_path, run_jobs=False) as moving:
         node = moving.node

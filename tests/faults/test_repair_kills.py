@@ -3,8 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from forebay_server.move.copy import copy_target
 from forebay_server.move.jobs import take_over_jobs
 from forebay_server.publish.reconcile import reconcile
 from forebay_server.testing.integrity import flip, open_integrity
+from forebay_server.testing.warm import WarmPython
 from forebay_wire.failpoints import REPAIR as REPAIR_POINTS
 from forebay_wire.failpoints import VARIABLE
 
@@ -27,7 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize(("bad", "point"), CASES)
 async def test_a_repair_killed_anywhere_is_followed_by_one_that_finishes(
-    bad: str, point: str, tmp_path: Path
+    bad: str, point: str, tmp_path: Path, warm_server: WarmPython
 ) -> None:
     async with open_integrity(tmp_path) as node:
         await reconcile(node.node.catalog, node.node.tiers)
@@ -36,9 +35,7 @@ async def test_a_repair_killed_anywhere_is_followed_by_one_that_finishes(
         await node.run(COPY, copy_target(blob, "hdd"))
         flip(await node.node.path_of(blob, bad), 7)
         assert (await node.scrub(bad)).num_damaged == 1
-    done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, REPAIRER, tmp_path], env={**os.environ, VARIABLE: point}
-    )
+    done = await asyncio.to_thread(warm_server.run, [REPAIRER, tmp_path], {VARIABLE: point})
     assert done.returncode == -signal.SIGKILL, "the failpoint was not passed"
     async with open_integrity(tmp_path) as node:
         await node.check_copies(blob)

@@ -7,7 +7,6 @@ import socket
 import sqlite3
 import stat
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -22,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from forebay_server.catalog import row_digests
 from forebay_server.exit_codes import ExitCode
 from forebay_server.observe.metrics import METRICS
-from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.daemon import DaemonProcess, run_server
 from forebay_server.testing.rpc import RpcClient, call_metadata, rebuild_error, rpc_client
 from forebay_wire.errors import Unauthenticated, VersionMismatch
 from forebay_wire.v1 import (
@@ -47,12 +46,9 @@ def wait_until(condition: Any, seconds: float = 20.0) -> Any:
     return found
 
 
-def serve_command(data: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "forebay_server", "serve", "--data", str(data), *arguments]
-
-
-def run_command(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def serve(data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """To its end: it refuses, or only shows something."""
+    return run_server("serve", "--data", data, *arguments)
 
 
 def all_methods() -> list[Any]:
@@ -209,8 +205,7 @@ def test_tcp_needs_the_token_and_tells_no_descriptor_socket(start_daemon: Any) -
 def test_tcp_port_in_use_is_an_error_with_the_address(start_daemon: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = serve_command(tmp_path / "data", "--listen", f"grpc://127.0.0.1:{port}")
-        done = run_command(*command)
+        done = serve(tmp_path / "data", "--listen", f"grpc://127.0.0.1:{port}")
     assert done.returncode == ExitCode.FAILURE
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -220,12 +215,10 @@ def test_tcp_port_in_use_is_an_error_with_the_address(start_daemon: Any, tmp_pat
 @pytest.mark.needs("openssl")
 def test_tls_address_serves_with_its_certificate(start_daemon: Any, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    made = run_command(
-        *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
-        *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
-        *("-keyout", str(key), "-out", str(certificate)),
-    )
-    assert made.returncode == 0, made.stderr
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command += ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     daemon = start_daemon(
         *("--listen", "grpcs://localhost:0", "--tls-cert", str(certificate)),
         *("--tls-key", str(key)),
@@ -260,7 +253,7 @@ def test_reflection_is_off_unless_asked_for(start_daemon: Any) -> None:
 
 
 def test_second_daemon_of_a_folder_is_refused_by_name(daemon: DaemonProcess) -> None:
-    done = run_command(*serve_command(daemon.data))
+    done = serve(daemon.data)
     assert done.returncode == ExitCode.ALREADY_RUNNING
     assert f"pid {daemon.pid}" in done.stderr
     assert str(daemon.data.resolve()) in done.stderr
@@ -343,8 +336,7 @@ def test_second_signal_ends_at_once(start_daemon: Any) -> None:
 
 def test_show_config_names_every_origin(tmp_path: Path) -> None:
     (tmp_path / "forebay.toml").write_text('ram-bytes = "64MiB"\n')
-    command = serve_command(tmp_path, "--show-config", "--json", "--idle-exit", "5")
-    done = run_command(*command)
+    done = serve(tmp_path, "--show-config", "--json", "--idle-exit", "5")
     assert done.returncode == ExitCode.OK, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert rows["idle-exit"]["origin"] == "argument"
@@ -371,7 +363,7 @@ def test_show_config_names_every_origin(tmp_path: Path) -> None:
 def test_wrong_usage_exits_with_2_and_a_sentence(
     tmp_path: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
-    done = run_command(*serve_command(tmp_path / "data", *arguments))
+    done = serve(tmp_path / "data", *arguments)
     assert done.returncode == ExitCode.USAGE
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
@@ -381,7 +373,7 @@ def test_certificate_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     for name in ("chain.pem", "key.pem"):
         (tmp_path / name).write_text("no certificate")
     arguments = ("--tls-cert", str(tmp_path / "chain.pem"), "--tls-key", str(tmp_path / "key.pem"))
-    done = run_command(*serve_command(tmp_path / "data", *arguments))
+    done = serve(tmp_path / "data", *arguments)
     assert done.returncode == ExitCode.USAGE
     assert "chain.pem" in done.stderr
     assert "Traceback" not in done.stderr
@@ -389,14 +381,14 @@ def test_certificate_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_data_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("x")
-    done = run_command(*serve_command(tmp_path / "data"))
+    done = serve(tmp_path / "data")
     assert done.returncode == ExitCode.USAGE
     assert "is no folder" in done.stderr
 
 
 @pytest.mark.parametrize("url", ["nosuchscheme://x/y", "ftp://127.0.0.1:1/x"])
 def test_unreadable_object_url_is_one_clear_error(tmp_path: Path, url: str) -> None:
-    done = run_command(*serve_command(tmp_path / "data", "--object-url", url))
+    done = serve(tmp_path / "data", "--object-url", url)
     assert done.returncode in (ExitCode.USAGE, ExitCode.FAILURE)
     assert url in done.stderr
     assert "Traceback" not in done.stderr
@@ -408,6 +400,6 @@ def test_catalog_of_a_newer_forebay_exits_with_4(daemon: DaemonProcess) -> None:
         row_digests.register(connection)
         connection.execute("UPDATE settings SET value = '99' WHERE key = 'schema_version'")
     connection.close()
-    done = run_command(*serve_command(daemon.data))
+    done = serve(daemon.data)
     assert done.returncode == ExitCode.NEWER_SCHEMA
     assert "upgrade" in done.stderr

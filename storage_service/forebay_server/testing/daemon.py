@@ -22,6 +22,18 @@ POLL_SECONDS: Final = 0.02
 LOG_FILE_NAME: Final = "test-daemon.log"
 
 
+def run_server(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python -m forebay_server WORDS`` to its end; *environment* is added to this process's."""
+    command = ["-m", "forebay_server", *map(str, words)]
+    all_of_it = {**os.environ, **environment}
+    warm = DaemonProcess.warm
+    if warm is not None and warm.can_start(all_of_it):
+        return warm.run(command, environment)
+    return subprocess.run(
+        [sys.executable, *command], env=all_of_it, capture_output=True, text=True, timeout=100
+    )
+
+
 class DaemonFailed(AssertionError):
     """The daemon did not do what the test waited for; carries the end of its log."""
 

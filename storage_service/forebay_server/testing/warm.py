@@ -19,7 +19,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -114,9 +116,50 @@ class WarmPython:
         stdout: int,
         stderr: int,
     ) -> WarmProcess:
-        """``python WORDS`` with these descriptors; WORDS are a file or ``-m MODULE``, and more."""
+        """``python WORDS`` with these descriptors.
+
+        WORDS are a file, ``-m MODULE`` or ``-c CODE``, and what these get.
+        """
         job = {"words": list(words), "environment": dict(environment), "folder": os.getcwd()}
         return WarmProcess(self, int(self._ask(job, stdin, stdout, stderr)))
+
+    def run(
+        self,
+        words: Sequence[str | Path],
+        environment: Mapping[str, str] | None = None,
+        *,
+        given: str = "",
+        check: bool = False,
+        timeout: float = 100,
+    ) -> subprocess.CompletedProcess[str]:
+        """``python WORDS`` to its end, or :class:`subprocess.TimeoutExpired`: what it wrote.
+
+        *environment* is added to this process's.
+        """
+        with (
+            tempfile.TemporaryFile() as stdin,
+            tempfile.TemporaryFile() as stdout,
+            tempfile.TemporaryFile() as stderr,
+        ):
+            stdin.write(given.encode())
+            stdin.seek(0)
+            streams = (stdin.fileno(), stdout.fileno(), stderr.fileno())
+            process = self.start(
+                [*map(str, words)], {**os.environ, **(environment or {})}, *streams
+            )
+            try:
+                status = process.wait(timeout)
+            finally:
+                process.kill()
+                process.wait()
+            texts = []
+            for stream in (stdout, stderr):
+                stream.seek(0)
+                texts.append(stream.read().decode())
+        done = subprocess.CompletedProcess([*map(str, words)], status, *texts)
+        if check:
+            done.check_returncode()
+        return done
 
     def reap(self, pid: int) -> int:
         """The exit status of a process that ended (negative: the signal's number)."""
@@ -199,7 +242,13 @@ def _become(message: dict[str, Any], descriptors: Sequence[int]) -> None:
 
 
 def _run(words: list[str]) -> None:
-    if words[0] == "-m":
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path[0] = ""
+        module = types.ModuleType("__main__")
+        sys.modules["__main__"] = module
+        exec(compile(words[1], "<string>", "exec"), module.__dict__)  # noqa: S102 - as python does
+    elif words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:

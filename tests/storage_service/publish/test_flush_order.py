@@ -3,14 +3,13 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from forebay_server.model.extents import ObjectBlob
 from forebay_server.testing.checkpoints import open_checkpoints
+from forebay_server.testing.warm import WarmPython
 from forebay_server.tier.remote import RemoteTier
 from forebay_server.tier.store import TierWriter
 from forebay_wire.failpoints import REMOTE_FLUSH, VARIABLE
@@ -45,17 +44,11 @@ def check_lists(tier: Path) -> set[str]:
 
 @pytest.mark.parametrize("failpoint", [*REMOTE_FLUSH, "flush.before_blob:2", "flush.after_blob:2"])
 async def test_a_manifest_is_last_and_an_extent_list_after_its_file(
-    tmp_path: Path, failpoint: str
+    tmp_path: Path, failpoint: str, warm_server: WarmPython
 ) -> None:
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        env={**os.environ, VARIABLE: failpoint},
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    command = ["-c", KILLED, tmp_path]
+    done = await asyncio.to_thread(warm_server.run, command, {VARIABLE: failpoint})
+    assert done.returncode == -signal.SIGKILL, done.stderr
     tier = tmp_path / "object"
     listed = check_lists(tier)
     manifests = list((tier / "manifests").glob("*"))

@@ -4,8 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from forebay_server.catalog.queries_jobs import (
 from forebay_server.model.extents import ObjectBlob
 from forebay_server.publish.recovery import Recovered, recover
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints
+from forebay_server.testing.warm import WarmPython
 from forebay_wire.errors import (
     IntegrityError,
     NotFound,
@@ -219,15 +218,12 @@ asyncio.run(main(Path(sys.argv[1])))
 
 @pytest.mark.parametrize("failpoint", [*REMOTE_FLUSH, "flush.after_blob:2"])
 async def test_a_flush_goes_on_after_a_kill_at_every_failpoint(
-    tmp_path: Path, failpoint: str
+    tmp_path: Path, failpoint: str, warm_server: WarmPython
 ) -> None:
     """Two blobs: at the second passing the first one is published already."""
-    environment = {**os.environ, "FOREBAY_FAILPOINTS": failpoint}
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    done = await asyncio.to_thread(
-        subprocess.run, command, env=environment, capture_output=True, timeout=60, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    command = ["-c", KILLED, tmp_path]
+    done = await asyncio.to_thread(warm_server.run, command, {"FOREBAY_FAILPOINTS": failpoint})
+    assert done.returncode == -signal.SIGKILL, done.stderr
     saved = GenerationId(RUN, 1, 1)
     async with open_checkpoints(tmp_path) as node:
         assert (await node.wait(saved, "remote")).durability == "remote"
@@ -252,14 +248,11 @@ async def test_a_flush_goes_on_after_a_kill_at_every_failpoint(
     ],
 )
 async def test_a_save_that_is_killed_leaves_a_whole_generation_or_none(
-    tmp_path: Path, failpoint: str
+    tmp_path: Path, failpoint: str, warm_server: WarmPython
 ) -> None:
-    environment = {**os.environ, "FOREBAY_FAILPOINTS": failpoint}
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    done = await asyncio.to_thread(
-        subprocess.run, command, env=environment, capture_output=True, timeout=60, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    command = ["-c", KILLED, tmp_path]
+    done = await asyncio.to_thread(warm_server.run, command, {"FOREBAY_FAILPOINTS": failpoint})
+    assert done.returncode == -signal.SIGKILL, done.stderr
     async with open_checkpoints(tmp_path) as node:
         await node.settle(COLLECT)
         if failpoint == "generation.after_commit":
