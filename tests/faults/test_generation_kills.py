@@ -1,9 +1,6 @@
 """SIGKILL of daemon or trainer at every named step of a generation commit."""
 
-import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +9,13 @@ import pytest
 import torch
 
 import forebay
+from forebay_server.testing.beside import load_beside
 from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.warm import WarmProcess, WarmPython
 from forebay_wire.failpoints import GENERATION_COMMIT, VARIABLE
 
 TRAINER = Path(__file__).with_name("save_generation.py")
-_spec = importlib.util.spec_from_file_location("save_generation", TRAINER)
-assert _spec is not None
-assert _spec.loader is not None
-save_generation = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(save_generation)
+save_generation = load_beside(__file__, "save_generation")
 
 
 def assert_restores(client: forebay.Client, run: str, step: int) -> None:
@@ -64,12 +59,19 @@ def test_daemon_killed_in_a_generation_commit_leaves_all_or_nothing(
         assert_restores(client, "r", steps[-1])
 
 
-def start_trainer(
-    address: str, rank: int, num_ranks: int, rendezvous: Path, steps: list[int], point: str
-) -> subprocess.Popen[bytes]:
-    words = [address, str(rank), str(num_ranks), str(rendezvous), *map(str, steps)]
-    environment = {**os.environ, VARIABLE: point, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(TRAINER), *words], env=environment)
+StartTrainer = Callable[..., WarmProcess]
+
+
+@pytest.fixture
+def start_trainer(warm_torch: WarmPython) -> StartTrainer:
+    """Starts ``save_generation.py`` as one rank that is killed at a failpoint."""
+
+    def start(address: str, *words: object, point: str) -> WarmProcess:
+        command = [str(TRAINER), address, *map(str, words)]
+        environment = {**os.environ, VARIABLE: point, "OMP_NUM_THREADS": "1"}
+        return warm_torch.start(command, environment, 0, 1, 2)
+
+    return start
 
 
 @pytest.mark.parametrize("point", ["client.save.after_begin", "client.save.after_copy"])
@@ -77,10 +79,12 @@ def test_trainer_killed_before_its_seal_leaves_the_previous_generation(
     point: str,
     daemon: DaemonProcess,
     connect: Callable[[], forebay.Client],
+    start_trainer: StartTrainer,
     tmp_path: Path,
 ) -> None:
     daemon.start().wait_ready()
-    trainer = start_trainer(daemon.address()["rpc"], 0, 1, tmp_path / "r", [1, 2], f"{point}:2")
+    address = daemon.address()["rpc"]
+    trainer = start_trainer(address, 0, 1, tmp_path / "r", 1, 2, point=f"{point}:2")
     assert trainer.wait(100) == -9
     with connect() as client:
         assert committed_steps(client, "killed") == [1]
@@ -93,13 +97,15 @@ def test_trainer_killed_before_its_seal_leaves_the_previous_generation(
 
 
 def test_generation_sealed_by_all_ranks_before_the_trainer_died_lands(
-    daemon: DaemonProcess, connect: Callable[[], forebay.Client], tmp_path: Path
+    daemon: DaemonProcess,
+    connect: Callable[[], forebay.Client],
+    start_trainer: StartTrainer,
+    tmp_path: Path,
 ) -> None:
     daemon.start().wait_ready()
+    address = daemon.address()["rpc"]
     ranks = [
-        start_trainer(
-            daemon.address()["rpc"], rank, 2, tmp_path / "r", [5], "client.save.after_seal"
-        )
+        start_trainer(address, rank, 2, tmp_path / "r", 5, point="client.save.after_seal")
         for rank in range(2)
     ]
     assert [rank.wait(100) for rank in ranks] == [-9, -9]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import forebay
 from forebay_server.testing.warm import WarmProcess, WarmPython
 
 RESULT = "RESULT "
@@ -20,29 +21,37 @@ SECONDS = 120.0
 RunJob = Callable[..., None]
 StartRank = Callable[..., WarmProcess]
 
-IMPORTED = (
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.nn.parallel",
-    "torch._dynamo",  # a wrapped model imports it
-    "forebay.checkpoint",
-    "pytest",
-)
-
 
 @pytest.fixture(scope="session")
-def start_rank() -> Iterator[StartRank]:
-    """Starts a program of one rank, from a process that has imported torch: that takes seconds."""
-    alone = {"OMP_NUM_THREADS": "1"}
-    with WarmPython(*IMPORTED, environment={**os.environ, **alone}) as warm:
+def start_rank(warm_torch: WarmPython) -> StartRank:
+    """Starts a program of one rank that lies beside this file."""
 
-        def start(*words: str, streams: tuple[int, int, int], **environment: str) -> WarmProcess:
-            program = str(Path(__file__).parent / words[0])
-            return warm.start(
-                [program, *words[1:]], {**os.environ, **alone, **environment}, *streams
-            )
+    def start(*words: str, streams: tuple[int, int, int], **environment: str) -> WarmProcess:
+        program = str(Path(__file__).parent / words[0])
+        own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return warm_torch.start([program, *words[1:]], own, *streams)
 
-        yield start
+    return start
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    """A run of the test's own."""
+    return "".join(c if c.isalnum() else "-" for c in request.node.name)[:100].strip("-")
+
+
+@pytest.fixture
+def make(client: forebay.Client, run: str) -> Iterator[Callable[..., forebay.Checkpointer]]:
+    """Makes Checkpointers of that run, or of the one that is named; closed at the end."""
+    made: list[forebay.Checkpointer] = []
+
+    def new(name: str = run, /, **options: Any) -> forebay.Checkpointer:
+        made.append(forebay.Checkpointer(client, name, **{"timeout": SECONDS, **options}))
+        return made[-1]
+
+    yield new
+    for one in made:
+        one.close()
 
 
 class Rank:

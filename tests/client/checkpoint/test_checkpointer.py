@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 import forebay
 from forebay.checkpoint import StorageReader, StorageWriter
+from forebay.testing.values import Values
 from forebay_server.testing.daemon import DaemonProcess
 
 Make = Callable[..., forebay.Checkpointer]
@@ -31,38 +32,6 @@ def client(
         data = tmp_path_factory.mktemp("daemon") / "data"
         with DaemonProcess(data), forebay.connect(data) as connected:
             yield connected
-
-
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> str:
-    """A run of the test's own."""
-    return "".join(c if c.isalnum() else "-" for c in request.node.name)
-
-
-@pytest.fixture
-def make(client: forebay.Client, run: str) -> Iterator[Make]:
-    made = []
-
-    def new(**state: Any) -> forebay.Checkpointer:
-        made.append(forebay.Checkpointer(client, run, timeout=60, **state))
-        return made[-1]
-
-    yield new
-    for one in made:
-        one.close()
-
-
-class Values:
-    """A stateful that says whatever it was given."""
-
-    def __init__(self, **values: Any) -> None:
-        self.values = values
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.values)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values = state
 
 
 def new_model(seed: int = 0) -> torch.nn.Module:

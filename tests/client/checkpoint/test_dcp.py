@@ -19,11 +19,6 @@ from forebay_server.testing.daemon import DaemonProcess
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> str:
-    return "".join(c if c.isalnum() else "-" for c in request.node.name)[:100].strip("-")
-
-
 def load(client: forebay.Client, run: str, like: dict[str, Any]) -> dict[str, Any]:
     dcp.load(like, checkpoint_id=run, storage_reader=StorageReader(client), no_dist=True)
     return like

@@ -52,12 +52,6 @@ def landing(held_daemon: Landing) -> Iterator[Landing]:
     held_daemon.go_on()
 
 
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> str:
-    """A run of the test's own."""
-    return "".join(c if c.isalnum() else "-" for c in request.node.name).strip("-")[:100]
-
-
 @pytest.fixture(scope="module")
 def small_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """A daemon that has room for little."""

@@ -32,25 +32,6 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forebay.Client]
         yield connected
 
 
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> str:
-    """A run of the test's own."""
-    return "".join(c if c.isalnum() else "-" for c in request.node.name)
-
-
-@pytest.fixture
-def make(client: forebay.Client, run: str) -> Iterator[Make]:
-    made = []
-
-    def new(name: str = run, **options: Any) -> forebay.Checkpointer:
-        made.append(forebay.Checkpointer(client, name, timeout=60, **options))
-        return made[-1]
-
-    yield new
-    for one in made:
-        one.close()
-
-
 def save(checkpointer: forebay.Checkpointer, *steps: int, **options: Any) -> None:
     for step in steps:
         state = {"x": torch.full((300,), float(step))}

@@ -11,6 +11,7 @@ from torch.optim import optimizer as torch_optimizer
 import forebay
 from forebay.checkpoint import overlapped
 from forebay.checkpoint.overlap import Snapshot, copy_quietly
+from forebay.testing.values import Values
 from forebay.waiting import Deadline
 from forebay_server.testing.daemon import DaemonProcess
 
@@ -60,34 +61,7 @@ def client(daemon: DaemonProcess) -> Iterator[forebay.Client]:
         yield connected
 
 
-@pytest.fixture
-def make(
-    client: forebay.Client, request: pytest.FixtureRequest
-) -> Iterator[Callable[..., forebay.Checkpointer]]:
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    made = []
-
-    def new(**state: Any) -> forebay.Checkpointer:
-        made.append(forebay.Checkpointer(client, name, timeout=SECONDS, **state))
-        return made[-1]
-
-    yield new
-    for one in made:
-        one.close()
-
-
 Make = Callable[..., forebay.Checkpointer]
-
-
-class Values:
-    def __init__(self, **values: Any) -> None:
-        self.values = values
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.values)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values = state
 
 
 def new_model(seed: int = 0) -> torch.nn.Module:

@@ -2,34 +2,16 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 import forebay
 import forebay.checkpoint
+from forebay.testing.values import Values
 from forebay_server.testing.daemon import DaemonProcess
 
 Make = Callable[..., forebay.Checkpointer]
-
-
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> str:
-    return "".join(c if c.isalnum() else "-" for c in request.node.name)[:100].strip("-")
-
-
-class Values:
-    """A stateful whose state is what it was given last."""
-
-    def __init__(self, **state: Any) -> None:
-        self.held: dict[str, Any] = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.held
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.held = state
 
 
 class Net(torch.nn.Module):
@@ -93,9 +75,9 @@ def test_only_and_ignore_choose_by_name_and_the_rest_stays(
         is_taken = name.startswith("body") and name.endswith("weight")
         assert torch.equal(after[name], (wanted if is_taken else before)[name]), name
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"], moments)
-    assert mine.held["a"] == 7
-    assert mine.held["b"]["c"].tolist() == [1.0] * 3
-    assert mine.held["b"]["d"] == 4
+    assert mine.values["a"] == 7
+    assert mine.values["b"]["c"].tolist() == [1.0] * 3
+    assert mine.values["b"]["d"] == 4
     assert found.state == {}
     assert {"model.head.weight", "model.body.0.bias", "mine.a", "state.note"} <= set(found.left)
     assert "model.body.0.weight" not in found.left
@@ -342,8 +324,8 @@ def test_aliased_tensors_are_one_again(client: forebay.Client, run: str) -> None
         assert found is not None
         report = one.report()
     assert report.saved_bytes < 2.5 * shared.nbytes
-    assert holder.held["one"] is holder.held["two"]["again"]
-    assert holder.held["other"] is not holder.held["one"]
+    assert holder.values["one"] is holder.values["two"]["again"]
+    assert holder.values["other"] is not holder.values["one"]
     assert found.state["a"] is found.state["b"]
     with forebay.checkpoint.open(client, run) as opened:
         state = opened.state_dict("mine")

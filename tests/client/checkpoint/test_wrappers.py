@@ -9,6 +9,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import forebay
+from forebay.testing.values import Values
 from forebay_server.testing.daemon import DaemonProcess
 
 SECONDS = 60.0
@@ -63,22 +64,6 @@ def client(daemon: DaemonProcess) -> Iterator[forebay.Client]:
         yield connected
 
 
-@pytest.fixture
-def make(
-    client: forebay.Client, request: pytest.FixtureRequest
-) -> Iterator[Callable[..., forebay.Checkpointer]]:
-    made: list[forebay.Checkpointer] = []
-
-    def new(run: str = request.node.name, **state: Any) -> forebay.Checkpointer:
-        name = "".join(c if c.isalnum() else "-" for c in run)
-        made.append(forebay.Checkpointer(client, name, timeout=SECONDS, **state))
-        return made[-1]
-
-    yield new
-    for one in made:
-        one.close()
-
-
 Make = Callable[..., forebay.Checkpointer]
 
 
@@ -89,17 +74,6 @@ class Holder(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
         self.bias = torch.nn.Parameter(torch.zeros(3))
-
-
-class Values:
-    def __init__(self, **values: Any) -> None:
-        self.values = values
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.values)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.values = state
 
 
 def two(seed: int, *shape: int) -> TwoTensor:

@@ -84,6 +84,7 @@ def test_pin_and_prune(forebay_command, data: Path) -> None:
 def test_lineage(forebay_command, data: Path) -> None:
     """The tree, whatever was pruned before; then the very text after that."""
     where = ("--data", data)
+    forebay_command("checkpoint", "tag", "run", "good", "1/2", *where)
     found = forebay_command("checkpoint", "lineage", "run", *where, "--json").json
     assert found["path"] == ["run@2/4", "run@2/3", "run@1/2", "run@1/1"]
     assert found["forks"] == [{"run": "fork", "from": "run@2/3"}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import sqlite3
@@ -12,12 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 import forebay
+from forebay_server.testing.beside import load_beside
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_wire.failpoints import ALL, VARIABLE
 
@@ -25,19 +24,7 @@ HERE = Path(__file__).parent
 SECONDS = 60.0
 
 
-def load(name: str) -> ModuleType:
-    """A module of this folder, which is no package."""
-    known = f"forebay_faults_{name}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, HERE / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[known] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[known])
-    return sys.modules[known]
-
-
-trainers = load("trainers")
+trainers = load_beside(__file__, "trainers")
 
 
 def until(

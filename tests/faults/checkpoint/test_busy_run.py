@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections import Counter
@@ -15,15 +14,12 @@ import torch
 
 import forebay
 import forebay.checkpoint
+from forebay_server.testing.beside import load_beside
 from forebay_server.testing.daemon import DaemonProcess
 
 HERE = Path(__file__).parent
 
-_spec = importlib.util.spec_from_file_location("forebay_faults_system", HERE / "system.py")
-assert _spec is not None
-assert _spec.loader is not None
-common = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(common)
+common = load_beside(__file__, "system")
 
 NUM_STEPS = 60
 READ_SECONDS = 0.8

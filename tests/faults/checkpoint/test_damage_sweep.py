@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -11,16 +10,13 @@ from pathlib import Path
 import pytest
 
 import forebay
+from forebay_server.testing.beside import load_beside
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.integrity import flip
 
 HERE = Path(__file__).parent
 
-_spec = importlib.util.spec_from_file_location("forebay_faults_system", HERE / "system.py")
-assert _spec is not None
-assert _spec.loader is not None
-common = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(common)
+common = load_beside(__file__, "system")
 
 SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 FROM_END = (1, 5, 13, 40, 100, 300)

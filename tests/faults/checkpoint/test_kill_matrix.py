@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -11,14 +10,12 @@ from typing import Any
 
 import pytest
 
+from forebay_server.testing.beside import load_beside
+
 HERE = Path(__file__).parent
 
-_spec = importlib.util.spec_from_file_location("forebay_faults_system", HERE / "system.py")
-assert _spec is not None
-assert _spec.loader is not None
-common = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(common)
-kill_points = common.load("kill_points")
+common = load_beside(__file__, "system")
+kill_points = load_beside(__file__, "kill_points")
 
 HELD_RANK = 2
 """Of four, where one is to die."""

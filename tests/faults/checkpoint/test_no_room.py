@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import forebay
+from forebay_server.testing.beside import load_beside
 from forebay_server.testing.daemon import DaemonProcess
 
 HERE = Path(__file__).parent
 
 
-def load(path: Path, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-common = load(HERE / "system.py", "forebay_faults_system")
-calls = load(HERE.parent / "test_syscall_faults.py", "forebay_faults_calls")
+common = load_beside(__file__, "system")
+calls = load_beside(str(HERE), "test_syscall_faults")
 
 MOST_CALLS = 300
 """Of one kind, in one save with what follows it: the sweep ends when a save makes no more."""

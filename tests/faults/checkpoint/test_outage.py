@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +11,14 @@ from typing import Any
 import pytest
 
 import forebay
+from forebay_server.testing.beside import load_beside
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.s3 import make_bucket, missing_s3
 from forebay_server.testing.seaweed import KEY, SECRET, SeaweedFS, seaweed_program
 
 HERE = Path(__file__).parent
 
-_spec = importlib.util.spec_from_file_location("forebay_faults_system", HERE / "system.py")
-assert _spec is not None
-assert _spec.loader is not None
-common = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(common)
+common = load_beside(__file__, "system")
 
 OUTAGE_SECONDS = 60.0
 

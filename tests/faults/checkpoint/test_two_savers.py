@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,11 @@ from typing import Any
 import pytest
 
 import forebay
+from forebay_server.testing.beside import load_beside
 
 HERE = Path(__file__).parent
 
-_spec = importlib.util.spec_from_file_location("forebay_faults_system", HERE / "system.py")
-assert _spec is not None
-assert _spec.loader is not None
-common = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(common)
+common = load_beside(__file__, "system")
 
 pytestmark = pytest.mark.slow
 

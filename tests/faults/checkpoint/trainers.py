@@ -7,7 +7,6 @@ written to ``result``.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -68,8 +67,7 @@ def train(
 
 def child(what: dict[str, Any]) -> None:
     """In the forked process: never returns."""
-    os.environ[failpoints.VARIABLE] = what.pop("failpoints")
-    importlib.reload(failpoints)
+    failpoints.arm(what.pop("failpoints"))
     result, status = Path(what.pop("result")), 1
     torch.set_num_threads(1)
     try:
