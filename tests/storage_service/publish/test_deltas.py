@@ -124,10 +124,10 @@ class NoProgress:
         pass
 
 
-def flip(path: Path) -> None:
-    """Damage a file in its middle."""
+def flip(path: Path, position: int = PACK_BYTES // 2) -> None:
+    """Damage a file."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x10
+    data[position] ^= 0x10
     path.write_bytes(data)
 
 
@@ -257,6 +257,19 @@ async def test_damage_of_a_base_is_found_in_what_lies_on_it_and_mended(tmp_path:
         node.jobs.wake()
         await node.settle(FLUSH)
         assert [await read_remote(node, step) for step in range(3)] == packs
+
+
+async def test_the_ends_of_what_is_put_together_are_read_before_it_is_remote(
+    tmp_path: Path,
+) -> None:
+    packs = history(2)
+    async with open_node(tmp_path) as node:
+        await node.begin()
+        await node.wait(await node.save(0, packs[:1]), "remote")
+        flip(tmp_path / "object" / "data" / (await remote_copy(node, 0)).extents[0].file, 100)
+        await node.wait(await node.save(1, packs[1:]), "remote")
+        assert not (await remote_list(node, 1)).has_layers
+        assert await read_remote(node, 1) == packs[1]
 
 
 async def test_a_base_that_is_damaged_here_is_quarantined_and_not_used(tmp_path: Path) -> None:
