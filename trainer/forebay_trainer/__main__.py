@@ -1,7 +1,8 @@
 """``torchrun … -m forebay_trainer RECIPE key=value …``: one rank of a training run.
 
 Exit status: 0 trained to the end or ended by SIGTERM after saving, 1 an error while training,
-2 a mistake in the recipe or the arguments, 3 ended because another rank failed, or all hung.
+2 a mistake in the recipe or the arguments, 3 ended because another rank failed, or all hung,
+4 saved and left because another rank was told to end: start again on the ranks that stay.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from forebay_trainer import recipe as recipes
 from forebay_trainer.settings import TrainConfig
 from forebay_trainer.watch import EXIT_STATUS, RankLost
 from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
+
+LEFT_STATUS: Final = 4
 
 COMMANDS: Final[Mapping[str, str]] = {}
 """First argument to the module whose ``main(arguments)`` it runs, instead of training."""
@@ -81,30 +84,31 @@ def list_keys(recipe: str | None) -> int:
     return 0
 
 
-def run(recipe: recipes.Recipe) -> None:
+def run(recipe: recipes.Recipe) -> int:
     from forebay_trainer.folds import train_all  # with all of torch
 
     reason = train_all(recipe)
     if os.environ.get("RANK", "0") == "0":
         print(f"run {recipe.config.run}: {reason}", flush=True)
+    return LEFT_STATUS if reason == "left" else 0
 
 
-def show_plan(recipe: recipes.Recipe, num_ranks: int, mtbf_seconds: float) -> None:
+def show_plan(recipe: recipes.Recipe, num_ranks: int, mtbf_seconds: float) -> int:
     from forebay_trainer.plan import plan
 
     for line in plan(recipe, num_ranks, mtbf_seconds).lines():
         print(line)
+    return 0
 
 
-def told(act: Callable[[], None]) -> int:
+def told(act: Callable[[], int]) -> int:
     """Runs *act*; an error of ours is one sentence. Answers the exit status."""
     try:
-        act()
+        return act()
     except ForebayError as error:
         rank, name = os.environ.get("RANK", "0"), type(error).__name__
         print(f"forebay_trainer, rank {rank}: {name}: {error.message}", file=sys.stderr)
         return EXIT_STATUS if isinstance(error, RankLost) else 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def train_all(recipe: Recipe) -> Reason:
         found = []
         for one in runs(recipe):
             reason, quality = train(one, parallel)
-            if reason == "terminated":
+            if reason in ("terminated", "left"):
                 return reason
             found.append(quality)
         if len(found) > 1:

@@ -25,7 +25,7 @@ from forebay_trainer.task import Batch, Task, share_of_mean
 from forebay_trainer.watch import Watch
 from forebay_wire.errors import ForebayError
 
-Reason = Literal["done", "stopped early", "terminated"]
+Reason = Literal["done", "stopped early", "terminated", "left"]
 
 MAX_NAMED_SAMPLES = 1000
 
@@ -144,7 +144,8 @@ class Trainer:
     def forward_backward(self, part: Batch, total: float) -> float:
         """This rank's share of the loss of the global batch, from one micro-batch."""
         if self.placement.pipeline is not None:
-            return self.placement.pipeline.forward_backward(part, total, self.loss_factor)
+            factor = self.optimization.loss_factor
+            return self.placement.pipeline.forward_backward(part, total, factor)
         self.draws.at(self.step, part["id"])
         with self.placement.autocast():
             outputs = self.task.forward(self.placement.modules, part)
@@ -155,12 +156,7 @@ class Trainer:
 
     def backward(self, loss: Tensor) -> None:
         """*loss* is this rank's share of a mean over the global batch."""
-        (loss * self.loss_factor).backward()
-
-    @property
-    def loss_factor(self) -> float:
-        """Gradients are averaged over the ranks, and the shares have to be added up; and fp16."""
-        return self.parallel.shape.num_data * self.optimization.scaler.scale
+        (loss * self.optimization.loss_factor).backward()
 
     def update(self, name: str | None = None) -> float:
         """Applies the gradients of one module (by default the only one); their norm."""

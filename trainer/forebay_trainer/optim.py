@@ -109,6 +109,12 @@ class Optimization:
             for name, optimizer in optimizers.items()
         }
 
+    @property
+    def loss_factor(self) -> float:
+        """What a rank's share of the loss is multiplied by: gradients are averaged over the ranks,
+        where shares have to be added up, and fp16 needs large ones."""
+        return self._parallel.shape.num_data * self.scaler.scale
+
     def learning_rate(self, step: int) -> float:
         """That of the first optimizer in step *step*, counted from 0."""
         rates = next(iter(self._rates.values()))

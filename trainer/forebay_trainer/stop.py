@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,13 @@ class StopSignal:
         traceback: TracebackType | None,
     ) -> None:
         signal.signal(signal.SIGTERM, self._before)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the signal has come, or comes within so long."""
+        deadline = time.monotonic() + seconds
+        while not self.requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.requested
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True

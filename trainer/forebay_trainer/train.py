@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -30,10 +30,14 @@ from forebay_trainer.task import Task
 from forebay_trainer.watch import Watch
 from forebay_wire.errors import InvalidRequest
 
+SIGNAL_SECONDS: Final = 1.0
+"""Ranks that are told to end together get to know within so long."""
+
 
 def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]:
     """Trains on this rank, from the newest generation of the run if there is one; answers why it
-    ended, and what the last evaluation of this run found.
+    ended, and what the last evaluation of this run found. "left": other ranks were told to end,
+    and this one was not, so it may go on with those that stay.
 
     On return the last generation is committed and on disk (``local``). Raises what forebay raises,
     LossNotFinite, and RankLost if another rank failed.
@@ -114,6 +118,8 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
             step=step,
         )
         reason = trainer.run()
+        if reason == "terminated" and not stop.wait(SIGNAL_SECONDS):
+            reason = "left"
         parallel.sum([0.0])  # nobody leaves, and takes the meeting point along, before all are done
     return reason, progress.last
 

@@ -1,0 +1,135 @@
+"""Under torchrun: ranks that die are started again, and nodes come and go between starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+
+from forebay_trainer import records
+from forebay_trainer.demo.processes import descendants
+from forebay_trainer.demo.proof import prove
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SECONDS = 240.0
+KEYS = (
+    "deterministic=true",
+    "checkpoint.every_steps=4",
+    "num_epochs=4",
+    "evaluation.metric=test_loss",
+)
+
+
+class Torchrun:
+    """An agent with its ranks; ended with all of them."""
+
+    def __init__(self, daemon, folder, name, *options, keys=()):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.log = folder, folder / f"{name}.log"
+        launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+        recipe = str(Path(__file__).parent / "tiny")
+        words = [recipe, f"address={daemon.data}", f"run=elastic-{folder.parent.name}"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*launcher, "-m", "forebay_trainer", *words, f"output.folder={folder}", *keys],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def ranks(self):
+        """Process of each rank, as torchrun started them."""
+        return [each for each in descendants(self.process.pid) if each.is_running()]
+
+    def kill(self):
+        family = self.ranks()
+        self.process.kill()
+        for each in family:
+            if each.is_running():
+                os.kill(each.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+
+    def text(self):
+        return self.log.read_text(errors="replace")
+
+
+def events(folder):
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_for(condition, *agents):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "\n".join(each.text()[-4000:] for each in agents)
+        time.sleep(0.02)
+
+
+def has_step(folder, attempt, step):
+    return lambda: any(
+        each["event"] == "step" and each["attempt"] == attempt and each["step"] >= step
+        for each in events(folder)
+    )
+
+
+def check(folder, client, num_epochs):
+    train = client.dataset("numbers", split="train")
+    rows = {sample for sample in train.rows_at(range(len(train))).tolist()}
+    proof = prove(records.read_folder(folder / "records"), rows, num_epochs)
+    assert proof.holds, proof.sentence()
+    return proof
+
+
+def test_a_rank_that_dies_is_started_again_and_nothing_is_lost(daemon, client, tmp_path):
+    folder = tmp_path / "logs"
+    options = ("--standalone", "--nproc-per-node=2", "--max-restarts=3")
+    with Torchrun(daemon, folder, "a", *options, keys=(*KEYS, "min_step_seconds=0.1")) as agent:
+        for attempt, step in ((1, 6), (2, 13)):
+            wait_for(has_step(folder, attempt, step), agent)
+            os.kill(agent.ranks()[attempt - 1].pid, signal.SIGKILL)
+        assert agent.process.wait(SECONDS) == 0, agent.text()
+    assert "gave no sign of life" in agent.text() or "lost contact" in agent.text()
+    proof = check(folder, client, 4)
+    assert proof.num_attempts == 3
+    assert proof.rolled_back
+    losses = {}
+    for each in events(folder):
+        if each["event"] == "step":  # what was rolled back came again, bit for bit
+            assert losses.setdefault(each["step"], each["loss"]) == each["loss"]
+    assert len(losses) == 28
+
+
+def test_nodes_leave_and_join_between_starts(daemon, client, tmp_path):
+    folder = tmp_path / "logs"
+    port = free_port()
+    options = ("--nnodes=1:2", "--max-restarts=6", "--rdzv-backend=c10d", "--rdzv-id=e")
+    options += (f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
+    options += ("--rdzv-conf=last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=8",)
+    keys = (*KEYS, "min_step_seconds=0.3", "watch.peer_seconds=20")
+    first = ("--nproc-per-node=2", "--node-rank=0")
+    with Torchrun(daemon, folder, "a", *first, *options, keys=keys) as stays:
+        wait_for(lambda: "rendezvous" in stays.text() or stays.ranks(), stays)
+        with Torchrun(daemon, folder, "b", "--nproc-per-node=1", *options, keys=keys) as goes:
+            wait_for(lambda: any(e.get("num_ranks") == 3 for e in events(folder)), stays, goes)
+            attempt = events(folder)[-1]["attempt"]
+            wait_for(has_step(folder, attempt, 6), stays, goes)
+            goes.kill()
+        wait_for(lambda: events(folder)[-1]["attempt"] > attempt, stays)
+        assert stays.process.wait(SECONDS) == 0, stays.text()
+    check(folder, client, 4)
+    starts = Counter(each["num_ranks"] for each in events(folder) if each["event"] == "start")
+    assert {2, 3} <= starts.keys()
