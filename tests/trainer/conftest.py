@@ -122,6 +122,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture
+def port() -> int:
+    """A port that nobody listened on a moment ago."""
+    return free_port()
+
+
 @pytest.fixture(scope="session")
 def warm_torch() -> Iterator[WarmPython]:
     with WarmPython(*MODULES) as warm:
