@@ -1,9 +1,7 @@
 """The script of the first page and the examples run as they stand."""
 
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 import forebay
 from forebay_server.testing.daemon import DaemonProcess
+from forebay_server.testing.warm import WarmPython
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -130,14 +129,22 @@ def test_script_of_the_page_about_zarr(
     assert abs(float((names["new"][:] - names["old"][:]).mean()) - 0.15) < 1e-3
 
 
-def run_example(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+RunExample = Callable[..., str]
 
 
-def test_training_example_goes_on_where_it_was(daemon: DaemonProcess) -> None:
+@pytest.fixture
+def run_example(warm_torch: WarmPython) -> RunExample:
+    def run(name: str, *arguments: str) -> str:
+        done = warm_torch.run([ROOT / "examples" / name, *arguments], timeout=110)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_training_example_goes_on_where_it_was(
+    daemon: DaemonProcess, run_example: RunExample
+) -> None:
     arguments = ("--data", str(daemon.data), "--epochs", "1")
     first = run_example("train_mnist.py", *arguments)
     assert "starting at step 0" in first
@@ -145,7 +152,7 @@ def test_training_example_goes_on_where_it_was(daemon: DaemonProcess) -> None:
     assert "starting at step 20" in run_example("train_mnist.py", *arguments)
 
 
-def test_import_example(daemon: DaemonProcess, tmp_path: Path) -> None:
+def test_import_example(daemon: DaemonProcess, tmp_path: Path, run_example: RunExample) -> None:
     table = tmp_path / "flowers.csv"
     table.write_text("name,petals\nrose,5\nlily,6\n", encoding="utf-8")
     run_example("import_csv.py", "flowers", str(table), "--data", str(daemon.data))
@@ -155,7 +162,7 @@ def test_import_example(daemon: DaemonProcess, tmp_path: Path) -> None:
         assert batch["petals"].tolist() == [5, 6]
 
 
-def test_text_example_makes_the_same_again(daemon: DaemonProcess) -> None:
+def test_text_example_makes_the_same_again(daemon: DaemonProcess, run_example: RunExample) -> None:
     first = run_example("augment_text.py", "reviews", "--data", str(daemon.data))
     again = run_example("augment_text.py", "others", "--data", str(daemon.data))
     lines = [line for line in first.splitlines() if line.startswith("epoch")]

@@ -1,8 +1,5 @@
 """SIGKILL at every named step of a dataset commit: all of a version is there, or nothing."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +8,7 @@ import pytest
 
 import forebay
 from forebay_server.testing.daemon import DaemonProcess, run_server
+from forebay_server.testing.warm import WarmPython
 from forebay_wire.failpoints import DATASET_COMMIT, REMOTE_FLUSH, VARIABLE
 
 WRITER = Path(__file__).with_name("write_dataset.py")
@@ -53,15 +51,13 @@ def test_daemon_killed_in_a_dataset_commit_leaves_all_or_nothing(
 def test_writer_killed_before_its_commit_leaves_nothing(
     point: str,
     tmp_path: Path,
+    warm_torch: WarmPython,
     write_rows: Rows,
     files_of: Callable[[], list[Path]],
     wait_until: Callable[[Callable[[], bool], str], None],
 ) -> None:
     with DaemonProcess(tmp_path / "data", "--lease-seconds", "2") as daemon:
-        command = [sys.executable, str(WRITER), daemon.address()["rpc"]]
-        writer = subprocess.run(
-            command, env={**os.environ, VARIABLE: point}, check=False, timeout=100
-        )
+        writer = warm_torch.run([WRITER, daemon.address()["rpc"]], {VARIABLE: point})
         assert writer.returncode == -9
         with forebay.connect(daemon.address()["rpc"]) as client:
             assert client.datasets() == []

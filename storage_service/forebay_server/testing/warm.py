@@ -128,7 +128,7 @@ class WarmPython:
         words: Sequence[str | Path],
         environment: Mapping[str, str] | None = None,
         *,
-        given: str = "",
+        given: bytes = b"",
         check: bool = False,
         timeout: float = 100,
     ) -> subprocess.CompletedProcess[str]:
@@ -141,7 +141,7 @@ class WarmPython:
             tempfile.TemporaryFile() as stdout,
             tempfile.TemporaryFile() as stderr,
         ):
-            stdin.write(given.encode())
+            stdin.write(given)
             stdin.seek(0)
             streams = (stdin.fileno(), stdout.fileno(), stderr.fileno())
             process = self.start(

@@ -2,10 +2,7 @@
 
 import gc
 import json
-import os
 import pickle
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -404,23 +401,12 @@ with forebay.DataLoader(dataset, global_batch_size=24, shuffle="full", seed=5) a
 """
 
 
-def test_ranks_are_found_in_the_environment_of_each_process(train):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.stdin.write(pickle.dumps(train))
-        process.stdin.close()
-        process.stdin = None
-    printed = [process.communicate(timeout=100)[0].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
-    parts = [[list(map(int, line.split())) for line in text.splitlines()] for text in printed]
+def test_ranks_are_found_in_the_environment_of_each_process(train, warm_torch):
+    parts = []
+    for rank in ("0", "1"):
+        environment = {"RANK": rank, "WORLD_SIZE": "2"}
+        done = warm_torch.run(["-c", RANK], environment, given=pickle.dumps(train), check=True)
+        parts.append([list(map(int, line.split())) for line in done.stdout.splitlines()])
     assert [a + b for a, b in zip(*parts, strict=True)] == expected_batches(train)
 
 

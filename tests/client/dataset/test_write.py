@@ -1,10 +1,7 @@
 """Writing versions: all or nothing, strict about samples, appended to, open to any Arrow reader."""
 
 import gc
-import os
 import signal
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -383,13 +380,8 @@ with client.create_dataset(sys.argv[2], shard_bytes=65536) as writer:
 
 
 @pytest.mark.parametrize("failpoint", ["client.write.after_shard", "client.write.before_commit"])
-def test_a_killed_writer_leaves_nothing_visible(daemon, client, name, failpoint):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(daemon.data), name],
-        env={**os.environ, "FOREBAY_FAILPOINTS": failpoint},
-        timeout=100,
-        check=False,
-    )
+def test_a_killed_writer_leaves_nothing_visible(daemon, client, name, failpoint, warm_torch):
+    done = warm_torch.run(["-c", SCRIPT, daemon.data, name], {"FOREBAY_FAILPOINTS": failpoint})
     assert done.returncode == -signal.SIGKILL
     assert name not in client.datasets()
     write_samples(client, name, range(3))
