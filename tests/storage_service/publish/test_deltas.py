@@ -215,8 +215,9 @@ async def test_without_differences_all_is_whole(tmp_path: Path) -> None:
         assert not any(publisher.delta_bytes.values())
 
 
+@pytest.mark.parametrize("what", ["gone", "quarantined"])
 async def test_a_base_that_goes_meanwhile_is_not_referred_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     packs = history(2)
     asked = KnownSegments.of_pack
@@ -224,7 +225,10 @@ async def test_a_base_that_goes_meanwhile_is_not_referred_to(
 
     async def late(known: KnownSegments, pack: PackOfRun, tier: Tier) -> Shareable:
         answers.append(await asked(known, pack, tier))
-        if len(answers) == 2:
+        if len(answers) == 2 and what == "quarantined":
+            bad = (await remote_copy(node, 0)).replica_id
+            await node.storage.catalog.write(lambda c: quarantine(c, bad, "a test"))
+        elif len(answers) == 2:
             await node.checkpoints.delete_generation_now(at(0))
             await node.settle(DELETE, COLLECT)
         return answers[-1]
