@@ -111,7 +111,7 @@ class Integrity:
             catalog,
             tiers,
             Copier(opener.bringer, budget, locks),
-            Mender(catalog, tiers, budget, locks, forget=opener.forget),
+            Mender(catalog, tiers, budget, locks, opener.quarantine.condemn, forget=opener.forget),
             publisher,
             locks,
             return_good=opener.return_good,

@@ -18,7 +18,7 @@ from forebay_wire.failpoints import MEND, VARIABLE
 from forebay_wire.ids import GenerationId
 
 REPAIRER = Path(__file__).with_name("repair_blob.py")
-QUICK = ("mend.after_files", "mend.after_rows")
+QUICK = ("mend.after_rows",)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from forebay_server.model.encodings import PIECES
 from forebay_server.model.extents import ObjectExtent
@@ -49,12 +48,10 @@ class Holder:
         """Whether its one file is all of it, with its table at the end."""
         return self.encoding != PIECES
 
-    @cached_property
-    def segments(self) -> tuple[Segment, ...]:
-        """All of it, in order. :class:`IntegrityError` if its pieces cut a segment."""
-        return tuple(self._segments())
-
-    def _segments(self) -> Iterator[Segment]:
+    @property
+    def segments(self) -> Iterator[Segment]:
+        """All of it, in order; not kept, as many may share a file. :class:`IntegrityError` if its
+        pieces cut a segment."""
         offsets = self.table.offsets.tolist()
         entries = self.table.entries
         for one in self.extents:

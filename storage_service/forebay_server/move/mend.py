@@ -9,7 +9,7 @@ generations share are written once. What cannot be mended stays as it is, out of
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from forebay_server.catalog.engine import Catalog, Connection
@@ -59,6 +59,10 @@ COPIES_AT_ONCE: Final = 16
 """Copies that are looked at in one call."""
 
 
+Condemn = Callable[[str, str, str, str, ForebayError], Awaitable[None]]
+"""Takes a replica out of service: blob, replica, tier, file, why."""
+
+
 class Mender:
     """Belongs to the event loop; reads and writes on threads that move bytes. Idempotent."""
 
@@ -68,16 +72,19 @@ class Mender:
         tiers: Tiers,
         budget: Budget,
         locks: NamedLocks,
+        condemn: Condemn,
         *,
         node: str = "",
         forget: Callable[[str], object] = lambda blob: None,
     ) -> None:
-        """*locks* are shared with whoever repairs; *forget* is told the id of a blob whose rows
+        """*locks* are shared with whoever repairs; *condemn* is told of what shares a damaged file
+        and turns out to be lost, too; *forget* is told the id of a blob whose rows
         changed."""
         self._catalog = catalog
         self._tiers = tiers
         self._budget = budget
         self._locks = locks
+        self._condemn = condemn
         self._node = node
         self._forget = forget
 
@@ -104,7 +111,7 @@ class Mender:
         """Have a good copy of *blob*, which has none left, in a landing tier. Errors as
         :meth:`mend`."""
         location = (await self._catalog.locate([blob]))[blob]
-        target = self._tiers.landing[0]
+        target = self._roomiest(location.num_bytes)
         table = await self._tiers.run_moving(target, holders.table_of, self._tiers, location)
         if table is None:
             raise IntegrityError(_lost(blob, "its segment table is bad in every copy"))
@@ -132,8 +139,17 @@ class Mender:
             )  # fmt: skip
             record(connection, f"blob {blob}", "repaired", f"{target.name}: put together anew")
 
-        await self._catalog.write(enter)
+        try:
+            await self._catalog.write(enter)
+        except Conflict:
+            await self._delete(target, [file])
+            raise
         self._forget(blob)
+
+    def _roomiest(self, num_bytes: int) -> Tier:
+        """The first landing tier with room for so many bytes; the first one if none has it."""
+        fitting = (one for one in self._tiers.landing if one.space().free_bytes > num_bytes)
+        return next(fitting, self._tiers.landing[0])
 
     async def unlink(self, progress: Progress) -> None:
         """Delete the files whose rows are gone. Names are never reused: this hits nothing else."""
@@ -175,13 +191,32 @@ class Mender:
             return ""
         tables = {one.blob: one.table for one in known}
         await self._search(finder, tier, blob, located, tables, progress)
-        if lost := mine.lost(finder.found, file):
-            self._check_asked(finder, blob)
+        whom, error = await self._settle(known, mine, tier, file, finder)
+        if error is not None:
+            raise error
+        return await self._replace(tier, file, whom, finder, progress)
+
+    async def _settle(
+        self, known: Sequence[Holder], mine: Holder, tier: Tier, file: str, finder: SegmentFinder
+    ) -> tuple[list[Holder], IntegrityError | None]:
+        """Those that can be mended; and what to tell of *mine* if it is none of them. Others that
+        are none go out of service: nobody is to rely on them."""
+        whom: list[Holder] = []
+        told: IntegrityError | None = None
+        for one in known:
+            lost = one.lost(finder.found, file)
+            if not lost:
+                whom.append(one)
+                continue
+            self._check_asked(finder, one.blob)
             numbers = numbers_in_words(lost)
             what = f"in tier {tier.name}, file {file}, segments {numbers} are bad"
-            raise IntegrityError(_lost(blob, what, finder))
-        whom = [one for one in known if not one.lost(finder.found, file)]
-        return await self._replace(tier, file, whom, finder, progress)
+            error = IntegrityError(_lost(one.blob, what, finder))
+            if one is mine:
+                told = error
+            elif one.is_live:
+                await self._condemn(one.blob, one.replica_id, tier.name, file, error)
+        return whom, told
 
     def _finder(self, whom: Iterable[Holder], file: str, progress: Progress) -> SegmentFinder:
         def advance(tier: str, num_bytes: int) -> None:

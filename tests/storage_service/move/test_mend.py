@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from forebay_server.catalog.queries_blobs import known_files, remove_replica
-from forebay_server.catalog.queries_jobs import FLUSH, REPAIR
+from forebay_server.catalog.queries_jobs import COPY, FLUSH, REPAIR
+from forebay_server.move.copy import copy_target
 from forebay_server.testing.checkpoints import CUT_BYTES, RUN, open_checkpoints
 from forebay_server.testing.integrity import IntegrityNode, flip, open_integrity
 from forebay_server.tier.encode import open_plain
@@ -160,6 +161,35 @@ async def test_a_table_or_a_list_that_is_lost_is_made_from_what_others_say(tmp_p
         assert (await node.scrub()).num_damaged == 0
 
 
+async def test_what_shares_a_lost_segment_goes_out_of_service_at_once(tmp_path: Path) -> None:
+    """It is not waited for until somebody reads it: retention counts what is good."""
+    saved = await save(tmp_path, {RUN: steps(3)})
+    async with open_integrity(tmp_path) as node:
+        first, *others = saved.blobs.values()
+        ((file, _, _),) = await extents(node, first)
+        flip(path_of(tmp_path, file), 5)
+        assert not await node.node.opener.report(first, "ssd", 0, "XXH3 differs")
+        errors = {job.target: error for job, error in await node.run_queued(REPAIR)}
+        for blob in (first, *others):
+            assert f"blob {blob} has no good copy left" in errors[f"{blob} ssd"]
+            assert await node.states(blob) == [("ssd", "quarantined")]
+
+
+async def test_a_copy_that_lies_encoded_and_a_plain_one_mend_each_other(tmp_path: Path) -> None:
+    async with open_integrity(tmp_path) as node:
+        node.node.tiers.get("hdd").encoding = "lz4"
+        pieces = [bytes([number]) * 60_000 for number in range(4)]
+        _, (blob,) = await node.add_dataset(pieces)
+        await node.run(COPY, copy_target(blob, "hdd"))
+        flip(await node.node.path_of(blob, "ssd"), 5)
+        flip(await node.node.path_of(blob, "hdd"), 400)
+        assert (await node.scrub()).num_damaged == 2
+        assert not any(error for _, error in await node.run_queued(REPAIR))
+        assert await node.states(blob) == [("hdd", "live"), ("ssd", "live")]
+        await node.check_copies(blob)
+        assert {one.encoding for one in (await node.node.locate(blob)).live()} == {"raw", "lz4"}
+
+
 async def test_one_of_two_equal_segments_of_a_file(tmp_path: Path) -> None:
     async with open_integrity(tmp_path) as node:
         _, (blob,) = await node.add_dataset([b"twin" * 20_000] * 2)
@@ -170,7 +200,7 @@ async def test_one_of_two_equal_segments_of_a_file(tmp_path: Path) -> None:
         assert await node.states(blob) == [("ssd", "live")]
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut short"])
+@pytest.mark.parametrize("damage", [pytest.param("gone", marks=pytest.mark.slow), "cut short"])
 async def test_a_file_that_is_gone_or_short_is_mended_for_all(damage: str, tmp_path: Path) -> None:
     saved = await save(tmp_path, {"other": [BASE + b"other"], RUN: [BASE, BASE + b"new"]})
     async with open_integrity(tmp_path) as node:
