@@ -106,7 +106,7 @@ QUICK_STEPPING = (OURS, "dcp_thread")
 """Whose training steps are measured quickly; the peer's once."""
 
 STEPS = 2
-MAX_STEPS = {True: 4, False: 12}
+MAX_STEPS = {True: 3, False: 12}
 """After a save, quickly or not: for twice as long as it takes to become durable, about."""
 
 FINGERPRINT_RATE = 1 << 40
@@ -275,8 +275,11 @@ class Stage:
 
     def write_raw(self) -> float:
         """The bytes of the state, by the best of some ways on this disk."""
-        with memoryview(self.map) as data:
-            return write_and_remove(self.raw_folder(), data, self.way())
+        return write_and_remove(self.raw_folder(), self.whole_pages(), self.way())
+
+    def whole_pages(self) -> memoryview:
+        """Of the state."""
+        return memoryview(self.map)[: self.num_bytes // mmap.PAGESIZE * mmap.PAGESIZE]
 
     def raw_folder(self) -> Path:
         folder = self.folder / "raw"
@@ -286,9 +289,8 @@ class Stage:
     def way(self) -> Way:
         """The best way to write."""
         if self._way is None:
-            with memoryview(self.map)[:TRIED_BYTES] as data:
-                folder = self.raw_folder()
-                self._way = fastest(DISK_WAYS, lambda way: write_and_remove(folder, data, way))
+            folder, data = self.raw_folder(), self.whole_pages()[:TRIED_BYTES]
+            self._way = fastest(DISK_WAYS, lambda way: write_and_remove(folder, data, way))
             print(f"disk: best with writes of {self._way[0] // MIB} MiB, {self._way[1]} at a time")
         return self._way
 
@@ -430,18 +432,14 @@ def measure_memory_restores(stage: Stage, repeats: int, samples: Samples) -> Non
 
 def measure_cold_restores(stage: Stage, repeats: int, samples: Samples) -> None:
     """Of those saves, each read by nobody before, after a restart of the daemon."""
-    num_bytes = stage.num_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-    folder = stage.folder / "read"
-    folder.mkdir()
-    with memoryview(stage.map)[:num_bytes] as data:
-        write_raw(folder / "raw", data, stage.way())
+    path, num_bytes = stage.raw_folder() / "read", len(stage.whole_pages())
     with mmap.mmap(-1, num_bytes) as memory, memoryview(memory) as into:
         with into[:TRIED_BYTES] as some:
-            way = fastest(READ_WAYS, lambda way: read_raw(folder / "raw", some, way))
-        read_raw(folder / "raw", into, way)  # into memory that was used before
+            way = fastest(READ_WAYS, lambda way: read_raw(path, some, way))
+        read_raw(path, into, way)  # into memory that was used before
         for repeat in range(repeats):
             samples.add("cold", restore_cold(stage, repeat))
-            samples.add("raw", read_raw(folder / "raw", into, way))
+            samples.add("raw", read_raw(path, into, way))
 
 
 def restore_cold(stage: Stage, number: int) -> float:
@@ -500,7 +498,10 @@ def measure_rest(stage: Stage, repeats: int, phases: Phases, report: Report) -> 
         phases.ended("saves by few ranks")
     if wanted & {*RESTORED, RESHARDED}:
         stage.daemon.terminate()
-        stage.daemon.start().wait_ready()
+        stage.daemon.start()
+        if wanted & set(RESTORED):
+            write_raw(stage.raw_folder() / "read", stage.whole_pages(), stage.way())
+        stage.daemon.wait_ready()
         phases.ended("restart of the daemon")
     if wanted & set(RESTORED):
         measure_cold_restores(stage, repeats, samples)
