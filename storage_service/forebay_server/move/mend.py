@@ -208,13 +208,13 @@ class Mender:
             if not lost:
                 whom.append(one)
                 continue
-            self._check_asked(finder, one.blob)
             numbers = numbers_in_words(lost)
             what = f"in tier {tier.name}, file {file}, segments {numbers} are bad"
             error = IntegrityError(_lost(one.blob, what, finder))
             if one is mine:
+                self._check_asked(finder, one.blob)
                 told = error
-            elif one.is_live:
+            elif one.is_live and not finder.unread:
                 await self._condemn(one.blob, one.replica_id, tier.name, file, error)
         return whom, told
 
