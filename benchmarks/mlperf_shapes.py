@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from children import Family
-from harness import Options, Report, parse_options
+from harness import Options, Phases, Report, parse_options
 from raw_disk import drop_cached
 
 import forebay
@@ -160,6 +160,7 @@ def checkpoint(options: Options, data: Path, report: Report) -> None:
 
 def run(options: Options, folder: Path) -> Report:
     report = Report("shapes of MLPerf Storage, scaled down: unofficial, not verified by MLCommons")
+    phases = Phases()
     with forebay.connect(folder / "data") as client:
         for shape in SHAPES:
             write(client, shape)
@@ -170,7 +171,9 @@ def run(options: Options, folder: Path) -> Report:
             report.value(f"{shape.name}_mb_per_s", [rate / 1e6 for _, rate in ran])
             wanted = shape.wanted_bytes_per_second / 1e6
             report.value(f"{shape.name}_mb_per_s_wanted", [wanted])
+            phases.ended(shape.name)
     checkpoint(options, folder / "checkpoint" / "data", report)
+    phases.ended("checkpoints of 8 ranks")
     return report
 
 
