@@ -20,7 +20,9 @@ from typing import Final, Literal, Self
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 
+from forebay_trainer import meeting
 from forebay_trainer.config import setting
 from forebay_wire.errors import InvalidRequest
 
@@ -139,6 +141,8 @@ class Parallel:
         """None where there is one rank."""
         self.ranks: DeviceMesh | None = None
         """All ranks in one line."""
+        self.start = ""
+        """A name of this start of all ranks, never used before."""
         self._backend = backend
         self._timeout = timedelta(seconds=timeout_seconds)
         self.stage, rest = divmod(rank, self.num_ranks // shape.stages)
@@ -150,7 +154,16 @@ class Parallel:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_parent()
         if self.num_ranks > 1:
-            dist.init_process_group(self._backend, timeout=self._timeout)
+            store = meeting.open_store(self.rank, self._timeout)
+            own = PrefixStore("forebay", store)
+            self.start = meeting.meet(own, self.rank, self.num_ranks, self._timeout)
+            dist.init_process_group(
+                self._backend,
+                store=meeting.part_of(store, self.start),
+                rank=self.rank,
+                world_size=self.num_ranks,
+                timeout=self._timeout,
+            )
             kind = self.device.type
             self.mesh = init_device_mesh(kind, self.shape.sizes, mesh_dim_names=DIMENSIONS)
             self.ranks = init_device_mesh(kind, (self.num_ranks,), mesh_dim_names=("rank",))

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore
 
 from forebay_trainer.config import setting
+from forebay_trainer.meeting import part_of
 from forebay_trainer.parallel import Parallel
 from forebay_wire.errors import ForebayError, InvalidRequest
 
@@ -131,13 +132,12 @@ class Board(Protocol):
 class StoreBoard:
     """The board in torch's rendezvous store, through a connection of its own."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, parallel: Parallel) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=STORE_SECONDS)
         store = TCPStore(host, port, is_master=False, timeout=timeout)
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"forebay-watch/{restart}", store)
-        self._keys = [str(rank) for rank in range(num_ranks)]
+        self._store = PrefixStore("watch", part_of(store, parallel.start))
+        self._keys = [str(rank) for rank in range(parallel.num_ranks)]
 
     def put(self, rank: int, text: str) -> None:
         self._store.set(str(rank), text)
@@ -155,7 +155,7 @@ class Watch:
         parallel: Parallel,
         last_good: Callable[[], str],
         *,
-        make_board: Callable[[int], Board] = StoreBoard,
+        make_board: Callable[[Parallel], Board] = StoreBoard,
     ) -> None:
         self._config = config
         self._parallel = parallel
@@ -185,7 +185,7 @@ class Watch:
     def __enter__(self) -> Self:
         self._since = time.monotonic()
         if self._parallel.num_ranks > 1:
-            self._board = self._make_board(self._parallel.num_ranks)
+            self._board = self._make_board(self._parallel)
             self._board.put(self._parallel.rank, json.dumps(asdict(self._sign)))
             self._parallel.sum([0.0])  # all have written: nobody waits for a key
         self._thread.start()
