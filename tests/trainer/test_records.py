@@ -5,7 +5,8 @@ import json
 import pytest
 
 from forebay_trainer import records
-from forebay_trainer.metrics import MetricsWriter
+from forebay_trainer.metrics import MetricsConfig
+from forebay_trainer.metrics.jsonl import JsonLines
 from forebay_trainer.records import RecordWriter, StepRecord
 
 
@@ -57,12 +58,12 @@ def test_a_record_is_never_written_over(tmp_path):
 
 def test_metrics_of_the_next_attempt_start_on_a_line_of_their_own(tmp_path):
     path = tmp_path / "logs" / "metrics.jsonl"
-    first = MetricsWriter.open(path, attempt=1)
-    first.write("step", step=1)
+    first = JsonLines.open(MetricsConfig(), path.parent, 1)
+    first.write({"event": "step", "attempt": 1, "step": 1})
     first.close()
     path.write_bytes(path.read_bytes() + b'{"event": "st')
-    second = MetricsWriter.open(path, attempt=2)
-    second.write("step", step=2)
+    second = JsonLines.open(MetricsConfig(), path.parent, 2)
+    second.write({"event": "step", "attempt": 2, "step": 2})
     second.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (2, 2)]

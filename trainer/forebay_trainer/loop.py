@@ -69,6 +69,7 @@ class Trainer:
                 break
             self.task.before_epoch(epoch.number, self.data)
             reason = self.train_epoch(epoch)
+            self.metrics.write("epoch", step=self.step, epoch=epoch.number)
             if reason != "done" or self.is_over:
                 break  # here: the loader stands where it is only until the next epoch is asked for
         if self.step > self.checkpoints.last_step:
@@ -169,8 +170,9 @@ class Trainer:
     def agree(self, values: Mapping[str, float]) -> tuple[dict[str, float], bool]:
         """The shares of all ranks added up, and whether any was told to stop; a collective."""
         shares = [value if self.parallel.speaks else 0.0 for value in values.values()]
-        *sums, num_stops = self.parallel.sum([*shares, float(self.stop.requested)])
-        return dict(zip(values, sums, strict=True)), num_stops > 0
+        shares += [self.metrics.joules(), float(self.stop.requested)]
+        *sums, num_stops = self.parallel.sum(shares)
+        return dict(zip([*values, "energy_joules"], sums, strict=True)), num_stops > 0
 
     def refuse(self, loss: float, batch: Batch) -> None:
         """Ends the run before the weights are touched; names the samples of the step."""
@@ -194,6 +196,4 @@ class Trainer:
         self.metrics.write("save", step=self.step, stall_seconds=seconds)
 
     def hold_pace(self, started: float) -> None:
-        rest = started + self.config.min_step_seconds - time.perf_counter()
-        if rest > 0:
-            time.sleep(rest)
+        time.sleep(max(0.0, started + self.config.min_step_seconds - time.perf_counter()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from forebay_trainer.metrics.flops import Flops, of_dense
 from forebay_wire.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -94,6 +95,12 @@ class Task:
     def num_tokens(self, batch: Batch) -> int:
         """Tokens in the batch, for tokens/s; 0 where there is no such thing."""
         return 0
+
+    def flops(self) -> Flops:
+        """Floating-point operations of forward and backward as a function of (samples, tokens),
+        for the utilisation. Called once, before the modules are laid out on the mesh. The default
+        is right for dense layers alone; where weights are used more than once, override it."""
+        return of_dense(self.modules)
 
     # How the model can be cut. Nothing of this is needed for one process, or for DDP.
 

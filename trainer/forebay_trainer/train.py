@@ -17,6 +17,7 @@ from forebay_trainer.evaluation import Evaluation, Progress
 from forebay_trainer.loop import Reason, Trainer
 from forebay_trainer.memory import keep_freed_memory
 from forebay_trainer.metrics import Metrics
+from forebay_trainer.metrics.meter import Meter
 from forebay_trainer.optim import Optimization
 from forebay_trainer.parallel import Parallel
 from forebay_trainer.placement import Placement, unwrapped, use_deterministic_kernels
@@ -64,6 +65,7 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
                     "for dropout by sample: set dropout to 0, or parallel.num_stages=1"
                 )
         precision = Precision(config.precision, parallel.device)
+        meter = stack.enter_context(closing(open_meter(config, parallel, task)))
         placement = Placement(
             task,
             parallel,
@@ -97,7 +99,7 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
         step = 0 if resumed is None else resumed.step
         if resumed is not None and random.is_fresh:  # saved by another number of ranks
             random.seed(config.seed, parallel.data_rank, step)
-        metrics = stack.enter_context(closing(open_metrics(config, parallel, checkpoints)))
+        metrics = stack.enter_context(closing(open_metrics(config, parallel, checkpoints, meter)))
         records = stack.enter_context(closing(open_records(config, parallel, checkpoints)))
         announce(config, parallel, data, checkpoints, metrics)
         trainer = Trainer(
@@ -167,9 +169,22 @@ def optimizer_name(module: str) -> str:
     return "optimizer" if module == "model" else f"{module}_optimizer"
 
 
-def open_metrics(config: TrainConfig, parallel: Parallel, checkpoints: Checkpoints) -> Metrics:
+def open_meter(config: TrainConfig, parallel: Parallel, task: Task) -> Meter:
+    """*task* as it was built: on the mesh its modules are parts."""
+    return config.metrics.meter(
+        task.flops(),
+        parallel.device,
+        config.precision,
+        num_ranks=parallel.num_ranks,
+        is_main=parallel.is_main,
+    )
+
+
+def open_metrics(
+    config: TrainConfig, parallel: Parallel, checkpoints: Checkpoints, meter: Meter
+) -> Metrics:
     folder = Path(config.output.folder)
-    return config.metrics.build(folder, checkpoints.attempt, is_main=parallel.is_main)
+    return config.metrics.build(folder, checkpoints.attempt, meter, is_main=parallel.is_main)
 
 
 def open_records(config: TrainConfig, parallel: Parallel, checkpoints: Checkpoints) -> RecordWriter:
@@ -193,6 +208,7 @@ def announce(
     """Says on rank 0 what starts, and from where."""
     metrics.write(
         "start",
+        run=config.run,
         step=checkpoints.last_step,
         num_ranks=parallel.num_ranks,
         num_epochs=config.num_epochs,
