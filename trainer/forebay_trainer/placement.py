@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,6 +126,8 @@ class Placement:
         blocks = self._task.blocks(module)
         for block in (each for each in blocks if next(each.parameters(), None) is not None):
             fully_shard(block, **options)
+        # What leaves the whole module is fp32, as under autocast a loss would be.
+        options["mp_policy"] = replace(options["mp_policy"], output_dtype=torch.float32)
         fully_shard(module, **options)
         return module
 
