@@ -72,6 +72,7 @@ class Forebay:
         self._totals: dict[str, int] = {}
         """Of what was kept, by attempt and step."""
         self._connect(address)
+        self.checkpointer.restore(missing_ok=True)  # as every training does that may be resumed
 
     def _connect(self, address: str) -> None:
         self.client = forebay.connect(address)
