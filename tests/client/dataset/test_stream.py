@@ -237,7 +237,18 @@ def check_workers(client, train, method: str, num_workers: int, rounds: int) -> 
     assert len(calls) > rounds
 
 
-@pytest.mark.parametrize("method", START_METHODS)
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [
+        ("local", "fork"),
+        ("remote", "fork"),
+        ("local", "forkserver"),
+        ("remote", "spawn"),
+        pytest.param("remote", "forkserver", marks=pytest.mark.slow),
+        pytest.param("local", "spawn", marks=pytest.mark.slow),
+    ],
+    indirect=["way"],
+)
 def test_workers_read_beside_a_busy_client(client, train, method):
     check_workers(client, train, method, num_workers=2, rounds=5 if method == "fork" else 1)
 
