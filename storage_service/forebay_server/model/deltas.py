@@ -40,12 +40,13 @@ class Base:
 def base_of(blob: str, source: Source, usable: Collection[str]) -> Base:
     """What of pack *blob*, which lies as *source* says, others may be differences from: what lies
     in the files *usable*, where one more layer fits."""
+    allowed = frozenset(usable)
     return Base(
         blob,
         {
             (offset, placed.num_bytes): placed
             for offset, _, placed in source.segments()
-            if len(placed.layers) < MAX_LAYERS and all(one.file in usable for one in placed.layers)
+            if len(placed.below) + 1 < MAX_LAYERS and allowed.issuperset(placed.files)
         },
     )
 

@@ -41,7 +41,17 @@ class Placed:
     @property
     def layers(self) -> tuple[Placed, ...]:
         """All that the segment is the XOR of."""
-        return (replace(self, below=()) if self.below else self, *self.below)
+        if not self.below:
+            return (self,)
+        lowest = Placed(self.file, self.offset, self.num_bytes, self.file_bytes, self.encoding)
+        return (lowest, *self.below)
+
+    @property
+    def files(self) -> Iterator[str]:
+        """Those of all layers."""
+        yield self.file
+        for one in self.below:
+            yield one.file
 
     def follows(self, other: Placed) -> bool:
         """Whether this lies right behind *other*."""
@@ -71,18 +81,17 @@ class Source:
         """Offset, BLAKE3 and place of each segment that lies in one piece, layer by layer."""
         digests = self.table.entries["blake3"]
         num_layers = max((one.layer for one in self.extents), default=0) + 1
-        layers = [
+        lowest, *above = [
             _Walk([one for one in self.extents if one.layer == number])
             for number in range(num_layers)
         ]
         for index, (start, stop) in enumerate(pairwise(self.table.offsets.tolist())):
-            chain: list[Placed] = []
-            for walk in layers:
+            below: list[Placed] = []
+            for walk in above:
                 if (found := walk.place(start, stop)) is None:
                     break
-                chain.append(found)
-            if chain:
-                placed = replace(chain[0], below=tuple(chain[1:]))
+                below.append(found)
+            if (placed := lowest.place(start, stop, tuple(below))) is not None:
                 yield start, digests[index].tobytes(), placed
 
 
@@ -93,15 +102,15 @@ class _Walk:
         self._pieces = iter(pieces)
         self._piece = next(self._pieces, None)
 
-    def place(self, start: int, stop: int) -> Placed | None:
-        """Where [start, stop) of the blob lies, if in one piece."""
+    def place(self, start: int, stop: int, below: tuple[Placed, ...] = ()) -> Placed | None:
+        """Where [start, stop) of the blob lies, if in one piece; on those *below*."""
         one = self._piece
         while one is not None and one.blob_offset + one.num_bytes <= start:
             one = self._piece = next(self._pieces, None)
         if one is None or start < one.blob_offset or stop > one.blob_offset + one.num_bytes:
             return None
         offset = one.file_offset + start - one.blob_offset
-        return Placed(one.file, offset, stop - start, one.file_bytes, one.encoding)
+        return Placed(one.file, offset, stop - start, one.file_bytes, one.encoding, below)
 
 
 def known_segments(
@@ -114,9 +123,13 @@ def known_segments(
     """
     known: dict[bytes, Placed] = {}
     for source in sources:
-        full = {file for file in source.files if num_sharers.get(file, 0) >= MAX_SHARERS}
+        full = {
+            file
+            for file in (() if source.is_remote else source.files)
+            if num_sharers.get(file, 0) >= MAX_SHARERS
+        }
         for _, digest, placed in source.segments():
-            if source.is_remote or not any(one.file in full for one in placed.layers):
+            if full.isdisjoint(placed.files):
                 known.setdefault(digest, placed)
     return _of_few_files(known, first)
 
@@ -124,17 +137,13 @@ def known_segments(
 def _of_few_files(known: dict[bytes, Placed], first: Collection[str]) -> dict[bytes, Placed]:
     weights: Counter[str] = Counter()
     for placed in known.values():
-        for one in placed.layers:
-            weights[one.file] += placed.num_bytes
+        for file in placed.files:
+            weights[file] += placed.num_bytes
     if len(weights) <= MAX_SOURCES:
         return known
     ordered = sorted(weights, key=lambda file: (file in first, weights[file]), reverse=True)
     kept = set(ordered[:MAX_SOURCES])
-    return {
-        digest: placed
-        for digest, placed in known.items()
-        if all(one.file in kept for one in placed.layers)
-    }
+    return {digest: placed for digest, placed in known.items() if kept.issuperset(placed.files)}
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,7 @@ def _merged_layer(
     chains: Sequence[tuple[Placed, ...]], layer: int, own: Placed
 ) -> Iterator[ObjectExtent]:
     last: ObjectExtent | None = None
-    offset = 0
+    num_bytes = offset = 0
     for chain in chains:
         start, offset = offset, offset + chain[0].num_bytes
         if len(chain) <= layer:
@@ -187,18 +196,19 @@ def _merged_layer(
         lies = one if one.file else own
         if (
             last is not None
-            and (last.file, last.blob_offset + last.num_bytes) == (lies.file, start)
-            and last.file_offset + last.num_bytes == one.offset
+            and (last.file, last.blob_offset + num_bytes) == (lies.file, start)
+            and last.file_offset + num_bytes == one.offset
         ):
-            last = replace(last, num_bytes=last.num_bytes + one.num_bytes)
+            num_bytes += one.num_bytes
             continue
         if last is not None:
-            yield last
+            yield replace(last, num_bytes=num_bytes)
+        num_bytes = one.num_bytes
         last = ObjectExtent(
-            start, one.offset, one.num_bytes, lies.file_bytes, lies.file, lies.encoding, layer
+            start, one.offset, num_bytes, lies.file_bytes, lies.file, lies.encoding, layer
         )
     if last is not None:
-        yield last
+        yield replace(last, num_bytes=num_bytes)
 
 
 @dataclass(frozen=True)

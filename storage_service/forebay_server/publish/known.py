@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -64,12 +65,9 @@ class KnownSegments:
         found = await self._read_sources(pack.run, tier)
         sources = [source for _, source in found]
         newest = next(((one, source) for one, source in found if one.rank == pack.rank), None)
-        first = newest[1].files if newest is not None else ()
-        known = known_segments(sources, await self._num_sharers(sources), first)
-        if newest is None:
-            return Shareable(known)
-        usable = {one.file for placed in known.values() for one in placed.layers}
-        return Shareable(known, base_of(newest[0].blob, newest[1], usable))
+        sharers = await self._num_sharers(sources)
+        # Not on the loop: large packs have tens of thousands of segments, in several layers.
+        return await asyncio.to_thread(_shareable, sources, sharers, newest)
 
     async def _num_sharers(self, sources: Sequence[Source]) -> Mapping[str, int]:
         names = sorted({file for source in sources for file in source.files})
@@ -105,6 +103,19 @@ class KnownSegments:
             if len(self._sources) == 1:
                 return
             self._sources.popitem(last=False)
+
+
+def _shareable(
+    sources: Sequence[Source],
+    num_sharers: Mapping[str, int],
+    newest: tuple[SourceReplica, Source] | None,
+) -> Shareable:
+    if newest is None:
+        return Shareable(known_segments(sources, num_sharers))
+    replica, source = newest
+    known = known_segments(sources, num_sharers, source.files)
+    usable = {file for placed in known.values() for file in placed.files}
+    return Shareable(known, base_of(replica.blob, source, usable))
 
 
 def _read_source(tier: Tier, one: SourceReplica) -> Source:
