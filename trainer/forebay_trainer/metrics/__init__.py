@@ -12,14 +12,15 @@ Each event has ``event``, ``time`` (Unix seconds), ``attempt`` and ``step``. The
   ``stall_seconds`` (of them, in the checkpointer; rank 0), ``samples_per_second``,
   ``tokens_per_second``, ``flops_utilisation`` (share of ``peak_flops``), ``rss_bytes`` (rank 0),
   ``gpu_peak_bytes`` (allocated in the step, rank 0), ``energy_joules`` (of all ranks since the
-  step before); a recipe with a step of its own adds its own values
+  step before), ``wire_bytes`` and ``wire_bytes_plain`` (where gradients are compressed: what rank 0
+  sent of them, and would have sent without); a recipe with a step of its own adds its own values
 - ``save``: ``stall_seconds`` (rank 0), ``energy_joules`` (since the save before: what a failure
   would have cost), ``stall_energy_joules`` (the step's mean power times the stall)
 - ``evaluation``: ``epoch``, ``test_loss``, ``test_samples``, and ``test_…`` for each metric of the
   recipe
 - ``epoch``: ``epoch``, and of the steps that this attempt took in it: ``steps``, ``seconds``,
   ``samples``, ``tokens``, ``mean_loss``, ``data_wait_seconds``, ``stall_seconds``,
-  ``energy_joules``
+  ``energy_joules``, ``wire_bytes``, ``wire_bytes_plain``
 - ``end``: ``reason`` ("done", "stopped early" or "terminated"), and the same of the whole attempt
 
 Figures of energy are left out where nobody knows them; ``energy_source`` stands beside each.

@@ -15,6 +15,9 @@ from forebay_trainer.metrics.flops import Flops, Peak
 
 STATM: Final = Path("/proc/self/statm")
 
+SENT: Final = ("wire_bytes", "wire_bytes_plain")
+"""Only there where gradients are compressed."""
+
 SUMMED: Final = ("samples", "tokens", "step_seconds", "data_wait_seconds", "stall_seconds")
 
 
@@ -78,6 +81,8 @@ class Meter:
         for sums in self._sums.values():
             for name in (*SUMMED, "energy_joules"):
                 sums[name] += event.get(name, 0)
+            for name in event.keys() & SENT:
+                sums[name] += event[name]
             sums["losses"] += event["loss"]
             sums["steps"] += 1
         event["samples_per_second"] = event["samples"] / seconds
@@ -96,6 +101,7 @@ class Meter:
             found["mean_loss"] = sums["losses"] / sums["steps"]
         for name in ("samples", "tokens"):
             found[name] = int(sums[name])
+        found |= {name: int(sums[name]) for name in SENT if name in sums}
         names = {"step_seconds": "seconds"}
         for name in ("step_seconds", "data_wait_seconds", "stall_seconds", "energy_joules"):
             found[names.get(name, name)] = sums[name]
