@@ -22,7 +22,7 @@ from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
 
 LEFT_STATUS: Final = 4
 
-COMMANDS: Final[Mapping[str, str]] = {}
+COMMANDS: Final[Mapping[str, str]] = {"plot": "forebay_trainer.metrics.plot"}
 """First argument to the module whose ``main(arguments)`` it runs, instead of training."""
 
 

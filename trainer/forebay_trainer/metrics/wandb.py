@@ -19,6 +19,7 @@ class WeightsAndBiases:
 
     @classmethod
     def open(cls, config: MetricsConfig, folder: Path, attempt: int) -> Self:
+        folder.mkdir(parents=True, exist_ok=True)  # else it would take another one
         return cls(config, folder)
 
     def write(self, event: Event) -> None:
