@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def test_signals_reach_it_and_waiting_has_an_end(start: Start) -> None:
     assert process.wait(60) == -signal.SIGKILL
     process.kill()  # long gone
     assert process.poll() == -signal.SIGKILL
+
+
+def test_several_threads_may_wait(start: Start) -> None:
+    process = start(WAIT)
+    with ThreadPoolExecutor(4) as threads:
+        waiting = [threads.submit(process.wait, 60) for _ in range(4)]
+        process.terminate()
+        assert [one.result() for one in waiting] == [-signal.SIGTERM] * 4
 
 
 def test_its_failpoints_are_its_own(start: Start) -> None:

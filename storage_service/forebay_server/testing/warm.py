@@ -35,12 +35,14 @@ FOLLOWED: Final = ("FOREBAY_", "AWS_", "PYTEST_")
 
 
 class WarmProcess:
-    """What :class:`subprocess.Popen` is, of a program that :class:`WarmPython` started."""
+    """What :class:`subprocess.Popen` is, of a program that :class:`WarmPython` started.
+    Thread-safe."""
 
     def __init__(self, parent: WarmPython, pid: int) -> None:
         self._parent = parent
         self.pid = pid
         self.returncode: int | None = None
+        self._lock = threading.Lock()
 
     def poll(self) -> int | None:
         try:
@@ -50,7 +52,10 @@ class WarmProcess:
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            descriptor = os.pidfd_open(self.pid)  # ours until it is reaped: it names no other
+            try:
+                descriptor = os.pidfd_open(self.pid)
+            except ProcessLookupError:  # another thread has waited meanwhile
+                return self._ended()
             try:
                 ready = select.poll()
                 ready.register(descriptor, select.POLLIN)
@@ -58,8 +63,13 @@ class WarmProcess:
                     raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
             finally:
                 os.close(descriptor)
-            self.returncode = self._parent.reap(self.pid)
-        return self.returncode
+        return self._ended()
+
+    def _ended(self) -> int:
+        with self._lock:
+            if self.returncode is None:
+                self.returncode = self._parent.reap(self.pid)
+            return self.returncode
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
