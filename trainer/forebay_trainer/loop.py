@@ -65,13 +65,15 @@ class Trainer:
         if self.config.evaluation.at_start:
             self.evaluate(self.data.epoch)
         for epoch in self.data.epochs(self.config.num_epochs):
-            if self.is_over:  # since an earlier attempt
+            if self.is_over:  # for an earlier attempt has come to the end
                 break
             self.task.before_epoch(epoch.number, self.data)
             reason = self.train_epoch(epoch)
             self.metrics.write("epoch", step=self.step, epoch=epoch.number)
             if reason != "done" or self.is_over:
                 break  # here: the loader stands where it is only until the next epoch is asked for
+        if reason == "done" and self.progress.is_stuck:
+            reason = "stopped early"
         if self.step > self.checkpoints.last_step:
             self.save(self.quality)
         self.watch.at(self.step, "landing")
@@ -81,7 +83,9 @@ class Trainer:
 
     @property
     def is_over(self) -> bool:
-        return self.config.max_steps is not None and self.step >= self.config.max_steps
+        """Whether the run ends before its last epoch does."""
+        limit = self.config.max_steps
+        return self.progress.is_stuck or (limit is not None and self.step >= limit)
 
     def train_epoch(self, epoch: Epoch) -> Reason:
         started = time.perf_counter()
@@ -104,8 +108,6 @@ class Trainer:
             started = time.perf_counter()
             if stops:
                 return "terminated"
-            if self.progress.is_stuck:
-                return "stopped early"
             if self.is_over:
                 break
             self.watch.at(self.step + 1, "load")
