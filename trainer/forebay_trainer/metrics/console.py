@@ -127,7 +127,8 @@ def evaluation_line(event: Event) -> str:
 
 
 def totals_line(event: Event) -> str:
-    what = f"epoch {event['epoch']}" if event["event"] == "epoch" else f"{event['reason']}: attempt"
+    is_epoch = event["event"] == "epoch"
+    what = f"epoch {event['epoch']}" if is_epoch else f"attempt {event['reason']}"
     loss = f"  mean loss {event['mean_loss']:.4f}" if "mean_loss" in event else ""
     return (
         f"{what}: {event['steps']} steps in {duration(event['seconds'])}{loss}  "
