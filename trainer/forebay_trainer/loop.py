@@ -101,7 +101,7 @@ class Trainer:
                 self.progress.note(self.step, self.quality)
             if self.checkpoints.is_due(self.step):
                 self.save({"loss": values["loss"], **self.quality})
-            self.hold_pace(started)
+            time.sleep(max(0.0, started + self.config.min_step_seconds - time.perf_counter()))
             values["step_seconds"] = time.perf_counter() - started
             values["stall_seconds"] = self.stall_seconds
             self.metrics.write("step", step=self.step, epoch=epoch.number, **values)
@@ -196,6 +196,3 @@ class Trainer:
         seconds = self.checkpoints.save(self.step, values)
         self.stall_seconds += seconds
         self.metrics.write("save", step=self.step, stall_seconds=seconds)
-
-    def hold_pace(self, started: float) -> None:
-        time.sleep(max(0.0, started + self.config.min_step_seconds - time.perf_counter()))
