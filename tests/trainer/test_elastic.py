@@ -1,12 +1,12 @@
 """Under torchrun: ranks that die are started again, and nodes come and go between starts."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ KEYS = ("deterministic=true", "checkpoint.every_steps=4", "num_epochs=4")
 class Torchrun:
     """An agent with its ranks; ended with all of them."""
 
-    def __init__(self, daemon, folder, name, *options, keys=()):
+    def __init__(self, daemon, folder, name, *options, keys=(), environment=None):
         folder.mkdir(exist_ok=True)
         self.folder, self.log = folder, folder / f"{name}.log"
         launcher = [sys.executable, "-m", "torch.distributed.run", *options]
@@ -36,7 +36,7 @@ class Torchrun:
                 [*launcher, "-m", "forebay_trainer", *words, f"output.folder={folder}", *keys],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             )
 
     def ranks(self):
@@ -108,22 +108,31 @@ def test_a_rank_that_dies_is_started_again_and_nothing_is_lost(daemon, client, t
     assert len(losses) == 28
 
 
-def test_nodes_leave_between_starts(daemon, client, tmp_path, port):
+def test_nodes_join_and_leave_between_starts(daemon, client, tmp_path, port):
     folder = tmp_path / "logs"
     options = ("--nnodes=1:2", "--max-restarts=6", "--rdzv-backend=c10d", "--rdzv-id=e")
     options += (f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
-    options += ("--rdzv-conf=last_call_timeout=6,keep_alive_interval=1,keep_alive_max_attempt=8",)
-    keys = (*KEYS, "min_step_seconds=0.3", "watch.peer_seconds=20")
-    first = ("--nproc-per-node=2", "--node-rank=0")
-    with Torchrun(daemon, folder, "a", *first, *options, keys=keys) as stays:
-        wait_for(lambda: "rendezvous" in stays.text() or stays.ranks(), stays)
-        with Torchrun(daemon, folder, "b", "--nproc-per-node=1", *options, keys=keys) as goes:
-            wait_for(lambda: any(e.get("num_ranks") == 3 for e in events(folder)), stays, goes)
-            attempt = events(folder)[-1]["attempt"]
-            wait_for(has_step(folder, attempt, 6), stays, goes)
+    options += ("--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=8",)
+    keys = (*KEYS, "min_step_seconds=0.5", "num_epochs=8", "watch.peer_seconds=20")
+
+    # Else an agent that was alone does not tell a node that joins where to meet.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agent = functools.partial(Torchrun, daemon, folder, keys=keys, environment=environment)
+
+    def started(num_ranks, after=0):
+        """The attempt on so many ranks after another one, once it has taken steps."""
+        starts = [each for each in events(folder) if each["event"] == "start"]
+        for each in starts:
+            if each["attempt"] > after and each["num_ranks"] == num_ranks:
+                return has_step(folder, each["attempt"], each["step"] + 2)() and each["attempt"]
+        return 0
+
+    with agent("a", "--nproc-per-node=2", *options) as stays:
+        wait_for(lambda: started(2), stays)
+        with agent("b", "--nproc-per-node=1", *options) as goes:
+            wait_for(lambda: started(3), stays, goes)
+            joined = started(3)
             goes.kill()
-        wait_for(lambda: events(folder)[-1]["attempt"] > attempt, stays)
+        wait_for(lambda: started(2, after=joined), stays)
         assert stays.process.wait(SECONDS) == 0, stays.text()
-    check(folder, client, 4)
-    starts = Counter(each["num_ranks"] for each in events(folder) if each["event"] == "start")
-    assert {2, 3} <= starts.keys()
+    check(folder, client, 8)
