@@ -44,26 +44,13 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
     LossNotFinite, and RankLost if another rank failed.
     """
     config = recipe.config
-    keep_freed_memory()
-    if config.num_compute_threads:
-        torch.set_num_threads(config.num_compute_threads)
-    if config.deterministic:
-        use_deterministic_kernels()
+    set_up_process(config)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         random = RandomState(parallel.ranks, parallel.device)
         random.seed(config.seed)
-        task = recipe.build()
         draws = Draws(config.seed)
-        if config.deterministic:
-            number = 0
-            for module in task.modules.values():
-                number = replace_dropout(module, draws, number)
-            if number and parallel.shape.stages > 1:
-                raise InvalidRequest(
-                    "deterministic: the stages of a pipeline do not know whose samples they see, "
-                    "for dropout by sample: set dropout to 0, or parallel.num_stages=1"
-                )
+        task = build_task(recipe, parallel, draws)
         precision = Precision(config.precision, parallel.device)
         meter = stack.enter_context(closing(open_meter(config, parallel, task)))
         placement = Placement(
@@ -94,11 +81,7 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
         )
         stack.enter_context(closing(checkpoints))
         watch = stack.enter_context(Watch(config.watch, parallel, lambda: checkpoints.last_good))
-        random.seed(config.seed, parallel.data_rank)
-        resumed = checkpoints.restore()
-        step = 0 if resumed is None else resumed.step
-        if resumed is not None and random.is_fresh:  # saved by another number of ranks
-            random.seed(config.seed, parallel.data_rank, step)
+        step = resume(checkpoints, random, config.seed, parallel.data_rank)
         metrics = stack.enter_context(closing(open_metrics(config, parallel, checkpoints, meter)))
         records = stack.enter_context(closing(open_records(config, parallel, checkpoints)))
         announce(config, parallel, data, checkpoints, metrics)
@@ -124,6 +107,41 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
             reason = "left"
         parallel.sum([0.0])  # nobody leaves, and takes the meeting point along, before all are done
     return reason, progress.last
+
+
+def set_up_process(config: TrainConfig) -> None:
+    keep_freed_memory()
+    if config.num_compute_threads:
+        torch.set_num_threads(config.num_compute_threads)
+    if config.deterministic:
+        use_deterministic_kernels()
+
+
+def build_task(recipe: Recipe, parallel: Parallel, draws: Draws) -> Task:
+    """The recipe's task, its dropout by sample if the run is deterministic."""
+    task = recipe.build()
+    if not recipe.config.deterministic:
+        return task
+    number = 0
+    for module in task.modules.values():
+        number = replace_dropout(module, draws, number)
+    if number and parallel.shape.stages > 1:
+        raise InvalidRequest(
+            "deterministic: the stages of a pipeline do not know whose samples they see, for "
+            "dropout by sample: set dropout to 0, or parallel.num_stages=1"
+        )
+    return task
+
+
+def resume(checkpoints: Checkpoints, random: RandomState, seed: int, data_rank: int) -> int:
+    """Restores, if there is what to restore; the steps that were taken."""
+    random.seed(seed, data_rank)
+    resumed = checkpoints.restore()
+    if resumed is None:
+        return 0
+    if random.is_fresh:  # another number of ranks saved it
+        random.seed(seed, data_rank, resumed.step)
+    return resumed.step
 
 
 def build_optimization(
