@@ -210,19 +210,21 @@ class Watch:
     def _fail(self, error: Exception) -> None:
         """Tells the others why this rank ends; RankLost if another one is to blame."""
         text = " ".join(str(error).split())
-        if not _LOST_CONTACT.search(text):
-            return self._leave("failed", f"{type(error).__name__}: {text}")
-        self._sign = replace(self._sign, state="lost", reason=text)
-        deadline = time.monotonic() + 4 * self._config.beat_seconds + GRACE_SECONDS
-        culprit = None
-        while culprit is None and time.monotonic() < deadline:
-            culprit = self._verdict
-            self._stopped.wait(self._config.beat_seconds / 4)
-        culprit = culprit or self._judge.silent(
-            time.monotonic(), self._signs, 3 * self._config.beat_seconds
-        )
+        culprit = self._culprit() if _LOST_CONTACT.search(text) else None
+        if culprit is None:
+            self._leave("failed", f"{type(error).__name__}: {text}")
+            return
         self._leave("lost", text)
-        raise RankLost(f"{culprit or 'lost contact: ' + text}; {self._last_good()}") from error
+        raise RankLost(f"{culprit}; {self._last_good()}") from error
+
+    def _culprit(self) -> str | None:
+        """Which rank failed or died, as far as the others' signs tell within a few beats."""
+        self._sign = replace(self._sign, state="lost")
+        deadline = time.monotonic() + 4 * self._config.beat_seconds + GRACE_SECONDS
+        while self._verdict is None and time.monotonic() < deadline:
+            self._stopped.wait(self._config.beat_seconds / 4)
+        silent_seconds = 3 * self._config.beat_seconds
+        return self._verdict or self._judge.silent(time.monotonic(), self._signs, silent_seconds)
 
     def _leave(self, state: Literal["failed", "lost", "ended"], reason: str) -> None:
         self._sign = replace(self._sign, state=state, reason=reason)
