@@ -125,7 +125,6 @@ class Trainer:
         total, num_samples, all_tokens = self.parallel.sum_parts(counts)
         for module in self.placement.modules.values():
             module.train()
-
         values = {"loss": 0.0}
         if self.task.own_step:
             values = self.task.step(self, parts, total)
@@ -142,7 +141,8 @@ class Trainer:
         self.optimization.average.update()
         values["learning_rate"] = self.optimization.learning_rate(self.step)
         self.step += 1
-        return {**values, "samples": int(num_samples), "tokens": int(all_tokens)}, stops
+        values |= {"samples": int(num_samples), "tokens": int(all_tokens), **self.placement.sent()}
+        return values, stops
 
     def forward_backward(self, part: Batch, total: float) -> float:
         """This rank's share of the loss of the global batch, from one micro-batch."""

@@ -12,7 +12,7 @@ import math
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Final, Literal, Self
@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 from forebay_trainer import meeting
+from forebay_trainer.compression.config import CompressionConfig
 from forebay_trainer.config import setting
 from forebay_wire.errors import InvalidRequest
 
@@ -78,6 +79,7 @@ class ParallelConfig:
     num_tensor: int = setting(1, "ranks that share each matrix (tensor parallelism)")
     num_stages: int = setting(1, "stages of a pipeline")
     num_microbatches: int = setting(4, "of a pipeline: pieces of a batch that are under way")
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
 
     def __post_init__(self) -> None:
         if self.timeout_seconds <= 0:
@@ -104,6 +106,7 @@ class ParallelConfig:
                 f"shards x {found.tensor} tensor make {math.prod(found.sizes)} ranks, and "
                 f"{num_ranks} run: change the keys, or torchrun --nproc-per-node"
             )
+        self.compression.check(**asdict(found))
         return found
 
     def build(self) -> Parallel:

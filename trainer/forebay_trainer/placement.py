@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from forebay_trainer.compressed import Compression
+from forebay_trainer.compression.config import CompressionConfig
 from forebay_trainer.parallel import Parallel
 from forebay_trainer.pipeline import Pipeline
 from forebay_trainer.precision import Precision
@@ -36,6 +38,7 @@ class Placement:
         *,
         is_compiled: bool,
         is_deterministic: bool,
+        compression: CompressionConfig,
         num_pieces: int = 1,
     ) -> None:
         """*num_pieces*: of a micro-batch, in a pipeline."""
@@ -44,7 +47,9 @@ class Placement:
         self._precision = precision
         self._is_compiled = is_compiled
         self._is_deterministic = is_deterministic
+        self._compression = compression
         self.modules = {name: self._placed(module) for name, module in task.modules.items()}
+        self.compression = Compression(compression, parallel)
         self.pipeline: Pipeline | None = None
         if parallel.shape.stages > 1:
             self.pipeline = Pipeline(task, self.model, parallel, num_pieces=num_pieces)
@@ -63,6 +68,10 @@ class Placement:
             for name, weight in unwrapped(module).named_parameters()
             if weight.requires_grad
         }
+
+    def sent(self) -> dict[str, int]:
+        """What this rank sent of gradients since it was last asked, where they are compressed."""
+        return self.compression.taken()
 
     def outputs(self, batch: Batch) -> tuple[Any, Batch] | None:
         """What the task's forward answers, and the batch that it belongs to; None on a rank that
@@ -118,10 +127,11 @@ class Placement:
     def _sharded(self, module: nn.Module) -> nn.Module:
         mesh = self._parallel.mesh
         assert mesh is not None
-        has_replicas = self._parallel.shape.replicas > 1
+        # What compresses between replicas averages between them itself.
+        has_replicas = self._parallel.shape.replicas > 1 and not self._compression.has_state
         options: dict[str, Any] = {
             "mesh": mesh["replica", "shard"] if has_replicas else mesh["shard"],
-            "mp_policy": self._precision.policy(),
+            "mp_policy": self._precision.policy(self._compression.dtype),
         }
         blocks = self._task.blocks(module)
         for block in (each for each in blocks if next(each.parameters(), None) is not None):

@@ -29,9 +29,11 @@ class Precision:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=self.dtype)
 
-    def policy(self) -> MixedPrecisionPolicy:
-        """What FSDP2 gathers and computes in; gradients are added up in fp32."""
-        return MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+    def policy(self, reduce_dtype: torch.dtype | None = None) -> MixedPrecisionPolicy:
+        """What FSDP2 gathers and computes in, and adds gradients up in; None: fp32."""
+        return MixedPrecisionPolicy(
+            param_dtype=self.dtype, reduce_dtype=reduce_dtype or torch.float32
+        )
 
 
 class LossScaler:

@@ -60,6 +60,7 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
             is_compiled=config.compile,
             is_deterministic=config.deterministic,
             num_pieces=config.parallel.num_microbatches,
+            compression=config.parallel.compression,
         )
         client = stack.enter_context(connect(config.address))
         data = stack.enter_context(
@@ -68,6 +69,8 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
         if placement.pipeline is not None:
             placement.pipeline.fit(data.part_rows)
         optimization = build_optimization(config, task, placement, data, parallel)
+        compression = placement.compression
+        compression.attach(placement.modules, optimization.scaler, config.seed)
         progress = Progress(config.evaluation)
         checkpoints = config.checkpoint.build(
             client,
@@ -77,6 +80,7 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
             **state_of(placement, optimization),
             progress=progress,
             random=random,
+            compression=compression,
             loader=data.train_loader,
         )
         stack.enter_context(closing(checkpoints))
@@ -84,7 +88,7 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
         step = resume(checkpoints, random, config.seed, parallel.data_rank)
         metrics = stack.enter_context(closing(open_metrics(config, parallel, checkpoints, meter)))
         records = stack.enter_context(closing(open_records(config, parallel, checkpoints)))
-        announce(config, parallel, data, checkpoints, metrics)
+        announce(config, parallel, data, checkpoints, metrics, compression.resume_note)
         trainer = Trainer(
             config=config,
             task=task,
@@ -222,6 +226,7 @@ def announce(
     data: Data,
     checkpoints: Checkpoints,
     metrics: Metrics,
+    resume_note: str,
 ) -> None:
     """Says on rank 0 what starts, and from where."""
     metrics.write(
@@ -235,10 +240,11 @@ def announce(
     )
     if parallel.is_main:
         origin = f"from step {checkpoints.last_step}" if checkpoints.last_step else "afresh"
+        remark = f"; {resume_note}" if resume_note else ""
         print(
             f"run {config.run}, attempt {checkpoints.attempt}: {origin}, "
             f"{parallel.num_ranks} rank(s) on {parallel.device.type} ({parallel.shape}), "
             f"{data.num_samples} samples, {data.steps_per_epoch} steps an epoch, "
-            f"{config.num_epochs} epochs",
+            f"{config.num_epochs} epochs{remark}",
             flush=True,
         )

@@ -1,0 +1,1 @@
+"""Gradients that take fewer bytes on their way between ranks."""
