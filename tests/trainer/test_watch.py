@@ -109,6 +109,16 @@ def test_all_ranks_end_with_a_sentence_when_one_fails_hangs_or_dies(launch, clie
     nan_is_named(client, worlds["nan"], texts["nan"])
 
 
+@pytest.mark.slow
+def test_the_rank_that_keeps_the_meeting_point_may_die_too(launch):
+    ranks = launch(*KEYS, "min_step_seconds=0.02", num_ranks=3)
+    ranks.wait_step(21)
+    ranks.processes[0].kill()
+    assert ranks.statuses()[1:] == [3, 3], ranks.output()
+    for log in ranks.logs[1:]:
+        assert GOOD.search(log.read_text()), ranks.output()
+
+
 def nan_is_named(client, ranks, text):
     assert "LossNotFinite: the loss of step 22 is nan; nothing of it was applied" in text
     named = re.search(r"Its samples are the rows ([\d, ]+) of the dataset", text)
