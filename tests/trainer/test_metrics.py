@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from forebay_trainer.metrics.energy import Energy, Rapl, Stated, difference
-from forebay_trainer.metrics.flops import Peak, known, measured, of_dense
+from forebay_trainer.metrics.flops import Peak, counted, known, measured, of_dense
 from forebay_trainer.metrics.meter import Meter
 
 CPU = torch.device("cpu")
@@ -203,3 +203,12 @@ def test_peaks_are_of_the_gpu_that_is_there():
     found = measured(torch.float32)
     assert 1e8 < found.flops_per_second < 1e15
     assert "float32" in found.source
+
+
+def test_model_flops_can_be_counted_for_what_is_not_dense():
+    pictures = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 36, 10))
+    flops = counted(pictures, torch.empty(1, 1, 6, 6))
+    assert flops(5, 0) == 3 * 5 * 2 * (36 * 9 * 4 + 4 * 36 * 10)
+    words = counted(nn.LSTM(8, 16, batch_first=True), torch.empty(1, 7, 8))
+    assert words(2, 14) == 3 * 2 * 2 * 7 * 4 * 16 * (8 + 16)
+    assert pictures[0].weight.device.type == "cpu"

@@ -99,7 +99,7 @@ class Task:
     def flops(self) -> Flops:
         """Floating-point operations of forward and backward as a function of (samples, tokens),
         for the utilisation. Called once, before the modules are laid out on the mesh. The default
-        is right for dense layers alone; where weights are used more than once, override it."""
+        is right for dense layers alone; elsewhere override it, as by `metrics.flops.counted`."""
         return of_dense(self.modules)
 
     # How the model can be cut. Nothing of this is needed for one process, or for DDP.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 Flops = Callable[[int, int], float]
 """Floating-point operations of forward and backward over (samples, tokens)."""
@@ -42,6 +44,27 @@ def _multiplied(modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
             for weight in part.parameters(recurse=False)
         }.values()
     )
+
+
+def counted(module: nn.Module, *inputs: Tensor) -> Flops:
+    """Three times what the forward of one sample multiplies and adds, as torch counts it, without
+    computing anything: convolutions, LSTMs, attention and matrices. *inputs*: of one sample
+    (B = 1); only their shapes and types matter. Counted when it is first asked for."""
+    memo: dict[int, Any] = {}
+    for weight in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(weight, device="meta")
+        memo[id(weight)] = nn.Parameter(empty) if isinstance(weight, nn.Parameter) else empty
+    shape = copy.deepcopy(module, memo).eval()
+    each: list[int] = []
+
+    def flops(num_samples: int, num_tokens: int) -> float:
+        if not each:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                shape(*(value.to("meta") for value in inputs))
+            each.append(counter.get_total_flops())
+        return 3.0 * each[0] * num_samples
+
+    return flops
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,10 @@ def plot(folder: Path, run: str | None, out: Path | None, format_: str | None) -
         )
     found = history(read_lines(lines), run)
     out = lines.parent / "plot" if out is None else out
-    written = []
+    figure, written = draw(found), []
     for name in FORMATS if format_ is None else (format_,):
         path = out.with_suffix(f".{name}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure = draw(found)
         if name == "png":
             figure.savefig(path, dpi=110)
         else:
@@ -101,7 +100,7 @@ def draw(found: History) -> Any:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         if axis.get_lines():
-            axis.legend(loc="upper right")
+            axis.legend(loc="lower right" if axis is quality else "upper right")
         for start in found.starts[1:]:
             axis.axvline(start["step"], color="black", linestyle=":", linewidth=1)
     for axis in (times, waits):

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from forebay_trainer.config import setting
+from forebay_trainer.metrics.flops import Flops, counted
 from forebay_trainer.models.cnn import ConvNet
 from forebay_trainer.task import Batch, Task
 from forebay_wire.errors import InvalidRequest
@@ -74,6 +76,9 @@ class Classification(Task):
         images_BHW = (pixels.float() / scale - config.mean) / config.std
         labels_B = batch[config.label_column].long()
         return {**batch, "images": images_BHW, "labels": labels_B}
+
+    def flops(self) -> Flops:
+        return counted(self.modules["model"], torch.empty(1, *self._config.image_shape))
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         return (batch["images"],)
