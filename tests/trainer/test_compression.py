@@ -195,3 +195,75 @@ def test_a_resumed_run_goes_on_exactly_and_on_other_ranks_begins_anew(launch, na
     mesh = "HSDP 2 x FSDP2 2" if num_ranks == 4 else "DDP 2"
     method = name.rpartition(" ")[2]
     assert f"; what {method} on {mesh} had left out of gradients is dropped" in other.finish()
+
+
+def losses(launch, run, *keys, num_ranks=2):
+    ranks = launch(*KEYS, *keys, num_ranks=num_ranks, run=run)
+    ranks.finish()
+    return [found[0] for _, found in sorted(ranks.values("loss").items())], ranks
+
+
+TINY = ("max_steps=60", "optimizer.learning_rate=3e-3")
+FP16 = ("precision=fp16", "model.dropout=0")
+SHARDS = ("parallel.num_shards=2",)
+WAYS = {
+    "bf16": (compressed("bf16"), 2, 0.5),
+    "fp16": (compressed("fp16"), 2, 0.55),
+    "topk": (compressed("topk", share=0.1), 2, 0.25),
+    "powersgd": (compressed("powersgd", rank=1), 2, 0.6),
+    "fp16 topk": ((*compressed("topk", share=0.1), *FP16), 2, 0.25),
+    "FSDP2 bf16": ((*compressed("bf16"), *SHARDS), 2, 0.5),
+    "FSDP2 fp16": ((*compressed("fp16"), *SHARDS, *FP16), 2, 0.5),
+    "HSDP bf16": ((*compressed("bf16"), *SHARDS), 4, 0.5),
+    "HSDP topk": ((*compressed("topk", share=0.1), *SHARDS), 4, 0.65),
+    "HSDP powersgd": ((*compressed("powersgd", rank=1), *SHARDS), 4, 0.9),
+}
+
+
+@pytest.mark.slow
+def test_compressed_runs_end_near_the_plain_one_with_fewer_bytes(launch):
+    plain, _ = losses(launch, "plain", *TINY)
+    assert plain[-1] < 0.6 * plain[0]
+    for name, (keys, num_ranks, most) in WAYS.items():
+        found, ranks = losses(launch, name.replace(" ", "-"), *keys, *TINY, num_ranks=num_ranks)
+        assert sum(found[-10:]) <= 1.15 * sum(plain[-10:]), name
+        last = ranks.events()[-1]
+        assert last["event"] == "end"
+        assert last["wire_bytes"] <= most * last["wire_bytes_plain"], name
+
+
+@pytest.mark.slow
+def test_all_entries_sent_are_the_plain_mean_on_every_mesh(launch):
+    for number, (mesh, num_ranks) in enumerate([((), 3), (SHARDS, 4)]):
+        few = (*mesh, "max_steps=8")
+        plain, _ = losses(launch, f"plain-{number}", *few, num_ranks=num_ranks)
+        whole = compressed("topk", share=1)
+        found, _ = losses(launch, f"whole-{number}", *whole, *few, num_ranks=num_ranks)
+        assert found == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_may_begin_and_end_to_compress_at_any_start(launch):
+    steps = iter(range(3, 100, 3))
+
+    def go(*keys, num_ranks=2):
+        return losses(launch, "one", *keys, f"max_steps={next(steps)}", num_ranks=num_ranks)[1]
+
+    go()
+    assert "dropped" not in go(*compressed("topk")).output()
+    assert (
+        "; what topk on DDP 2 had left out of gradients is dropped"
+        in go(*compressed("powersgd")).output()
+    )
+    assert "; what powersgd on DDP 2 had" in go(*compressed("powersgd"), num_ranks=1).output()
+    assert "dropped" not in go(*compressed("powersgd")).output()
+    assert "; what powersgd on DDP 2 had" in go(*compressed("bf16")).output()
+    last = go()
+    assert "dropped" not in last.output()
+    assert sorted(last.values("loss")) == list(range(1, 22))
+
+
+def test_fsdp_adds_up_no_fp16_gradients_of_a_loss_that_is_not_scaled(launch):
+    ranks = launch(*compressed("fp16"), *SHARDS, num_ranks=2)
+    assert all(ranks.statuses()), ranks.output()
+    assert "set precision=fp16, or use method=bf16" in ranks.output()

@@ -58,6 +58,12 @@ class CheckpointConfig:
         return Checkpoints(self, client, checkpointer, note, own_names)
 
 
+def kept_by(note: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The mesh of a generation, and how its gradients were compressed."""
+    parallel = note.get("config", {}).get("parallel", {})
+    return note.get("mesh"), parallel.get("compression", {}).get("method")
+
+
 def advised_seconds(mtbf_seconds: float, cost_seconds: float) -> float:
     """The time between two saves that loses the least, if the run fails every *mtbf_seconds* and
     a save holds it up for *cost_seconds*."""
@@ -115,16 +121,20 @@ class Checkpoints:
         return resumed
 
     def _choice(self, selector: str) -> dict[str, Any]:
-        """What is restored, where a pipeline restores or saved: a stage has weights of its own, so
-        the optimizers' groups of parameters are those of one stage, and stay as they are here."""
+        """What is restored. A pipeline's stage has weights of its own, so the optimizers' groups of
+        parameters are those of one stage, and stay as they are here. What compression keeps is of
+        use to the same method on the same mesh only, and as large as all gradients of all ranks.
+        """
         if self._own_names is not None:
             return {"only": self._own_names}
         try:
             note = self._client.run(self._checkpointer.run).get(selector).note
         except NotFound:
             return {}
-        saved = note.get("config", {}).get("parallel", {}).get("num_stages", 1)
-        return {"ignore": ["*optimizer.param_groups"]} if saved > 1 else {}
+        ignore = [] if kept_by(note) == kept_by(self._note) else ["compression.kept"]
+        if note.get("config", {}).get("parallel", {}).get("num_stages", 1) > 1:
+            ignore.append("*optimizer.param_groups")
+        return {"ignore": ignore} if ignore else {}
 
     def is_due(self, step: int) -> bool:
         return self._config.every_steps > 0 and step % self._config.every_steps == 0

@@ -73,7 +73,8 @@ class Compression:
         return {"wire_bytes": sent, "wire_bytes_plain": plain}
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"method": self._config.method, "mesh": self._mesh}
+        keeps = self._averaging is not None
+        state: dict[str, Any] = {"method": self._config.method, "mesh": self._mesh, "keeps": keeps}
         if self._averaging is not None:
             state["rounds"] = torch.tensor(list(self._averaging.rounds.values()))
             state["kept"] = {
@@ -84,27 +85,32 @@ class Compression:
         return state
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        method, mesh, kept = saved["method"], saved["mesh"], dict(leaves(saved.get("kept", {})))
+        method, mesh = saved["method"], saved["mesh"]
         self.resume_note = ""
-        dropped = f"what {method} on {mesh} had left out of gradients is dropped"
-        if self._averaging is None or method != self._config.method:
-            self.resume_note = dropped if kept else ""
-            return
-        rounds = self._averaging.rounds
-        if len(saved.get("rounds", ())) == len(rounds):
-            rounds.update(zip(rounds, saved["rounds"].tolist(), strict=True))
-        own = dict(leaves(self.state_dict()["kept"]))
-        fits = {n: v.shape for n, v in kept.items()} == {n: v.shape for n, v in own.items()}
-        if mesh != self._mesh or not fits:
-            self.resume_note = dropped if kept else ""
-            return
+        if self._averaging is not None and method == self._config.method:
+            rounds = self._averaging.rounds
+            if saved["keeps"] and len(saved["rounds"]) == len(rounds):
+                rounds.update(zip(rounds, saved["rounds"].tolist(), strict=True))
+            own, kept = dict(leaves(self.state_dict()["kept"])), dict(leaves(saved.get("kept", {})))
+            fits = {n: v.shape for n, v in own.items()} == {n: v.shape for n, v in kept.items()}
+            if mesh == self._mesh and fits:
+                self._take(own, kept)
+                return
+        if saved["keeps"]:
+            self.resume_note = f"what {method} on {mesh} had left out of gradients is dropped"
+
+    def _take(self, own: Mapping[Leaf, Tensor], kept: Mapping[Leaf, Tensor]) -> None:
         for name, rows in kept.items():
             row, mine = from_rows(rows, self._parallel.ranks), own[name]
             assert row is not None  # the mesh is the same
             (mine.to_local() if isinstance(mine, DTensor) else mine)[0].copy_(row)
 
 
-def leaves(tree: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[tuple[str, str], Tensor]]:
+Leaf = tuple[str, str]
+"""A parameter, and what is kept of it."""
+
+
+def leaves(tree: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[Leaf, Tensor]]:
     for name, kept in tree.items():
         for key, value in kept.items():
             yield (name, key), value

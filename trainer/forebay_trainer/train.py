@@ -75,7 +75,7 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
         checkpoints = config.checkpoint.build(
             client,
             config.run,
-            note={"config": configuration.as_dict(config)},
+            note={"config": configuration.as_dict(config), "mesh": str(parallel.shape)},
             own_names=None if placement.pipeline is None else own_names(placement),
             **state_of(placement, optimization),
             progress=progress,
