@@ -100,6 +100,12 @@ def replace_dropout(module: nn.Module, draws: Draws, first_number: int = 0) -> i
     return number
 
 
+def drops(module: nn.Module) -> bool:
+    """Whether any `SampleDropout` in it drops anything."""
+    layers = (each for each in module.modules() if isinstance(each, SampleDropout))
+    return any(each.p > 0 for each in layers)
+
+
 def _draws_by_itself(layer: nn.Module) -> bool:
     if isinstance(layer, nn.modules.dropout._DropoutNd):
         return layer.p > 0
