@@ -12,7 +12,7 @@ from forebay_trainer import config as configuration
 from forebay_trainer.averaging import Average, NoAverage
 from forebay_trainer.checkpoint import Checkpoints
 from forebay_trainer.data import Data, connect
-from forebay_trainer.dropout import Draws, replace_dropout
+from forebay_trainer.dropout import Draws, drops, replace_dropout
 from forebay_trainer.evaluation import Evaluation, Progress
 from forebay_trainer.loop import Reason, Trainer
 from forebay_trainer.memory import keep_freed_memory
@@ -129,7 +129,7 @@ def build_task(recipe: Recipe, parallel: Parallel, draws: Draws) -> Task:
     number = 0
     for module in task.modules.values():
         number = replace_dropout(module, draws, number)
-    if number and parallel.shape.stages > 1:
+    if parallel.shape.stages > 1 and any(drops(module) for module in task.modules.values()):
         raise InvalidRequest(
             "deterministic: the stages of a pipeline do not know whose samples they see, for "
             "dropout by sample: set dropout to 0, or parallel.num_stages=1"
