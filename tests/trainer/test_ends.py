@@ -2,14 +2,18 @@
 
 import signal
 
+import numpy as np
 import pytest
+
+from forebay_trainer import records
+from forebay_trainer.demo.proof import prove
 
 pytestmark = pytest.mark.timeout(200)
 
 
 def test_a_rank_that_is_told_to_end_takes_all_along_and_the_others_say_so(launch, client):
-    keys = ("checkpoint.every_steps=0", "min_step_seconds=0.02", "deterministic=true")
-    ranks = launch(*keys, num_ranks=2)
+    keys = ("checkpoint.every_steps=0", "deterministic=true")
+    ranks = launch(*keys, "min_step_seconds=0.02", num_ranks=2)
     ranks.wait_step(5)
     ranks.processes[1].send_signal(signal.SIGTERM)
     assert ranks.statuses() == [4, 0], ranks.output()
@@ -17,10 +21,25 @@ def test_a_rank_that_is_told_to_end_takes_all_along_and_the_others_say_so(launch
     assert end["reason"] == "terminated"
     run = ranks.output().split("run ", 1)[1].split(",", 1)[0]
     (saved,) = client.run(run).generations()
-    assert saved.id.step == end["step"]
+    assert saved.id.step == end["step"]  # nothing was lost
     assert saved.note["config"]["model"]["width"] == 8
-    again = launch(*keys, f"max_steps={end['step'] + 2}", num_ranks=1)
+
+    num_epochs = end["step"] // 7 + 1
+    again = launch(*keys, f"num_epochs={num_epochs}")
     assert f"from step {end['step']}" in again.finish()
+    train = client.dataset("numbers", split="train")
+    rows = train.rows_at(np.arange(len(train))).tolist()
+    proof = prove(records.read_folder(again.folder / "records"), rows, num_epochs)
+    assert proof.holds, proof.sentence()
+    assert proof.rolled_back == ()
+
+    # A start after the end finds nothing to do, and saves nothing again.
+    third = launch(*keys, f"num_epochs={num_epochs}")
+    assert f"from step {7 * num_epochs}" in third.finish()
+    assert [each.id.step for each in client.run(run).generations()] == [
+        7 * num_epochs,
+        end["step"],
+    ]
 
 
 @pytest.mark.slow

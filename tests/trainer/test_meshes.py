@@ -2,7 +2,7 @@
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 KEYS = ("model.dropout=0", "evaluation.at_start=true", "evaluation.every_steps=4")
 KEYS += ("optimizer.schedule=constant", "average.decay=0.9", "checkpoint.every_steps=0")
@@ -44,16 +44,10 @@ def check(launch, names, *more):
         assert after == pytest.approx(before, rel=1e-5)
 
 
-@pytest.mark.slow
 def test_products_of_meshes(launch):
     check(launch, [name for name in MESHES if "pipeline" not in name])
 
 
-def test_a_pipeline_takes_over_and_hands_over(launch):
-    check(launch, ["DDP 2", "pipeline 2", "alone"])
-
-
-@pytest.mark.slow
 def test_products_with_pipelines(launch):
     names = [name for name in MESHES if "pipeline" in name]
     check(launch, ["FSDP2 4", *names, "alone"], "data.micro_batch_size=4")

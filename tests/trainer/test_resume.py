@@ -73,6 +73,7 @@ HOPS = [
     ("DDP 2", 2, ()),
     ("FSDP2 2", 2, ("parallel.num_shards=2",)),
     ("TP 2", 2, ("parallel.num_tensor=2",)),
+    ("pipeline 2", 2, ("parallel.num_stages=2", "parallel.num_microbatches=2")),
     ("alone", 1, ()),
 ]
 
@@ -80,6 +81,7 @@ HOPS = [
 def test_a_run_goes_from_mesh_to_mesh(launch):
     keys = ("deterministic=true", "evaluation.at_start=true", "evaluation.every_steps=5")
     keys += ("optimizer.schedule=constant",)  # the others depend on the last step
+    keys += ("model.dropout=0",)  # a pipeline does not know whose samples it drops
     whole = launch(*keys, f"max_steps={5 * len(HOPS)}", run="whole")
     whole.finish()
     for number, (name, num_ranks, mesh) in enumerate(HOPS):
@@ -87,8 +89,8 @@ def test_a_run_goes_from_mesh_to_mesh(launch):
         hop = launch(*keys, *mesh, steps, num_ranks=num_ranks, run="hops")
         assert f"({name})" in hop.finish()
     evaluations = hop.values("test_loss", "evaluation")
-    assert sorted(evaluations) == [0, 5, 10, 15, 20]
-    for step in (5, 10, 15):  # at the end on one mesh, and at the start on the next one
+    assert sorted(evaluations) == [0, 5, 10, 15, 20, 25]
+    for step in (5, 10, 15, 20):  # at the end on one mesh, and at the start on the next one
         before, after = evaluations[step]
         assert after == pytest.approx(before, rel=1e-5)
     expected = {step: found[0] for step, found in whole.values("loss").items()}
