@@ -129,13 +129,16 @@ class Task:
         """With `own_step`: computes gradients and updates (`Trainer.backward`, `Trainer.update`).
 
         *total* is the sum of `weights` over all parts of all ranks. Returns this rank's share of
-        the values to log, ``loss`` among them: they are added up over the ranks.
+        the values to log, ``loss`` among them: they are added up over the ranks. Where the run may
+        be deterministic, ``trainer.draws.at(trainer.step, part["id"])`` before a forward that drops
+        out; `forward`, `losses` and `evaluate` are called for evaluations as ever.
         """
         raise NotImplementedError
 
     def before_epoch(self, epoch: int, data: Data) -> None:
-        """Called on all ranks before an epoch: the place to append to the dataset
-        (``data.follow=latest``)."""
+        """Called on all ranks before an epoch: the place to append to the dataset (with
+        ``data.follow``, by one rank). Once more for an epoch that an attempt goes on in: that epoch
+        stays on the version that it began with."""
 
 
 def layers_of_stage(num_layers: int, stage: int, num_stages: int) -> range:
