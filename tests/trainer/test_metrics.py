@@ -1,6 +1,7 @@
 """What a run measures of itself."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from forebay_trainer.metrics.energy import Energy, Rapl, Stated, difference
+from forebay_trainer.metrics.energy import Energy, Nvml, Rapl, Stated, difference
 from forebay_trainer.metrics.flops import Peak, counted, known, measured, of_dense
 from forebay_trainer.metrics.meter import Meter
 
@@ -56,8 +57,9 @@ class Clock:
         return self.now
 
 
-def a_meter(energy, *, flops=lambda samples, tokens: 6.0 * tokens, peak=None):
-    return Meter(flops=flops, peak=peak, energy=energy, device=CPU, num_ranks=2)
+def a_meter(energy, **more):
+    common = {"flops": lambda samples, tokens: 6.0 * tokens, "peak": None, "clock": Clock()}
+    return Meter(energy=energy, device=CPU, num_ranks=2, **{**common, **more})
 
 
 def step_event(step, **values):
@@ -85,12 +87,17 @@ def test_without_a_peak_no_utilisation_is_claimed():
 
 
 def test_energy_adds_up_over_checkpoint_epoch_and_attempt():
-    meter = a_meter(Energy([], "rapl"))
+    clock = Clock()
+    meter = a_meter(Energy([], "rapl"), clock=clock)
     metered(meter, step_event(1, energy_joules=10.0))
+    clock.now = 5.0
+    meter.joules()
+    clock.now = 5.25  # the energy is of this time, not of the step's
+    meter.joules()
     metered(meter, step_event(2, energy_joules=20.0))
     save = metered(meter, {"event": "save", "step": 3, "stall_seconds": 0.1})
     assert save["energy_joules"] == 30
-    assert save["stall_energy_joules"] == pytest.approx(20 / 0.5 * 0.1)
+    assert save["stall_energy_joules"] == pytest.approx(20 / 0.25 * 0.1)
     metered(meter, step_event(3, energy_joules=40.0, loss=8.0))
     epoch = metered(meter, {"event": "epoch", "step": 3, "epoch": 0})
     assert (epoch["energy_joules"], epoch["energy_source"]) == (70, "rapl")
@@ -212,3 +219,23 @@ def test_model_flops_can_be_counted_for_what_is_not_dense():
     words = counted(nn.LSTM(8, 16, batch_first=True), torch.empty(1, 7, 8))
     assert words(2, 14) == 3 * 2 * 2 * 7 * 4 * 16 * (8 + 16)
     assert pictures[0].weight.device.type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_without_nvidias_driver_or_package_a_gpu_counts_for_nothing(
+    tmp_path, monkeypatch, is_installed
+):
+    if not is_installed:
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    gpu = torch.device("cuda")
+    assert Energy.open(gpu, None, powercap=tmp_path).source is None
+    assert Energy.open(gpu, 300.0, powercap=tmp_path).source == "stated: 300 W a machine"
+
+
+def test_what_was_stated_wins_over_the_processors_of_a_machine_with_gpus(powercap):
+    gpu = torch.device("cuda")
+    if Nvml.open(gpu) is not None:
+        pytest.skip("this GPU has a counter")
+    assert Energy.open(gpu, 300.0, powercap=powercap).source == "stated: 300 W a machine"
+    assert Energy.open(gpu, None, powercap=powercap).source == "rapl"

@@ -13,6 +13,9 @@ from forebay_trainer.metrics import Event, MetricsConfig
 Print = Callable[[str, str], None]
 """Prints a line of an event."""
 
+SHORTEST_STALL: Final = 1e-3
+"""In seconds; each step asks the checkpointer whether it may go on, which takes microseconds."""
+
 STYLES: Final = {"start": "bold", "evaluation": "green", "epoch": "bold", "save": "dim"}
 """Of whole lines, on a terminal."""
 
@@ -107,9 +110,9 @@ def step_line(event: Event) -> str:
     if "tokens_per_second" in event:
         parts.append(f"{amount(event['tokens_per_second'])} tokens/s")
     if "flops_utilisation" in event:
-        parts.append(f"MFU {event['flops_utilisation']:.1%}")
+        parts.append(f"MFU {event['flops_utilisation'] * 100:.3g}%")
     parts.append(f"wait {duration(event['data_wait_seconds'])}")
-    if event["stall_seconds"]:
+    if event["stall_seconds"] >= SHORTEST_STALL:
         parts.append(f"stall {duration(event['stall_seconds'])}")
     if "gpu_peak_bytes" in event:
         parts.append(f"GPU {event['gpu_peak_bytes'] / 2**30:.2f} GiB")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +34,7 @@ class Meter:
         energy: Energy,
         device: torch.device,
         num_ranks: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._flops = flops
         self._peak = peak
@@ -43,10 +46,15 @@ class Meter:
             "epoch": defaultdict(float),
             "end": defaultdict(float),
         }
+        self._clock = clock
+        self._asked = clock()
+        self._interval = math.nan
         self._watts = math.nan
 
     def joules(self) -> float:
         """That this rank answers for, since the last call; NaN if nobody knows."""
+        now = self._clock()
+        self._interval, self._asked = now - self._asked, now
         return self._energy.joules()
 
     def add(self, event: dict[str, Any]) -> None:
@@ -77,7 +85,7 @@ class Meter:
 
     def _add_rates(self, event: dict[str, Any]) -> None:
         seconds = event["step_seconds"]
-        self._watts = event.get("energy_joules", math.nan) / seconds
+        self._watts = event.get("energy_joules", math.nan) / self._interval
         for sums in self._sums.values():
             for name in (*SUMMED, "energy_joules"):
                 sums[name] += event.get(name, 0)
