@@ -205,7 +205,7 @@ def test_peaks_are_of_the_gpu_that_is_there():
     assert known("NVIDIA A100-SXM4-80GB", "fp32").flops_per_second == 19.5e12
     assert known("NVIDIA L4", "bf16").flops_per_second == 121e12
     assert known("Tesla T4", "bf16") is None
-    assert known("NVIDIA H200 MIG 1g.18gb", "bf16") is None
+    assert known("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16") is None
     assert known("NVIDIA GeForce RTX 4090", "bf16") is None
     found = measured(torch.float32)
     assert 1e8 < found.flops_per_second < 1e15
