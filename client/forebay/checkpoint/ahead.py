@@ -14,15 +14,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from forebay.checkpoint.components import Component, ModuleComponent, OptimizerComponent
-from forebay.checkpoint.lease import Prepared
+from forebay.checkpoint.lease import Prepared, slot_size
 from forebay.checkpoint.service import CheckpointService
 from forebay_wire.errors import ForebayError
-from forebay_wire.limits import MAX_UPLOAD_SLOT_BYTES, MIB
+from forebay_wire.limits import MAX_UPLOAD_SLOT_BYTES
 
 _log = logging.getLogger(__name__)
 
-SLACK_BYTES: Final = 1 * MIB
-"""More than the pack before: positions and random states are not always equally long."""
+GIVE_UP_SECONDS: Final = 5.0
 
 
 class Ahead:
@@ -32,24 +31,30 @@ class Ahead:
         self._service = service
         self._rank = rank
         self._lock = threading.Lock()
+        self._attempt = 0
+        """In which one was asked for that may be there still."""
         self._asking: threading.Thread | None = None
         self._mapping: threading.Thread | None = None
         self._ready: Prepared | None = None
         self._is_closed = False
 
     def prepare(self, attempt: int, num_bytes: int) -> None:
-        """Ask for a slot of *num_bytes* and some more in the background, unless there is one.
+        """Ask in the background for a slot that a pack of *num_bytes* fits, unless there is one.
 
         Whether it comes, and what stands in the way, nobody is told: the save asks again.
         """
-        if not 0 < num_bytes <= MAX_UPLOAD_SLOT_BYTES - SLACK_BYTES:
+        if not 0 < slot_size(num_bytes) <= MAX_UPLOAD_SLOT_BYTES:
             return
         with self._lock:
+            if self._ready is not None and self._ready.is_lost:
+                self._ready.let_go()
+                self._ready = None
             if self._is_closed or self._ready is not None or self._asking is not None:
                 return
+            self._attempt = attempt
             self._asking = threading.Thread(
                 target=self._ask,
-                args=(attempt, num_bytes + SLACK_BYTES),
+                args=(attempt, slot_size(num_bytes)),
                 name="forebay-ahead",
                 daemon=True,
             )
@@ -73,19 +78,29 @@ class Ahead:
             if self._ready is None and not self._is_closed:
                 self._ready = prepared
                 return
-        prepared.abort()
+        prepared.let_go()
 
     def drop(self) -> None:
         """Give back what there is."""
         prepared = self.take()
+        with self._lock:
+            attempt, self._attempt = self._attempt, 0
         if prepared is not None:
-            prepared.abort()
+            prepared.let_go()
+        if attempt:
+            self._give_up(attempt)
 
     def close(self) -> None:
         """:meth:`drop`; nothing is asked for any more. Idempotent."""
         with self._lock:
             self._is_closed = True
         self.drop()
+
+    def _give_up(self, attempt: int) -> None:
+        try:
+            self._service.prepare_pack(attempt, self._rank, 0, GIVE_UP_SECONDS)
+        except ForebayError as error:  # its lease ends it
+            _log.debug("a slot asked for ahead is not given back: %s", error)
 
     def _ask(self, attempt: int, num_bytes: int) -> None:
         """In a thread of its own."""
@@ -95,15 +110,15 @@ class Ahead:
             if not answer.session:
                 return
             with self._lock:
-                if self._asking is not me:  # a save began meanwhile, and was given the session
-                    return
-                self._mapping = me
-            prepared = Prepared(self._service, answer)
-            with self._lock:
-                if not self._is_closed:
+                is_late = self._is_closed or self._attempt != attempt
+                if self._asking is me:
+                    self._mapping = me
+            if is_late:
+                self._give_up(attempt)
+            elif self._mapping is me:  # else a save began meanwhile, and was given the session
+                prepared = Prepared(self._service, answer)
+                with self._lock:
                     self._ready = prepared
-                    return
-            prepared.abort()
         except ForebayError as error:
             _log.debug("no slot ahead: %s", error)
         finally:

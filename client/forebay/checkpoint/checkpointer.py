@@ -23,7 +23,7 @@ import torch.distributed as dist
 from forebay.checkpoint.advise import Advice, advise
 from forebay.checkpoint.ahead import Ahead, estimate
 from forebay.checkpoint.choice import Choice, Patterns
-from forebay.checkpoint.components import components
+from forebay.checkpoint.components import OptimizerComponent, components
 from forebay.checkpoint.group import Ranks
 from forebay.checkpoint.handle import Keeper, Saved, SkippedSave
 from forebay.checkpoint.lazy import Opened, named, open_generation
@@ -260,7 +260,10 @@ class Checkpointer:
         return self._ahead_
 
     def _prepare_first(self, ranks: Ranks) -> None:
-        """Have memory ready for the first save, as large as that is likely to be."""
+        """Have memory ready for the first save, as large as that is likely to be; without an
+        optimizer nobody trains here, most likely."""
+        if not any(isinstance(one, OptimizerComponent) for one in self._components):
+            return
         self._ahead(ranks).prepare(self._attempt, estimate(self._components, ranks.size))
 
     def _prepare_next(self, saved: Saved, upload: PackUpload) -> None:
@@ -428,6 +431,9 @@ class Checkpointer:
             if durability == "ram":
                 outcome += ": it becomes local without this process"
         except ForebayError as error:
+            if saved.seen != "ram":  # it cannot be asked any more
+                _say(f"generation {saved.generation} was {saved.seen} when it was last asked")
+                return
             _say(f"generation {saved.generation} FAILED: {error}")
             raise
         if self._ranks_ is not None and self._ranks_.rank == 0:

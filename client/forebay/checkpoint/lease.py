@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import threading
+from typing import Final
 
 from forebay.checkpoint.service import CheckpointService
 from forebay.transfer import UploadSlot
 from forebay_wire.errors import DaemonUnavailable, DeadlineExceeded, ForebayError
+from forebay_wire.limits import KIB
 from forebay_wire.v1 import checkpoints_pb2
+
+SLOT_STEP: Final = 256 * KIB
+"""Positions and random states are not always equally long; a slot that is a little too small for
+the next pack would be of no use to it."""
+
+
+def slot_size(num_bytes: int) -> int:
+    """Of memory asked for to hold *num_bytes*, for packs of about one size the same."""
+    return -(-num_bytes // SLOT_STEP) * SLOT_STEP
 
 
 class Lease:
@@ -18,6 +29,8 @@ class Lease:
         self._session = session
         self._seconds = seconds
         self._stop = threading.Event()
+        self.is_lost = False
+        """Whether the daemon has ended the session."""
 
     @classmethod
     def hold(cls, service: CheckpointService, session: checkpoints_pb2.PackSession) -> Lease:
@@ -36,6 +49,7 @@ class Lease:
             except (DaemonUnavailable, DeadlineExceeded):
                 continue  # the next round tries again, and the seal says what is wrong
             except ForebayError:
+                self.is_lost = True
                 return
 
 
@@ -46,12 +60,16 @@ class Prepared:
     """
 
     def __init__(self, service: CheckpointService, session: checkpoints_pb2.PackSession) -> None:
-        self._service = service
         self.session = session
         self.slot: UploadSlot = service.slot(session)
         self._lease = Lease.hold(service, session)
         self.is_over = False
         """Whether it was used, or let go of."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the daemon has ended it: somebody needed what it held, or it restarted."""
+        return self._lease.is_lost
 
     def use(self) -> tuple[UploadSlot, Lease]:
         self.is_over = True
@@ -63,9 +81,3 @@ class Prepared:
             self.is_over = True
             self._lease.end()
             self.slot.close()
-
-    def abort(self) -> None:
-        """End the session; the daemon keeps the slot warm for the rank's next one. Idempotent."""
-        if not self.is_over:
-            self.let_go()
-            self._service.abort(self.session.session)

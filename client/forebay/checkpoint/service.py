@@ -151,12 +151,17 @@ class CheckpointService:
         )
         return self._client.channel.call(Checkpoints.BeginPack, request, timeout=timeout)
 
-    def prepare_pack(self, attempt: int, rank: int, num_bytes: int) -> checkpoints_pb2.PackSession:
-        """A session for the rank's next pack, whatever that holds; without one: not now."""
+    def prepare_pack(
+        self, attempt: int, rank: int, num_bytes: int, timeout: float = RPC_SECONDS
+    ) -> checkpoints_pb2.PackSession:
+        """A session for the rank's next pack, whatever that holds; without one: not now.
+
+        With no bytes the one that there is ends, unless a pack has it.
+        """
         request = checkpoints_pb2.PreparePackRequest(
             run=self.run, attempt=attempt, rank=rank, total_bytes=num_bytes, slot_bytes=num_bytes
         )
-        return self._client.channel.call(Checkpoints.PreparePack, request, timeout=RPC_SECONDS)
+        return self._client.channel.call(Checkpoints.PreparePack, request, timeout=timeout)
 
     def slot(self, session: checkpoints_pb2.PackSession) -> UploadSlot:
         return self.transfer.upload_slot(

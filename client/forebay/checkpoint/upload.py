@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from forebay.checkpoint.layout import Piece, pieces
-from forebay.checkpoint.lease import Lease, Prepared
+from forebay.checkpoint.lease import Lease, Prepared, slot_size
 from forebay.checkpoint.samples import check_staged
 from forebay.checkpoint.service import CheckpointService, PackTerms, PlanAsk
 from forebay.checkpoint.snapshot import Pack, Source
@@ -62,7 +62,7 @@ class PackUpload:
         self._sequence = 0
         self._copied: _Copied | None = None
         self.was_ahead = False
-        """Whether the daemon gave it a session that had been asked for before."""
+        """Whether the daemon gave it a session that had been asked for ahead."""
         self._slot_bytes = 0
         self._is_laid_down = False
         """Whether the sources are in the slot already."""
@@ -241,7 +241,10 @@ class PackUpload:
         try:
             end = copied.num_bytes + copied.description_bytes
             self._begun(
-                self._service.begin_pack(self.terms, self.num_bytes, end, deadline.remaining), None
+                self._service.begin_pack(
+                    self.terms, self.num_bytes, slot_size(end), deadline.remaining
+                ),
+                None,
             )
             assert self._session is not None
             slot: UploadSlot | None = self._slot
@@ -293,7 +296,7 @@ class PackUpload:
 
         def call() -> checkpoints_pb2.PackSession:
             return self._service.begin_pack(
-                self.terms, self.num_bytes, end, deadline.remaining, ask
+                self.terms, self.num_bytes, slot_size(end), deadline.remaining, ask
             )
 
         if prepared is None or not copies or prepared.session.slot_bytes < end:
@@ -318,9 +321,9 @@ class PackUpload:
         if not answer.session:
             return str(answer.verdict)
         self._session = answer
+        self.was_ahead = answer.was_prepared
         if prepared is not None and prepared.session.session == answer.session:
             self._slot, self._lease = prepared.use()
-            self.was_ahead = True
             return REUSE
         if prepared is not None:
             prepared.let_go()

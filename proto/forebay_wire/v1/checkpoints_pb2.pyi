@@ -75,7 +75,7 @@ class BeginPackRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., num_ranks: _Optional[int] = ..., total_bytes: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., save_number: _Optional[int] = ..., structure: _Optional[str] = ..., plan: _Optional[int] = ..., may_skip: _Optional[bool] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
 
 class PackSession(_message.Message):
-    __slots__ = ("session", "slot_bytes", "lease_seconds", "put_ticket", "incarnation", "verdict", "plan", "reason")
+    __slots__ = ("session", "slot_bytes", "lease_seconds", "put_ticket", "incarnation", "verdict", "plan", "reason", "was_prepared")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,7 @@ class PackSession(_message.Message):
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    WAS_PREPARED_FIELD_NUMBER: _ClassVar[int]
     session: str
     slot_bytes: int
     lease_seconds: float
@@ -92,7 +93,8 @@ class PackSession(_message.Message):
     verdict: str
     plan: int
     reason: str
-    def __init__(self, session: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., put_ticket: _Optional[str] = ..., incarnation: _Optional[str] = ..., verdict: _Optional[str] = ..., plan: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    was_prepared: bool
+    def __init__(self, session: _Optional[str] = ..., slot_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., put_ticket: _Optional[str] = ..., incarnation: _Optional[str] = ..., verdict: _Optional[str] = ..., plan: _Optional[int] = ..., reason: _Optional[str] = ..., was_prepared: _Optional[bool] = ...) -> None: ...
 
 class PreparePackRequest(_message.Message):
     __slots__ = ("run", "attempt", "rank", "total_bytes", "slot_bytes")

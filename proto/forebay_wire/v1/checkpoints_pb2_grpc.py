@@ -266,7 +266,8 @@ class CheckpointsServicer:
         """Grants a slot for the rank's next pack before that is planned, so that its
         memory is there when it is; without a session where that cannot be now. The
         next BeginPack of the rank answers with the same session if the pack fits it.
-        It lives by Renew. One at a time: further calls answer the same.
+        It lives by Renew. One at a time: further calls answer the same. Without
+        bytes: the session is not wanted any more, and ends if it is for no pack yet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

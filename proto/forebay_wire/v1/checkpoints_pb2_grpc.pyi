@@ -106,7 +106,8 @@ class CheckpointsStub:
     """Grants a slot for the rank's next pack before that is planned, so that its
     memory is there when it is; without a session where that cannot be now. The
     next BeginPack of the rank answers with the same session if the pack fits it.
-    It lives by Renew. One at a time: further calls answer the same.
+    It lives by Renew. One at a time: further calls answer the same. Without
+    bytes: the session is not wanted any more, and ends if it is for no pack yet.
     """
 
 @_typing.type_check_only
@@ -187,7 +188,8 @@ class CheckpointsAsyncStub(CheckpointsStub):
     """Grants a slot for the rank's next pack before that is planned, so that its
     memory is there when it is; without a session where that cannot be now. The
     next BeginPack of the rank answers with the same session if the pack fits it.
-    It lives by Renew. One at a time: further calls answer the same.
+    It lives by Renew. One at a time: further calls answer the same. Without
+    bytes: the session is not wanted any more, and ends if it is for no pack yet.
     """
 
 class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
@@ -367,7 +369,8 @@ class CheckpointsServicer(metaclass=_abc_1.ABCMeta):
         """Grants a slot for the rank's next pack before that is planned, so that its
         memory is there when it is; without a session where that cannot be now. The
         next BeginPack of the rank answers with the same session if the pack fits it.
-        It lives by Renew. One at a time: further calls answer the same.
+        It lives by Renew. One at a time: further calls answer the same. Without
+        bytes: the session is not wanted any more, and ends if it is for no pack yet.
         """
 
 def add_CheckpointsServicer_to_server(servicer: CheckpointsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

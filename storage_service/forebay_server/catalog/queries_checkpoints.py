@@ -34,6 +34,7 @@ from forebay_server.catalog.queries_runs import (
     fork_of,
     parent_of,
 )
+from forebay_server.catalog.queries_settings import last_deleted_attempt, remember_attempt
 from forebay_server.catalog.queries_steps import check_new_step, note_committed
 from forebay_server.catalog.queries_trash import tombstone_of, trash_generations
 from forebay_server.catalog.tables import (
@@ -113,7 +114,8 @@ def open_attempt(
     stands_on = parent if fork is None else Point(fork.attempt, fork.step)
     if connection.scalar(select(runs.c.run).where(runs.c.run == run)) is None:
         connection.execute(insert(runs).values(run=run))
-    number = (newest_attempt(connection, run) or 0) + 1
+    # Also after the run was deleted: a name means the same for ever, and old clients stay fenced.
+    number = max(newest_attempt(connection, run) or 0, last_deleted_attempt(connection, run)) + 1
     aborted, sessions = _abort(
         connection,
         Event.FENCED,
@@ -581,6 +583,7 @@ def delete_run(
         trash_generations(connection, f"run {run}", doomed, grace_seconds)
     forgotten = delete_generations(connection, doomed)
     queue_notes(connection, run)
+    remember_attempt(connection, run, newest_attempt(connection, run) or 0)
     connection.execute(delete(attempts).where(attempts.c.run == run))
     connection.execute(delete(runs).where(runs.c.run == run))
     return forgotten

@@ -12,6 +12,8 @@ from forebay_wire.ids import new_random_name
 
 OWN_NAME: Final = "catalog"
 LAST_MOMENT: Final = "last_moment_ns"
+LAST_ATTEMPT: Final = "last_attempt/"
+"""And the name of a run that was deleted."""
 
 
 def get_setting(connection: Connection, key: str) -> str | None:
@@ -47,6 +49,17 @@ def next_moment(connection: Connection) -> int:
 def pass_moment(connection: Connection, moment: int) -> None:
     """Give out only moments after *moment* from here on."""
     put_setting(connection, LAST_MOMENT, str(max(moment, _last_moment(connection))))
+
+
+def remember_attempt(connection: Connection, run: str, attempt: int) -> None:
+    """*run* is deleted, and *attempt* was its newest."""
+    last = max(attempt, last_deleted_attempt(connection, run))
+    put_setting(connection, LAST_ATTEMPT + run, str(last))
+
+
+def last_deleted_attempt(connection: Connection, run: str) -> int:
+    """The newest attempt of *run* that was ever deleted with it; 0 if none was."""
+    return int(get_setting(connection, LAST_ATTEMPT + run) or 0)
 
 
 def _last_moment(connection: Connection) -> int:

@@ -24,14 +24,15 @@ class _Begun:
 class Ahead:
     """At most one upload session of each owner that is for no pack yet. Belongs to the event loop.
 
-    Such a session holds a slot and room like any other, lives by its client's renewals, and becomes
-    that of the owner's next pack if that fits it.
+    Such a session holds a slot and room, lives by its client's renewals, and becomes that of the
+    owner's next pack if that fits it. It ends when somebody needs what it holds.
     """
 
     def __init__(self, uploads: Uploads) -> None:
         self._uploads = uploads
         self._begun: dict[str, _Begun] = {}
         uploads.listen(self._ended)
+        uploads.slots.make_room_by(self.free_one)
 
     def has(self, owner: str) -> bool:
         """Whether *owner* (:func:`~forebay_server.publish.session.slot_owner`) has one."""
@@ -48,12 +49,10 @@ class Ahead:
             work = self._uploads.begin(
                 uid, owner, total_bytes, slot_bytes, new_bytes=new_bytes, is_ahead=True
             )
-            begun = self._begun[name] = _Begun(asyncio.create_task(work), total_bytes)
-        try:
-            return await asyncio.shield(begun.grant)
-        except ForebayError:
-            self._forget(name, begun)
-            raise
+            task = asyncio.create_task(work)
+            begun = self._begun[name] = made = _Begun(task, total_bytes)
+            task.add_done_callback(lambda done: self._forget_failed(name, made))
+        return await asyncio.shield(begun.grant)
 
     async def use(
         self,
@@ -87,6 +86,17 @@ class Ahead:
             self._begun.setdefault(name, begun)
             raise
 
+    async def give_up(self, uid: int, owner: str) -> None:
+        """End the owner's session, which its client does not use; the slot stays warm."""
+        begun = self._begun.pop(slot_owner(uid, owner), None)
+        if begun is None:
+            return
+        try:
+            grant = await asyncio.shield(begun.grant)
+            await self._uploads.abort(grant.session, uid)
+        except ForebayError:
+            return
+
     async def drop(self, owner: str) -> None:
         """End the owner's session, whose client does not know: its slot is not used again."""
         begun = self._begun.pop(owner, None)
@@ -98,6 +108,14 @@ class Ahead:
             return
         await self._uploads.end([grant.session])
 
+    async def free_one(self) -> bool:
+        """End the session that has been there longest, for somebody who needs what it holds;
+        whether there was one."""
+        for owner in self._begun:
+            await self.drop(owner)
+            return True
+        return False
+
     async def _ended(self, session: str) -> None:
         for name, begun in list(self._begun.items()):
             task = begun.grant
@@ -105,6 +123,10 @@ class Ahead:
                 continue
             if task.result().session == session:
                 self._forget(name, begun)
+
+    def _forget_failed(self, name: str, begun: _Begun) -> None:
+        if begun.grant.cancelled() or begun.grant.exception() is not None:
+            self._forget(name, begun)
 
     def _forget(self, name: str, begun: _Begun) -> None:
         if self._begun.get(name) is begun:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
@@ -58,6 +58,9 @@ NUM_SLOTS: Final = 2
 SLOT_SECONDS: Final = 600.0
 """How long a rank waits for one of its own slots, unless it says so itself."""
 
+
+ALL_ATTEMPTS: Final = 1 << 62
+"""More than any."""
 
 AHEAD_SECONDS: Final = 5.0
 """How long a slot that is asked for ahead waits for that of the pack before, which is local."""
@@ -235,12 +238,17 @@ class Checkpoints:
     ) -> Grant | None:
         """A session for the next pack of a rank, before it is known what that holds; None: not now.
 
+        Without bytes the one that there is ends: it is not wanted any more.
         :meth:`begin_pack` gives the next pack of the rank this session if it has room for it.
         Nothing that others use is waited for or taken, but what this rank's last pack still has.
         :class:`Fenced` in an older attempt.
         """
         check_name("run", run)
         owner = _owner(run, attempt, rank)
+
+        if not slot_bytes:
+            await self._ahead.give_up(uid, owner)
+            return None
 
         def look(connection: Connection) -> int:
             queries.check_newest(connection, run, attempt)
@@ -249,15 +257,15 @@ class Checkpoints:
         likely = await self._catalog.read(look)
         self._slots.setdefault(run, set()).add((attempt, uid, owner))
         try:
-            if not self._ahead.has(slot := slot_owner(uid, owner)):
+            slot = slot_owner(uid, owner)
+            if not self._ahead.has(slot):
                 await self._uploads.slots.wait_for_one_of(slot, 1, AHEAD_SECONDS)
-            return await self._ahead.begin(
-                uid,
-                owner,
-                total_bytes,
-                min(slot_bytes, MAX_UPLOAD_SLOT_BYTES),
-                min(likely, total_bytes),
-            )
+            size = total_bytes, min(slot_bytes, MAX_UPLOAD_SLOT_BYTES), min(likely, total_bytes)
+            grant = await self._ahead.begin(uid, owner, *size)
+            if (attempt, uid, owner) not in self._slots.get(run, ()):  # a newer one began meanwhile
+                await self._ahead.drop(slot)
+                return None
+            return grant
         except ResourceExhausted as error:
             logger.debug("no slot ahead for %s: %s", owner, error)
             return None
@@ -265,9 +273,8 @@ class Checkpoints:
     async def _begin_pack(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
         slot_bytes = min(slot_bytes, MAX_UPLOAD_SLOT_BYTES)
         failpoint("pack.before_begin")
-        grant = await self._begin_prepared(uid, plan, slot_bytes)
-        if grant is None:
-            grant = await self._begin_anew(uid, plan, slot_bytes)
+        found = await self._begin_prepared(uid, plan, slot_bytes)
+        grant = found or await self._begin_anew(uid, plan, slot_bytes)
         failpoint("pack.after_begin")
         generation = plan.generation
         kept = self._slots.setdefault(generation.run, set())
@@ -285,7 +292,7 @@ class Checkpoints:
         grant, replaced = found
         if replaced is not None:
             await self._uploads.end([replaced])
-        return grant
+        return replace(grant, was_ahead=True)
 
     async def _begin_anew(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant:
         generation = plan.generation
@@ -466,15 +473,19 @@ class Checkpoints:
         Idempotent."""
         check_name("run", run)
         grace = self._trash_seconds
-        return await self._calls.finish(self._delete(lambda c: _delete_run(c, run, grace)))
+        return await self._calls.finish(self._delete(lambda c: _delete_run(c, run, grace), run))
 
     async def delete_run_now(self, run: str) -> int:
         """Delete a run with all attempts and generations for good, also unfinished ones; how many
         generations there were. Its clients are fenced off. Idempotent."""
         check_name("run", run)
-        return await self._calls.finish(self._delete(lambda c: _delete_run(c, run)))
+        return await self._calls.finish(self._delete(lambda c: _delete_run(c, run), run))
 
-    async def _delete(self, forget: Callable[[Connection], tuple[int, list[str]]]) -> int:
+    async def _delete(
+        self, forget: Callable[[Connection], tuple[int, list[str]]], run: str = ""
+    ) -> int:
+        """*run*: all of it is deleted."""
+
         def change(connection: Connection) -> tuple[int, list[str]]:
             found = forget(connection)
             enqueue_collection(connection)
@@ -482,6 +493,8 @@ class Checkpoints:
 
         number, sessions = await self._catalog.write(change)
         await self._uploads.end(sessions)
+        if run:
+            self._drop_slots(run, ALL_ATTEMPTS)
         self._jobs.wake()
         return number
 

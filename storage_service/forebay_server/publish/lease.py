@@ -185,7 +185,9 @@ class Uploads:
         what = uid, owner, total_bytes, slot_bytes, minimum_bytes, new_bytes, bind, is_ahead
         if is_ahead:
             return await self._calls.finish(self._begin(*what))
-        return await self._slots.wait_for_memory(lambda: self._calls.finish(self._begin(*what)))
+        return await self._slots.begin_for_sure(
+            slot_owner(uid, owner), slot_bytes, lambda: self._calls.finish(self._begin(*what))
+        )
 
     async def bind(self, session: str, uid: int, bind: Callable[[Connection, str], T]) -> T:
         """Say in one transaction what an open session is for that was begun without; if *bind*

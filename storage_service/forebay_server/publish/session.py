@@ -26,6 +26,8 @@ class Grant:
     slot_bytes: int
     """Bytes of shared memory that may be written at once; may be fewer than wanted."""
     lease_seconds: float
+    was_ahead: bool = False
+    """Whether it had been granted before it was known what it is for."""
 
 
 @dataclass(frozen=True)

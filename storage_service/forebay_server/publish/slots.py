@@ -46,6 +46,7 @@ class SlotKeeper:
         self._last_used: dict[str, float] = {}
         self.returned = asyncio.Event()
         """Set, and replaced, when a slot has come back."""
+        self._make_room: Callable[[], Awaitable[bool]] = _nothing
         self._turn = asyncio.Lock()
         """Whose turn it is to wait for one."""
 
@@ -72,6 +73,30 @@ class SlotKeeper:
                     raise NoSlotNow(error.message) from error
                 else:
                     raise
+
+    def make_room_by(self, make_room: Callable[[], Awaitable[bool]]) -> None:
+        """Have *make_room* end what nobody needs yet, one after the other, before anything that is
+        needed is refused; it answers whether there was any."""
+        self._make_room = make_room
+
+    async def begin_for_sure(
+        self, owner: str, num_bytes: int, begin: Callable[[], Awaitable[T]]
+    ) -> T:
+        """What *begin* answers, which takes a slot of *num_bytes* and other room for *owner*; what
+        nobody needs yet ends before that is refused, or less is given. For the rest as
+        :meth:`wait_for_memory`."""
+        while not self._pool.has_room(owner, num_bytes) and await self._make_room():
+            pass
+
+        async def begin_or_make_room() -> T:
+            while True:
+                try:
+                    return await begin()
+                except ResourceExhausted:
+                    if not await self._make_room():
+                        raise
+
+        return await self.wait_for_memory(begin_or_make_room)
 
     async def wait_for_memory(self, begin: Callable[[], Awaitable[T]]) -> T:
         """What *begin* answers; while it raises :class:`NoSlotNow` it is begun again whenever a
@@ -174,3 +199,7 @@ class SlotKeeper:
         for owner, used in list(self._last_used.items()):
             if owner not in busy and now - used > SLOT_IDLE_SECONDS:
                 self.drop_owner(owner)
+
+
+async def _nothing() -> bool:
+    return False

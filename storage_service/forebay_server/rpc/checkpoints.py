@@ -112,6 +112,7 @@ class CheckpointsService(checkpoints_pb2_grpc.CheckpointsServicer):
             session=grant.session,
             slot_bytes=grant.slot_bytes,
             lease_seconds=grant.lease_seconds,
+            was_prepared=grant.was_ahead,
             put_ticket=self._tickets.ticket(
                 "PUT", uid=caller_uid(), stop=grant.slot_bytes, session=grant.session
             ),

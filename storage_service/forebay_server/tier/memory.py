@@ -355,6 +355,16 @@ class SlotPool:
         for slot in lent:
             slot.close()
 
+    def has_room(self, owner: str, num_bytes: int) -> bool:
+        """Whether :meth:`acquire` has a slot of *num_bytes* for *owner*, as things stand."""
+        wanted = in_blocks(max(num_bytes, 1))
+        free_bytes = self._ledger.space().free_bytes
+        with self._lock:
+            own = self._warm.get(owner, [])
+            warm_bytes = sum(one.capacity_bytes for idle in self._warm.values() for one in idle)
+            has_fitting = any(one.capacity_bytes >= wanted for one in own)
+        return has_fitting or free_bytes + warm_bytes >= wanted
+
     def _take_warm(self, owner: str, minimum: int) -> Slot | None:
         """The owner's smallest warm slot of at least *minimum* bytes."""
         with self._lock:

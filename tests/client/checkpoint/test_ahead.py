@@ -87,8 +87,9 @@ def test_a_session_asked_for_ahead_is_the_next_packs_own(client: Client, run: st
 def saved_ahead(
     client: Client, checkpointer: Checkpointer, step: int, **values: torch.Tensor
 ) -> int:
-    """Save *values* once a session is there ahead; how many saves had one."""
-    until(lambda: sessions(client) == 1, "a session is asked for ahead")
+    """Save *values* once a session is there ahead, whoever asked first; how many saves had one."""
+    run, attempt = checkpointer.run, checkpointer.attempt
+    until(lambda: bool(ask(client, run, attempt, 2 * MIB).session), "there is a session ahead")
     checkpointer.save(step, state=values).wait()
     return checkpointer.report().num_ahead
 
@@ -198,3 +199,72 @@ def test_nothing_is_asked_for_where_there_is_no_room(tmp_path: Path, run: str) -
             checkpointer.save(step, state={"w": torch.randn(5 * MIB // 4)}).wait()
         assert not ask(client, run, 1, 6 * MIB).session
         assert [found.step for found in client.run(run).generations()] == [2, 1]
+
+
+def test_a_deleted_runs_client_reaches_nothing_of_the_new_one(
+    daemon: DaemonProcess, client: Client, run: str
+) -> None:
+    mine, other = state(2 * MIB, 1.0), state(2 * MIB, 9.0)
+    with Checkpointer(client, run) as old:
+        old.save(1, state=other).wait()
+        until(lambda: sessions(client) == 1, "a session is asked for ahead")
+        client.delete_checkpoints(run, now=True)
+        until(lambda: sessions(client) == 0, "the deleted run's session is ended")
+        with forebay.connect(daemon.address()["rpc"]) as second, Checkpointer(second, run) as new:
+            new.save(1, state=mine).wait()
+            assert new.attempt == 2  # the name 1/1 was used
+            new.save(2, state=mine)
+            for step in 2, 6:
+                with pytest.raises(forebay.Fenced):
+                    old.save(step, state=other)
+            found = [(one.attempt, one.step) for one in second.run(run).generations()]
+            assert sorted(found) == [(2, 1), (2, 2)]
+            restored = new.restore("2/2")
+            assert restored is not None
+            assert torch.equal(restored.state["w"], mine["w"])
+
+
+def test_what_is_asked_for_ahead_gives_way(tmp_path: Path, run: str) -> None:
+    limits = ("--ssd-bytes", str(40 * MIB), "--ram-bytes", str(40 * MIB))
+    idle = torch.nn.Linear(1500, 1500, bias=False)
+    optimizer = torch.optim.AdamW(idle.parameters())
+    with (
+        DaemonProcess(
+            tmp_path / "data", *limits, "--hdd-path", "none", "--object-url", "none"
+        ) as daemon,
+        forebay.connect(daemon.address()["rpc"]) as client,
+        Checkpointer(client, f"{run}-idle", model=idle, optimizer=optimizer) as first,
+        Checkpointer(client, run) as second,
+    ):
+        first.start()
+        until(lambda: sessions(client) == 1, "27 MB are asked for ahead")
+        values = {"w": torch.randn(20 * MIB // 4)}
+        second.save(1, state=values).wait()
+        assert second.report().num_chunked == 0
+        restored = second.restore(1)
+        assert restored is not None
+        assert torch.equal(restored.state["w"], values["w"])
+
+
+def test_nothing_is_left_behind_a_close(client: Client, run: str) -> None:
+    model = torch.nn.Linear(3000, 3000)
+    for _ in range(3):
+        checkpointer = Checkpointer(
+            client, run, model=model, optimizer=torch.optim.AdamW(model.parameters())
+        )
+        checkpointer.start()
+        checkpointer.close()
+    until(lambda: sessions(client) == 0, "what was on its way is given back", 20.0)
+
+
+def test_a_client_that_is_gone_is_no_failure(
+    daemon: DaemonProcess, run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with forebay.connect(daemon.address()["rpc"]) as client:
+        checkpointer = Checkpointer(client, run)
+        checkpointer.save(1, state=state()).wait()
+    checkpointer.close()
+    told = capsys.readouterr().err
+    assert "FAILED" not in told
+    assert f"{run}@1/1" in told
+    assert "local" in told
