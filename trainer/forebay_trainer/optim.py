@@ -51,21 +51,22 @@ class OptimizerConfig:
 
     def build(self, weights: Iterable[Any]) -> Optimizer:
         """*weights*: parameters, or groups of them with their own settings, as torch takes them."""
-        # foreach kernels refuse a list in which only some tensors are cut over the mesh.
+        weights = list(weights)
+        foreach = None if laid_out_alike(weights) else False
         if self.name == "sgd":
             return SGD(
                 weights,
                 lr=self.learning_rate,
                 momentum=self.momentum,
                 weight_decay=self.weight_decay,
-                foreach=False,
+                foreach=foreach,
             )
         return AdamW(
             weights,
             lr=self.learning_rate,
             betas=(self.betas[0], self.betas[1]),
             weight_decay=self.weight_decay,
-            foreach=False,
+            foreach=foreach,
         )
 
     def share(self, step: int, num_steps: int) -> float:
@@ -79,6 +80,14 @@ class OptimizerConfig:
         done = min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
         left = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.final_share + (1 - self.final_share) * left
+
+
+def laid_out_alike(weights: Iterable[Any]) -> bool:
+    """Whether all weights, or all of all groups, lie on one mesh, or none of them on any: kernels
+    that take many tensors at once (torch's choice on GPUs) refuse others."""
+    groups = (each["params"] if isinstance(each, dict) else [each] for each in weights)
+    flat = [weight for group in groups for weight in group]
+    return len({each.device_mesh if isinstance(each, DTensor) else None for each in flat}) <= 1
 
 
 class Optimization:
