@@ -67,6 +67,7 @@ class Trainer:
         for epoch in self.data.epochs(self.config.num_epochs):
             if self.is_over:  # for an earlier attempt has come to the end
                 break
+            self.watch.at(self.step, "before an epoch")
             self.task.before_epoch(epoch.number, self.data)
             reason = self.train_epoch(epoch)
             self.metrics.write("epoch", step=self.step, epoch=epoch.number)
@@ -115,7 +116,6 @@ class Trainer:
 
     def train_step(self, batch: Batch, wait_seconds: float) -> tuple[dict[str, float], bool]:
         """One optimizer step; what to log of it, and whether any rank was told to stop."""
-        self.watch.arm()
         self.watch.at(self.step + 1, "forward and backward")
         self.stall_seconds = 0.0
         parts = self.data.parts(batch)

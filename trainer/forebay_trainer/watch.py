@@ -33,6 +33,9 @@ EXIT_STATUS: Final = 3
 GRACE_SECONDS: Final = 5.0
 """The thread that trains has so long to end by an error of its own."""
 
+ARM_SECONDS: Final = 1.0
+"""The timer of the C library is set anew so often: each time is a thread."""
+
 STORE_SECONDS: Final = 20.0
 
 _LOST_CONTACT: Final = re.compile(r"gloo|nccl|connection|broken pipe|rank .* (gone|lost)", re.I)
@@ -164,6 +167,7 @@ class Watch:
         self._judge = Judge(config)
         self._sign = Sign()
         self._since = time.monotonic()
+        self._armed = -ARM_SECONDS
         self._wake = threading.Event()
         self._stopped = threading.Event()
         self._board: Board | None = None
@@ -175,12 +179,12 @@ class Watch:
         """The thread that trains has come here. Cheap."""
         self._sign = replace(self._sign, step=step, phase=phase)
         self._since = time.monotonic()
-
-    def arm(self) -> None:
-        """Once a step: should this process hang so that no thread of Python runs, the C library
-        still writes the stacks and ends it."""
-        margin = GRACE_SECONDS + 3 * self._config.beat_seconds
-        faulthandler.dump_traceback_later(self._config.step_seconds + margin, exit=True)
+        if self._since - self._armed > ARM_SECONDS:
+            self._armed = self._since
+            # Should this process hang so that no thread of Python runs, the C library still writes
+            # the stacks and ends it.
+            margin = ARM_SECONDS + GRACE_SECONDS + 3 * self._config.beat_seconds
+            faulthandler.dump_traceback_later(self._config.step_seconds + margin, exit=True)
 
     def __enter__(self) -> Self:
         self._since = time.monotonic()
