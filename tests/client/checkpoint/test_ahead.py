@@ -55,7 +55,7 @@ def run(request: pytest.FixtureRequest) -> str:
 
 
 def state(num_bytes: int = MIB, fill: float = 0.0) -> dict[str, torch.Tensor]:
-    return {"w": torch.full((num_bytes // 4,), fill)}
+    return {"w": torch.full((num_bytes // 4,), float(fill))}
 
 
 def sessions(client: Client) -> int:
