@@ -2,6 +2,8 @@
 
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -107,6 +109,28 @@ def test_all_ranks_end_with_a_sentence_when_one_fails_hangs_or_dies(launch, clie
     for name in ("kill", "stop"):
         assert re.search(r"rank 1, last in step \d+ .* gave no sign of life", texts[name]), name
     nan_is_named(client, worlds["nan"], texts["nan"])
+
+
+HANG = """
+import ctypes
+from forebay_trainer.parallel import ParallelConfig
+from forebay_trainer.watch import Watch, WatchConfig
+
+config = WatchConfig(step_seconds=1.0, peer_seconds=1.0, beat_seconds=0.1)
+with Watch(config, ParallelConfig(backend="gloo").build(), str) as watch:
+    watch.at(1, "evaluation")
+    ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock of the interpreter
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_c_is_ended_with_its_stacks():
+    ended = subprocess.run(
+        [sys.executable, "-c", HANG], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr
+    assert 'File "<string>", line 9 in <module>' in ended.stderr
 
 
 @pytest.mark.slow
