@@ -39,7 +39,7 @@ Events = list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="forebay_trainer.demo.compression")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--out", type=Path, default=Path("compression.png"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -96,9 +96,8 @@ def draw(found: dict[str, Events], path: Path) -> None:
         bars.text(size / 1024, number, f" {size / 1024:.0f}", va="center")
     curves.set(xlabel="step", ylabel=f"loss (mean of {SMOOTHED} steps)", yscale="log")
     curves.grid(alpha=0.3)
-    curves.legend()
-    bars.set(xlabel="KiB that a rank sends of gradients in a step", xscale="log")
-    bars.set_xlim(right=4 * plain / 1024)
+    bars.set(xlabel="sent by a rank (KiB a step)", xscale="log")
+    bars.set_xlim(1, 4 * plain / 1024)
     bars.set_yticks(range(len(found)), list(found))
     bars.invert_yaxis()
     figure.savefig(path, dpi=80)
