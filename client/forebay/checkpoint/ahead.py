@@ -80,21 +80,22 @@ class Ahead:
                 return
         prepared.let_go()
 
-    def drop(self) -> None:
-        """Give back what there is."""
+    def forget(self) -> int:
+        """Let go of what there is, which the daemon ends by itself when a newer attempt begins; the
+        attempt that it was for, 0 without."""
         prepared = self.take()
         with self._lock:
             attempt, self._attempt = self._attempt, 0
         if prepared is not None:
             prepared.let_go()
-        if attempt:
-            self._give_up(attempt)
+        return attempt
 
     def close(self) -> None:
-        """:meth:`drop`; nothing is asked for any more. Idempotent."""
+        """Give back what there is; nothing is asked for any more. Idempotent."""
         with self._lock:
             self._is_closed = True
-        self.drop()
+        if attempt := self.forget():
+            self._give_up(attempt)
 
     def _give_up(self, attempt: int) -> None:
         try:

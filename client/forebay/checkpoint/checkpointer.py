@@ -441,7 +441,7 @@ class Checkpointer:
 
     def _begin_attempt(self, ranks: Ranks, parent: GenerationId | None) -> None:
         if self._ahead_ is not None:  # it is the older attempt's
-            self._ahead_.drop()
+            self._ahead_.forget()
         what = f"begin an attempt of run {self.run}"
         fork = self._service.fork
         told = ranks.exchange(what, [self._keep_json, list(fork) if fork else None])

@@ -182,11 +182,13 @@ class Checkpoints:
         kept = self._slots.pop(run, set())
         for attempt, uid, owner in kept:
             if attempt < newest:
-                dropping = self._ahead.drop(slot_owner(uid, owner))
-                self._calls.keep(asyncio.create_task(dropping))
-                self._uploads.drop_slots(uid, owner)
+                self._calls.keep(asyncio.create_task(self._drop_owner(uid, owner)))
         if left := {one for one in kept if one[0] >= newest}:
             self._slots[run] = left
+
+    async def _drop_owner(self, uid: int, owner: str) -> None:
+        await self._ahead.drop(slot_owner(uid, owner))
+        await self._uploads.drop_slots(uid, owner)
 
     # ------------------------------------------------------------------------------------- packs
 

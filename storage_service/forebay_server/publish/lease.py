@@ -320,9 +320,9 @@ class Uploads:
         for owner in owners - busy:
             self._slots.drop_owner(owner)
 
-    def drop_slots(self, uid: int, owner: str) -> None:
-        """Give the memory back that was kept warm for *owner*."""
-        self._slots.drop_owner(slot_owner(uid, owner))
+    async def drop_slots(self, uid: int, owner: str) -> None:
+        """Give the memory back that was kept warm for *owner*: unmapping it takes a while."""
+        await asyncio.to_thread(self._slots.drop_owner, slot_owner(uid, owner))
 
     # -------------------------------------------------------------------------- begin, append
 
@@ -337,7 +337,7 @@ class Uploads:
         bind: Callable[[Connection, str], object] | None,
         is_ahead: bool,
     ) -> Grant:
-        slot = await self._slots.lend(slot_owner(uid, owner), slot_bytes)
+        slot = await self._slots.lend(slot_owner(uid, owner), slot_bytes, keeps_last=is_ahead)
         try:
             file = new_random_name()
             tier, landing, room = await begin_landing(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from typing import Final, TypeVar
 
 from forebay_server.tier.memory import Slot
@@ -50,8 +51,8 @@ class SlotKeeper:
         self._turn = asyncio.Lock()
         """Whose turn it is to wait for one."""
 
-    async def lend(self, owner: str, num_bytes: int) -> Slot:
-        """A slot of *num_bytes*, or of fewer where memory is short.
+    async def lend(self, owner: str, num_bytes: int, *, keeps_last: bool = False) -> Slot:
+        """A slot of *num_bytes*, or of fewer where memory is short; see :meth:`SlotPool.acquire`.
 
         Rather than refuse, the owner's oldest held slot is closed: what landed from it is on disk.
         :class:`ResourceExhausted` with the numbers if that does not help, :class:`NoSlotNow` where
@@ -60,8 +61,9 @@ class SlotKeeper:
         while True:
             returned = self.returned
             try:
+                acquire = partial(self._pool.acquire, keeps_last=keeps_last)
                 return await self._tiers.run(
-                    self._pool, self._pool.acquire, owner, num_bytes, MAX_SEGMENT_BYTES
+                    self._pool, acquire, owner, num_bytes, MAX_SEGMENT_BYTES
                 )
             except ResourceExhausted as error:
                 oldest = next(

@@ -214,17 +214,25 @@ class SlotPool:
         self._pins: Counter[str] = Counter()
         self._given_back: dict[str, Callable[[Slot], None]] = {}  # pinned: what to do after the pin
 
-    def acquire(self, owner: str, num_bytes: int, minimum_bytes: int) -> Slot:
+    def acquire(
+        self, owner: str, num_bytes: int, minimum_bytes: int, *, keeps_last: bool = False
+    ) -> Slot:
         """A slot of at least *num_bytes*, or, where memory is short, of at least *minimum_bytes*.
 
         *owner* names the uid and what the slot is for (an attempt's rank, a writer): a slot that it
-        released before is reused. :class:`ResourceExhausted` with the numbers otherwise. Blocks
-        while pages are faulted in (about 1 GB/s).
+        released before is reused, that which was released first; with *keeps_last* the one that it
+        released last only where memory is short, for what it holds may be read again.
+        :class:`ResourceExhausted` with the numbers otherwise. Blocks while pages are faulted in
+        (about 1 GB/s).
         """
         check_limit("slot bytes", num_bytes, MAX_UPLOAD_SLOT_BYTES, "send it in pieces")
         wanted = in_blocks(max(num_bytes, 1))
         minimum = min(wanted, in_blocks(max(minimum_bytes, 1)))
-        slot = self._take_warm(owner, wanted) or self._make(owner, wanted, minimum)
+        slot = None
+        if keeps_last and self._is_last(owner, wanted):
+            with contextlib.suppress(ResourceExhausted):
+                slot = Slot.create(owner, wanted, self._ledger.reserve(wanted))
+        slot = slot or self._take_warm(owner, wanted) or self._make(owner, wanted, minimum)
         slot.num_uses += 1
         with self._lock:
             self._lent[slot.slot_id] = slot
@@ -364,6 +372,12 @@ class SlotPool:
             warm_bytes = sum(one.capacity_bytes for idle in self._warm.values() for one in idle)
             has_fitting = any(one.capacity_bytes >= wanted for one in own)
         return has_fitting or free_bytes + warm_bytes >= wanted
+
+    def _is_last(self, owner: str, wanted: int) -> bool:
+        """Whether *owner* would get the slot that it released last."""
+        with self._lock:
+            warm = self._warm.get(owner, [])
+            return not any(slot.capacity_bytes >= wanted for slot in warm[:-1])
 
     def _take_warm(self, owner: str, minimum: int) -> Slot | None:
         """The owner's smallest warm slot of at least *minimum* bytes."""
