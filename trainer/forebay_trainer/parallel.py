@@ -26,6 +26,7 @@ from forebay_trainer import meeting
 from forebay_trainer.compression.config import CompressionConfig
 from forebay_trainer.config import setting
 from forebay_wire.errors import InvalidRequest
+from forebay_wire.meeting import meet
 
 PR_SET_PDEATHSIG: Final = 1
 
@@ -159,7 +160,7 @@ class Parallel:
         if self.num_ranks > 1:
             store = meeting.open_store(self.rank, self._timeout)
             own = PrefixStore("forebay", store)
-            self.start = meeting.meet(own, self.rank, self.num_ranks, self._timeout)
+            self.start = meet(own, self.rank, self.num_ranks, self._timeout)
             dist.init_process_group(
                 self._backend,
                 store=meeting.part_of(store, self.start),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from forebay_wire.errors import DeadlineExceeded, ForebayError, rebuild
+from forebay_wire.meeting import meet
 
 T = TypeVar("T")
 Json = Any
@@ -84,13 +85,14 @@ class Ranks:
         number = _joined[members]
         _joined[members] += 1
         name = f"forebay/{'_'.join(map(str, members))}/{number}"
+        store, seconds = (
+            PrefixStore(name, _get_default_store()),
+            datetime.timedelta(seconds=timeout),
+        )
         with _LostRank("meet for checkpoints"):
-            group = dist.ProcessGroupGloo(
-                PrefixStore(name, _get_default_store()),
-                rank,
-                len(members),
-                datetime.timedelta(seconds=timeout),
-            )
+            # torchrun keeps the store over restarts, with what dead ranks of this name left there.
+            start = meet(store, rank, len(members), seconds)
+            group = dist.ProcessGroupGloo(PrefixStore(start, store), rank, len(members), seconds)
         return cls(rank, len(members), group)
 
     def exchange(self, what: str, value: Json) -> list[Json]:

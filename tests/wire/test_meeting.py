@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from forebay_trainer.meeting import meet
 from forebay_wire.errors import DeadlineExceeded
+from forebay_wire.meeting import meet
 
 TIMEOUT = timedelta(seconds=30)
 
