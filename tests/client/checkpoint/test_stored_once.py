@@ -88,7 +88,8 @@ def test_damage_to_what_two_share_is_never_given_out(
                         with torch.no_grad():
                             model.adapter.weight.add_(1.0)
                         saving.save(step).wait("local", SECONDS)
-        files = [path for path in (tmp_path / "data" / "ssd" / "files").rglob("*") if path.is_file()]
+        folder = tmp_path / "data" / "ssd" / "files"
+        files = [path for path in folder.rglob("*") if path.is_file()]
         for base in sorted(files, key=lambda path: path.stat().st_size)[-len(runs) :]:
             assert base.stat().st_size > model.base.weight.nbytes, "each run has one"
             with base.open("r+b") as file:
