@@ -7,7 +7,7 @@ import pytest
 
 from forebay_server.catalog import queries_checkpoints
 from forebay_server.model.lineage import Point
-from forebay_server.publish.checkpoint import MAX_RANK_JSON_BYTES
+from forebay_server.publish.seal import MAX_RANK_JSON_BYTES
 from forebay_server.publish.session import Piece
 from forebay_server.serve.holds import Hold, Holds
 from forebay_server.testing.checkpoints import RUN, CheckpointNode, open_checkpoints

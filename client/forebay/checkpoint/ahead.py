@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from forebay.checkpoint.components import Component, ModuleComponent, OptimizerComponent
+from forebay.checkpoint.layout import padded
 from forebay.checkpoint.lease import Prepared, slot_size
 from forebay.checkpoint.service import CheckpointService
 from forebay_wire.errors import ForebayError
@@ -22,6 +23,12 @@ from forebay_wire.limits import MAX_UPLOAD_SLOT_BYTES
 _log = logging.getLogger(__name__)
 
 GIVE_UP_SECONDS: Final = 5.0
+
+DESCRIPTION_BYTES: Final = 512
+"""Of one tensor in a pack's description, at most: its name counts most."""
+
+OBJECT_BYTES: Final = 64 << 10
+"""For what is no tensor of model and optimizer: positions, random states, schedules."""
 
 
 class Ahead:
@@ -133,13 +140,13 @@ class Ahead:
 def estimate(components: Iterable[Component], num_ranks: int) -> int:
     """About how many bytes this rank's next pack has: its shards, and its part of what all ranks
     have. An optimizer that has not stepped yet is taken for one that has."""
-    whole, shards = 0, 0
+    whole, shards = 0, OBJECT_BYTES
     for component in components:
         for tensor, factor in _tensors(component):
             if isinstance(tensor, DTensor):
-                shards += tensor.to_local().nbytes * factor
+                shards += (padded(tensor.to_local().nbytes) + DESCRIPTION_BYTES) * factor
             else:
-                whole += tensor.nbytes * factor
+                whole += (padded(tensor.nbytes) + DESCRIPTION_BYTES) * factor
     return shards + whole // max(1, num_ranks)
 
 

@@ -13,6 +13,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -325,12 +326,26 @@ class _SafeUnpickler(pickle.Unpickler):
                 return found
         if (module, name) in _SAFE_NAMES:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise UnsupportedObject(
-            f"{DCP_FILE} names {module}.{name}, which is nothing of torch's own descriptions: it "
-            "is not unpickled, as that could run code"
-        )
+        raise _unsafe(f"{module}.{name}")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """Of an enumeration of torch's descriptions: so Python before 3.11.4 writes one down."""
+    is_enum = isinstance(kind, type) and issubclass(kind, Enum)
+    if is_enum and kind.__module__ in _SAFE_MODULES and name in kind.__members__:
+        return kind[name]
+    raise _unsafe(f"{name} of {kind!r}")
+
+
+def _unsafe(what: str) -> UnsupportedObject:
+    return UnsupportedObject(
+        f"{DCP_FILE} names {what}, which is nothing of torch's own descriptions: it is not "
+        "unpickled, as that could run code"
+    )
 
 
 # ----------------------------------------------------------------------------------------- saving

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import forebay
@@ -281,6 +282,33 @@ def test_what_torch_s_descriptions_import_is_none_of_them(tmp_path: Path, name: 
     with pytest.raises((UnsupportedObject, IntegrityError)) as raised:
         read_foreign(tmp_path)
     assert "Metadata" not in str(raised.value)
+
+
+class Named:
+    """Pickled as Python before 3.11.4 pickles members of enumerations."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.found = kind, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.found
+
+
+@pytest.mark.parametrize(
+    ("named", "error"),
+    [
+        (Named(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT"), "holds a _MEM_FORMAT_ENCODING"),
+        (Named(_MEM_FORMAT_ENCODING, "mro"), "names mro of <enum '_MEM_FORMAT_ENCODING'>"),
+        (Named(Metadata, "__init__"), "names __init__ of <class"),
+    ],
+)
+def test_members_of_torch_s_enumerations_alone_are_named(
+    tmp_path: Path, named: Named, error: str
+) -> None:
+    (tmp_path / "x.distcp").touch()
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(named))
+    with pytest.raises((UnsupportedObject, IntegrityError), match=error):
+        read_foreign(tmp_path)
 
 
 @pytest.mark.parametrize("export", [export_safetensors, export_dcp])

@@ -95,8 +95,8 @@ async def test_a_deleted_run_is_gone_with_everything(tmp_path: Path) -> None:
         await node.settle(DELETE, COLLECT)
         assert node.storage.files() == objects(tmp_path, "data") == []
         assert objects(tmp_path, "manifests") == objects(tmp_path, "blobs") == []
-        assert (await node.begin()).attempt == 1
-        await save_remote(node, 1, os.urandom(100))
+        assert (await node.begin()).attempt == 2  # a name is used once
+        await node.wait(await node.save(1, [os.urandom(100)], attempt=2), "remote")
 
 
 async def test_a_blob_that_a_client_has_open_stays_until_it_is_released(tmp_path: Path) -> None:

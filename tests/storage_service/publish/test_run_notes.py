@@ -81,7 +81,7 @@ async def test_notes_of_another_run_of_that_name_do_not_count(tmp_path: Path) ->
         await node.settle(NOTES)
         assert not file.exists()
         await node.begin()
-        await node.wait(await node.save(1, [os.urandom(KIB)]), "remote")
+        await node.wait(await node.save(1, [os.urandom(KIB)], attempt=2), "remote")
     file.write_bytes(said)
     await rebuild(tmp_path, tmp_path / "again")
     (tmp_path / "again" / "object").symlink_to(tmp_path / "object")
