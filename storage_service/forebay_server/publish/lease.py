@@ -65,8 +65,11 @@ T = TypeVar("T")
 
 DEFAULT_LEASE_SECONDS: Final = 60.0
 
+ANSWER_SECONDS: Final = 0.004
+"""Before a sealed blob lands: all cores are busy then, and its client waits for the answer."""
+
 MAX_SESSIONS: Final = 2 * MAX_SHARDS_PER_VERSION
-"""Sessions in memory at a time; those that have landed hold no slot."""
+"""In memory at a time; those that have landed hold no slot."""
 
 NUM_WRITING_THREADS: Final = 12
 """Write what lands, copy and digest what comes next: up to three for each landing at a time."""
@@ -164,7 +167,6 @@ class Uploads:
         is_ahead: bool = False,
     ) -> Grant:
         """Open a session with a slot of at most *slot_bytes* and room for *total_bytes* reserved.
-
         With *minimum_bytes* room for as little as that will do, and the slot is no larger then;
         with *new_bytes* for as little as that, as the rest is likely to be shared.
 
@@ -205,7 +207,6 @@ class Uploads:
 
     async def seal(self, session: str, uid: int, piece: Piece) -> LandedBlob:
         """Take *piece* of the slot as the last bytes and land the blob.
-
         On return it is fsynced and held by the session: garbage, unless a manifest that names it is
         committed before the lease ends. Idempotent.
         """
@@ -223,7 +224,6 @@ class Uploads:
         known: Known | None = None,
     ) -> tuple[S, asyncio.Task[T]]:
         """Like :meth:`seal`, without waiting for the landing: ``(what sealed() gave, landing)``.
-
         *sealed* runs in the transaction that marks the session sealed; from then on nothing the
         client does ends it. *landed* runs in the transaction that records the landed blob and ends
         the session, so it has to name the blob (in a pack) or leave it to the collector. The task's
@@ -464,6 +464,7 @@ class Uploads:
             queries.end_claimed(connection, found.name)
             return value
 
+        await asyncio.sleep(ANSWER_SECONDS)
         where = self._catalog, self._tiers, self._writing, found, piece
         again = functools.partial(land_in_full, *where)
         _, value = await self._land(found, land_somewhere(*where, known), record_end, again)
