@@ -181,6 +181,11 @@ async def test_the_default_policy_governs_all_that_has_no_other(tmp_path: Path) 
         await placing.moving.settle(COPY)
         assert await placing.tiers_of([*plain, *warm]) == [["object", "ssd"], ["object"]]
         await placing.moving.node.opener.open("c", warm)
+
+        async def has_come() -> bool:  # to the ssd, behind the opening
+            return await placing.tiers_of(warm) == [["object", "ssd"]]
+
+        await placing.until(has_come)
         ssd = placing.moving.node.tiers.get("ssd")
         placing.moving.node.opener.close_client("c")
         await placing.ahead.evictor.reload()
