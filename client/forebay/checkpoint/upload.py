@@ -101,7 +101,25 @@ class PackUpload:
         """
         assert self._pack is not None
         failpoint("client.save.after_plan")
-        verdict = self._begin(deadline, ask, prepared, copies=copies)
+        pack, end = self._pack, self._pack.num_bytes + len(self._pack.description)
+
+        def call() -> checkpoints_pb2.PackSession:
+            return self._service.begin_pack(
+                self.terms, self.num_bytes, slot_size(end), deadline.remaining, ask
+            )
+
+        if prepared is None or not copies or prepared.session.slot_bytes < end:
+            verdict = self._begun(call(), prepared)
+        else:
+            answering = beside(call)
+            try:
+                pack.copy_into(prepared.slot.buffer, 0, pack.num_bytes)
+            except BaseException:
+                self._begun(answering.result(), prepared)
+                self.abort()
+                raise
+            verdict = self._begun(answering.result(), prepared)
+            self._is_laid_down = self._slot is prepared.slot
         if self.is_begun:
             failpoint("client.save.after_begin")
         return verdict
@@ -282,35 +300,6 @@ class PackUpload:
         slot, self._slot = self._slot, None
         if slot is not None:
             slot.close()
-
-    def _begin(
-        self,
-        deadline: Deadline,
-        ask: PlanAsk | None = None,
-        prepared: Prepared | None = None,
-        *,
-        copies: bool = False,
-    ) -> str:
-        assert self._pack is not None
-        pack, end = self._pack, self._pack.num_bytes + len(self._pack.description)
-
-        def call() -> checkpoints_pb2.PackSession:
-            return self._service.begin_pack(
-                self.terms, self.num_bytes, slot_size(end), deadline.remaining, ask
-            )
-
-        if prepared is None or not copies or prepared.session.slot_bytes < end:
-            return self._begun(call(), prepared)
-        answering = beside(call)
-        try:
-            pack.copy_into(prepared.slot.buffer, 0, pack.num_bytes)
-        except BaseException:
-            self._begun(answering.result(), prepared)
-            self.abort()
-            raise
-        verdict = self._begun(answering.result(), prepared)
-        self._is_laid_down = self._slot is prepared.slot
-        return verdict
 
     def _begun(self, answer: checkpoints_pb2.PackSession, prepared: Prepared | None) -> str:
         """The verdict; takes over what the daemon has granted."""

@@ -22,11 +22,11 @@ from forebay_server.catalog.queries_trash import trash_generations
 from forebay_server.model.lineage import Point, needed_as_parent
 from forebay_server.model.save_rounds import Ask, Ruling
 from forebay_server.model.states import GenerationState, PackState
-from forebay_server.publish.ahead import Ahead
 from forebay_server.publish.calls import Calls
 from forebay_server.publish.generations import COMMITTED, Generations, check_step
 from forebay_server.publish.lease import Grant, LandedBlob, Uploads
 from forebay_server.publish.managing import Managing
+from forebay_server.publish.prepared import PreparedSessions
 from forebay_server.publish.readers import Readers
 from forebay_server.publish.seal import PackSeal, told_by
 from forebay_server.publish.sealed import SealedGenerations
@@ -119,7 +119,7 @@ class Checkpoints:
         # Run to (attempt, uid, owner) of the slots that its ranks keep warm.
         self._slots: dict[str, set[tuple[int, int, str]]] = {}
         self._verdicts = SaveVerdicts()
-        self._ahead = Ahead(uploads)
+        self._prepared = PreparedSessions(uploads)
 
     async def close(self) -> None:
         """Wait for what still settles; after the uploads are closed. Idempotent."""
@@ -187,7 +187,7 @@ class Checkpoints:
             self._slots[run] = left
 
     async def _drop_owner(self, uid: int, owner: str) -> None:
-        await self._ahead.drop(slot_owner(uid, owner))
+        await self._prepared.drop(slot_owner(uid, owner))
         await self._uploads.drop_slots(uid, owner)
 
     # ------------------------------------------------------------------------------------- packs
@@ -205,7 +205,7 @@ class Checkpoints:
         """
         _check_plan(plan)
         owner = slot_owner(uid, _owner_of(plan))
-        if not self._ahead.has(owner) and self._uploads.slots.num_in_use(owner) >= NUM_SLOTS:
+        if not self._prepared.has(owner) and self._uploads.slots.num_in_use(owner) >= NUM_SLOTS:
             await self._catalog.read(lambda connection: queries.check_plan(connection, plan))
             await self._uploads.slots.wait_for_one_of(owner, NUM_SLOTS, wait_seconds)
         return await self._calls.finish(self._begin_pack(uid, plan, slot_bytes))
@@ -224,7 +224,7 @@ class Checkpoints:
             names = (_owner(*key, rank) for rank in range(plan.num_ranks))
             owners = [slot_owner(uid, one) for one in names]
             in_use = self._uploads.slots.num_in_use
-            return any(in_use(one) - self._ahead.has(one) >= NUM_SLOTS for one in owners)
+            return any(in_use(one) - self._prepared.has(one) >= NUM_SLOTS for one in owners)
 
         try:
             if plan.num_ranks > 1:  # else nobody is held up by what the beginning refuses
@@ -249,7 +249,7 @@ class Checkpoints:
         owner = _owner(run, attempt, rank)
 
         if not slot_bytes:
-            await self._ahead.give_up(uid, owner)
+            await self._prepared.give_up(uid, owner)
             return None
 
         def look(connection: Connection) -> int:
@@ -260,12 +260,12 @@ class Checkpoints:
         self._slots.setdefault(run, set()).add((attempt, uid, owner))
         try:
             slot = slot_owner(uid, owner)
-            if not self._ahead.has(slot):
+            if not self._prepared.has(slot):
                 await self._uploads.slots.wait_for_one_of(slot, 1, AHEAD_SECONDS)
             size = total_bytes, min(slot_bytes, MAX_UPLOAD_SLOT_BYTES), min(likely, total_bytes)
-            grant = await self._ahead.begin(uid, owner, *size)
+            grant = await self._prepared.begin(uid, owner, *size)
             if (attempt, uid, owner) not in self._slots.get(run, ()):  # a newer one began meanwhile
-                await self._ahead.drop(slot)
+                await self._prepared.drop(slot)
                 return None
             return grant
         except ResourceExhausted as error:
@@ -286,7 +286,7 @@ class Checkpoints:
     async def _begin_prepared(self, uid: int, plan: PackPlan, slot_bytes: int) -> Grant | None:
         """In the session that the rank was given ahead, if that will do."""
         size = plan.num_bytes, slot_bytes
-        found = await self._ahead.use(
+        found = await self._prepared.use(
             uid, _owner_of(plan), *size, lambda c, session: queries.insert_pack(c, plan, session)
         )
         if found is None:
@@ -356,13 +356,13 @@ class Checkpoints:
         )
         reading = asyncio.create_task(self._read_description(uid, seal))
         await asyncio.wait([looking, reading])
-        is_unread = reading.exception()
+        unreadable = reading.exception()
         pack = looking.result()  # says best why there is no such session
         if pack.state is not PackState.OPEN:
             info = await self.generations.look(pack.generation)
             return info.num_sealed == info.num_ranks
-        if is_unread is not None:
-            raise is_unread
+        if unreadable is not None:
+            raise unreadable
         description = reading.result()
         told = told_by(seal)
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from forebay_server.tier.memory import Slot
 from forebay_server.tier.registry import Tiers
@@ -36,6 +36,16 @@ class NoSlotNow(ResourceExhausted):
     """There is no memory for a slot, and others have some on loan that may come back."""
 
 
+class Spare(Protocol):
+    """What is held for a need that has not come yet."""
+
+    def __len__(self) -> int: ...
+
+    async def free_one(self) -> bool:
+        """End one of it; whether there was any."""
+        ...
+
+
 class SlotKeeper:
     """Lends the slots of the ram tier to sessions. Belongs to the event loop."""
 
@@ -47,7 +57,7 @@ class SlotKeeper:
         self._last_used: dict[str, float] = {}
         self.returned = asyncio.Event()
         """Set, and replaced, when a slot has come back."""
-        self._make_room: Callable[[], Awaitable[bool]] = _nothing
+        self._spare: Spare | None = None
         self._turn = asyncio.Lock()
         """Whose turn it is to wait for one."""
 
@@ -76,10 +86,9 @@ class SlotKeeper:
                 else:
                     raise
 
-    def make_room_by(self, make_room: Callable[[], Awaitable[bool]]) -> None:
-        """Have *make_room* end what nobody needs yet, one after the other, before anything that is
-        needed is refused; it answers whether there was any."""
-        self._make_room = make_room
+    def may_take_from(self, spare: Spare) -> None:
+        """Have what *spare* holds end before anything that is needed is refused."""
+        self._spare = spare
 
     async def begin_for_sure(
         self, owner: str, num_bytes: int, begin: Callable[[], Awaitable[T]]
@@ -87,18 +96,27 @@ class SlotKeeper:
         """What *begin* answers, which takes a slot of *num_bytes* and other room for *owner*; what
         nobody needs yet ends before that is refused, or less is given. For the rest as
         :meth:`wait_for_memory`."""
-        while not self._pool.has_room(owner, num_bytes) and await self._make_room():
-            pass
+        while self._has_spare and not await self._tiers.run(
+            self._pool, self._pool.has_room, owner, num_bytes
+        ):
+            await self._free_spare()
 
         async def begin_or_make_room() -> T:
             while True:
                 try:
                     return await begin()
                 except ResourceExhausted:
-                    if not await self._make_room():
+                    if not await self._free_spare():
                         raise
 
         return await self.wait_for_memory(begin_or_make_room)
+
+    @property
+    def _has_spare(self) -> bool:
+        return self._spare is not None and len(self._spare) > 0
+
+    async def _free_spare(self) -> bool:
+        return self._spare is not None and await self._spare.free_one()
 
     async def wait_for_memory(self, begin: Callable[[], Awaitable[T]]) -> T:
         """What *begin* answers; while it raises :class:`NoSlotNow` it is begun again whenever a
@@ -201,7 +219,3 @@ class SlotKeeper:
         for owner, used in list(self._last_used.items()):
             if owner not in busy and now - used > SLOT_IDLE_SECONDS:
                 self.drop_owner(owner)
-
-
-async def _nothing() -> bool:
-    return False

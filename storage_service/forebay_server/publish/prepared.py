@@ -21,7 +21,7 @@ class _Begun:
     total_bytes: int
 
 
-class Ahead:
+class PreparedSessions:
     """At most one upload session of each owner that is for no pack yet. Belongs to the event loop.
 
     Such a session holds a slot and room, lives by its client's renewals, and becomes that of the
@@ -32,7 +32,10 @@ class Ahead:
         self._uploads = uploads
         self._begun: dict[str, _Begun] = {}
         uploads.listen(self._ended)
-        uploads.slots.make_room_by(self.free_one)
+        uploads.slots.may_take_from(self)
+
+    def __len__(self) -> int:
+        return len(self._begun)
 
     def has(self, owner: str) -> bool:
         """Whether *owner* (:func:`~forebay_server.publish.session.slot_owner`) has one."""
