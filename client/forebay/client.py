@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from forebay._channel import CALL_SECONDS, CONNECT_SECONDS, RpcChannel
 from forebay.address import Address, parse_address
-from forebay.closing import Closing
 from forebay.imports import ImportCalls
 from forebay.integrity import IntegrityCalls
 from forebay.methods import Admin, Blobs, Checkpoints, Datasets
@@ -17,6 +16,7 @@ from forebay.movement import MovementCalls
 from forebay.origins import OriginCalls
 from forebay.runs import Run
 from forebay.transfer import Transfer, make_transfer
+from forebay_wire.closing import Closing
 from forebay_wire.errors import IntegrityError, NotFound
 from forebay_wire.ids import check_name
 from forebay_wire.limits import MAX_PAGE_ROWS, MIB

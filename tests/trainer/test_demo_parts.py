@@ -14,7 +14,8 @@ from forebay_trainer.demo import digits, picture
 from forebay_trainer.demo.folder import DemoFolder
 from forebay_trainer.demo.follow import MetricsTail
 from forebay_trainer.demo.processes import ChildFailed, descendants, running, wait_until
-from forebay_trainer.demo.summary import percentile, size, summarise
+from forebay_trainer.demo.summary import percentile, summarise
+from forebay_trainer.units import size
 from forebay_wire.errors import AlreadyRunning, InvalidRequest
 
 

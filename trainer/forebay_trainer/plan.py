@@ -14,6 +14,7 @@ from forebay_trainer.checkpoint import advised_seconds
 from forebay_trainer.data import connect
 from forebay_trainer.parallel import Parallel, Shape
 from forebay_trainer.recipe import Recipe
+from forebay_trainer.units import size
 
 WEIGHT_BYTES: Final = 4
 """Weights, gradients and optimizer states are fp32."""
@@ -147,12 +148,3 @@ def count(module: nn.Module) -> tuple[int, int]:
         sum(weight.numel() for weight in weights),
         sum(weight.numel() for weight in weights if weight.requires_grad),
     )
-
-
-def size(num_bytes: float) -> str:
-    """A number of bytes as people read it: 3.4 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"

@@ -17,7 +17,7 @@ from forebay.checkpoint.manifest import SavedState
 from forebay.checkpoint.objects import decode
 from forebay.checkpoint.read import PackReader
 from forebay.checkpoint.service import CheckpointService, Client
-from forebay.closing import Closing
+from forebay_wire.closing import Closing
 from forebay_wire.errors import InvalidRequest, NotFound
 from forebay_wire.ids import GenerationId
 

@@ -15,8 +15,8 @@ from forebay.checkpoint.flatten import local_part
 from forebay.checkpoint.manifest import SavedState, StoredTensor
 from forebay.checkpoint.objects import byte_view
 from forebay.checkpoint.reading import PIECE_BYTES, Reading, Warm, run
-from forebay.closing import Closing
 from forebay.transfer import Blob, Transfer
+from forebay_wire.closing import Closing
 from forebay_wire.limits import MAX_OPEN_BLOBS_PER_CLIENT, MAX_SEGMENT_BYTES
 from forebay_wire.manifest import PackRef
 

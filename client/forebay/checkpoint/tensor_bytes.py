@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forebay.checkpoint.contents import Contents, TensorInfo, TensorPart
-from forebay.closing import Closing
 from forebay.transfer import Blob, Transfer
+from forebay_wire.closing import Closing
 from forebay_wire.errors import IntegrityError
 from forebay_wire.limits import MAX_OPEN_BLOBS_PER_CLIENT
 

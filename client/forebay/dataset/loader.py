@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import torch
 
-from forebay.closing import Closing
 from forebay.dataset.batches import BatchSource, ReadBatch, bytes_of
 from forebay.dataset.cache import limit_fetched_bytes
 from forebay.dataset.ledger import Ledger, batch_times, habits_of
@@ -24,6 +23,7 @@ from forebay.dataset.reading import Readable, Reading, Reporter, Steps
 from forebay.dataset.report import BatchTimes, LoaderReport
 from forebay.dataset.states import check_is_state
 from forebay.dataset.transforms import Batch, Transform
+from forebay_wire.closing import Closing
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.limits import GIB, MIB
 

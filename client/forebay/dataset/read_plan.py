@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
@@ -19,6 +18,7 @@ from forebay.dataset.row_runs import Run, RunsAhead
 from forebay.plans import PlanCalls
 from forebay.transfer.wanted import reading_for
 from forebay_wire.blocks import starts_of
+from forebay_wire.closing import Closing
 from forebay_wire.errors import ForebayError, InvalidRequest
 from forebay_wire.ids import new_random_name
 
@@ -107,7 +107,7 @@ def _stretches(
     return starts, list(zip(*found, strict=True))
 
 
-class ReadPlan:
+class ReadPlan(Closing):
     """What :meth:`forebay.Dataset.plan` returns: tells the daemon what is read next.
 
     Advice, on which nothing depends but speed: after the start no method waits for the daemon, or
@@ -202,14 +202,6 @@ class ReadPlan:
         self._reading = reading_for(self.plan)
         self._reading.__enter__()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if not self._heartbeat.is_ours:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import numpy as np
 
-from forebay.closing import Closing
 from forebay.stopwatch import timed
 from forebay.transfer.wanted import WantedBack
 from forebay.transfer.window import POOL
+from forebay_wire.closing import Closing
 from forebay_wire.errors import IntegrityError, InvalidRequest, NotFound
 from forebay_wire.segments import SegmentTable, xxh3
 

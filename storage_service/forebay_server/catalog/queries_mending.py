@@ -14,29 +14,10 @@ from forebay_server.catalog.queries_sharing import add_pieces
 from forebay_server.catalog.tables import extents, files, packs, replicas
 from forebay_server.model.encodings import PIECES, RAW
 from forebay_server.model.extents import ObjectExtent
+from forebay_server.model.mending import HolderRow
 
 MAX_COPIES: Final = 20_000
 """Copies of packs whose tables are looked through for a lost segment."""
-
-
-@dataclass(frozen=True)
-class HolderRow:
-    """A replica that names a file."""
-
-    replica_id: str
-    blob: str
-    encoding: str
-    is_live: bool
-    list_file: str
-    """Empty: it is a whole file."""
-    list_bytes: int
-    extents: tuple[ObjectExtent, ...]
-    """Without the list."""
-
-    @property
-    def files(self) -> list[str]:
-        """Those of its bytes, in the order in which they come."""
-        return list(dict.fromkeys(one.file for one in self.extents))
 
 
 @dataclass(frozen=True)

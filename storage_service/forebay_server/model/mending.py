@@ -29,18 +29,29 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Holder:
-    """A replica that names a file, with what is to lie there."""
+class HolderRow:
+    """A replica that names a file."""
 
     replica_id: str
     blob: str
     encoding: str
     is_live: bool
     list_file: str
-    """Of its extent list; empty if it is a whole file."""
+    """Empty: it is a whole file."""
     list_bytes: int
     extents: tuple[ObjectExtent, ...]
     """Without the list."""
+
+    @property
+    def files(self) -> list[str]:
+        """Those of its bytes, in the order in which they come."""
+        return list(dict.fromkeys(one.file for one in self.extents))
+
+
+@dataclass(frozen=True)
+class Holder(HolderRow):
+    """A replica that names a file, with what is to lie there."""
+
     table: SegmentTable
 
     @property

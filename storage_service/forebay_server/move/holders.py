@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from forebay_server.catalog.queries_blobs import BlobLocation, Replica
-from forebay_server.catalog.queries_mending import HolderRow
 from forebay_server.model.encodings import PIECES, RAW
-from forebay_server.model.mending import Holder
+from forebay_server.model.mending import Holder, HolderRow
 from forebay_server.tier.encode import open_plain, read_list
 from forebay_server.tier.registry import Tiers
 from forebay_server.tier.store import Tier
@@ -52,13 +51,13 @@ def read_holders(
         if table is None:
             unknown.append(row)
         else:
-            known.append(_holder(row, table))
+            known.append(Holder(**vars(row), table=table))
     if unknown:
         entries = dict(_entries(known))
         for row in unknown:
             table = _rebuilt_table(tier, row, entries)
             if table is not None:
-                known.append(_holder(row, table))
+                known.append(Holder(**vars(row), table=table))
     return known
 
 
@@ -68,13 +67,6 @@ def table_of(tiers: Tiers, location: BlobLocation) -> SegmentTable | None:
         if (table := _read(tiers, location.blob, replica)) is not None:
             return table
     return None
-
-
-def _holder(row: HolderRow, table: SegmentTable) -> Holder:
-    return Holder(
-        row.replica_id, row.blob, row.encoding, row.is_live, row.list_file, row.list_bytes,
-        row.extents, table,
-    )  # fmt: skip
 
 
 def _table_elsewhere(

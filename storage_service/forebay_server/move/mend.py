@@ -18,7 +18,6 @@ from forebay_server.catalog.queries_damage import return_to_service
 from forebay_server.catalog.queries_history import record
 from forebay_server.catalog.queries_mending import (
     CopyRow,
-    HolderRow,
     NewPlace,
     Replaced,
     copies_of_packs,
@@ -29,7 +28,7 @@ from forebay_server.catalog.queries_mending import (
 from forebay_server.locks import NamedLocks
 from forebay_server.model.encodings import PIECES, RAW
 from forebay_server.model.extents import ObjectBlob, ObjectExtent
-from forebay_server.model.mending import Holder, NewFile, Segment, numbers_in_words
+from forebay_server.model.mending import Holder, HolderRow, NewFile, Segment, numbers_in_words
 from forebay_server.move import holders
 from forebay_server.move.budget import Budget
 from forebay_server.move.jobs import Progress

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Protocol, Self
 
+from forebay_wire.closing import Closing
 from forebay_wire.errors import (
     ForebayError,
     IntegrityError,
@@ -258,7 +259,7 @@ class TierWriter(ABC):
         self.abort()
 
 
-class TierReader(ABC):
+class TierReader(Closing):
     """Reads one published file. Thread-safe, except for :meth:`close`."""
 
     size_bytes: int
@@ -292,17 +293,6 @@ class TierReader(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give the descriptor back. Idempotent."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ})

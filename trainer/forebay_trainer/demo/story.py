@@ -29,7 +29,8 @@ from forebay_trainer.demo.processes import (
     wait_until,
 )
 from forebay_trainer.demo.proof import Proof, prove
-from forebay_trainer.demo.summary import Summary, size, summarise
+from forebay_trainer.demo.summary import Summary, summarise
+from forebay_trainer.units import size
 from forebay_wire.errors import ForebayError, NotFound
 from forebay_wire.v1.checkpoints_pb2 import Generation
 
