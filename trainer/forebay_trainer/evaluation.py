@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,7 +113,7 @@ class Evaluation:
     def run(self, alive: Callable[[], None]) -> dict[str, float]:
         """``test_loss``, ``test_samples`` and ``test_…`` for each metric, over all ranks; nothing
         without test data. A collective; *alive* is called for every batch."""
-        sums: dict[str, float] = defaultdict(float)
+        sums: dict[str, Tensor] = {}
         for module in self._placement.modules.values():
             module.eval()
         with self._average.in_place():
@@ -125,15 +124,17 @@ class Evaluation:
                     if answer is None:
                         continue
                     for name, value in self._sums(*answer).items():
-                        sums[name] += float(value)
+                        so_far = sums.get(name, 0.0)
+                        sums[name] = so_far + value.detach().to("cpu", torch.float64)
             self._placement.settle()
-        names = self._names(sums)
-        if not names:
+        totals = self._over_ranks(sums)
+        if not totals:
             return {}
-        totals = self._parallel.sum_parts([sums[name] for name in names])
-        sums = dict(zip(names, totals, strict=True))
-        metrics = {"loss": sums["loss"] / max(1.0, sums["weight"]), "samples": int(sums["samples"])}
-        metrics |= self._task.metrics(sums)
+        metrics = {
+            "loss": totals["loss"] / max(1.0, totals["weight"]),
+            "samples": int(totals["samples"]),
+        }
+        metrics |= self._task.metrics(totals)
         return {f"test_{name}": value for name, value in metrics.items()}
 
     def _sums(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
@@ -142,9 +143,25 @@ class Evaluation:
         found |= {"loss": (losses * weights).sum(), "weight": weights.sum()}
         return {**found, "samples": (batch["id"] >= 0).sum()}
 
-    def _names(self, sums: Mapping[str, float]) -> list[str]:
+    def _over_ranks(self, sums: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Numbers as floats, all else as float64 tensors of their shapes. A collective."""
+        shapes = self._shapes(sums)
+        if not shapes:
+            return {}
+        own = [sums[name] if name in sums else torch.zeros(shape) for name, shape in shapes.items()]
+        flat = [value for each in own for value in each.flatten().tolist()]
+        left = torch.tensor(self._parallel.sum_parts(flat), dtype=torch.float64)
+        totals: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            size = math.prod(shape)
+            totals[name] = left[:size].view(shape) if shape else float(left[0])
+            left = left[size:]
+        return totals
+
+    def _shapes(self, sums: Mapping[str, Tensor]) -> dict[str, list[int]]:
         """What is summed, on ranks too whose stage of a pipeline has no part in it."""
+        own = {name: list(value.shape) for name, value in sums.items()}
         if self._parallel.shape.stages == 1:
-            return list(sums)
-        said = self._parallel.gather(list(json.dumps(list(sums)).encode()))
-        return max((json.loads(bytes(names)) for names in said), key=len)
+            return own
+        said = self._parallel.gather(list(json.dumps(own).encode()))
+        return max((json.loads(bytes(shapes)) for shapes in said), key=len)

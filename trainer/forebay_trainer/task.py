@@ -71,11 +71,13 @@ class Task:
     # Evaluation.
 
     def evaluate(self, outputs: Any, batch: Batch) -> Mapping[str, Tensor]:
-        """Sums over the batch that `metrics` needs; padding must add nothing."""
+        """Sums over the batch that `metrics` needs, each of any shape (hits, or a count for each
+        class); padding must add nothing."""
         return {}
 
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Figures from the sums over the whole test data; ``sums["weight"]`` counts its units."""
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Figures from the sums over the whole test data: floats, and float64 tensors of what has
+        a shape; ``sums["weight"]`` counts its units."""
         return {}
 
     # The optimizers.
