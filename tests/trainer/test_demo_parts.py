@@ -12,9 +12,9 @@ import pytest
 
 from forebay_trainer.demo import digits, picture
 from forebay_trainer.demo.folder import DemoFolder
-from forebay_trainer.demo.follow import MetricsTail
-from forebay_trainer.demo.processes import ChildFailed, descendants, running, wait_until
 from forebay_trainer.demo.summary import percentile, summarise
+from forebay_trainer.metrics.follow import MetricsTail
+from forebay_trainer.processes import ChildFailed, descendants, running, wait_until
 from forebay_trainer.units import size
 from forebay_wire.errors import AlreadyRunning, InvalidRequest
 
@@ -97,7 +97,7 @@ def test_nothing_is_left_when_the_block_is_left_by_an_error(tmp_path):
 def test_a_child_ends_when_its_parent_is_killed(tmp_path):
     parent = (
         "import sys, time; from pathlib import Path\n"
-        "from forebay_trainer.demo.processes import running\n"
+        "from forebay_trainer.processes import running\n"
         "command = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
         "with running('it', command, Path(sys.argv[1]), extra_environment={}) as child:\n"
         "    print(child.pid, flush=True); time.sleep(600)\n"

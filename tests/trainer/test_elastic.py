@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from forebay_trainer import records
-from forebay_trainer.demo.processes import descendants
 from forebay_trainer.demo.proof import prove
+from forebay_trainer.processes import descendants
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

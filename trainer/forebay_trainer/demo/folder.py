@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from forebay_trainer.demo.processes import holds_lock
+from forebay_trainer.processes import holds_lock
 from forebay_wire.errors import AlreadyRunning, InvalidRequest
 
 MARKER = ".forebay-demo"

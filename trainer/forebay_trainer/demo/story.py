@@ -20,16 +20,16 @@ import forebay
 from forebay_trainer import records
 from forebay_trainer.demo import digits, picture
 from forebay_trainer.demo.folder import DemoFolder
-from forebay_trainer.demo.follow import Event, MetricsTail
-from forebay_trainer.demo.processes import (
+from forebay_trainer.demo.proof import Proof, prove
+from forebay_trainer.demo.summary import Summary, summarise
+from forebay_trainer.metrics.follow import Event, MetricsTail
+from forebay_trainer.processes import (
     POLL_SECONDS,
     Child,
     running,
     torchrun,
     wait_until,
 )
-from forebay_trainer.demo.proof import Proof, prove
-from forebay_trainer.demo.summary import Summary, summarise
 from forebay_trainer.units import size
 from forebay_wire.errors import ForebayError, NotFound
 from forebay_wire.v1.checkpoints_pb2 import Generation

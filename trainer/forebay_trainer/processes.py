@@ -1,4 +1,4 @@
-"""The demo's child processes: started with a log, watched, and ended with all their children."""
+"""Child processes: started with a log, watched, and ended with all their children."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from forebay_wire.errors import DeadlineExceeded, ForebayError
 
@@ -22,7 +22,7 @@ LEASH: Final = Path(__file__).with_name("leash.py")
 
 
 class ChildFailed(ForebayError):
-    """A process of the demo ended with an error; the message has the tail of its log."""
+    """A child process ended with an error; the message has the tail of its log."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,21 @@ class Child:
         return len(family) + 1
 
 
+def start_leashed(
+    command: Sequence[str], output: IO[bytes], *, extra_environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Starts the process of ``command``, from a thread that outlives it: should that thread end, or
+    this process be killed, the kernel sends the child a SIGTERM."""
+    return subprocess.Popen(
+        [sys.executable, "-S", str(LEASH), str(os.getpid()), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **extra_environment},
+        start_new_session=True,  # Ctrl-C is for us; we end our children in our own order
+    )
+
+
 @contextmanager
 def running(
     name: str, command: Sequence[str], log: Path, *, extra_environment: Mapping[str, str]
@@ -132,14 +147,7 @@ def running(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-S", str(LEASH), str(os.getpid()), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **extra_environment},
-            start_new_session=True,  # Ctrl-C is for us; we end our children in our own order
-        )
+        process = start_leashed(command, output, extra_environment=extra_environment)
     child = Child(name, process, log)
     try:
         yield child
@@ -158,7 +166,7 @@ def wait_until(condition: Callable[[], Any], timeout: float, what: str) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"waited {timeout:.0f} s for {what}; see the logs of the demo")
+            raise DeadlineExceeded(f"waited {timeout:.0f} s for {what}; see the logs")
         time.sleep(POLL_SECONDS)
 
 
