@@ -109,7 +109,7 @@ def test_micro_batches_have_at_most_the_rows_that_are_set(client):
         shuffle="none",
     )
     with closing(opened(client, config)) as data:
-        parts = [data.parts(batch) for epoch in data.epochs(1) for batch in epoch]
+        parts = [data.parts(batch, 0, 0) for epoch in data.epochs(1) for batch in epoch]
     assert {len(each) for each in parts} == {data.num_parts} == {4}
     assert max(len(part["id"]) for each in parts for part in each) <= 20
     rows = [each for step in parts for part in step for each in real_ids(part)]

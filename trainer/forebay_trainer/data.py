@@ -215,9 +215,10 @@ class Data:
         for epoch in self.train_loader.epochs(num_epochs):
             yield Epoch(epoch.number, map(whole, epoch))
 
-    def parts(self, batch: Batch) -> list[Batch]:
-        """The micro-batches of a batch, prepared by the task."""
-        return [self._task.prepare(part) for part in cut(batch, self.num_parts)]
+    def parts(self, batch: Batch, seed: int, step: int) -> list[Batch]:
+        """The micro-batches of a batch, prepared by the task for one step of training."""
+        prepared = [self._task.prepare(part) for part in cut(batch, self.num_parts)]
+        return [self._task.augment(part, seed, step) for part in prepared]
 
     def test_batches(self) -> Iterator[Batch]:
         """This rank's parts of one pass over the test data, in order, prepared: as many on every

@@ -118,7 +118,7 @@ class Trainer:
         """One optimizer step; what to log of it, and whether any rank was told to stop."""
         self.watch.at(self.step + 1, "forward and backward")
         self.stall_seconds = 0.0
-        parts = self.data.parts(batch)
+        parts = self.data.parts(batch, self.config.seed, self.step)
         weight = sum(float(self.task.weights(part).sum()) for part in parts)
         num_tokens = sum(self.task.num_tokens(part) for part in parts)
         counts = [weight, len(real_ids(batch)), num_tokens]

@@ -53,10 +53,11 @@ class Pipeline:
         self._total, self._factor = total, factor
         losses: list[Tensor] = []
         inputs = self._task.inputs(self._batch) if self._is_first else ()
+        keywords = self._task.keywords(self._batch)
         if self._is_last:
-            self._schedule.step(*inputs, target=self._rows(), losses=losses)
+            self._schedule.step(*inputs, target=self._rows(), losses=losses, **keywords)
         else:
-            self._schedule.step(*inputs)
+            self._schedule.step(*inputs, **keywords)
         return float(sum(loss.item() for loss in losses)) / factor
 
     def outputs(self, part: Batch) -> tuple[Any, Batch] | None:
@@ -64,10 +65,11 @@ class Pipeline:
         batch = padded(part, self._num_rows)
         self._batch, self._total, self._factor = batch, 1.0, 1.0
         inputs = self._task.inputs(batch) if self._is_first else ()
+        keywords = self._task.keywords(batch)
         if not self._is_last:
-            self._schedule.eval(*inputs)
+            self._schedule.eval(*inputs, **keywords)
             return None
-        return self._schedule.eval(*inputs, target=self._rows(), losses=[]), batch
+        return self._schedule.eval(*inputs, target=self._rows(), losses=[], **keywords), batch
 
     def _rows(self) -> Tensor:
         """Stands for the targets, which may be anything: the schedule cuts it like the batch."""

@@ -49,15 +49,26 @@ class Task:
         """A loader's batch as `inputs` and `losses` want it: normalised, say."""
         return batch
 
+    def augment(self, batch: Batch, seed: int, step: int) -> Batch:
+        """A prepared batch as training sees it in one step: masked, say, or moved about. Not called
+        for evaluations. What is drawn by `dropout.uniform((seed, step), batch["id"], …)` is the
+        same on other ranks and after every resume; draws of torch's generators are not."""
+        return batch
+
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
         """The arguments of the model's forward."""
         raise NotImplementedError
+
+    def keywords(self, batch: Batch) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward, with B rows: masks, say. Every stage of a
+        pipeline gets them, while only the first one gets `inputs`."""
+        return {}
 
     def forward(self, modules: Mapping[str, nn.Module], batch: Batch) -> Any:
         """What `losses` and `evaluate` get. Override it where there are several modules; with
         one, override `inputs`, which pipelines need too."""
         (model,) = modules.values()
-        return model(*self.inputs(batch))
+        return model(*self.inputs(batch), **self.keywords(batch))
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """The loss of each unit: (B,), or (B, T)."""
