@@ -9,17 +9,19 @@ from typing import Any, Self
 
 
 class StopSignal:
-    """A context manager of the main thread; ``requested`` turns true at the first SIGTERM.
+    """A context manager of the main thread; ``requested`` turns true at the first SIGTERM (or
+    other signal of *signals*).
 
     A second one ends the process at once, as without the handler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: signal.Signals) -> None:
         self.requested = False
-        self._before: Any = None
+        self._signals = signals or (signal.SIGTERM,)
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGTERM, self._handle)
+        self._before = {each: signal.signal(each, self._handle) for each in self._signals}
         return self
 
     def __exit__(
@@ -28,7 +30,7 @@ class StopSignal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        self._restore()
 
     def wait(self, seconds: float) -> bool:
         """Whether the signal has come, or comes within so long."""
@@ -39,4 +41,8 @@ class StopSignal:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(signal.SIGTERM, self._before)
+        self._restore()
+
+    def _restore(self) -> None:
+        for each, before in self._before.items():
+            signal.signal(each, before)

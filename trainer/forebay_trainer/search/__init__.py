@@ -1,0 +1,1 @@
+"""Many runs of one recipe: over seeds, and over values of its keys."""

@@ -1,0 +1,67 @@
+"""Pictures of many runs: losses over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from forebay_trainer.metrics.history import Event, History
+from forebay_trainer.metrics.plot import line
+from forebay_wire.errors import NotFound
+
+DPI: Final = 80
+"""A picture lies in a repository: it stays below 60 KB."""
+
+
+def figure_of(num_columns: int, num_rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure of matplotlib and its axes, always as rows of columns; NotFound without it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NotFound("matplotlib is not here: pip install 'forebay[plot]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False)
+
+
+def mean(runs: Sequence[Sequence[Event]], field: str) -> list[dict[str, float]]:
+    """The mean of a field over the runs, at the steps that all of them have."""
+    values = [{event["step"]: event[field] for event in run if field in event} for run in runs]
+    common = sorted(set.intersection(*(set(each) for each in values)))
+    return [
+        {"step": step, field: statistics.fmean(each[step] for each in values)} for step in common
+    ]
+
+
+def losses(runs: Sequence[History], path: Path, title: str) -> None:
+    """Writes a PNG: the losses of all runs and their mean, and beneath it what was evaluated."""
+    figure, axes = figure_of(1, 2, (8.0, 6.0))
+    loss, quality = axes[0][0], axes[1][0]
+    draw(loss, [run.steps for run in runs], "loss", "training", "C0")
+    evaluations = [run.evaluations for run in runs]
+    draw(loss, evaluations, "test_loss", "test", "C1", marker="o")
+    common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+    for number, name in enumerate(common[:6]):
+        label = name.removeprefix("test_")
+        draw(quality, evaluations, name, label, f"C{number + 2}", marker="o")
+    if not common:
+        draw(quality, evaluations, "test_loss", "test loss", "C1", marker="o")
+    loss.set_ylabel("loss")
+    quality.set_ylabel("evaluation")
+    quality.set_xlabel("step")
+    for axis in (loss, quality):
+        axis.grid(alpha=0.3)
+        if axis.get_lines():
+            axis.legend()
+    loss.set_title(title)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw(
+    axis: Any, runs: Sequence[Sequence[Event]], field: str, label: str, color: str, **style: Any
+) -> None:
+    """Each run thin, and their mean."""
+    for run in runs:
+        line(axis, run, field, "", color=color, alpha=0.3, linewidth=0.7)
+    line(axis, mean(runs, field), field, label, color=color, linewidth=1.8, markersize=3, **style)
