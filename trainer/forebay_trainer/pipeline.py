@@ -53,7 +53,7 @@ class Pipeline:
         self._total, self._factor = total, factor
         losses: list[Tensor] = []
         inputs = self._task.inputs(self._batch) if self._is_first else ()
-        keywords = self._task.keywords(self._batch)
+        keywords: dict[str, Any] = self._task.keywords(self._batch)
         if self._is_last:
             self._schedule.step(*inputs, target=self._rows(), losses=losses, **keywords)
         else:
@@ -65,7 +65,7 @@ class Pipeline:
         batch = padded(part, self._num_rows)
         self._batch, self._total, self._factor = batch, 1.0, 1.0
         inputs = self._task.inputs(batch) if self._is_first else ()
-        keywords = self._task.keywords(batch)
+        keywords: dict[str, Any] = self._task.keywords(batch)
         if not self._is_last:
             self._schedule.eval(*inputs, **keywords)
             return None
