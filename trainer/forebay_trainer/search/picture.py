@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from forebay_trainer.metrics.history import Event, History
+from forebay_trainer.metrics.history import Event, History, thinned
 from forebay_trainer.metrics.plot import line
 from forebay_wire.errors import NotFound
 
 DPI: Final = 80
 """A picture lies in a repository: it stays below 60 KB."""
+NUM_COLOURS: Final = 64
+MOST_POINTS: Final = 300
+MOST_MEANS: Final = 100
 
 
 def figure_of(num_columns: int, num_rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -31,6 +36,17 @@ def mean(runs: Sequence[Sequence[Event]], field: str) -> list[dict[str, float]]:
     common = sorted(set.intersection(*(set(each) for each in values)))
     return [
         {"step": step, field: statistics.fmean(each[step] for each in values)} for step in common
+    ]
+
+
+def smooth(points: Sequence[Mapping[str, float]], field: str) -> list[dict[str, float]]:
+    """The means of at most `MOST_MEANS` stretches, each at its middle."""
+    num = min(MOST_MEANS, len(points))
+    bounds = [len(points) * number // num for number in range(num + 1)] if num else []
+    parts = [points[first:last] for first, last in itertools.pairwise(bounds)]
+    return [
+        {name: statistics.fmean(point[name] for point in part) for name in ("step", field)}
+        for part in parts
     ]
 
 
@@ -54,14 +70,29 @@ def losses(runs: Sequence[History], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
         if axis.get_lines():
             axis.legend()
+    quality.sharex(loss)
     loss.set_title(title)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a PNG of few colours, as those of a diagram are: a third of the bytes."""
+    from PIL import Image  # matplotlib has it
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    with Image.open(buffer) as picture:
+        picture.convert("RGB").quantize(NUM_COLOURS).save(path, format="PNG", optimize=True)
 
 
 def draw(
     axis: Any, runs: Sequence[Sequence[Event]], field: str, label: str, color: str, **style: Any
 ) -> None:
-    """Each run thin, and their mean."""
+    """Each run thin, and their mean, over some steps where there are many."""
     for run in runs:
-        line(axis, run, field, "", color=color, alpha=0.3, linewidth=0.7)
-    line(axis, mean(runs, field), field, label, color=color, linewidth=1.8, markersize=3, **style)
+        points = thinned(
+            [(each["step"], each[field]) for each in run if field in each], MOST_POINTS
+        )
+        axis.plot(*zip(*points, strict=True), color=color, alpha=0.3, linewidth=0.7)
+    means = smooth(mean(runs, field), field)
+    line(axis, means, field, label, color=color, linewidth=1.8, markersize=3, **style)
