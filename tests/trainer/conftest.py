@@ -24,6 +24,8 @@ import pytest
 import forebay
 from forebay_server.testing.daemon import DaemonProcess
 from forebay_server.testing.warm import WarmProcess, WarmPython
+from forebay_trainer.preparation.sources import ALL, FOLDER_VARIABLE
+from forebay_wire.errors import NotFound
 
 MODULES = (
     "forebay_trainer.train",
@@ -34,6 +36,29 @@ MODULES = (
 )
 NUM_SAMPLES = 100
 SECONDS = 100.0
+
+
+@pytest.fixture
+def source() -> Callable[[str], Path]:
+    """``source("vader")``: a package of data, as `make sources` fetches it; without it the test is
+    skipped, or fails in continuous integration."""
+
+    def found(name: str) -> Path:
+        try:
+            return ALL[name].find()
+        except NotFound as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(error.message)
+
+    return found
+
+
+@pytest.fixture(autouse=True)
+def fetched_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `make sources` puts them."""
+    if FOLDER_VARIABLE not in os.environ:
+        monkeypatch.setenv(FOLDER_VARIABLE, str(Path(__file__).parents[2] / ".sources"))
 
 
 class Ranks:

@@ -167,7 +167,7 @@ def test_a_recipe_of_the_user_is_a_folder_with_a_function(tmp_path):
     (tmp_path / "mine" / "recipe.toml").write_text("[model]\nwidth = 4\n")
     recipe = recipes.load(str(tmp_path / "mine"), ["num_epochs=2"])
     assert recipe.name == "mine"
-    assert recipe.build().modules["model"].in_features == 4
+    assert recipe.build({}).modules["model"].in_features == 4
     assert recipe.config.num_epochs == 2
     with pytest.raises(InvalidRequest, match=r"unknown key 'model.widht' .*'model.width'\?"):
         recipes.load(str(tmp_path / "mine"), ["model.widht=2"])
@@ -193,7 +193,7 @@ def test_build_returns_a_task(tmp_path):
     (tmp_path / "recipe.toml").write_text("")
     (tmp_path / "recipe.py").write_text(CODE.replace("Task(torch", "(torch"))
     with pytest.raises(InvalidRequest, match="returns no Task: Linear"):
-        recipes.load(str(tmp_path)).build()
+        recipes.load(str(tmp_path)).build({})
 
 
 def test_a_missing_recipe_names_the_bundled_ones():

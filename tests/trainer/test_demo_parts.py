@@ -14,6 +14,7 @@ from forebay_trainer.demo import digits, picture
 from forebay_trainer.demo.folder import DemoFolder
 from forebay_trainer.demo.summary import percentile, summarise
 from forebay_trainer.metrics.follow import MetricsTail
+from forebay_trainer.preparation.digits import packaged
 from forebay_trainer.processes import ChildFailed, descendants, running, wait_until
 from forebay_trainer.units import size
 from forebay_wire.errors import AlreadyRunning, InvalidRequest
@@ -218,7 +219,7 @@ def test_the_picture_is_a_png(tmp_path):
 
 
 def test_the_digits_are_spread_over_all_labels():
-    images, labels = digits.read_digits(digits.find_file(), 601)
+    images, labels = digits.read_digits(packaged(), 601)
     assert images.shape == (601, 28, 28)
     assert images.dtype == np.uint8
     assert images.max() == 255

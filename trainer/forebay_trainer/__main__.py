@@ -22,7 +22,11 @@ from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
 
 LEFT_STATUS: Final = 4
 
-COMMANDS: Final[Mapping[str, str]] = {"plot": "forebay_trainer.metrics.plot"}
+COMMANDS: Final[Mapping[str, str]] = {
+    "plot": "forebay_trainer.metrics.plot",
+    "prepare": "forebay_trainer.prepare",
+    "seeds": "forebay_trainer.search.seeds",
+}
 """First argument to the module whose ``main(arguments)`` it runs, instead of training."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import forebay
 from forebay_trainer.config import setting
 from forebay_trainer.parallel import Parallel
+from forebay_trainer.preparation import SPLIT, Type
 from forebay_trainer.task import Batch, Task
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import Cut
@@ -117,6 +119,10 @@ class DataConfig:
             part_rows=-(-largest // num_parts),
         )
 
+    def about(self, client: forebay.Client) -> dict[str, Any]:
+        """The metadata of the dataset version: what its preparation learnt."""
+        return dict(client.dataset(self.dataset, version=self.version).manifest.metadata)
+
     def _open(
         self, client: forebay.Client, seed: int
     ) -> tuple[forebay.Dataset, forebay.Dataset | None]:
@@ -137,6 +143,37 @@ class DataConfig:
 def connect(address: str | None) -> forebay.Client:
     """The service at an address as ``forebay.connect`` takes it; a context manager."""
     return forebay.connect(address)
+
+
+def metadata(client: forebay.Client, dataset: str) -> dict[str, Any] | None:
+    """That of the newest version; None if there is no such dataset."""
+    if dataset not in client.datasets():
+        return None
+    return dict(client.dataset(dataset).manifest.metadata)
+
+
+def new_version(
+    client: forebay.Client, dataset: str, schema: Mapping[str, Type], metadata: Mapping[str, Any]
+) -> AbstractContextManager[forebay.DatasetWriter]:
+    """A writer of the first version of a dataset, or of the next one, which has the same schema and
+    metadata and more rows; leaving its ``with`` block commits it, an exception leaves nothing."""
+    if dataset in client.datasets():
+        return client.append_dataset(dataset)
+    types = {
+        name: each if isinstance(each, str) else forebay.Array(*each)
+        for name, each in schema.items()
+    }
+    return client.create_dataset(dataset, schema=types, metadata=metadata)
+
+
+def define_splits(client: forebay.Client, dataset: str, names: Sequence[str]) -> dict[str, int]:
+    """Selections of the newest version by its column ``split``, the number of the name; how many
+    rows each one has. Repeating it changes nothing."""
+    newest = client.dataset(dataset)
+    return {
+        name: newest.define_selection(name, filter=[(SPLIT, "==", number)])
+        for number, name in enumerate(names)
+    }
 
 
 class Epoch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Final
 
@@ -114,15 +114,16 @@ def plan(recipe: Recipe, num_ranks: int, mtbf_seconds: float) -> Plan:
     """
     config = recipe.config
     shape = config.parallel.shape(num_ranks)
-    torch.manual_seed(config.seed)
-    task = recipe.build()
     alone = Parallel(
         rank=0, shape=Shape(), device=torch.device("cpu"), backend="gloo", timeout_seconds=1.0
     )
-    with (
-        connect(config.address) as client,
-        closing(config.data.build(client, alone, task, seed=config.seed, run=config.run)) as data,
-    ):
+    with ExitStack() as stack:
+        client = stack.enter_context(connect(config.address))
+        torch.manual_seed(config.seed)
+        task = recipe.build(config.data.about(client))
+        data = stack.enter_context(
+            closing(config.data.build(client, alone, task, seed=config.seed, run=config.run))
+        )
         steps = data.steps_per_epoch * config.num_epochs
         return Plan(
             name=recipe.name,

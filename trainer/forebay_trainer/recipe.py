@@ -2,24 +2,27 @@
 
     recipes/mnist_cnn/recipe.toml      keys of the configuration; ``[model]`` are the recipe's own
     recipes/mnist_cnn/recipe.py        def build(config: Config) -> Task
+    recipes/mnist_cnn/prepare.py       def prepare(config: Config) -> Preparation
 
-``Config``, a frozen dataclass of settings, is found by the annotation of ``build``. The Python file
-lies beside the TOML file, unless ``code`` in it says another path or the name of a bundled recipe.
+``Config``, a frozen dataclass of settings, is found by the annotation of ``build``, which may take
+the metadata of the dataset as its second argument. The Python files lie beside the TOML file,
+unless ``code`` and ``prepare_code`` in it say another path or the name of a bundled recipe.
+``[prepare]`` are settings of the data's preparation, which is a command of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import sys
+import inspect
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, cast
 
 from forebay_trainer import config as configuration
+from forebay_trainer.modules import imported
 from forebay_trainer.settings import TrainConfig
 from forebay_trainer.task import Task
 from forebay_wire.errors import InvalidRequest, NotFound
@@ -27,6 +30,9 @@ from forebay_wire.errors import InvalidRequest, NotFound
 RECIPES: Final = Path(__file__).parent / "recipes"
 TOML: Final = "recipe.toml"
 CODE: Final = "recipe.py"
+PREPARE_CODE: Final = "prepare.py"
+FILES: Final = {"code": (CODE, "build"), "prepare_code": (PREPARE_CODE, "prepare")}
+"""Key of the TOML file to the Python file that it names, and the function in that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +44,12 @@ class Recipe:
     module: ModuleType
     """The Python file."""
 
-    def build(self) -> Task:
-        """Makes what is trained; the caller has seeded torch, alike on all ranks."""
-        task = self.module.build(cast(Any, self.config).model)
+    def build(self, about: Mapping[str, Any]) -> Task:
+        """Makes what is trained; the caller has seeded torch, alike on all ranks. *about*: the
+        metadata of the dataset version, as a vocabulary's size."""
+        arguments: list[Any] = [cast(Any, self.config).model, about]
+        num_taken = len(inspect.signature(self.module.build).parameters)
+        task = self.module.build(*arguments[:num_taken])
         if not isinstance(task, Task):
             raise InvalidRequest(f"build() of {self.module.__file__} returns no Task: {task!r}")
         return task
@@ -54,58 +63,84 @@ def load(recipe: str, overrides: Sequence[str] = (), *, size: str | None = None)
     """
     path = find(recipe)
     document = configuration.read(path, size)
-    module = _module(path, document.tree.pop("code", CODE))
+    module = _module(path, "code", document.tree.pop("code", CODE))
+    for key in ("prepare", "prepare_code"):  # of another command
+        document.tree.pop(key, None)
     config = config_type(module)
     configuration.apply(config, document, overrides)
-    name = path.parent.name if path.name == TOML else path.stem
+    name = path.parent.name if path.name == TOML else f"{path.parent.name}/{path.stem}"
     return Recipe(name, configuration.build(config, document.tree, document.source), module)
 
 
+@dataclasses.dataclass(frozen=True)
+class DataRecipe:
+    """How the dataset of a recipe is made, with arguments applied."""
+
+    recipe: Recipe
+    file: Path
+    """``prepare.py``."""
+    settings: Any
+    """Its ``Config``."""
+
+
+def load_data(recipe: str, overrides: Sequence[str] = (), *, size: str | None = None) -> DataRecipe:
+    """Reads what a recipe says of its data; arguments ``prepare.key=value`` belong to that, all
+    others to the training, of which dataset and address count here. Raises as `load` does."""
+    path = find(recipe)
+    document = configuration.read(path, size)
+    module = _module(path, "prepare_code", document.tree.get("prepare_code", PREPARE_CODE))
+    own = [each for each in overrides if each.startswith("prepare.")]
+    loaded = load(recipe, [each for each in overrides if each not in own], size=size)
+    section = dataclasses.make_dataclass(
+        "PrepareConfig",
+        [("prepare", module.Config, dataclasses.field(default_factory=module.Config))],
+        frozen=True,
+        kw_only=True,
+    )
+    tree = {key: value for key, value in document.tree.items() if key == "prepare"}
+    document = dataclasses.replace(document, tree=tree)
+    configuration.apply(section, document, own)
+    settings: Any = configuration.build(section, document.tree, document.source)
+    assert module.__file__ is not None
+    return DataRecipe(loaded, Path(module.__file__), settings.prepare)
+
+
 def names() -> list[str]:
-    """The bundled recipes."""
-    return sorted(path.parent.name for path in RECIPES.glob(f"*/{TOML}"))
+    """The bundled recipes, and their variants: ``NAME/VARIANT``."""
+    found = [path.relative_to(RECIPES).with_suffix("") for path in RECIPES.glob("*/*.toml")]
+    return sorted(str(each.parent if each.name == Path(TOML).stem else each) for each in found)
 
 
 def find(recipe: str) -> Path:
-    """The TOML file: that path itself, the one in that folder, or that of a bundled recipe."""
+    """The TOML file: that path itself, the one in that folder, or that of a bundled recipe, with or
+    without ``.toml``; a variant is ``NAME/VARIANT``."""
     path = Path(recipe)
     if path.is_file():
         return path
     if (path / TOML).is_file():
         return path / TOML
-    bundled = RECIPES / path.stem / TOML
-    if path.suffix in ("", ".toml") and bundled.is_file():
-        return bundled
+    bundled = recipe.removeprefix("recipes/").removesuffix(".toml")
+    if bundled in names():
+        return RECIPES / (f"{bundled}.toml" if "/" in bundled else f"{bundled}/{TOML}")
     raise NotFound(
         f"no recipe {recipe!r}: neither a file in {Path.cwd()} nor a bundled recipe; "
         f"give the path of a TOML file or one of: {', '.join(names())}"
     )
 
 
-def _module(toml: Path, code: Any) -> ModuleType:
+def _module(toml: Path, key: str, code: Any) -> ModuleType:
+    file, function = FILES[key]
     if not isinstance(code, str):
-        raise InvalidRequest(f"{toml}: code must be the path of a Python file, not {code!r}")
+        raise InvalidRequest(f"{toml}: {key} must be the path of a Python file, not {code!r}")
     path = (toml.parent / code).resolve()
-    if not path.is_file() and (RECIPES / code / CODE).is_file():
-        path = RECIPES / code / CODE
+    if not path.is_file() and (RECIPES / code / file).is_file():
+        path = RECIPES / code / file
     if not path.is_file():
         raise NotFound(
-            f"{toml} has no Python file {path}: write one with build(config), or name it by "
-            f"code = … (a path, or one of: {', '.join(names())})"
+            f"{toml} has no Python file {path}: write one with {function}(config), or name it by "
+            f"{key} = … (a path, or one of: {', '.join(names())})"
         )
-    return _imported(path)
-
-
-@functools.cache
-def _imported(path: Path) -> ModuleType:
-    name = f"forebay_recipe_{path.parent.name}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return imported(path)
 
 
 @functools.cache

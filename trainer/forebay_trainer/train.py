@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Final
@@ -47,10 +48,11 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
     set_up_process(config)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        client = stack.enter_context(connect(config.address))
         random = RandomState(parallel.ranks, parallel.device)
         random.seed(config.seed)
         draws = Draws(config.seed)
-        task = build_task(recipe, parallel, draws)
+        task = build_task(recipe, config.data.about(client), parallel, draws)
         precision = Precision(config.precision, parallel.device)
         meter = stack.enter_context(closing(open_meter(config, parallel, task)))
         placement = Placement(
@@ -62,7 +64,6 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
             num_pieces=config.parallel.num_microbatches,
             compression=config.parallel.compression,
         )
-        client = stack.enter_context(connect(config.address))
         data = stack.enter_context(
             closing(config.data.build(client, parallel, task, seed=config.seed, run=config.run))
         )
@@ -121,9 +122,9 @@ def set_up_process(config: TrainConfig) -> None:
         use_deterministic_kernels()
 
 
-def build_task(recipe: Recipe, parallel: Parallel, draws: Draws) -> Task:
+def build_task(recipe: Recipe, about: Mapping[str, Any], parallel: Parallel, draws: Draws) -> Task:
     """The recipe's task, its dropout by sample if the run is deterministic."""
-    task = recipe.build()
+    task = recipe.build(about)
     if not recipe.config.deterministic:
         return task
     number = 0
