@@ -194,7 +194,7 @@ class LeavesWorkers(Exact):
 
 class LeavesWorkersWhenKilled(Exact):
     def start_worker(self):
-        return subprocess.Popen(["sleep", "3"], stdin=subprocess.PIPE)
+        return subprocess.Popen(["sleep", "20"], stdin=subprocess.PIPE)
 
 
 class EndsWhenAWorkerDies(Exact):
