@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from forebay_trainer.metrics.flops import Flops
-from forebay_trainer.task import keep_only, layers_of_stage
+from forebay_trainer.optim import OptimizerConfig
+from forebay_trainer.task import Batch, Task, keep_only, layers_of_stage
 from forebay_wire.errors import InvalidRequest
 
 WEIGHT_DEVIATION: Final = 0.02
@@ -245,8 +247,8 @@ def stage_of(model: nn.Module, stage: int, num_stages: int) -> nn.Module:
     architecture = model.architecture
     if architecture.ties_embedding:
         raise InvalidRequest(
-            "parallel.num_stages: the first and the last stage have the embedding, which is one "
-            "tensor; set model.ties_embedding=false"
+            "parallel.num_stages: the first and the last stage would share one tensor; set "
+            "model.ties_embedding=false"
         )
     if num_stages > architecture.num_layers:
         raise InvalidRequest(
@@ -258,14 +260,50 @@ def stage_of(model: nn.Module, stage: int, num_stages: int) -> nn.Module:
     return keep_only(model, [*ends, *(f"blocks.{layer}" for layer in layers)])
 
 
-def flops(model: Transformer) -> Flops:
+def flops(architecture: Architecture) -> Flops:
     """Of forward and backward, as Chowdhery et al. 2022 (PaLM, appendix B) count them: six for each
     weight and token, and twelve for each layer, number of the width and pair of places. Embeddings
     are looked up; a causal model is counted as if it saw all places."""
-    architecture = model.architecture
-    multiplied = [model.head, *model.blocks.modules()]
-    layers = [each for each in multiplied if isinstance(each, nn.Linear)]
-    weights = sum(layer.weight.numel() for layer in layers)
-    pairs = architecture.num_layers * architecture.width * architecture.num_places
-    each_token = 6 * weights + 12 * pairs
-    return lambda num_samples, num_tokens: float(each_token * num_tokens)
+    layers, width = architecture.num_layers, architecture.width
+    num_weights = 12 * layers * width**2 + architecture.vocabulary_size * width
+    each_token = 6 * num_weights + 12 * layers * width * architecture.num_places
+    return lambda num_samples, num_tokens: float(each_token * architecture.num_places * num_samples)
+
+
+class TransformerTask(Task):
+    """Cross entropy, in nats, of the token at each place. A subclass's `prepare` makes ``seen`` and
+    ``targets``, int64 (B, T), and ``weights``, float32 (B, T): 0 where a place is not to be told.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(Transformer(architecture))
+        self.architecture = architecture
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        return (batch["seen"],)
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs.transpose(1, 2), batch["targets"], reduction="none")
+
+    def weights(self, batch: Batch) -> Tensor:
+        weights_BT: Tensor = batch["weights"]
+        return weights_BT
+
+    def optimizers(
+        self, modules: Mapping[str, nn.Module], config: OptimizerConfig
+    ) -> dict[str, Optimizer]:
+        """Biases and norms do not decay."""
+        (model,) = modules.values()
+        weights = list(model.parameters())
+        matrices = {"params": [each for each in weights if each.dim() > 1]}
+        vectors = {"params": [each for each in weights if each.dim() == 1], "weight_decay": 0.0}
+        return {"model": config.build([each for each in (matrices, vectors) if each["params"]])}
+
+    def flops(self) -> Flops:
+        return flops(self.architecture)
+
+    def tensor_plan(self, model: nn.Module) -> Mapping[str, ParallelStyle]:
+        return tensor_plan(self.architecture)
+
+    def split(self, model: nn.Module, stage: int, num_stages: int) -> nn.Module:
+        return stage_of(model, stage, num_stages)
