@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -117,6 +118,8 @@ class DataConfig:
             num_bytes=train.manifest.num_bytes,
             num_parts=num_parts,
             part_rows=-(-largest // num_parts),
+            seed=seed,
+            parallel=parallel,
         )
 
     def about(self, client: forebay.Client) -> dict[str, Any]:
@@ -212,6 +215,8 @@ class Data:
         num_bytes: int,
         num_parts: int,
         part_rows: int,
+        seed: int,
+        parallel: Parallel,
     ) -> None:
         self.config = config
         self.train_loader = train_loader
@@ -223,6 +228,9 @@ class Data:
         """Micro-batches of a step: as many on every rank, whatever its part of the batch."""
         self.part_rows = part_rows
         """Of the largest micro-batch."""
+        self.seed = seed
+        """Of the run, for tasks that draw something of their own."""
+        self._parallel = parallel
         self._client = client
         self._task = task
         self._test_loader = test_loader
@@ -271,6 +279,41 @@ class Data:
         with self._client.append_dataset(self.config.dataset) as writer:
             writer.write_table(pa.table(dict(columns)))
         return self._client.dataset(self.config.dataset).version
+
+    def renew(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Makes rows, and appends them as a new version whose training split they are, alone; the
+        test split keeps its rows. With ``data.follow`` the epoch that begins now reads them.
+
+        For `Task.before_epoch`; a collective. All ranks make rows, for *make* may need sharded
+        weights, and the first one's are written; all return once they are there. In an epoch that
+        an attempt goes on in nothing is done: it stays on its version. Conflict if somebody else
+        appended meanwhile.
+        """
+        config = self.config
+        if not config.follow or config.train_split is None:
+            raise InvalidRequest("a task that renews its data needs data.follow and train_split")
+        if self.position:
+            return
+        columns = make()
+        if self._parallel.is_main:
+            self._append_split(pa.table(dict(columns)), config.train_split)
+        self._parallel.sum([0.0])
+
+    def _append_split(self, rows: pa.Table, split: str) -> None:
+        config, client = self.config, self._client
+        before = client.dataset(config.dataset)
+        if SPLIT in before.schema.names and SPLIT not in rows.column_names:
+            number = dict(before.manifest.metadata)["splits"].index(split)
+            rows = rows.append_column(SPLIT, pa.array([number] * len(rows), pa.int8()))
+        with client.append_dataset(config.dataset, base=before) as writer:
+            writer.write_table(rows)
+        after = client.dataset(config.dataset, version=before.version + 1)
+        if config.test_split is not None and config.test_dataset is None:
+            kept = client.dataset(config.dataset, split=config.test_split)
+            ids = kept.rows_at(np.arange(len(kept)))
+            after.define_selection(config.test_split, rows=ids)
+        # Last, for it is by this split that the version is followed.
+        after.define_selection(split, rows=np.arange(len(before), len(after)))
 
     def close(self) -> None:
         self.train_loader.close()

@@ -149,9 +149,9 @@ class Task:
         raise NotImplementedError
 
     def before_epoch(self, epoch: int, data: Data) -> None:
-        """Called on all ranks before an epoch: the place to append to the dataset (with
-        ``data.follow``, by one rank). Once more for an epoch that an attempt goes on in: that epoch
-        stays on the version that it began with."""
+        """Called on all ranks before an epoch: the place to append to the dataset (`Data.append`,
+        by one rank, or `Data.renew`), with ``data.follow``. Once more for an epoch that an attempt
+        goes on in: that epoch stays on the version that it began with."""
 
 
 def layers_of_stage(num_layers: int, stage: int, num_stages: int) -> range:
