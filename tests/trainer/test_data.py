@@ -12,6 +12,7 @@ from forebay_server.testing.daemon import DaemonProcess
 from forebay_trainer.data import DataConfig, real_ids
 from forebay_trainer.parallel import ParallelConfig
 from forebay_trainer.recipe import load
+from forebay_wire.errors import InvalidRequest
 
 NUM_SAMPLES = 200
 SEED = 3
@@ -37,7 +38,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forebay.Client]
 
 
 def opened(client, config):
-    task = load("mnist_cnn", ["model.image_shape=[32,32]"]).build()
+    task = load("mnist_cnn", ["model.image_shape=[32,32]"]).build({})
     parallel = ParallelConfig(backend="gloo").build()
     return config.build(client, parallel, task, seed=SEED, run="r")
 
@@ -126,3 +127,29 @@ def test_rows_that_are_appended_are_a_new_version(client):
             lengths.append(sum(len(real_ids(batch)) for batch in epoch))
             data.append({"x": [4, 5]})
     assert lengths == [3, 5, 7]
+
+
+def test_rows_that_renew_the_data_are_the_training_split_alone(client):
+    with client.create_dataset("renewed") as writer:
+        writer.write_table(pa.table({"x": [1, 2, 3, 4]}))
+    first = client.dataset("renewed")
+    first.define_selection("train", rows=[0, 1, 3])
+    first.define_selection("test", rows=[2])
+    config = DataConfig(dataset="renewed", follow=True, shuffle="none", global_batch_size=2)
+    with closing(opened(client, config)) as data:
+        seen = []
+        for epoch in data.epochs(3):
+            number = epoch.number
+            data.renew(lambda: {"x": [10 * number, 10 * number + 1, 10 * number + 2]})  # noqa: B023
+            for batch in epoch:
+                seen.append((number, batch["x"].tolist()))
+                data.renew(lambda: {"x": [-1]})  # an epoch that has begun stays as it is
+    assert seen == [(0, [0, 1]), (0, [2]), (1, [10, 11]), (1, [12]), (2, [20, 21]), (2, [22])]
+    assert client.dataset("renewed", split="test").table()["x"].to_pylist() == [3]
+    assert len(client.dataset("renewed")) == 4 + 3 * 3
+
+
+def test_data_that_do_not_follow_are_not_renewed(client):
+    config = DataConfig(dataset="tiny", train_split=None, test_split=None)
+    with closing(opened(client, config)) as data, pytest.raises(InvalidRequest, match="follow"):
+        data.renew(dict)
