@@ -1,0 +1,1 @@
+"""What an agent acts in: states of many at once, as tensors."""
