@@ -26,6 +26,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "plot": "forebay_trainer.metrics.plot",
     "prepare": "forebay_trainer.prepare",
     "seeds": "forebay_trainer.search.seeds",
+    "sweep": "forebay_trainer.search.sweep",
 }
 """First argument to the module whose ``main(arguments)`` it runs, instead of training."""
 

@@ -66,7 +66,7 @@ def read(path: Path, size: str | None = None) -> Document:
             known = ", ".join(sizes) if sizes else "none"
             raise InvalidRequest(f"{path} has no size {size!r}; it has: {known}")
         for name in flatten(sizes[size]):
-            put(tree, name, _value_at(sizes[size], name))
+            put(tree, name, value_at(sizes[size], name))
             source[name] = _place(path, lines.get(f"sizes.{size}.{name}"))
     return Document(path, tree, source)
 
@@ -109,7 +109,7 @@ def _place(path: Path, line: int | None) -> str:
     return f"{path}" if line is None else f"{path}, line {line}"
 
 
-def _value_at(tree: Mapping[str, Any], name: str) -> Any:
+def value_at(tree: Mapping[str, Any], name: str) -> Any:
     value: Any = tree
     for part in name.split("."):
         value = value[part]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from forebay_trainer.config import split_override
 from forebay_trainer.metrics.history import Event, History
 from forebay_trainer.processes import torchrun
 from forebay_trainer.recipe import Recipe
@@ -77,7 +78,9 @@ class Base:
     def arguments(self, values: Sequence[str]) -> list[str]:
         """Of ``python -m forebay_trainer``, for the recipe with *values* on top."""
         size = [] if self.size is None else ["--size", self.size]
-        return [self.name, *size, *self.overrides, *values]
+        names = {value.partition("=")[0] for value in values}
+        others = [each for each in self.overrides if split_override(each)[0] not in names]
+        return [self.name, *size, *others, *values]
 
     def command(self, values: Sequence[str]) -> list[str]:
         if self.num_ranks > 1:

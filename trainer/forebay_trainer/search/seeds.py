@@ -30,6 +30,7 @@ from forebay_trainer.search.job import (
     quality,
     seconds_of,
 )
+from forebay_trainer.search.outcome import write_json
 from forebay_trainer.search.picture import losses
 from forebay_trainer.search.pool import Pool, Running, Start, folder_of_one, leashed
 from forebay_trainer.stop import StopSignal
@@ -233,14 +234,6 @@ def write(base: Base, options: argparse.Namespace, found: Sequence[Found]) -> di
 def title(base: Base, num_seeds: int) -> str:
     size = f" ({base.size})" if base.size else ""
     return f"{base.recipe.name}{size}: {num_seeds} seeds, and their mean"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def lines(outcome: Mapping[str, Any]) -> list[str]:
