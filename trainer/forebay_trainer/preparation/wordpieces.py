@@ -6,6 +6,7 @@ a part is taken character by character, and characters that the tokenizer lacks 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,4 @@ def cut(sizes: Sequence[int], tags: Sequence[str], limit: int) -> list[range]:
 def _units(tags: Sequence[str]) -> list[range]:
     """Entities, and words outside of them."""
     starts = [place for place, tag in enumerate(tags) if not tag.startswith("I-")]
-    return [
-        range(start, stop) for start, stop in zip(starts, [*starts[1:], len(tags)], strict=True)
-    ]
+    return [range(start, stop) for start, stop in itertools.pairwise([*starts, len(tags)])]
