@@ -5,14 +5,18 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
+
+TOGETHER_SECONDS: Final = 0.5
+"""Signals that come within so long are one: a scheduler signals the group and the launcher passes
+that on; of a parent that is killed, the kernel sends one for the death of each thread."""
 
 
 class StopSignal:
     """A context manager of the main thread; ``requested`` turns true at the first SIGTERM (or
     other signal of *signals*).
 
-    A second one ends the process at once, as without the handler.
+    A second one, later than `TOGETHER_SECONDS`, ends the process at once, as without the handler.
     """
 
     def __init__(self, *signals: signal.Signals) -> None:
@@ -40,7 +44,10 @@ class StopSignal:
         return self.requested
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            return
         self.requested = True
+        time.sleep(TOGETHER_SECONDS)  # what comes meanwhile is handled within
         self._restore()
 
     def _restore(self) -> None:
