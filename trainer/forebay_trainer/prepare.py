@@ -108,7 +108,9 @@ def prepare(data: recipes.DataRecipe, *, num_processes: int, appends: bool) -> O
     config, started = data.recipe.config, time.perf_counter()
     name = config.data.dataset
     preparation = make(data.file, data.settings)
-    settings = {"recipe": data.recipe.name, "seed": config.seed, **asdict(data.settings)}
+    # The folder: variants of a recipe may share a dataset.
+    recipe = data.file.parent.name
+    settings = {"recipe": recipe, "seed": config.seed, **asdict(data.settings)}
     with connect(config.address) as client, telling() as told:
         known = metadata(client, name)
         runner = Runner(

@@ -347,6 +347,13 @@ def test_files_of_three_splits_are_one_dataset(client, dataset):
     assert first["labels"][1] == LABELS.index("B-PER")
 
 
+def test_both_variants_train_on_the_same_dataset(dataset, client, daemon, base, corpus):
+    words = [f"prepare.source={corpus}", f"prepare.base={base}", f"address={daemon.data}"]
+    command = ["prepare", "ner_minilm/lora", f"data.dataset={dataset}", "prepare.max_tokens=16"]
+    assert main([*command, *words, "--num-processes", "1"]) == 0
+    assert client.dataset(dataset).version == 1
+
+
 def test_a_folder_without_a_split_is_refused(tmp_path, capsys, daemon):
     (tmp_path / "train.txt").write_text("a O\n")
     words = [f"prepare.source={tmp_path}", f"address={daemon.data}", "data.dataset=none"]
