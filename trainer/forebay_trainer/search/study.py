@@ -224,7 +224,8 @@ class Study:
         if len(self._plan.space.parameters) < 2 or len(rows) < COMPARED_BEFORE_PRUNING:
             return {}
         try:
-            found = optuna.importance.get_param_importances(self._study)
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
         except (ValueError, RuntimeError):  # all values are equal, say
             return {}
         return {name: float(value) for name, value in found.items()}
