@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 import forebay
+import forebay.checkpoint
 from forebay.checkpoint import Resumed, Saved
 from forebay.checkpoint.advise import advise
 from forebay_trainer.config import setting
@@ -68,6 +72,20 @@ def advised_seconds(mtbf_seconds: float, cost_seconds: float) -> float:
     """The time between two saves that loses the least, if the run fails every *mtbf_seconds* and
     a save holds it up for *cost_seconds*."""
     return advise(mtbf_seconds, [cost_seconds]).interval_seconds
+
+
+def weights_of(address: str | None, run: str, module: str) -> dict[str, Tensor]:
+    """The weights of a module in the newest generation of a run, by their names in it; of the
+    average, where one is kept. NotFound if there is no such generation or module."""
+    with (
+        forebay.connect(address) as client,
+        closing(forebay.checkpoint.open(client, run, "latest")) as found,
+    ):
+        for prefix in (f"average.weights.{module}.", f"{module}."):
+            names = [name for name in found if name.startswith(prefix)]
+            if names:
+                return {name.removeprefix(prefix): found[name].read() for name in names}
+    raise NotFound(f"run {run} has no module {module!r} in its newest generation")
 
 
 class Checkpoints:
