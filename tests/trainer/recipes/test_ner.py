@@ -212,6 +212,12 @@ def test_only_first_pieces_of_real_rows_count():
     assert task.losses(outputs, batch).shape == (3, 6)
 
 
+def test_counts_are_exact_where_the_model_computes_in_16_bits():
+    batch = {"labels": torch.ones(1, 257, dtype=torch.int64), "weight": torch.ones(1)}
+    outputs = torch.nn.functional.one_hot(batch["labels"], len(LABELS)).bfloat16()
+    assert float(tagging().evaluate(outputs, batch)["right"]) == 257
+
+
 # A corpus and a base that are small enough to train on.
 
 SENTENCES = [

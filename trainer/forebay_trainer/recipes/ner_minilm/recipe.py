@@ -161,7 +161,8 @@ class Tagging(Task):
             [self._names(labels_T[counted_T]) for labels_T, _, counted_T in pairs],
             [self._names(found_T[counted_T]) for _, found_T, counted_T in pairs],
         )
-        return {name: outputs.new_tensor(number) for name, number in counts.items()}
+        # Not in the type of the outputs: bfloat16 cannot count to 257.
+        return {name: torch.tensor(float(number)) for name, number in counts.items()}
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         right, found, actual = sums["right"], sums["found"], sums["actual"]
