@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 FOLLOW_SECONDS: Final = 5.0
 """The keeper looks this often whether it should stop."""
 
+IDLE_SECONDS: Final = 30.0
+"""The keeper's thread ends when it had nothing to follow for so long."""
+
 REMOTE_LOOK_SECONDS: Final = 1.0
 """How long the keeper waits at a time for what may take hours, before it looks at other saves."""
 
@@ -282,11 +285,12 @@ class SkippedSave(Saved):
 class Keeper:
     """Follows generations until they are local: lets their memory go, or offers them again.
 
-    One thread that lives while there is something to follow; ``stop`` ends it. Thread-safe.
+    One thread that lives while there is something to follow and a while longer: a save that starts
+    one waits until it runs. ``stop`` ends it. Thread-safe.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._pending: deque[Saved] = deque()
         self._thread: threading.Thread | None = None
         self._is_stopped = False
@@ -296,11 +300,12 @@ class Keeper:
         self._follow_again(saved)
 
     def _follow_again(self, saved: Saved) -> None:
-        with self._lock:
+        with self._changed:
             if saved in self._pending or self._is_stopped:
                 return
             self._pending.append(saved)
-            if self._thread is None and not self._is_stopped:
+            self._changed.notify()
+            if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="forebay-checkpoint", daemon=True
                 )
@@ -308,8 +313,9 @@ class Keeper:
 
     def stop(self) -> None:
         """Follow no more and let all memory go. Does not wait for what is on its way."""
-        with self._lock:
+        with self._changed:
             self._is_stopped = True
+            self._changed.notify()
             pending = list(self._pending)
             self._pending.clear()
         for saved in pending:
@@ -317,14 +323,15 @@ class Keeper:
 
     def _run(self) -> None:
         while True:
-            with self._lock:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._is_stopped, IDLE_SECONDS)
                 if self._is_stopped or not self._pending:
                     self._thread = None
                     return
                 saved = self._pending[0]
             if not self._settled(saved):
                 continue
-            with self._lock:  # a callback that was added meanwhile has it followed on
+            with self._changed:  # a callback that was added meanwhile has it followed on
                 if saved in self._pending and saved.awaited is None:
                     self._pending.remove(saved)
 
@@ -336,7 +343,7 @@ class Keeper:
             if (wanted := saved.awaited) is None:
                 return True
             # What becomes local comes before what becomes remote: that may take hours.
-            with self._lock:
+            with self._changed:
                 self._pending.rotate(-1)
             saved.wait(wanted, REMOTE_LOOK_SECONDS)
             return False
