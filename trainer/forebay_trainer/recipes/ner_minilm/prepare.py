@@ -140,7 +140,8 @@ class Entities(Preparation):
         )
 
     def _base(self) -> Path:
-        return MINILM.find(self._config.base)
+        base = self._config.base
+        return MINILM.find() if base is None else Path(base)
 
     def _read_folder(self, folder: Path) -> Iterator[pa.Table]:
         for split, names in SPLIT_FILES.items():

