@@ -367,6 +367,16 @@ def test_a_folder_without_a_split_is_refused(tmp_path, capsys, daemon):
     assert "no file of the split 'test'" in capsys.readouterr().err
 
 
+def test_a_folder_may_do_without_a_file_to_validate_on(tmp_path, daemon, client, base):
+    (tmp_path / "train.txt").write_text("a I-LOC\nb O\n\nb O\n")
+    (tmp_path / "test.txt").write_text("a I-LOC\n")
+    words = [f"prepare.source={tmp_path}", f"prepare.base={base}", f"address={daemon.data}"]
+    command = ["prepare", "ner_minilm", "data.dataset=two-files", "--num-processes", "1"]
+    assert main([*command, *words]) == 0
+    sizes = {name: len(client.dataset("two-files", split=name)) for name in ("train", "test")}
+    assert sizes == {"train": 2, "test": 1}
+
+
 def test_entities_that_only_the_test_data_have_are_refused(tmp_path, capsys, daemon, base):
     (tmp_path / "train.txt").write_text("a B-LOC\nb O\n")
     (tmp_path / "test.txt").write_text("a B-ORG\n")

@@ -77,14 +77,17 @@ class Entities(Preparation):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._path = Path(config.source) if config.source is not None else None
+        self._files: dict[str, Path] = {}
+        self.splits = {"train": 0.8, "test": 0.2}
         if self._path is not None and self._path.is_dir():
-            self.splits = dict.fromkeys(SPLIT_FILES, 1 / len(SPLIT_FILES))
-        else:
-            self.splits = {"train": 0.8, "test": 0.2}
+            self._files = _split_files(self._path)
+            self.splits = dict.fromkeys(self._files, 1 / len(self._files))
 
     def read(self) -> Iterator[pa.Table]:
-        if self._path is not None and self._path.is_dir():
-            yield from self._read_folder(self._path)
+        if self._files:
+            for split, path in self._files.items():
+                sentences = list(read_sentences(_lines(path), str(path)))
+                yield from _tables(sentences, {"split": [split] * len(sentences)})
             return
         path = HIRONSAN.find(self._config.source)
         sentences = list(read_sentences(_lines(path), str(path)))
@@ -143,18 +146,20 @@ class Entities(Preparation):
         base = self._config.base
         return MINILM.find() if base is None else Path(base)
 
-    def _read_folder(self, folder: Path) -> Iterator[pa.Table]:
-        for split, names in SPLIT_FILES.items():
-            paths = [folder / name for name in names if (folder / name).is_file()]
-            if not paths and split == "validation":
-                continue
-            if not paths:
-                raise InvalidRequest(
-                    f"prepare.source: {folder} has no file of the split {split!r}: it may be "
-                    f"called {', '.join(names)}"
-                )
-            sentences = list(read_sentences(_lines(paths[0]), str(paths[0])))
-            yield from _tables(sentences, {"split": [split] * len(sentences)})
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """Split to its file; there may be none to validate on."""
+    found: dict[str, Path] = {}
+    for split, names in SPLIT_FILES.items():
+        paths = [folder / name for name in names if (folder / name).is_file()]
+        if paths:
+            found[split] = paths[0]
+        elif split != "validation":
+            raise InvalidRequest(
+                f"prepare.source: {folder} has no file of the split {split!r}: it may be "
+                f"called {', '.join(names)}"
+            )
+    return found
 
 
 def _lines(path: Path) -> Iterator[str]:
