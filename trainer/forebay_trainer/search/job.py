@@ -22,7 +22,11 @@ OUT_OF_MEMORY_SIGNAL: Final = -9
 ENDED_WELL: Final = ("done", "stopped early")
 
 SAID: Final = re.compile(r"^forebay_trainer(?:, rank \d+)?: (?!RankLost)(.+)$", re.MULTILINE)
-RAISED: Final = re.compile(r"^(\w[\w.]*(?:Error|Exception|NotFinite|Interrupt)\b.*)$", re.MULTILINE)
+RAISED: Final = re.compile(
+    r"^(?:\[rank\d+\]: )?((?!torch\.distributed\.elastic)\w[\w.]*(?:Error|Exception)\b.*)$",
+    re.MULTILINE,
+)
+"""The last line of a traceback; torchrun has one of its own, which only says that a rank failed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,7 +175,9 @@ class Pool:
             running.read()
             running.num_before = len(running.events)
             if end_of(running.events, None, "").state != "done":
-                process = self._start(job.command, log, job.environment)
+                given = {name for name in os.environ if name != "CUDA_VISIBLE_DEVICES"}
+                more = {name: job.environment[name] for name in job.environment.keys() - given}
+                process = self._start(job.command, log, more)
                 running.child = Child(f"run {job.run}", process, job.log)
         self._running.append(running)
 

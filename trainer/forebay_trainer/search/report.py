@@ -100,7 +100,7 @@ def draw(
     if importances:
         axis = panels[len(names) + 1]
         ordered = sorted(importances.items(), key=lambda item: item[1])
-        axis.barh([name for name, _ in ordered], [value for _, value in ordered])
+        axis.barh([name.rpartition(".")[2] for name, _ in ordered], [value for _, value in ordered])
         axis.set_xlabel("importance (PED-ANOVA)")
     for axis in panels[num_panels:]:
         axis.remove()

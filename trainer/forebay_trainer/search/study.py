@@ -35,6 +35,8 @@ SAMPLERS: Final = ("tpe", "evolution", "random", "grid")
 PRUNERS: Final = ("median", "hyperband", "asha", "none")
 COMPARED_BEFORE_PRUNING: Final = 4
 """Trials that are done before the median of them ends another one."""
+MEASURED_TRIALS: Final = 10
+"""Done ones that it takes to say which key matters."""
 REDUCTION: Final = 3
 """Of hyperband and asha: one of so many trials goes on to the next rung."""
 
@@ -221,7 +223,7 @@ class Study:
         """How much of the differences between trials each key explains (PED-ANOVA, Watanabe et al.
         2023); nothing where too few trials are done to tell."""
         rows = [row for row in self.rows() if row.state == "done"]
-        if len(self._plan.space.parameters) < 2 or len(rows) < COMPARED_BEFORE_PRUNING:
+        if len(self._plan.space.parameters) < 2 or len(rows) < MEASURED_TRIALS:
             return {}
         try:
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
