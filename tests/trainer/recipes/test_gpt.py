@@ -28,6 +28,7 @@ Small print that is longer than the work.
 """
 
 prepare_code = imported(RECIPES / "gpt_shakespeare" / "prepare.py")
+sample = imported(RECIPES / "gpt_shakespeare" / "sample.py")
 
 
 def speech(generator):
@@ -175,3 +176,19 @@ def test_it_learns_what_comes_next(launch, daemon, corpus, capsys):
         assert perplexity == pytest.approx(2.718281828**loss)
         first, last = ranks.values("loss")[1][0], ranks.values("loss")[80][0]
         assert last < first / 2
+
+    about = (f"address={daemon.data}", "data.dataset=learn-gpt_shakespeare", *sizes[:2])
+    text = written_by(runs[0], capsys, *about, "--num-characters", "50", "--prompt", "ROMEO")
+    assert len(text) == 55 + len("\n")
+    assert text.startswith("ROMEO.\n")
+    assert text == written_by(
+        runs[0], capsys, *about, "--num-characters", "50", "--prompt", "ROMEO"
+    )
+
+
+def written_by(ranks, capsys, *words):
+    run = next(event["run"] for event in ranks.events() if event["event"] == "start")
+    status = sample.main([run, *words, "--temperature", "0.1"])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    return said.out
