@@ -11,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 STAMP := .venv/.setup-stamp
 PEERS_STAMP := .venv-peers/.setup-stamp
 PROTOS := $(sort $(wildcard proto/forebay_wire/v1/*.proto))
-BENCHMARKS := $(filter-out benchmarks/children.py benchmarks/harness.py benchmarks/raw_disk.py benchmarks/checkpoint_% benchmarks/loader_% benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out benchmarks/children.py benchmarks/harness.py benchmarks/raw_disk.py benchmarks/checkpoint_% benchmarks/loader_% benchmarks/stall_child.py benchmarks/tiering_%,$(sort $(wildcard benchmarks/*.py)))
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from checkpoint_state import SharedState, Training, keep_freed_memory, shape_of
+from checkpoint_state import SharedState, Training, keep_freed_memory, transformer_of
 
 
 class Contender(Protocol):
@@ -40,7 +40,7 @@ class Child:
         """Get ready to save the state that another process has at *state*."""
         keep_freed_memory()
         torch.manual_seed(0)
-        shared = SharedState(shape_of(state_bytes), Path(state))
+        shared = SharedState(transformer_of(state_bytes), Path(state))
         self.training = Training(shared, device)
         self.contender = self._make(self.training, Path(folder), address)
         return {"num_bytes": self.training.num_bytes}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from checkpoint_child import Child
-from checkpoint_state import SharedState, Training, shape_of
+from checkpoint_state import SharedState, Training, transformer_of
 
 import forebay
 
@@ -134,7 +134,7 @@ class StateHolder:
 
     def fill(self, state_bytes: int) -> dict[str, Any]:
         """Make it, with values like those of a training."""
-        self.state = SharedState(shape_of(state_bytes))
+        self.state = SharedState(transformer_of(state_bytes))
         self.state.fill()
         return {"state": str(self.state.path), "num_bytes": self.state.num_bytes}
 

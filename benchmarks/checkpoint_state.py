@@ -83,6 +83,12 @@ class Transformer(torch.nn.Module):
         return functional.cross_entropy(functional.linear(x, self.embedding.weight), tokens[1:])
 
 
+def transformer_of(state_bytes: int) -> Transformer:
+    """Without memory of its own."""
+    with torch.device("meta"):
+        return Transformer(shape_of(state_bytes))
+
+
 def padded(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
@@ -90,11 +96,10 @@ def padded(num_bytes: int) -> int:
 class SharedState:
     """The memory of weights and moments. The process that made it keeps it for all."""
 
-    def __init__(self, shape: Shape, path: Path | None = None) -> None:
-        """A new one, or the one that another process has at *path*."""
-        self.shape = shape
-        with torch.device("meta"):
-            self.model = Transformer(shape)
+    def __init__(self, model: torch.nn.Module, path: Path | None = None) -> None:
+        """A new one for a model on the device ``meta``, or the one that another process has at
+        *path*."""
+        self.model = model
         sizes = [padded(4 * parameter.numel()) for parameter in self.model.parameters()]
         self.num_bytes = 3 * sum(sizes)
         self._made = path is None
@@ -153,7 +158,6 @@ class Training:
                 "exp_avg": average.to(self.device),
                 "exp_avg_sq": square.to(self.device),
             }
-        self._vocabulary = state.shape.vocabulary
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything large that is saved."""
@@ -187,7 +191,8 @@ class Training:
 
     def step(self, before_change: Callable[[], None] = lambda: None) -> None:
         """One training step; *before_change* is called when gradients are there."""
-        tokens = torch.randint(0, self._vocabulary, (NUM_TOKENS + 1,), device=self.device)
+        vocabulary = self.model.get_parameter("embedding.weight").shape[0]
+        tokens = torch.randint(0, vocabulary, (NUM_TOKENS + 1,), device=self.device)
         self.model(tokens).backward()
         before_change()
         self.optimizer.step()

@@ -304,7 +304,8 @@ def copy_bytes(target: torch.Tensor, source: Source, start: int, stop: int) -> N
         return
     # A piece of a tensor (chunked save) is addressed by bytes, which needs them in a row.
     flat = byte_view(tensor.resolve_conj().resolve_neg().contiguous())
-    if flat.device.type == "cpu" and stop - start < PARALLEL_BYTES:
+    is_alone = stop - start < PARALLEL_BYTES or torch.get_num_threads() == 1
+    if flat.device.type == "cpu" and is_alone:
         # Not by numpy(): that would leave the storage unable to be resized for ever.
         ctypes.memmove(target.data_ptr(), flat.data_ptr() + start, stop - start)
     else:
