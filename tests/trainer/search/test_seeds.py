@@ -1,6 +1,7 @@
 """A recipe is trained once for each seed, and what comes out is told as mean and deviation."""
 
 import json
+import shutil
 import statistics
 
 import pytest
@@ -37,4 +38,9 @@ def test_each_seed_is_trained_once_and_their_metrics_are_told(start, words, out,
 
     assert main([*words, *KEYS, "--seeds", "3", "model.width=16"], start=start) == 2
     assert "model.width" in capsys.readouterr().err
+
+    # In a new folder the daemon's runs would go on instead of beginning.
+    shutil.rmtree(out)
+    assert main([*words, *KEYS, "--seeds", "3"], start=start) == 2
+    assert "-seed0 already" in capsys.readouterr().err
     assert len(start.started) == 3

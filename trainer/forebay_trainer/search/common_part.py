@@ -38,7 +38,9 @@ class CommonPart:
         if self._is_begun:
             return None
         self._is_begun = True
-        values = [f"checkpoint.every_steps={self._step}", "evaluation.patience=none"]
+        every = self._base.recipe.config.checkpoint.every_steps
+        every = every if every and self._step % every == 0 else self._step
+        values = [f"checkpoint.every_steps={every}", "evaluation.patience=none"]
         values += ["checkpoint.keep_best=none", "checkpoint.keep_last=none"]
         job = self._base.job(NAME, values, slot)
         if job.metrics.exists():

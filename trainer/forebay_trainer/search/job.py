@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,6 +17,7 @@ from forebay_trainer.recipe import Recipe
 from forebay_wire.errors import InvalidRequest
 
 MODULE: Final = "forebay_trainer"
+METRICS: Final = "metrics.jsonl"
 OUT_OF_MEMORY_SIGNAL: Final = -9
 
 ENDED_WELL: Final = ("done", "stopped early")
@@ -41,7 +42,7 @@ class Job:
 
     @property
     def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
+        return self.folder / METRICS
 
     @property
     def log(self) -> Path:
@@ -128,12 +129,31 @@ def toml_text(value: Any) -> str:
 
 
 def check_base(recipe: Recipe) -> None:
-    """InvalidRequest for what makes more than one run of a recipe."""
+    """InvalidRequest for what makes more than one run of a recipe, or one that cannot go on."""
     if recipe.config.data.num_folds and recipe.config.data.fold is None:
         raise InvalidRequest(
             "data.num_folds trains one run for each fold, and this command many runs of one: "
             "give data.fold=0, say"
         )
+    if recipe.config.checkpoint.resume != "latest":
+        raise InvalidRequest(
+            "checkpoint.resume must be 'latest': a run that is started again goes on"
+        )
+
+
+def check_new(base: Base, runs: Iterable[str], names: str) -> None:
+    """*runs*: those that the daemon has generations of; *names*: a pattern of those that are ours.
+    InvalidRequest if one of them was trained in another folder: it would go on from there."""
+    prefix = f"{base.recipe.config.run}-"
+    for run in runs:
+        name = run.removeprefix(prefix)
+        if not run.startswith(prefix) or not re.fullmatch(names, name):
+            continue
+        if not (base.folder / name / METRICS).exists():
+            raise InvalidRequest(
+                f"the daemon has a run {run} already, and {base.folder} knows nothing of it: give "
+                "run=…, or the output.folder=… of before"
+            )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from forebay_trainer.search.job import (
     Job,
     Slot,
     check_base,
+    check_new,
     last_quality,
     quality,
     seconds_of,
@@ -90,7 +91,9 @@ def run(options: argparse.Namespace, start: Start) -> int:
     with StopSignal(signal.SIGTERM, signal.SIGINT) as stop, folder_of_one(base.folder):
         check_settings(base.folder, settings_of(base))
         # Held over all runs: they find one daemon, which is a child of none of them.
-        with connect(recipe.config.address), Pool(options.jobs, start=start) as pool:
+        with connect(recipe.config.address) as client, Pool(options.jobs, start=start) as pool:
+            runs = [each.run for each in client.runs() if each.num_generations]
+            check_new(base, runs, r"seed\d+")
             pool.work(seeds, stop)
         if seeds.failure:
             raise SeedFailed(seeds.failure)

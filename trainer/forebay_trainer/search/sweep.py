@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ from forebay_trainer import recipe as recipes
 from forebay_trainer.data import connect
 from forebay_trainer.search import report
 from forebay_trainer.search import space as spaces
-from forebay_trainer.search.common_part import CommonPart, shapes
-from forebay_trainer.search.job import Base, check_base
+from forebay_trainer.search.common_part import NAME, CommonPart, shapes
+from forebay_trainer.search.job import Base, check_base, check_new
 from forebay_trainer.search.pool import Pool, Start, folder_of_one, leashed
 from forebay_trainer.search.study import PRUNERS, SAMPLERS, Plan, Study
 from forebay_trainer.search.trials import Objective, Trials
@@ -114,6 +115,8 @@ class Sweep:
             raise InvalidRequest("--warm-up and checkpoint.fork_from are two beginnings: give one")
         if self._is_forked:
             spaces.check_fork(self._space)
+        if options.warm_up and options.warm_up >= (self._config.max_steps or math.inf):
+            raise InvalidRequest("--warm-up must be less than max_steps, the steps of a trial")
         grid = self._space.grid() if options.sampler == "grid" else []
         first = self._space.of(self._config)
         self._num_trials = options.trials or len(grid) or 20
@@ -146,6 +149,8 @@ class Sweep:
         with StopSignal(signal.SIGTERM, signal.SIGINT) as stop, folder_of_one(base.folder):
             # Held over all trials: they find one daemon, which is a child of none of them.
             with connect(self._config.address) as client:
+                runs = [each.run for each in client.runs() if each.num_generations]
+                check_new(base, runs, rf"{NAME}|trial\d+")
                 about = self._config.data.about(client)
                 if self._is_forked and any(
                     each.name.startswith("model.") for each in self._space.parameters
