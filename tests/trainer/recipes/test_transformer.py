@@ -181,17 +181,26 @@ def start(launch, recipe, run, mesh=(1, ()), *more):
     return launch(*words, recipe=recipe, run=run, num_ranks=num_ranks)
 
 
-@pytest.mark.parametrize("mesh", [TENSOR, PIPELINE, SHARDS], ids=["tensor", "pipeline", "shards"])
-def test_a_decoder_computes_on_every_mesh_what_one_process_does(launch, datasets, mesh):
-    runs = [
-        start(launch, "gpt_shakespeare", name, shape, "max_steps=2")
-        for name, shape in (("alone", (1, ())), ("mesh", mesh))
-    ]
-    for ranks in runs:
+def test_a_decoder_computes_on_every_mesh_what_one_process_does(launch, datasets):
+    meshes = {"alone": (1, ()), "tensor": TENSOR, "pipeline": PIPELINE, "shards": SHARDS}
+    found = {}
+    for name, mesh in meshes.items():
+        ranks = start(launch, "gpt_shakespeare", name, mesh, "max_steps=2")
         ranks.finish()
-    expected, found = map(losses, runs)
-    assert len(expected) == 2 + 2 * 2
-    assert found == pytest.approx(expected, rel=1e-4)
+        found[name] = losses(ranks)
+    assert len(found["alone"]) == 2 + 2 * 2
+    for each in found.values():
+        assert each == pytest.approx(found["alone"], rel=1e-4)
+
+
+def test_dropout_by_sample_is_the_same_on_one_rank_and_on_two(launch, datasets):
+    found = []
+    for name, mesh in (("alone", (1, ())), ("replicas", REPLICAS)):
+        keys = ("max_steps=3", "deterministic=true", "model.dropout=0.3")
+        ranks = start(launch, "bert_shakespeare", name, mesh, *keys)
+        ranks.finish()
+        found.append(losses(ranks))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_an_encoder_hides_the_same_tokens_on_every_mesh_and_after_a_resume(launch, datasets):
