@@ -198,7 +198,8 @@ def rotated(x_BHTD: Tensor, rotation_2TD: Tensor) -> Tensor:
 
 def _mask(is_token_BT: Tensor) -> Tensor:
     """The mask of attention. The first place is always seen: a row of nothing but padding would
-    else be a mean over nothing, not a number, and spoil a loss in which it weighs nothing."""
+    else be a mean over nothing, for which not every kernel of torch promises a number, and spoil a
+    loss in which it weighs nothing."""
     is_first_T = torch.arange(is_token_BT.shape[1], device=is_token_BT.device) == 0
     return (is_token_BT | is_first_T)[:, None, None, :]
 
