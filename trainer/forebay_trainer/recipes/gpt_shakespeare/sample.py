@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from forebay_trainer import recipe as recipes
 from forebay_trainer.checkpoint import weights_of
 from forebay_trainer.data import connect
+from forebay_trainer.models.transformer import Transformer
 from forebay_trainer.preparation.tokens import Tokens, tokens_of
 from forebay_wire.errors import ForebayError
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
         with connect(recipe.config.address) as client:
             about = recipe.config.data.about(client)
         model = recipe.build(about).modules["model"]
+        assert isinstance(model, Transformer)
         model.load_state_dict(weights_of(recipe.config.address, options.run, "model"))
     except ForebayError as error:
         print(f"sample.py: {error.message}", file=sys.stderr)
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 
 @torch.no_grad()
 def written(
-    model: nn.Module,
+    model: Transformer,
     tokens: Tokens,
     prompt: str,
     *,
