@@ -44,7 +44,7 @@ def test_suggestions_do_not_depend_on_when_it_was_opened(tmp_path, sampler):
 
 def test_a_trial_that_was_begun_is_found_again_and_a_torn_journal_is_mended(tmp_path):
     first = {"rate": 0.01, "size": 16, "channels": [8, 16]}
-    study = Study.open(tmp_path, plan(first=[first]), {"a": 1})
+    study = Study.open(tmp_path, plan(first=[first]), {"a": 1, "b": (1, 2)})
     assert (study.ask(), study.values(0)) == (0, first)
     study.report(0, 1, 0.5)
     journal = tmp_path / "trials.journal"
@@ -52,7 +52,7 @@ def test_a_trial_that_was_begun_is_found_again_and_a_torn_journal_is_mended(tmp_
         file.write(b'{"op_code": 4, "wo')
     (tmp_path / "trials.journal.lock").symlink_to(journal)
 
-    study = Study.open(tmp_path, plan(first=[first]), {"a": 1})
+    study = Study.open(tmp_path, plan(first=[first]), {"a": 1, "b": (1, 2)})
     assert study.running() == [0]
     assert study.values(0) == first
     study.report(0, 1, 0.7)  # the same evaluation, which a resume took again
@@ -63,7 +63,7 @@ def test_a_trial_that_was_begun_is_found_again_and_a_torn_journal_is_mended(tmp_
     assert study.ask() == 1
 
     with pytest.raises(InvalidRequest, match=r"other settings \(a\)"):
-        Study.open(tmp_path, plan(), {"a": 2})
+        Study.open(tmp_path, plan(), {"a": 2, "b": (1, 2)})
 
 
 def test_a_grid_is_tried_once_in_its_order(tmp_path):

@@ -129,15 +129,15 @@ class Study:
             pruner=plan.make_pruner(),
             load_if_exists=True,
         )
-        before = study.user_attrs.get("settings")
-        if before is not None and before != json.loads(json.dumps(settings)):
-            other = sorted(name for name in settings if settings[name] != before.get(name))
+        before, now = study.user_attrs.get("settings"), json.loads(json.dumps(settings))
+        if before is not None and before != now:
+            other = sorted(name for name in now if now[name] != before.get(name))
             raise InvalidRequest(
                 f"{folder} has a sweep with other settings ({', '.join(other) or 'fewer'}): give "
                 "output.folder=… and run=…, or the arguments of before"
             )
         if "is_ready" not in study.user_attrs:
-            study.set_user_attr("settings", dict(settings))
+            study.set_user_attr("settings", now)
             for values in plan.first:
                 study.enqueue_trial(encode(values), skip_if_exists=True)
             study.set_user_attr("is_ready", True)
