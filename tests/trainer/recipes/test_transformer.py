@@ -215,6 +215,17 @@ def test_an_encoder_hides_the_same_tokens_on_every_mesh_and_after_a_resume(launc
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
 
 
+def test_tied_weights_go_on_on_another_mesh(launch, datasets):
+    tied = "model.ties_embedding=true"
+    alone = start(launch, "gpt_shakespeare", "alone", (1, ()), tied, "max_steps=4")
+    start(launch, "gpt_shakespeare", "walk", (1, ()), tied, "max_steps=2").finish()
+    walk = start(launch, "gpt_shakespeare", "walk", SHARDS, tied, "max_steps=4")
+    walk.finish()
+    alone.finish()
+    expected, found = losses(alone), losses(walk)
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+
+
 def test_heads_that_ranks_cannot_share_are_refused_by_name(launch, datasets):
     ranks = start(launch, "gpt_shakespeare", "a", TENSOR, "model.num_heads=1")
     assert ranks.statuses() == [2, 2] or 0 not in ranks.statuses()
