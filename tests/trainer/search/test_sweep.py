@@ -101,7 +101,7 @@ def test_a_sweep_tries_values_side_by_side_and_says_which_were_best(
 
 
 def test_a_sweep_that_is_told_to_end_goes_on_where_it_was(start, words, out, space, read_events):
-    given = [*words, *KEYS, "max_steps=12", "min_step_seconds=0.05", *space(), "--trials", "3"]
+    given = [*words, *KEYS, "max_steps=40", "min_step_seconds=0.05", *space(), "--trials", "2"]
     trial = out / "trial1"
 
     def tell():
@@ -117,9 +117,9 @@ def test_a_sweep_that_is_told_to_end_goes_on_where_it_was(start, words, out, spa
     assert read_events(trial)[-1]["reason"] == "terminated"
 
     assert main(given, start=start) == 0
-    assert states(out) == ["done"] * 3
-    assert len(start.started) == 4
-    assert [event["step"] for event in history(read_events(trial)).steps] == list(range(1, 13))
+    assert states(out) == ["done"] * 2
+    assert len(start.started) == 3
+    assert [event["step"] for event in history(read_events(trial)).steps] == list(range(1, 41))
     assert len(history(read_events(trial)).starts) == 2
 
 
@@ -150,10 +150,10 @@ def test_after_a_kill_no_trial_is_lost_or_doubled(
 def test_a_trial_that_does_worse_is_pruned(start, words, out, space, read_events):
     choices = space("[optimizer.learning_rate]\nchoices = [0.05, 0.04, 0.06, 0.03, 1e-9]\n")
     given = [*words, *KEYS, "evaluation.every_steps=1", "optimizer.warmup_steps=0", *choices]
-    given += ["max_steps=20", "min_step_seconds=0.03", "--sampler", "grid"]
+    given += ["max_steps=30", "min_step_seconds=0.03", "--sampler", "grid"]
     assert main(given, start=start) == 0
     assert states(out) == ["done"] * 4 + ["pruned"]
-    assert outcome(out)["trials"][4]["steps"] < 20
+    assert outcome(out)["trials"][4]["steps"] < 30
     events = read_events(out / "trial4")
     assert events[-1]["reason"] == "terminated"  # it has saved, and could go on
     assert any(event["event"] == "save" for event in events)
