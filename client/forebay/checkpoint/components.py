@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from forebay.checkpoint.choice import ALL, Choice
 from forebay.checkpoint.flatten import FlatState, flatten, local_part
+from forebay.checkpoint.naming import NamedModule, NamedOptimizer
 from forebay.checkpoint.objects import Path, dotted, dtype_name
 from forebay.checkpoint.optimizer_fit import note_groups
 from forebay.checkpoint.wrappers import class_name, class_of, plain_parts, rewrapped
@@ -95,12 +96,13 @@ class ModuleComponent:
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self.name = name
         self.module = module
+        self._named = NamedModule(module)
 
     def state(self) -> dict[str, Any]:
         has_tensors = next(self.module.parameters(), None) is not None
         if not has_tensors and next(self.module.buffers(), None) is None:
             return dict(self.module.state_dict())  # torch's function refuses an empty one
-        return dict(get_model_state_dict(self.module))
+        return self._named.state_dict()
 
     def lowest(self, flat: FlatState) -> set[str]:
         # Buffers differ between DDP ranks until the next forward: take all of them from one rank.
@@ -150,10 +152,11 @@ class OptimizerComponent:
         self.optimizer = optimizer
         self.module = module
         self.module_name = module_name
+        self._named = NamedOptimizer(module, optimizer)
 
     def state(self) -> dict[str, Any]:
         with _kept_from_initialising(self.optimizer), self._explained():
-            found: dict[str, Any] = dict(get_optimizer_state_dict(self.module, self.optimizer))
+            found = self._named.state_dict()
         found["state"] = {name: held for name, held in found["state"].items() if held}
         return found
 
