@@ -146,24 +146,48 @@ def nearest(step_seconds: float, seconds: dict[int, float]) -> dict[int, float]:
     return {batch: seconds[batch] for batch in ordered[:2]}
 
 
-def calibrate(family: Family) -> int:
-    """The batch at which torch.save takes a fifth of 20 steps."""
-    for _ in range(WARM_UP):
-        family["torch"].ask("time_save")
-    seconds: dict[int, float] = {}
-    stalls: list[float] = []
-    for tried in (*TRIED_BATCHES, 0, 0):  # the last tries are near what is wanted
-        batch = tried or batch_for(wanted_seconds(stalls), nearest(wanted_seconds(stalls), seconds))
-        family["torch"].ask("time_steps", batch_size=batch, num_steps=1)
-        told = family["torch"].ask("run", num_steps=TRIED_STEPS, saves=[1])
-        seconds[batch] = statistics.median(told["steps"])
-        stalls += told["stalls"]
-    return batch_for(wanted_seconds(stalls), nearest(wanted_seconds(stalls), seconds))
+def step_seconds(family: Family, batches: Sequence[int]) -> dict[int, float]:
+    """Of each batch: a step of the limit."""
+    found = {}
+    for batch in batches:
+        told = family["limit"].ask("time_steps", batch_size=batch, num_steps=TRIED_STEPS)
+        found[batch] = statistics.median(told["steps"])
+    return found
 
 
 def wanted_seconds(stalls: Sequence[float]) -> float:
     """Of a step, so that such stalls take the wanted share."""
     return statistics.median(stalls) / WANTED_SHARE / EVERY_STEPS
+
+
+def take_turn(family: Family, sizes: Sizes, turn: int, runs: Runs) -> None:
+    """One run of each, beginning with another one each time."""
+    shift = turn % len(CONTENDERS)
+    for name in CONTENDERS[shift:] + CONTENDERS[:shift]:
+        if name != FLUSHED or turn < sizes.flushed_turns:
+            told = family[name].ask("run", num_steps=sizes.num_steps, saves=sizes.saves)
+            runs.add(name, told)
+
+
+def calibrate(family: Family, sizes: Sizes) -> int:
+    """Has all load the batches at which torch.save takes a fifth of 20 steps, as it does between
+    the others: alone on the disk it is faster. Their size."""
+    seconds = step_seconds(family, TRIED_BATCHES)
+    for _ in range(WARM_UP):
+        for name in CONTENDERS:
+            family[name].ask("time_save")
+    stalls = [family["torch"].ask("time_save")["seconds"]]
+    batch = TRIED_BATCHES[0]
+    for turn in range(WARM_UP):
+        batch = batch_for(wanted_seconds(stalls), nearest(wanted_seconds(stalls), seconds))
+        seconds |= step_seconds(family, [batch])
+        for name in CONTENDERS:
+            family[name].ask("load", batch_size=batch)
+        if turn < WARM_UP - 1:
+            tried = Runs()
+            take_turn(family, sizes, turn, tried)
+            stalls = tried.all("torch", "stalls")
+    return batch
 
 
 def measure(sizes: Sizes, work: Path, num_threads: int) -> tuple[Runs, int, int]:
@@ -191,18 +215,10 @@ def measure(sizes: Sizes, work: Path, num_threads: int) -> tuple[Runs, int, int]
             address, state = addresses.get(name, ""), str(told["state"])
             family[name].ask("open", state=state, state_bytes=sizes.state_bytes, address=address)
         phases.ended("opened")
-        batch = calibrate(family)
-        for name in CONTENDERS:
-            family[name].ask("load", batch_size=batch)
-            for _ in range(0 if name in ("limit", "torch") else WARM_UP):
-                family[name].ask("time_save")
+        batch = calibrate(family, sizes)
         phases.ended(f"calibrated: batches of {batch}")
         for turn in range(sizes.pairs):
-            shift = turn % len(CONTENDERS)
-            for name in CONTENDERS[shift:] + CONTENDERS[:shift]:
-                if name != FLUSHED or turn < sizes.flushed_turns:
-                    told_run = family[name].ask("run", num_steps=sizes.num_steps, saves=sizes.saves)
-                    runs.add(name, told_run)
+            take_turn(family, sizes, turn, runs)
         phases.ended(f"{sizes.pairs} turns of {sizes.num_steps} steps")
         return runs, batch, int(told["num_bytes"])
 
