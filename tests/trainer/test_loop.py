@@ -13,7 +13,7 @@ from forebay_trainer.task import share_of_mean
 def task():
     overrides = ["model.dropout=0", "model.channels=[4]", "model.hidden_features=8"]
     torch.manual_seed(0)
-    return load("mnist_cnn", [*overrides, "model.mean=0.5", "model.std=0.5"]).build()
+    return load("mnist_cnn", [*overrides, "model.mean=0.5", "model.std=0.5"]).build({})
 
 
 def batch_of(num_samples, seed=0):
