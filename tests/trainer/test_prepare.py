@@ -141,6 +141,18 @@ def test_a_step_that_fails_is_named_and_nothing_is_written(prepare, client, faul
     assert prepare.name not in client.datasets()
 
 
+def test_a_split_without_rows_is_refused_before_anything_is_written(prepare, client):
+    assert "no rows fall to the split" in prepare("prepare.num_rows=3", status=1)
+    assert prepare.name not in client.datasets()
+
+
+def test_training_without_the_dataset_says_how_to_make_it(daemon, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"address={daemon.data}", "data.dataset=nowhere", "--dry-run"]
+    assert main([str(RECIPE), *words]) == 1
+    assert "`forebay_trainer prepare preparing` makes it" in capsys.readouterr().err
+
+
 def test_mistakes_are_named_before_anything_starts(prepare):
     assert "did you mean 'prepare.num_rows'?" in prepare("prepare.num_row=3", status=2)
     assert "must be int" in prepare("prepare.num_rows=many", status=2)

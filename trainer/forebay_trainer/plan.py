@@ -120,7 +120,7 @@ def plan(recipe: Recipe, num_ranks: int, mtbf_seconds: float) -> Plan:
     with ExitStack() as stack:
         client = stack.enter_context(connect(config.address))
         torch.manual_seed(config.seed)
-        task = recipe.build(config.data.about(client))
+        task = recipe.build(recipe.about(client))
         data = stack.enter_context(
             closing(config.data.build(client, alone, task, seed=config.seed, run=config.run))
         )

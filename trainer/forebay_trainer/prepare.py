@@ -127,7 +127,7 @@ def prepare(data: recipes.DataRecipe, *, num_processes: int, appends: bool) -> O
                 about = {**prepared.learnt, SPLITS: names, PREPARATION: settings}
                 schema = {**preparation.schema, SPLIT: "int8"}
                 with new_version(client, name, schema, about) as writer:
-                    for rows in finished(prepared, schema, names):
+                    for rows in finished(prepared, schema, names, needs_all=not appends):
                         writer.write_table(rows)
         else:
             check_same(name, known, settings)
@@ -146,9 +146,11 @@ def prepare(data: recipes.DataRecipe, *, num_processes: int, appends: bool) -> O
 
 
 def finished(
-    prepared: Prepared, schema: Mapping[str, Any], names: Sequence[str]
+    prepared: Prepared, schema: Mapping[str, Any], names: Sequence[str], *, needs_all: bool
 ) -> Iterator[pa.Table]:
-    """The columns that are stored, the splits as numbers."""
+    """The columns that are stored, the splits as numbers. InvalidRequest at the end if one of the
+    splits has no rows: then nothing is written."""
+    seen: set[int] = set()
     for rows in prepared.rows:
         missing = [name for name in schema if name not in rows.column_names]
         if missing:
@@ -163,8 +165,15 @@ def finished(
                 f"rows belong to the splits {', '.join(found)}, which the preparation does not "
                 f"have; name them in splits: {', '.join(names)}"
             )
+        seen.update(numbers.unique().to_pylist())
         place = rows.column_names.index(SPLIT)
         yield rows.set_column(place, SPLIT, numbers.cast(pa.int8())).select(list(schema))
+    empty = [name for number, name in enumerate(names) if number not in seen]
+    if empty and needs_all:
+        raise InvalidRequest(
+            f"no rows fall to the split {' and '.join(empty)}: nothing is written; prepare more "
+            "rows, or give it a larger share"
+        )
 
 
 def learnt_of(name: str, known: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -43,6 +43,18 @@ class Recipe:
     config: TrainConfig
     module: ModuleType
     """The Python file."""
+    can_prepare: bool = False
+    """Whether it says how its dataset is made."""
+
+    def about(self, client: Any) -> dict[str, Any]:
+        """The metadata of the dataset version. NotFound says how to make one that is not there."""
+        try:
+            return self.config.data.about(client)
+        except NotFound as error:
+            if not self.can_prepare:
+                raise
+            said = f"{error.message}; `forebay_trainer prepare {self.name}` makes it"
+            raise NotFound(said) from error
 
     def build(self, about: Mapping[str, Any]) -> Task:
         """Makes what is trained; the caller has seeded torch, alike on all ranks. *about*: the
@@ -64,12 +76,14 @@ def load(recipe: str, overrides: Sequence[str] = (), *, size: str | None = None)
     path = find(recipe)
     document = configuration.read(path, size)
     module = _module(path, "code", document.tree.pop("code", CODE))
-    for key in ("prepare", "prepare_code"):  # of another command
-        document.tree.pop(key, None)
+    document.tree.pop("prepare", None)  # of another command
+    can_prepare = "prepare_code" in document.tree or (path.parent / PREPARE_CODE).is_file()
+    document.tree.pop("prepare_code", None)
     config = config_type(module)
     configuration.apply(config, document, overrides)
     name = path.parent.name if path.name == TOML else f"{path.parent.name}/{path.stem}"
-    return Recipe(name, configuration.build(config, document.tree, document.source), module)
+    built = configuration.build(config, document.tree, document.source)
+    return Recipe(name, built, module, can_prepare)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ def train(recipe: Recipe, parallel: Parallel) -> tuple[Reason, dict[str, float]]
         random = RandomState(parallel.ranks, parallel.device)
         random.seed(config.seed)
         draws = Draws(config.seed)
-        task = build_task(recipe, config.data.about(client), parallel, draws)
+        task = build_task(recipe, recipe.about(client), parallel, draws)
         precision = Precision(config.precision, parallel.device)
         meter = stack.enter_context(closing(open_meter(config, parallel, task)))
         placement = Placement(
@@ -122,9 +122,9 @@ def set_up_process(config: TrainConfig) -> None:
         use_deterministic_kernels()
 
 
-def build_task(recipe: Recipe, about: Mapping[str, Any], parallel: Parallel, draws: Draws) -> Task:
+def build_task(recipe: Recipe, known: Mapping[str, Any], parallel: Parallel, draws: Draws) -> Task:
     """The recipe's task, its dropout by sample if the run is deterministic."""
-    task = recipe.build(about)
+    task = recipe.build(known)
     if not recipe.config.deterministic:
         return task
     number = 0
