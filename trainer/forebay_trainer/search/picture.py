@@ -18,6 +18,7 @@ DPI: Final = 80
 NUM_COLOURS: Final = 64
 MOST_POINTS: Final = 300
 MOST_MEANS: Final = 100
+MOST_METRICS: Final = 4
 
 
 def figure_of(num_columns: int, num_rows: int, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -51,26 +52,26 @@ def smooth(points: Sequence[Mapping[str, float]], field: str) -> list[dict[str, 
 
 
 def losses(runs: Sequence[History], path: Path, title: str) -> None:
-    """Writes a PNG: the losses of all runs and their mean, and beneath it what was evaluated."""
-    figure, axes = figure_of(1, 2, (8.0, 6.0))
-    loss, quality = axes[0][0], axes[1][0]
+    """Writes a PNG: the losses of all runs and their mean, and beneath it each metric that was
+    evaluated, on a scale of its own."""
+    common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
+    common = common[:MOST_METRICS] or ["test_loss"]
+    figure, axes = figure_of(1, 1 + len(common), (8.0, 3.2 + 1.6 * len(common)))
+    loss, *below = (axis for (axis,) in axes)
     draw(loss, [run.steps for run in runs], "loss", "training", "C0")
     evaluations = [run.evaluations for run in runs]
     draw(loss, evaluations, "test_loss", "test", "C1", marker="o")
-    common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
-    for number, name in enumerate(common[:6]):
+    for number, (axis, name) in enumerate(zip(below, common, strict=True)):
         label = name.removeprefix("test_")
-        draw(quality, evaluations, name, label, f"C{number + 2}", marker="o")
-    if not common:
-        draw(quality, evaluations, "test_loss", "test loss", "C1", marker="o")
+        draw(axis, evaluations, name, label, f"C{number + 2}", marker="o")
+        axis.set_ylabel(label)
+        axis.sharex(loss)
     loss.set_ylabel("loss")
-    quality.set_ylabel("evaluation")
-    quality.set_xlabel("step")
-    for axis in (loss, quality):
+    for axis in (loss, *below):
         axis.grid(alpha=0.3)
-        if axis.get_lines():
-            axis.legend()
-    quality.sharex(loss)
+    if loss.get_lines():
+        loss.legend()
+    below[-1].set_xlabel("step")
     loss.set_title(title)
     save(figure, path)
 
