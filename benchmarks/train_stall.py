@@ -61,8 +61,8 @@ FOLLOWING = 5
 BATCHES = (8, 1024)
 TRIED_BATCHES = (16, 64)
 TRIED_STEPS = 6
-WARM_UP = 2
-"""Saves before the first that counts."""
+CALIBRATIONS = 1
+"""Turns before the first that counts, to find the batch and to use all memory once."""
 
 
 @dataclass(frozen=True)
@@ -173,20 +173,17 @@ def calibrate(family: Family, sizes: Sizes) -> int:
     """Has all load the batches at which torch.save takes a fifth of 20 steps, as it does between
     the others: alone on the disk it is faster. Their size."""
     seconds = step_seconds(family, TRIED_BATCHES)
-    for _ in range(WARM_UP):
-        for name in CONTENDERS:
-            family[name].ask("time_save")
     stalls = [family["torch"].ask("time_save")["seconds"]]
-    batch = TRIED_BATCHES[0]
-    for turn in range(WARM_UP):
+    tried = Runs()
+    for turn in range(CALIBRATIONS + 1):
         batch = batch_for(wanted_seconds(stalls), nearest(wanted_seconds(stalls), seconds))
-        seconds |= step_seconds(family, [batch])
         for name in CONTENDERS:
             family[name].ask("load", batch_size=batch)
-        if turn < WARM_UP - 1:
-            tried = Runs()
-            take_turn(family, sizes, turn, tried)
-            stalls = tried.all("torch", "stalls")
+        if turn == CALIBRATIONS:
+            break
+        seconds |= step_seconds(family, [batch])
+        take_turn(family, sizes, turn, tried)  # all that is used for the first time is used here
+        stalls = tried.all("torch", "stalls")
     return batch
 
 
@@ -273,7 +270,7 @@ def plot(runs: Runs, sizes: Sizes, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--size", type=float, metavar="MB", help="of the state (160 quick, 1000)")
+    parser.add_argument("--size", type=float, metavar="MB", help="of the state (120 quick, 500)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the steps: a PNG")
     parser.add_argument(
         "--threads",
@@ -283,10 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given, rest = parser.parse_known_args(argv)
     options: Options = parse_options((__doc__ or "").strip().splitlines()[0], rest)
-    pairs = max(7, options.repeats)
-    megabytes = given.size or (160 if options.quick else 1000)
+    pairs = max(7, options.repeats) if "--repeats" in rest else 7
+    megabytes = given.size or (120 if options.quick else 500)
     if options.quick:
-        sizes = Sizes(int(megabytes * MB), num_saves=1, pairs=7, flushed_turns=3)
+        sizes = Sizes(int(megabytes * MB), num_saves=1, pairs=pairs, flushed_turns=3)
     else:
         sizes = Sizes(int(megabytes * MB), num_saves=2, pairs=pairs, flushed_turns=pairs)
     with contextlib.ExitStack() as stack:
