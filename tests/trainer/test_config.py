@@ -226,3 +226,10 @@ def test_keys_are_listed(capsys):
     listing = capsys.readouterr().out
     for key in configuration.keys(TrainConfig):
         assert key.name in listing
+
+
+def test_a_section_that_does_not_exist_is_what_is_wrong(capsys):
+    assert main(["mnist_cnn", "modle.width=3"]) == 2
+    assert "there is a section 'model', with model.image_column" in capsys.readouterr().err
+    assert main(["mnist_cnn", "modle.dropout=0"]) == 2
+    assert "did you mean 'model.dropout'?" in capsys.readouterr().err

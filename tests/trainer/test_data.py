@@ -149,6 +149,28 @@ def test_rows_that_renew_the_data_are_the_training_split_alone(client):
     assert len(client.dataset("renewed")) == 4 + 3 * 3
 
 
+def test_rows_that_an_attempt_made_before_it_was_killed_are_not_made_again(client):
+    with client.create_dataset("made") as writer:
+        writer.write_table(pa.table({"x": [1, 2, 3]}))
+    first = client.dataset("made")
+    first.define_selection("train", rows=[0, 1])
+    first.define_selection("test", rows=[2])
+    config = DataConfig(dataset="made", follow=True, shuffle="none", global_batch_size=2)
+
+    def train(num_epochs, made):
+        with closing(opened(client, config)) as data:
+            for epoch in data.epochs(num_epochs):
+                data.renew(lambda: made.append(epoch.number) or {"x": [10 * epoch.number]})  # noqa: B023
+                yield from (batch["x"].tolist() for batch in epoch)
+
+    made = []
+    assert list(train(2, made)) == [[0], [10]]
+    version = client.dataset("made").version
+    assert list(train(3, made)) == [[0], [10], [20]]
+    assert made == [0, 1, 2]
+    assert client.dataset("made").version == version + 1
+
+
 def test_data_that_do_not_follow_are_not_renewed(client):
     config = DataConfig(dataset="tiny", train_split=None, test_split=None)
     with closing(opened(client, config)) as data, pytest.raises(InvalidRequest, match="follow"):

@@ -83,3 +83,12 @@ def test_all_folds_are_trained_and_summed_up(launch):
     table = json.loads((ranks.folder / "folds.json").read_text())
     assert len(table["test_loss"]["values"]) == 2
     assert "test_loss over 2 folds:" in text
+
+
+def test_a_mesh_that_the_model_cannot_be_cut_for_is_refused(daemon, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["mnist_cnn", f"address={daemon.data}", "data.dataset=numbers", "--dry-run"]
+    assert main([*words, "--num-ranks", "2"]) == 0
+    for key in ("num_tensor", "num_stages"):
+        assert main([*words, "--num-ranks", "2", f"parallel.{key}=2"]) == 1
+        assert f"parallel.{key}" in capsys.readouterr().err

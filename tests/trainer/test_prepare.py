@@ -1,10 +1,12 @@
 """`forebay_trainer prepare`: the same rows whatever the processes, learnt from training alone."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +119,22 @@ def test_rows_are_appended_by_what_was_learnt_first(prepare, client):
     second = prepare("--num-processes", "1", "--json", "--append")
     assert (first["version"], second["version"]) == (1, 2)
     assert "learn" not in second["stages"]
-    assert client.dataset(prepare.name).manifest.metadata == about
+    now = client.dataset(prepare.name).manifest.metadata
+    assert {name: now[name] for name in about} == about
     added = second["stages"]["augment"]["rows_out"]
     assert second["num_rows"] == first["num_rows"] + added == sum(second["splits"].values())
+    splits = [client.dataset(prepare.name, split=name).table() for name in ("train", "dev", "test")]
+    words = [set(rows["word"].to_pylist()) for rows in splits]
+    assert len(set.union(*words)) == sum(map(len, words)), "a word lies in two splits"
+    every = client.dataset(prepare.name).table()["word"].to_pylist()
+    assert max(Counter(every).values()) <= 2, "once, and one copy of a training row"
+    assert prepare("--num-processes", "1", "--json", "--append")["stages"] == {}, "it was appended"
+    assert client.dataset(prepare.name).version == 2
     assert "prepare it first" in prepare("--append", status=1, dataset="nowhere")
+    assert "already" in prepare("--append", "prepare.num_rows=60", status=1)
+    said = prepare("--append", "prepare.num_copies=3", "seed=5", status=1)
+    assert "num_copies was 1, not 3" in said
+    assert "seed was 0, not 5" in said
 
 
 @pytest.mark.parametrize(
@@ -159,10 +173,15 @@ def test_mistakes_are_named_before_anything_starts(prepare):
     assert "no rows" in prepare("prepare.num_rows=0", status=1)
 
 
-def test_workers_end_with_the_command(daemon, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_and_files_end_with_the_command(daemon, tmp_path, number):
     words = [sys.executable, "-m", "forebay_trainer", "prepare", str(RECIPE)]
     words += [f"address={daemon.data}", "data.dataset=killed", "--num-processes", "2"]
-    process = subprocess.Popen([*words, "prepare.num_rows=100000000"])
+    process = subprocess.Popen(
+        [*words, "prepare.num_rows=100000000"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+    )
     try:
         deadline = time.monotonic() + 60
         while len(workers := working(process.pid)) < 2:
@@ -170,8 +189,10 @@ def test_workers_end_with_the_command(daemon, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(number)
+        _, said = process.communicate()
+    assert number == signal.SIGKILL or b"nothing is written" in said
+    assert list(tmp_path.iterdir()) == []
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
 

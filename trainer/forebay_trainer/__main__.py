@@ -116,5 +116,16 @@ def told(act: Callable[[], int]) -> int:
         return EXIT_STATUS if isinstance(error, RankLost) else 1
 
 
+def run_main() -> int:
+    """`main`, whose reader may leave: ``forebay_trainer --keys | head``."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main())

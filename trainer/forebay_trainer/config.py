@@ -164,6 +164,14 @@ def field_type(config: type, name: str) -> Any:
 
 def unknown_key(config: type, name: str, source: str) -> InvalidRequest:
     names = [key.name for key in keys(config)]
+    section, dot, rest = name.partition(".")
+    sections = {each.partition(".")[0] for each in names if "." in each}
+    if dot and section not in sections:  # the section is what is wrong: modle.width
+        meant = difflib.get_close_matches(section, sections, n=1)
+        inside = [each for each in names if each.startswith(f"{meant[0]}.")] if meant else []
+        if inside and f"{meant[0]}.{rest}" not in inside:
+            said = f"there is a section {meant[0]!r}, with {', '.join(inside)}"
+            return InvalidRequest(f"unknown key {name!r} ({source}): {said}")
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not near:  # right key, section missing: learning_rate for optimizer.learning_rate
         leaf = name.rpartition(".")[2]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ from forebay_trainer.preparation import SPLIT, Type
 from forebay_trainer.task import Batch, Task
 from forebay_wire.errors import InvalidRequest
 from forebay_wire.order import Cut
+
+RENEWED: Final = "renewed"
+"""Key in the metadata of a version that `Data.renew` made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,7 @@ class DataConfig:
             num_parts=num_parts,
             part_rows=-(-largest // num_parts),
             seed=seed,
+            run=run,
             parallel=parallel,
         )
 
@@ -158,15 +162,23 @@ def metadata(client: forebay.Client, dataset: str) -> dict[str, Any] | None:
 def new_version(
     client: forebay.Client, dataset: str, schema: Mapping[str, Type], metadata: Mapping[str, Any]
 ) -> AbstractContextManager[forebay.DatasetWriter]:
-    """A writer of the first version of a dataset, or of the next one, which has the same schema and
-    metadata and more rows; leaving its ``with`` block commits it, an exception leaves nothing."""
+    """A writer of the first version of a dataset, or of the next one, which has the same schema
+    and more rows; leaving its ``with`` block commits it, an exception leaves nothing."""
     if dataset in client.datasets():
-        return client.append_dataset(dataset)
+        return client.append_dataset(dataset, metadata=metadata)
     types = {
         name: each if isinstance(each, str) else forebay.Array(*each)
         for name, each in schema.items()
     }
     return client.create_dataset(dataset, schema=types, metadata=metadata)
+
+
+def values_of(client: forebay.Client, dataset: str, column: str) -> Iterator[list[Any]]:
+    """All values of a column of the newest version, some at a time; none if it is not stored."""
+    newest = client.dataset(dataset)
+    if column in newest.schema.names:
+        for batch in newest.iter_batches([column]):
+            yield batch.column(0).to_pylist()
 
 
 def define_splits(client: forebay.Client, dataset: str, names: Sequence[str]) -> dict[str, int]:
@@ -216,6 +228,7 @@ class Data:
         num_parts: int,
         part_rows: int,
         seed: int,
+        run: str,
         parallel: Parallel,
     ) -> None:
         self.config = config
@@ -230,6 +243,7 @@ class Data:
         """Of the largest micro-batch."""
         self.seed = seed
         """Of the run, for tasks that draw something of their own."""
+        self._run = run
         self._parallel = parallel
         self._client = client
         self._task = task
@@ -285,31 +299,58 @@ class Data:
         test split keeps its rows. With ``data.follow`` the epoch that begins now reads them.
 
         For `Task.before_epoch`; a collective. All ranks make rows, for *make* may need sharded
-        weights, and the first one's are written; all return once they are there. In an epoch that
-        an attempt goes on in nothing is done: it stays on its version. Conflict if somebody else
-        appended meanwhile.
+        weights, and the first one's are written; all return once they are there. Nothing is made
+        in an epoch that an attempt goes on in, nor in one for which an earlier attempt of the run
+        has made rows: so a run that was killed has the versions of one that was left alone.
+        Conflict if somebody else appended meanwhile.
         """
         config = self.config
         if not config.follow or config.train_split is None:
             raise InvalidRequest("a task that renews its data needs data.follow and train_split")
         if self.position:
             return
-        columns = make()
+        made = self._made_before() if self._parallel.is_main else None
+        (is_made,) = self._parallel.sum([float(made is not None)])
+        columns = {} if is_made else make()
         if self._parallel.is_main:
-            self._append_split(pa.table(dict(columns)), config.train_split)
+            version = made or self._append(pa.table(dict(columns)))
+            self._define_renewed(version, config.train_split)
         self._parallel.sum([0.0])
 
-    def _append_split(self, rows: pa.Table, split: str) -> None:
+    @property
+    def _mark(self) -> dict[str, Any]:
+        """In the metadata of a version: for whom its rows were made."""
+        return {"run": self._run, "epoch": self.epoch}
+
+    def _made_before(self) -> int | None:
+        """The version that was made for this epoch of the run, by an attempt that was killed."""
+        name = self.config.dataset
+        for version in range(self._client.dataset(name).version, 0, -1):
+            mark = self._client.dataset(name, version=version).manifest.metadata.get(RENEWED)
+            if mark == self._mark:
+                return version
+            if mark is None or mark["run"] != self._run or mark["epoch"] < self.epoch:
+                return None
+        return None
+
+    def _append(self, rows: pa.Table) -> int:
         config, client = self.config, self._client
         before = client.dataset(config.dataset)
         if SPLIT in before.schema.names and SPLIT not in rows.column_names:
-            number = dict(before.manifest.metadata)["splits"].index(split)
+            number = dict(before.manifest.metadata)["splits"].index(config.train_split)
             rows = rows.append_column(SPLIT, pa.array([number] * len(rows), pa.int8()))
-        with client.append_dataset(config.dataset, base=before) as writer:
+        about = {**before.manifest.metadata, RENEWED: self._mark}
+        with client.append_dataset(config.dataset, base=before, metadata=about) as writer:
             writer.write_table(rows)
-        after = client.dataset(config.dataset, version=before.version + 1)
+        return before.version + 1
+
+    def _define_renewed(self, version: int, split: str) -> None:
+        """Repeating it changes nothing: a kill may have come between the rows and their split."""
+        config, client = self.config, self._client
+        before = client.dataset(config.dataset, version=version - 1)
+        after = client.dataset(config.dataset, version=version)
         if config.test_split is not None and config.test_dataset is None:
-            kept = client.dataset(config.dataset, split=config.test_split)
+            kept = client.dataset(config.dataset, version=version - 1, split=config.test_split)
             ids = kept.rows_at(np.arange(len(kept)))
             after.define_selection(config.test_split, rows=ids)
         # Last, for it is by this split that the version is followed.

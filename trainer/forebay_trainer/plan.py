@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from forebay_trainer.checkpoint import advised_seconds
 from forebay_trainer.data import connect
 from forebay_trainer.parallel import Parallel, Shape
 from forebay_trainer.recipe import Recipe
+from forebay_trainer.task import Task
 from forebay_trainer.units import size
 
 WEIGHT_BYTES: Final = 4
@@ -121,6 +123,7 @@ def plan(recipe: Recipe, num_ranks: int, mtbf_seconds: float) -> Plan:
         client = stack.enter_context(connect(config.address))
         torch.manual_seed(config.seed)
         task = recipe.build(recipe.about(client))
+        check_cuts(task, shape)
         data = stack.enter_context(
             closing(config.data.build(client, alone, task, seed=config.seed, run=config.run))
         )
@@ -140,6 +143,15 @@ def plan(recipe: Recipe, num_ranks: int, mtbf_seconds: float) -> Plan:
             every_steps=config.checkpoint.every_steps,
             mtbf_seconds=mtbf_seconds,
         )
+
+
+def check_cuts(task: Task, shape: Shape) -> None:
+    """InvalidRequest for a mesh that the recipe's model cannot be cut for."""
+    for module in task.modules.values():
+        if shape.tensor > 1:
+            task.tensor_plan(module)
+        if shape.stages > 1:
+            task.split(copy.deepcopy(module), 0, shape.stages)
 
 
 def count(module: nn.Module) -> tuple[int, int]:

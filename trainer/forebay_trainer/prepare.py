@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from forebay_trainer import recipe as recipes
-from forebay_trainer.data import connect, define_splits, metadata, new_version
-from forebay_trainer.preparation import SPLIT
+from forebay_trainer.data import connect, define_splits, metadata, new_version, values_of
+from forebay_trainer.preparation import SPLIT, Preparation
 from forebay_trainer.preparation.run import Prepared, Runner
 from forebay_trainer.preparation.run import Progress as Told
 from forebay_trainer.preparation.worker import make
@@ -32,6 +33,7 @@ from forebay_wire.errors import AlreadyExists, ForebayError, InvalidRequest, Not
 
 PREPARATION: Final = "preparation"
 SPLITS: Final = "splits"
+APPENDED: Final = "appended"
 """Keys of the dataset's metadata, beside those of what was learnt."""
 
 
@@ -58,10 +60,14 @@ def main(arguments: Sequence[str]) -> int:
         print(f"forebay_trainer prepare: {error.message}", file=sys.stderr)
         return 2
     try:
+        signal.signal(signal.SIGTERM, end)
         if options.fetch:
             for source in make(data.file, data.settings).sources:
                 print(f"{source.name}: {source.fetch()}", file=sys.stderr)
         outcome = prepare(data, num_processes=options.num_processes, appends=options.append)
+    except KeyboardInterrupt:
+        print("forebay_trainer prepare: ended; nothing is written", file=sys.stderr)
+        return 1
     except ForebayError as error:
         print(f"forebay_trainer prepare: {type(error).__name__}: {error.message}", file=sys.stderr)
         return 1
@@ -70,6 +76,11 @@ def main(arguments: Sequence[str]) -> int:
     else:
         show(outcome)
     return 0
+
+
+def end(signum: int, frame: object) -> None:
+    """Ends as Ctrl-C does: its processes end, and nothing is written."""
+    raise KeyboardInterrupt
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -119,18 +130,28 @@ def prepare(data: recipes.DataRecipe, *, num_processes: int, appends: bool) -> O
             seed=config.seed,
             num_processes=num_processes,
             learnt=learnt_of(name, known) if appends else None,
+            before=lambda column: values_of(client, name, column) if appends else (),
             progress=told,
         )
-        if appends or known is None:
+        is_there = known is not None and not appends
+        if appends:
+            assert known is not None, "what was learnt is known"
+            is_there = check_appended(name, known, settings, preparation)
+        if not is_there:
             with runner.prepared() as prepared:
                 names = list(preparation.splits) if known is None else known[SPLITS]
-                about = {**prepared.learnt, SPLITS: names, PREPARATION: settings}
+                if known is None:
+                    about = {**prepared.learnt, SPLITS: names, PREPARATION: settings}
+                else:
+                    about = {**known, APPENDED: [*known.get(APPENDED, ()), settings]}
                 schema = {**preparation.schema, SPLIT: "int8"}
                 with new_version(client, name, schema, about) as writer:
                     for rows in finished(prepared, schema, names, needs_all=not appends):
                         writer.write_table(rows)
         else:
-            check_same(name, known, settings)
+            assert known is not None
+            if not appends:
+                check_same(name, known, settings)
             names = known[SPLITS]
         splits = define_splits(client, name, names)
         newest = client.dataset(name)
@@ -181,7 +202,39 @@ def learnt_of(name: str, known: Mapping[str, Any] | None) -> Mapping[str, Any]:
         raise NotFound(f"--append: there is no dataset {name!r}; prepare it first")
     if PREPARATION not in known:
         raise AlreadyExists(f"--append: dataset {name!r} was not made by a recipe's preparation")
-    return {key: value for key, value in known.items() if key not in (PREPARATION, SPLITS)}
+    own = (PREPARATION, SPLITS, APPENDED)
+    return {key: value for key, value in known.items() if key not in own}
+
+
+def check_appended(
+    name: str, known: Mapping[str, Any], settings: Mapping[str, Any], preparation: Preparation
+) -> bool:
+    """Whether these rows were appended before. InvalidRequest for settings by which they would not
+    go with the others: a row could be in another split, or cut in another way.
+    """
+    plain = json.loads(json.dumps(settings))
+    if plain in known.get(APPENDED, ()):
+        return True
+    before = known[PREPARATION]
+    changed = [key for key in sorted({*before, *plain}) if before.get(key) != plain.get(key)]
+    wrong = [key for key in changed if key not in preparation.grows_by]
+    if wrong:
+        said = ", ".join(f"{key} was {before.get(key)!r}, not {plain.get(key)!r}" for key in wrong)
+        raise InvalidRequest(
+            f"--append: dataset {name!r} was prepared by other settings: {said}; only "
+            f"{' and '.join(preparation.grows_by)} may differ"
+        )
+    if not changed:
+        raise InvalidRequest(
+            f"--append: these rows are in dataset {name!r} already; name others by "
+            f"{' or '.join(f'prepare.{key}' for key in preparation.grows_by)}"
+        )
+    if preparation.unique is not None and preparation.unique not in preparation.schema:
+        raise InvalidRequest(
+            f"--append: duplicates are told by the column {preparation.unique!r}, which is not "
+            "stored in the dataset: prepare all of it anew, under another name"
+        )
+    return False
 
 
 def check_same(name: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ def prepare(config: Config) -> Preparation:
 class Words(Preparation):
     schema: ClassVar = {"word": "string", "tokens": "list[int32]", "number": "int64"}
     unique = "word"
+    grows_by: ClassVar = ("num_rows",)
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -48,6 +48,9 @@ class Preparation:
     unique: str | None = None
     """Column of which every value is kept once, the first time."""
 
+    grows_by: ClassVar[Sequence[str]] = ("source",)
+    """Settings that may differ, and one of which has to, where rows are appended to a dataset."""
+
     def read(self) -> Iterator[pa.Table]:
         """The raw rows, some hundreds or thousands at a time: what one worker gets."""
         raise NotImplementedError

@@ -129,6 +129,8 @@ class Runner:
     num_processes: int
     stages: Stages = field(default_factory=Stages)
     learnt: Mapping[str, Any] | None = None
+    before: Callable[[str], Iterable[list[Any]]] = lambda column: ()
+    """The values that a column of the dataset has already, for duplicates."""
     progress: Progress = lambda stage, num_rows: None
 
     @contextmanager
@@ -139,7 +141,7 @@ class Runner:
         """
         preparation = make(self.file, self.settings)
         with (
-            tempfile.TemporaryDirectory(prefix="forebay-prepare-") as name,
+            tempfile.TemporaryFile(prefix="forebay-prepare-") as file,
             self._workers(preparation) as workers,
         ):
             first = self._mapped(self._read(preparation), workers, {}, BEFORE)
@@ -147,7 +149,8 @@ class Runner:
             if self.learnt is not None or not overrides(preparation, "learn"):
                 learnt = self.learnt or {}
             else:
-                spool = Path(name) / "rows.arrow"
+                # It has no name: whatever ends this process, nothing stays.
+                spool = Path(f"/proc/self/fd/{file.fileno()}")
                 self._spool(split, spool)
                 learnt = self._learn(preparation, spool)
                 split = _chunks(spool)
@@ -174,7 +177,11 @@ class Runner:
 
     def _split(self, preparation: Preparation, chunks: Iterable[pa.Table]) -> Iterator[pa.Table]:
         splitter = Splitter(preparation.splits, self.seed)
-        duplicates = Duplicates(preparation.unique) if preparation.unique is not None else None
+        duplicates = None
+        if preparation.unique is not None:
+            duplicates = Duplicates(preparation.unique)
+            for values in self.before(preparation.unique):
+                duplicates.add(values)
         for rows in chunks:
             kept = rows
             if duplicates is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,11 @@ class Duplicates:
         self._column = column
         self._seen: set[bytes] = set()
         self.num_dropped = 0
+
+    def add(self, values: Iterable[Any]) -> None:
+        """These came before."""
+        for value in values:
+            self._is_new(value)
 
     def drop(self, rows: pa.Table) -> pa.Table:
         if self._column not in rows.column_names:

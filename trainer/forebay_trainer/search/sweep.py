@@ -151,7 +151,7 @@ class Sweep:
             with connect(self._config.address) as client:
                 runs = [each.run for each in client.runs() if each.num_generations]
                 check_new(base, runs, rf"{NAME}|trial\d+")
-                about = self._config.data.about(client)
+                about = self._recipe.about(client)
                 if self._is_forked and any(
                     each.name.startswith("model.") for each in self._space.parameters
                 ):

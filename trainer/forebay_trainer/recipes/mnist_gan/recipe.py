@@ -133,8 +133,10 @@ class Game(Task):
             trainer.draws.at(trainer.step, 2 * part["id"] + 1)
             logits_B = self.modules["discriminator"](seen_BCHW).float()
             loss = share_of_mean(F.softplus(-logits_B), part["weight"], total)
-        (slope_BCHW,) = torch.autograd.grad(loss, seen_BCHW)
-        trainer.backward((drawn_BCHW * slope_BCHW).sum())
+        # Scaled before the first half, which would lose small slopes in fp16 otherwise.
+        scaled = loss * trainer.optimization.loss_factor
+        (slope_BCHW,) = torch.autograd.grad(scaled, seen_BCHW)
+        (drawn_BCHW * slope_BCHW).sum().backward()
         return loss.item()
 
     # Evaluation.
