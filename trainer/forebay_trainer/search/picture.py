@@ -53,9 +53,10 @@ def smooth(points: Sequence[Mapping[str, float]], field: str) -> list[dict[str, 
 
 def losses(runs: Sequence[History], path: Path, title: str) -> None:
     """Writes a PNG: the losses of all runs and their mean, and beneath it each metric that was
-    evaluated, on a scale of its own."""
+    evaluated more than once, on a scale of its own."""
     common = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
-    common = common[:MOST_METRICS] or ["test_loss"]
+    is_followed = max(len(run.evaluations) for run in runs) > 1
+    common = common[:MOST_METRICS] if is_followed else []
     figure, axes = figure_of(1, 1 + len(common), (8.0, 3.2 + 1.6 * len(common)))
     loss, *below = (axis for (axis,) in axes)
     draw(loss, [run.steps for run in runs], "loss", "training", "C0")
@@ -71,7 +72,7 @@ def losses(runs: Sequence[History], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
     if loss.get_lines():
         loss.legend()
-    below[-1].set_xlabel("step")
+    (below or [loss])[-1].set_xlabel("step")
     loss.set_title(title)
     save(figure, path)
 
