@@ -270,7 +270,7 @@ def plot(runs: Runs, sizes: Sizes, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--size", type=float, metavar="MB", help="of the state (100 quick, 500)")
+    parser.add_argument("--size", type=float, metavar="MB", help="of the state (100 quick, 300)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the steps: a PNG")
     parser.add_argument(
         "--threads",
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, rest = parser.parse_known_args(argv)
     options: Options = parse_options((__doc__ or "").strip().splitlines()[0], rest)
     pairs = max(7, options.repeats) if "--repeats" in rest else 7
-    megabytes = given.size or (100 if options.quick else 500)
+    megabytes = given.size or (100 if options.quick else 300)
     if options.quick:
         sizes = Sizes(int(megabytes * MB), num_saves=1, pairs=pairs, flushed_turns=3)
     else:
