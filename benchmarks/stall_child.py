@@ -5,16 +5,15 @@ Shape letters: N samples of the data, B of a batch, C, H and W of a picture, K c
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from checkpoint_own import settle
+from checkpoint_peers import DcpThread, TorchSave
 from checkpoint_state import SharedState, Training, keep_freed_memory
 from torch import nn
 from torch.nn import functional
@@ -84,79 +83,29 @@ class NoSaving:
         pass
 
 
-class TorchSave:
-    """One file, written and synced by the caller."""
+class PeerSaving:
+    """One of the checkpoint benchmark's peers; of its saves the newest is kept."""
 
-    def __init__(self, state: Callable[[], dict[str, Any]], folder: Path) -> None:
-        self._state = state
-        self._folder = folder
-        self._saved: list[Path] = []
-
-    def save(self, step: int) -> None:
-        path = self._folder / f"{step}.pt"
-        self._saved.append(path)
-        with path.open("wb") as file:
-            torch.save(self._state(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(self._folder)
-
-    def finish(self) -> None:
-        for old in self._saved[:-1]:
-            old.unlink()
-        del self._saved[:-1]
-
-
-class DcpAsync:
-    """``dcp.async_save`` by a thread, its memory kept, its files synced."""
-
-    def __init__(self, state: Callable[[], dict[str, Any]], folder: Path) -> None:
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        self._state = state
-        self._folder = folder
-        options = StagingOptions(
-            use_pinned_memory=False,
-            use_shared_memory=False,
-            use_async_staging=False,  # without CUDA torch refuses these two
-            use_non_blocking_copy=False,
-        )
-        self._stager = DefaultStager(options)
-        self._under_way: Any = None
+    def __init__(self, peer: TorchSave | DcpThread) -> None:
+        self._peer = peer
+        self._begun: Any = None
         self._saved: list[int] = []
-        place = folder / "rendezvous"
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{place}", rank=0, world_size=1
-        )
 
     def save(self, step: int) -> None:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-
         self._end()  # what is under way has to end first: that counts
+        self._begun = self._peer.begin(step)
         self._saved.append(step)
-        answer = dcp.async_save(
-            self._state(),
-            storage_writer=dcp.FileSystemWriter(self._folder / str(step), sync_files=True),
-            planner=DefaultSavePlanner(enable_plan_caching=True),
-            async_stager=self._stager,
-        )
-        if hasattr(answer, "staging_completion"):
-            answer.staging_completion.result()
-            answer = answer.upload_completion
-        self._under_way = answer
-
-    def _end(self) -> None:
-        if self._under_way is not None:
-            self._under_way.result()
-            self._under_way = None
-            sync(self._folder / str(self._saved[-1]))
 
     def finish(self) -> None:
         self._end()
         for old in self._saved[:-1]:
-            shutil.rmtree(self._folder / str(old))
+            self._peer.forget(old)
         del self._saved[:-1]
+
+    def _end(self) -> None:
+        if self._begun is not None:
+            self._peer.finish(self._begun)
+            self._begun = None
 
 
 class Forebay:
@@ -269,9 +218,9 @@ class Loop:
             durability = "remote" if self._name == "forebay_object" else "local"
             self._saving = Forebay(self._client, self._model, self._optimizer, durability)
         elif self._name == "torch":
-            self._saving = TorchSave(self._state, self._folder)
+            self._saving = PeerSaving(TorchSave(training, self._folder, ""))
         elif self._name == "dcp":
-            self._saving = DcpAsync(self._state, self._folder)
+            self._saving = PeerSaving(DcpThread(training, self._folder, ""))
         return {}
 
     def load(self, batch_size: int) -> dict[str, Any]:
@@ -331,17 +280,6 @@ class Loop:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return time.perf_counter() - started, wait
-
-    def _state(self) -> dict[str, Any]:
-        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make(name: str, **arguments: Any) -> Loop:

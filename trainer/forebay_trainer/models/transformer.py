@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -17,12 +18,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from forebay_trainer.config import setting
 from forebay_trainer.metrics.flops import Flops
 from forebay_trainer.optim import OptimizerConfig
 from forebay_trainer.task import Batch, Task, keep_only, layers_of_stage
 from forebay_wire.errors import InvalidRequest
 
 ROTARY_BASE: Final = 10_000.0
+
+MAX_LOSS: Final = 700.0
+"""Nats; what is more has no perplexity that is a float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,38 @@ class Architecture:
                 f"positions=rotary turns pairs of numbers, and a head of {self.num_heads} in "
                 f"width={self.width} has {self.width // self.num_heads}: take an even number"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """What recipes let a user set; the data say the rest."""
+
+    num_layers: int = setting(4, "blocks of attention and a small network")
+    num_heads: int = setting(4, "of each attention")
+    width: int = setting(128, "of what the blocks add to")
+    dropout: float = setting(0.0, "share dropped of embeddings and of what blocks add")
+    positions: Literal["learned", "rotary"] = setting("rotary", "how a place is known")
+    ties_embedding: bool = setting(False, "the last layer has the weights of the first")
+
+    def architecture(
+        self, *, vocabulary_size: int, num_places: int, is_causal: bool
+    ) -> Architecture:
+        return Architecture(
+            vocabulary_size=vocabulary_size,
+            num_places=num_places,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            width=self.width,
+            dropout=self.dropout,
+            is_causal=is_causal,
+            positions=self.positions,
+            ties_embedding=self.ties_embedding,
+        )
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats."""
+    return math.exp(min(loss, MAX_LOSS))
 
 
 class Transformer(nn.Module):

@@ -31,11 +31,11 @@ from forebay_trainer.search.job import (
     quality,
     seconds_of,
 )
-from forebay_trainer.search.outcome import write_json
+from forebay_trainer.search.outcome import status_of, write_json
 from forebay_trainer.search.picture import losses
 from forebay_trainer.search.pool import Pool, Running, Start, folder_of_one, leashed
 from forebay_trainer.stop import StopSignal
-from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
+from forebay_wire.errors import ForebayError, InvalidRequest
 
 FILE: Final = "seeds.json"
 PICTURE: Final = "loss.png"
@@ -50,14 +50,7 @@ class SeedFailed(ForebayError):
 def main(arguments: Sequence[str], *, start: Start = leashed) -> int:
     """Answers the exit status; *start* is how a process is started."""
     options = parse(arguments)
-    try:
-        return run(options, start)
-    except (InvalidRequest, NotFound) as error:
-        print(f"forebay_trainer: {error.message}", file=sys.stderr)
-        return 2
-    except ForebayError as error:
-        print(f"forebay_trainer: {error.message}", file=sys.stderr)
-        return 1
+    return status_of(lambda: run(options, start))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

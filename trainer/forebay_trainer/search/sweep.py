@@ -20,11 +20,12 @@ from forebay_trainer.search import report
 from forebay_trainer.search import space as spaces
 from forebay_trainer.search.common_part import NAME, CommonPart, shapes
 from forebay_trainer.search.job import Base, check_base, check_new
+from forebay_trainer.search.outcome import status_of
 from forebay_trainer.search.pool import Pool, Start, folder_of_one, leashed
 from forebay_trainer.search.study import PRUNERS, SAMPLERS, Plan, Study
 from forebay_trainer.search.trials import Objective, Trials
 from forebay_trainer.stop import StopSignal
-from forebay_wire.errors import ForebayError, InvalidRequest, NotFound
+from forebay_wire.errors import ForebayError, InvalidRequest
 
 NOT_COMPARED: Final = ("run", "address", "output", "metrics", "watch", "parallel")
 """Of the configuration: what may differ between two starts of the same sweep."""
@@ -40,14 +41,7 @@ class SweepFailed(ForebayError):
 def main(arguments: Sequence[str], *, start: Start = leashed) -> int:
     """Answers the exit status; *start* is how a process is started."""
     options = parse(arguments)
-    try:
-        return Sweep(options, start).run()
-    except (InvalidRequest, NotFound) as error:
-        print(f"forebay_trainer: {error.message}", file=sys.stderr)
-        return 2
-    except ForebayError as error:
-        print(f"forebay_trainer: {error.message}", file=sys.stderr)
-        return 1
+    return status_of(lambda: Sweep(options, start).run())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -5,17 +5,21 @@ Shape letters: B samples, T places of tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from forebay_trainer.config import setting
 from forebay_trainer.dropout import uniform
-from forebay_trainer.models.transformer import Architecture, TransformerTask
+from forebay_trainer.models.transformer import (
+    Architecture,
+    TransformerConfig,
+    TransformerTask,
+    perplexity,
+)
 from forebay_trainer.preparation.tokens import MASK, PADDING, SPECIAL
 from forebay_trainer.task import Batch, Task
 from forebay_wire.errors import InvalidRequest
@@ -29,18 +33,9 @@ RANDOM: Final = 0.1
 """Of the tokens that are to be told; the rest are seen as they are (Devlin et al. 2018, section
 3.1), for in use no token is hidden."""
 
-MAX_LOSS: Final = 700.0
-"""Nats; what is more has no perplexity that is a float."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    num_layers: int = setting(4, "blocks of attention and a small network")
-    num_heads: int = setting(4, "of each attention")
-    width: int = setting(128, "of what the blocks add to")
-    dropout: float = setting(0.0, "share dropped of embeddings and of what blocks add")
-    positions: Literal["learned", "rotary"] = setting("rotary", "how a place is known")
-    ties_embedding: bool = setting(False, "the last layer has the weights of the first")
+class Config(TransformerConfig):
     told_share: float = setting(0.15, "of the tokens that are to be told")
 
     def __post_init__(self) -> None:
@@ -50,18 +45,8 @@ class Config:
 
 def build(config: Config, about: Mapping[str, Any]) -> Task:
     """*about*: vocabulary_size and num_places."""
-    architecture = Architecture(
-        vocabulary_size=about["vocabulary_size"],
-        num_places=about["num_places"],
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        width=config.width,
-        dropout=config.dropout,
-        is_causal=False,
-        positions=config.positions,
-        ties_embedding=config.ties_embedding,
-    )
-    return MaskedLanguageModel(architecture, config.told_share)
+    sizes = {"vocabulary_size": about["vocabulary_size"], "num_places": about["num_places"]}
+    return MaskedLanguageModel(config.architecture(**sizes, is_causal=False), config.told_share)
 
 
 class MaskedLanguageModel(TransformerTask):
@@ -102,7 +87,7 @@ class MaskedLanguageModel(TransformerTask):
         num_told = max(1.0, sums["weight"])
         return {
             "accuracy": sums["hits"] / num_told,
-            "perplexity": math.exp(min(sums["loss"] / num_told, MAX_LOSS)),
+            "perplexity": perplexity(sums["loss"] / num_told),
         }
 
     def num_tokens(self, batch: Batch) -> int:

@@ -8,43 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any
 
 from torch import Tensor
 
-from forebay_trainer.config import setting
-from forebay_trainer.models.transformer import Architecture, TransformerTask
+from forebay_trainer.models.transformer import TransformerConfig, TransformerTask, perplexity
 from forebay_trainer.task import Batch, Task
-
-MAX_LOSS: Final = 700.0
-"""Nats; what is more has no perplexity that is a float."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    num_layers: int = setting(4, "blocks of attention and a small network")
-    num_heads: int = setting(4, "of each attention")
-    width: int = setting(128, "of what the blocks add to")
-    dropout: float = setting(0.0, "share dropped of embeddings and of what blocks add")
-    positions: Literal["learned", "rotary"] = setting("rotary", "how a place is known")
-    ties_embedding: bool = setting(False, "the last layer has the weights of the first")
+class Config(TransformerConfig):
+    """A transformer's, as they are."""
 
 
 def build(config: Config, about: Mapping[str, Any]) -> Task:
     """*about*: vocabulary_size and block_length."""
-    return LanguageModel(
-        Architecture(
-            vocabulary_size=about["vocabulary_size"],
-            num_places=about["block_length"],
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            width=config.width,
-            dropout=config.dropout,
-            is_causal=True,
-            positions=config.positions,
-            ties_embedding=config.ties_embedding,
-        )
-    )
+    sizes = {"vocabulary_size": about["vocabulary_size"], "num_places": about["block_length"]}
+    return LanguageModel(config.architecture(**sizes, is_causal=True))
 
 
 class LanguageModel(TransformerTask):
@@ -64,7 +44,7 @@ class LanguageModel(TransformerTask):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = sums["loss"] / max(1.0, sums["weight"])
         return {
-            "perplexity": math.exp(min(loss, MAX_LOSS)),
+            "perplexity": perplexity(loss),
             "bits_per_character": sums["loss"] / math.log(2) / max(1.0, sums["characters"]),
         }
 
